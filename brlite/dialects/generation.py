@@ -1,7 +1,7 @@
-"""What a client asks for, in no dialect: frozen values, decoded and checked once.
+"""Requests, independent of dialects: frozen values, decoded and checked once.
 
-`decode` of each dialect makes a `Generation`. What needs the model (lengths, the vocabulary) is checked by the engine,
-in its own names of fields; `in_client_words` turns such a refusal into the client's names.
+`decode` of each dialect makes a `Generation`. The engine checks what depends on the model (lengths, the vocabulary).
+Its errors have the engine's field names; `in_client_words` replaces them by the client's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class ReasoningHint(Struct, frozen=True):
-    """Whether the model is to reason, and how much, where its template has a variable for it; else there is a warning.
+    """Whether and how much the model should reason. If its template has no variable for that, there is a warning.
 
-    `effort_field` is the client's name of the effort.
+    `effort_field` is the client's field name of the effort.
     """
 
     is_on: bool
@@ -33,11 +33,11 @@ class ReasoningHint(Struct, frozen=True):
 
 
 class Chat(Struct, frozen=True):
-    """A conversation. Turns have the shape of OpenAI's API, with calls of tools and their results.
+    """A conversation. Turns have the shape of OpenAI's API, with tool calls and their results.
 
-    With `add_special_tokens` the tokenizer's own stand around what the template wrote. `tools` are those that the model
-    is told of, `variables` the template's own (`chat_template_kwargs`). Where the template takes no effort,
-    `reasoning_effort` is refused, and a `reasoning_hint` is not.
+    With `add_special_tokens` the tokenizer adds its special tokens to the rendered template. `tools` are given to the
+    template, and so are `variables` (`chat_template_kwargs`). If the template has no variable for the effort,
+    `reasoning_effort` is refused; a `reasoning_hint` is not.
     """
 
     messages: list[dict[str, Any]]
@@ -61,7 +61,7 @@ class Text(Struct, frozen=True):
 class Infill(Struct, frozen=True):
     """A gap to fill between two texts, any of which may be empty.
 
-    The answer goes on behind `start`, which is no part of it. `files` are the names and texts of other files.
+    The answer continues `start`, but does not include it. `files` are the names and texts of other files.
     """
 
     before: str
@@ -88,19 +88,24 @@ class Truncation(Struct, frozen=True):
 
 
 class Generation(Struct, frozen=True, kw_only=True):
-    """A call: prompts to continue, each `params.n` times, and how the answer is told.
+    """A call: prompts to continue, each `params.n` times, and the form of the answer.
 
-    `model` is the name that the client wrote; None where it left it out. With `echo` each completion begins with its
-    prompt, with `is_echo_only` it is nothing else; a chat's begins with `echoed_text`. `continuous_usage` puts the
-    usage so far into every chunk of a stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps
-    the engine's names of fields to the client's, where they differ. `warnings` are told with the answer. A chat's
-    reasoning is told apart from its text with `splits_reasoning`, and left out without `shows_reasoning`.
-    `calls_functions`: calls are told as OpenAI's `function_call`, the form before tools. With `keeps_order` a response
-    that is not streamed tells texts and calls in the order in which they were written; else all text is before the
-    calls. `unset` are the sampling parameters that the client left out, of those that a model may have defaults for.
-    `timeout_seconds` is when the client wants an error in place of the rest. Requests with a lower `priority` come
-    first; None: that of the key. With `is_strict`, what would be a warning is refused.
-    `tells_token_ids`: those of prompt and answer are told; the prompt's logprobs with `tells_prompt_logprobs`.
+    - `model`: the name that the client sent, or None.
+    - `continuous_usage`: every chunk of a stream has the usage so far.
+    - `names_are_ids`: logprobs name tokens by their ids.
+    - `echo`: each completion begins with its prompt; `is_echo_only`: and has nothing else; a chat's answer begins with
+      `echoed_text`.
+    - `field_names`: the engine's field names, mapped to the client's, where they differ.
+    - `warnings`: sent with the answer.
+    - `calls_functions`: tool calls have the form of OpenAI's older `function_call`.
+    - `keeps_order`: a response that is not streamed keeps the order of texts and calls; else all text comes first.
+    - `splits_reasoning`: a chat's reasoning is separate from its text; without `shows_reasoning` it is left out.
+    - `unset`: the sampling parameters of `MODEL_DEFAULTS` that the client left out.
+    - `timeout_seconds`: after this time an error ends the answer.
+    - `priority`: lower values are served first; None: the key's.
+    - `is_strict`: the request is refused if there would be a warning.
+    - `tells_token_ids`: the answer has the token ids of prompt and answer; `tells_prompt_logprobs`: the prompt's
+      logprobs.
     """
 
     model: str | None
@@ -131,13 +136,13 @@ class Generation(Struct, frozen=True, kw_only=True):
 
 
 def refuse_warnings(warnings: Iterable[str]) -> None:
-    """Raise `InvalidRequest` for the first of what a strict call would have been warned of."""
+    """Raise `InvalidRequest` for the first warning of a strict call."""
     for warning in warnings:
         raise InvalidRequest(f"{warning}; that is refused since strict is set", code="strict")
 
 
 def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:
-    """The refusal with the client's name of the field that the engine named."""
+    """The error, with the engine's field name replaced by the client's."""
     name = field_names.get(error.param or "")
     if name is None:
         return error

@@ -1,7 +1,7 @@
-"""JSON bytes to a request struct, or a refusal in OpenAI's words that names the field.
+"""Decodes JSON bytes to a request struct, or raises an error in OpenAI's wording that names the field.
 
-Whatever the bytes are (deep nesting, endless numbers, NaN, half surrogates, not UTF-8, nothing at all) the outcome is
-the struct or `InvalidRequest`. It knows no endpoint: the struct behind the decoder is the list of fields.
+For any bytes (deep nesting, endless numbers, NaN, lone surrogates, invalid UTF-8, an empty body) the result is the
+struct or `InvalidRequest`. No endpoint is treated specially: the decoder's struct lists the fields.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class BodyDecoder(Generic[T]):
-    """Decodes request bodies to structs of one kind.
+    """Decodes request bodies to structs of one type.
 
-    A body whose fields are all the struct's is read once. Any other one is read again, for the fields that the struct
-    lacks, and for the name of the one that is wrong.
+    A valid body that has only the struct's fields is parsed once. Any other is parsed again, to find the fields that
+    the struct lacks, or the name of the wrong field.
     """
 
     def __init__(self, kind: type[T]) -> None:
@@ -36,7 +36,7 @@ class BodyDecoder(Generic[T]):
     def decode(self, body: bytes) -> tuple[T, dict[str, msgspec.Raw]]:
         """The struct, and the fields that it lacks, still encoded. Raises as `decode_json` does."""
         try:
-            body.isascii() or body.decode()  # msgspec does not look into what no field takes
+            body.isascii() or body.decode()  # msgspec does not check the UTF-8 of values that it skips
             return self._strict.decode(body), {}
         except _REFUSALS:
             decoded = decode_json(body, self._lenient)
@@ -44,10 +44,10 @@ class BodyDecoder(Generic[T]):
 
 
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """Decode, or raise `InvalidRequest` with `param` and `code` filled as OpenAI does."""
+    """Decode, or raise `InvalidRequest` with `param` and `code` set as in OpenAI's API."""
     body = body.removeprefix(BYTE_ORDER_MARK)
     try:
-        body.decode()  # msgspec does not look into what no field takes
+        body.decode()  # msgspec does not check the UTF-8 of values that it skips
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, RequestError):  # raised in a struct's own __post_init__
@@ -70,7 +70,8 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def decode_value(raw: msgspec.Raw, decoder: msgspec.json.Decoder[T], param: str) -> T:
-    """Decode the value of the field `param`. Raises as `decode_json` does, with paths that begin at the body."""
+    """Decode the value of the field `param`. Raises as `decode_json` does, with field paths from the top of the
+    body."""
     try:
         return decode_json(bytes(raw), decoder)
     except InvalidRequest as error:
@@ -79,7 +80,7 @@ def decode_value(raw: msgspec.Raw, decoder: msgspec.json.Decoder[T], param: str)
 
 
 def missing_field(param: str) -> InvalidRequest:
-    """The error of a required field that is absent or empty."""
+    """The error for a required field that is absent or empty."""
     return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
 
 

@@ -1,8 +1,9 @@
-"""llama.cpp's `/infill`: what stands in a gap of a text, given other files of its repository.
+"""llama.cpp's `/infill`: fills a gap in a text, given other files of its repository.
 
-Fields and answers are llama.cpp's. It lacks what says nothing here (`id_slot`, `timings`, `generation_settings`), and
-a prompt that is too long is refused: neither it nor the other files are cut. With 0 tokens asked for, the one token
-that the engine must draw is neither shown nor counted: editors fill the prefix cache so.
+Fields and answers are llama.cpp's, without those that have no meaning here (`id_slot`, `timings`,
+`generation_settings`). A prompt that is too long is refused: neither it nor the other files are cut. With
+`max_tokens` 0, the one token that the engine must draw is neither shown nor counted. Editors send such requests to
+fill the prefix cache.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from brlite.dialects.openai import (
 from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.sse import frame
 
-# The engine's names of fields, and the client's.
+# The engine's field names, mapped to the client's.
 _FIELD_NAMES = {"prompt": "input_prefix", "suffix": "input_suffix", "start": "prompt", "files": "input_extra"}
-# There is one answer, whose logprobs are not told: other names of these are not read.
+# There is one answer, without logprobs: aliases of these are not read.
 _NOT_READ = ("n", "logprobs")
 
 StopType = Literal["eos", "word", "limit", "none"]
@@ -54,7 +55,7 @@ class InfillRequest(StructuredFields, kw_only=True):
 
 
 class InfillAnswer(Struct, kw_only=True):
-    """A whole answer, or one chunk of it. The last chunk of a stream has no content; it alone has what is optional."""
+    """A whole answer, or one chunk of it. Only a stream's last chunk has the optional fields; it has no content."""
 
     index: Literal[0] = 0
     content: str
@@ -75,7 +76,7 @@ _DECODER = BodyDecoder(InfillRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
     files = body.input_extra or []
@@ -105,7 +106,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
 
 
 class InfillEncoder:
-    """Events to chunks, or to one whole answer."""
+    """Encodes events as chunks, or as one whole answer."""
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._model = model
@@ -116,8 +117,8 @@ class InfillEncoder:
         return b""
 
     def encode(self, event: Event) -> bytes:
-        """The chunk of what is new, and at the end the one that says why."""
-        assert event.usage is not None  # since the call has a continuous usage
+        """A chunk with the new text or tokens, if any, and at the end a chunk with the reason."""
+        assert event.usage is not None  # the call has `continuous_usage`
         self._has_new_line |= "\n" in event.text
         chunks = b""
         if event.text or event.token_ids:
@@ -131,17 +132,17 @@ class InfillEncoder:
         return b""
 
     def failing(self, error: BaseException) -> bytes:
-        """What a stream ends with where something went wrong."""
+        """The event that ends a stream after an error."""
         return encode_error(error)
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body that answers a request that is not streamed."""
+        """The body of a response that is not streamed."""
         (event,) = events
         self._has_new_line = "\n" in event.text
         return encode_json(self._end(_answer(event.text, event.token_ids or [], usage, stop=True), event, warnings))
 
     def _end(self, answer: InfillAnswer, event: Event, warnings: Sequence[str]) -> InfillAnswer:
-        """The answer with what is told of its end."""
+        """Fill in and return the answer's final fields."""
         assert event.usage is not None
         reason = event.stop_reason if isinstance(event.stop_reason, str) else ""
         stop_types: dict[str | None, StopType] = {"stop": "word" if reason else "eos", "length": "limit"}
@@ -150,7 +151,7 @@ class InfillEncoder:
         answer.has_new_line = self._has_new_line
         answer.truncated = False
         answer.stop_type = stop_types.get(event.finish_reason, "none")
-        if answer.stop_type == "none" and reason:  # llama.cpp has no place for why an answer was ended
+        if answer.stop_type == "none" and reason:  # llama.cpp has no field for this reason
             warnings, reason = (*warnings, f"the answer was ended: {reason}"), ""
         answer.stopping_word = reason
         answer.warnings = warnings or UNSET
@@ -168,7 +169,7 @@ def _answer(content: str, token_ids: list[int], usage: TokenUsage, *, stop: bool
 
 
 def encode_error(error: BaseException) -> bytes:
-    """What a stream ends with where something went wrong."""
+    """The event that ends a stream after an error."""
     return frame(error_body(error))
 
 

@@ -1,7 +1,7 @@
-"""The requests of chats and of completions, as far as they are alike: fields, checks, structured output.
+"""The common part of chat and completion requests: fields, checks, structured output.
 
-Names, defaults and shapes are OpenAI's (API reference for chat, completions and models), with vLLM's extensions where
-the manual names them. `fields.py` lists the fields that are known and not decoded.
+Names, defaults and shapes are OpenAI's (API reference for chat, completions and models), with the vLLM extensions that
+the manual names. `fields.py` lists the fields that are recognized but not decoded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from brlite.dialects.json_body import check_num_entries, decode_value
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
-NULL = msgspec.Raw(b"null")  # of a field that stays encoded: not given
-# The types of a `response_format`, with the keys that each may have.
+NULL = msgspec.Raw(b"null")  # the value of an absent field that stays encoded
+# The types of `response_format`, with the keys that each may have.
 RESPONSE_FORMATS = {
     "text": (),
     "json_object": ("schema",),
@@ -37,12 +37,12 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-# JSON has one kind of number: 6.0 may be written for 6.
+# JSON has one number type, so 6.0 may stand for 6.
 Whole = int | float
 
 
 class GenerationFields(Struct, kw_only=True):
-    """What all dialects take, by the same names. `None` is the default, as in OpenAI's schema."""
+    """Fields that all dialects have, under the same names. `None` means the default, as in OpenAI's schema."""
 
     model: str | None = None
     stream: bool | None = None
@@ -62,7 +62,7 @@ class GenerationFields(Struct, kw_only=True):
 
 
 class StructuredFields(GenerationFields, kw_only=True):
-    """What bounds the answer, beside what all dialects take. Values that may be objects stay encoded until needed."""
+    """The common fields, and those that constrain the answer. Values that may be objects stay encoded until needed."""
 
     response_format: msgspec.Raw = NULL
     guided_json: msgspec.Raw = NULL
@@ -78,7 +78,7 @@ class StructuredFields(GenerationFields, kw_only=True):
 
 
 class JsonSchemaFormat(Struct, forbid_unknown_fields=True):
-    """`schema` is obeyed whether `strict` or not; the rest is for people."""
+    """`schema` is enforced with or without `strict`; `name` and `description` have no effect."""
 
     name: str | None = None
     description: str | None = None
@@ -87,7 +87,8 @@ class JsonSchemaFormat(Struct, forbid_unknown_fields=True):
 
 
 class ResponseFormat(Struct, forbid_unknown_fields=True):
-    """OpenAI's; llama.cpp takes a `schema` beside "json_object" too, vLLM a structural tag, whose keys stay encoded."""
+    """OpenAI's format. llama.cpp adds `schema` for the type "json_object", vLLM "structural_tag" with the keys that
+    stay encoded."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
@@ -105,13 +106,13 @@ class VllmStructuredOutputs(Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
     structural_tag: msgspec.Raw = NULL
     whitespace_pattern: str | None = None
-    disable_fallback: bool | None = None  # there is none
-    disable_any_whitespace: bool | None = None  # there is none unless a pattern allows it
+    disable_fallback: bool | None = None  # no effect: there is no fallback
+    disable_any_whitespace: bool | None = None  # no effect: only a pattern allows white space
     disable_additional_properties: bool | None = None
 
 
 class SamplingFields(StructuredFields, kw_only=True):
-    """What both kinds of completion take."""
+    """The fields that chats and completions have in common."""
 
     n: Whole | None = None
     best_of: Whole | None = None
@@ -136,7 +137,7 @@ class SamplingFields(StructuredFields, kw_only=True):
 
 
 _PARAMETERS = SamplingParams.__struct_fields__
-# The bound on the entries of each list or map.
+# The field of `LimitsConfig` that bounds the number of entries of each list or map.
 _LIST_LIMITS = {
     "stop": "max_stop_strings",
     "stop_token_ids": "max_stop_strings",
@@ -158,10 +159,10 @@ _TEXT = msgspec.json.Decoder(str)
 def take_undecoded(
     body: GenerationFields, undecoded: Mapping[str, msgspec.Raw], limits: LimitsConfig, own: Collection[str] = ()
 ) -> Undecoded:
-    """Read the fields that the body's struct lacks. Those that are other names of its fields are set in it.
+    """Read the fields that the body's struct lacks. For an alias, the struct's field is set.
 
-    Further names of the `own` parameters are not read. Raises `InvalidRequest` for a field that would change the answer
-    and is not built, for two names of one field, and for a list that is too long.
+    Aliases of the `own` parameters are not read. Raises `InvalidRequest` for a field that would change the answer and
+    is not implemented, for two names of one field, and for a list that is too long.
     """
     more = read_undecoded(undecoded, own)
     for parameter, value in more.sampling.items():
@@ -183,7 +184,7 @@ def take_undecoded(
 
 
 def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
-    """Set the number of alternatives, which a chat has in a field of its own; 0 is none at all."""
+    """Set the number of alternatives: `top_logprobs` in a chat, else `logprobs`. 0 means no logprobs."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequest(f"{name} must be a 64-bit integer, at least 0, got {value!r:.64}", param=name)
     number = "top_logprobs" if "top_logprobs" in body.__struct_fields__ else "logprobs"
@@ -209,13 +210,13 @@ def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -
 
 
 def structured_output(body: StructuredFields) -> StructuredOutput | None:
-    """What the answer must look like; None where no field says so. Raises `InvalidRequest` where two fields do.
+    """The constraint on the answer; None if no field has one. Raises `InvalidRequest` if several fields have one.
 
-    A schema stays the JSON text that the client sent: the order of its keys counts.
+    A schema stays the JSON text that the client sent, because the order of its keys matters.
     """
     if all(getattr(body, name) in (None, NULL) for name in _STRUCTURED_FIELDS):
         return None
-    # An empty schema or text is llama.cpp's and SGLang's way to say none.
+    # In llama.cpp and SGLang an empty schema or text means none.
     is_empty = bytes(body.json_schema).replace(b" ", b"") in (b"{}", b'""')
     wishes: dict[str, dict[str, Any]] = {
         "response_format": _response_format(body.response_format),
@@ -231,7 +232,7 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
     }
     given = {name: wish for name, wish in wishes.items() if wish}
     if len(given) > 1 and given.get("response_format") == {"json_object": True}:
-        del given["response_format"]  # the other field says more of the object
+        del given["response_format"]  # the other field is more specific
     if not given:
         return None
     if len(given) > 1:
@@ -294,7 +295,7 @@ def _structured_outputs(raw: msgspec.Raw) -> dict[str, Any]:
 
 
 def _schema(name: str, raw: msgspec.Raw) -> dict[str, Any]:
-    """The text of a schema, which a client may send as an object or as a string of JSON."""
+    """The JSON text of a schema, which a client may send as an object or as a string, under `json_schema`."""
     if raw == NULL:
         return {}
     data = bytes(raw)
@@ -302,8 +303,8 @@ def _schema(name: str, raw: msgspec.Raw) -> dict[str, Any]:
 
 
 def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
-    """The sampling parameters that were given by their own names, and `more`, which go before. Raises `InvalidRequest`,
-    with the client's name of the field."""
+    """The sampling parameters in the body's fields, and `more`, which override them. Raises `InvalidRequest` with the
+    client's field name."""
     given = {name: value for name in _PARAMETERS if (value := getattr(body, name, None)) is not None}
     try:
         return SamplingParams(**{**given, **more})
@@ -312,7 +313,7 @@ def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **mo
 
 
 def generation_fields(body: GenerationFields) -> dict[str, Any]:
-    """The fields of a `Generation` that all dialects read alike."""
+    """The fields of a `Generation` that all dialects read in the same way."""
     return {
         "model": body.model,
         "is_streamed": bool(body.stream),
@@ -325,9 +326,9 @@ def generation_fields(body: GenerationFields) -> dict[str, Any]:
 
 
 def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, limits: LimitsConfig) -> dict[str, Any]:
-    """The fields of a `Generation` that both kinds of completion read alike.
+    """The fields of a `Generation` that chats and completions read in the same way.
 
-    Raises `InvalidRequest` for what goes beyond types in the body's fields, and for a list that is too long.
+    Raises `InvalidRequest` for invalid values or combinations of the body's fields, and for a list that is too long.
     """
     if body.best_of is not None:
         _check_best_of(body.best_of, body, limits)
@@ -343,7 +344,7 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
             )
         if options.include_usage and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
-    # A list that is far too long is refused before anything walks it: that would hold up the loop.
+    # Refuse a list that is too long before any code iterates over it, which would block the event loop.
     for name, limit in _LIST_LIMITS.items():
         values = getattr(body, name, None)
         if isinstance(values, (list, dict)):
@@ -369,7 +370,7 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
 
 
 def truncation(wanted: Whole, side: str | None) -> Truncation:
-    """What `truncate_prompt_tokens` asks for. Raises `InvalidRequest`."""
+    """Decode `truncate_prompt_tokens`. Raises `InvalidRequest`."""
     if wanted != int(wanted) or (wanted != -1 and wanted < 1):
         raise InvalidRequest(
             f"truncate_prompt_tokens must be -1 or a whole number of at least 1, got {wanted}",

@@ -1,6 +1,6 @@
-"""The answers of chats and of completions, as far as they are alike: usage, token names, logprobs, the base encoder.
+"""The common part of chat and completion answers: usage, token names, logprobs, the base encoder.
 
-Shapes are OpenAI's; `PromptLogprob` and the names of tokens beyond text are vLLM's.
+Shapes are OpenAI's; `PromptLogprob` and the `token_id:` names are vLLM's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.sse import DONE_EVENT, frame, on_one_line
 
-LOWEST_LOGPROB = -9999.0  # the logarithm of 0, which JSON cannot hold, as told by vLLM
+LOWEST_LOGPROB = -9999.0  # replaces minus infinity, which JSON lacks; vLLM's value
 
 
 class PromptTokensDetails(Struct):
@@ -32,21 +32,21 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # in chats
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # only in chats
 
 
 def shown_usage(usage: TokenUsage, *, has_reasoning: bool = False) -> Usage:
-    """The usage as both kinds of answer say it."""
+    """The usage in the shape of chats and completions."""
     total = usage.prompt + usage.completion
     details = CompletionTokensDetails(usage.reasoning) if has_reasoning else UNSET
     return Usage(usage.prompt, usage.completion, total, PromptTokensDetails(usage.cached), details)
 
 
 def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] = ()) -> str:
-    r"""What a token is called: its text, or `bytes:\xf0\x9f` for a part of a character, as by OpenAI.
+    r"""A token's name: its text, or `bytes:\xf0\x9f` for a part of a character, as in OpenAI's API.
 
-    Where `is_id` it is `token_id:5`, as by vLLM for `return_tokens_as_token_ids`. The name is none of those `taken`:
-    two tokens of a vocabulary may have the same bytes.
+    With `is_id` it is `token_id:5`, as in vLLM for `return_tokens_as_token_ids`. Else the first of text, bytes and id
+    that is not in `taken`, because two tokens of a vocabulary may have the same bytes.
     """
     if not is_id:
         if token.text not in taken and token.text.encode() == token.data:
@@ -64,7 +64,7 @@ class ShownAlternative(Struct):
 
 
 class ShownLogprob(Struct):
-    """A token of an answer as chats and responses tell it."""
+    """A token of an answer in the shape of chats and Responses."""
 
     token: str
     logprob: float
@@ -73,7 +73,7 @@ class ShownLogprob(Struct):
 
 
 def shown_logprob(token: Token, *, names_are_ids: bool = False) -> ShownLogprob:
-    """The token with its alternatives. `bytes` tells the parts of a split character."""
+    """The token with its alternatives. `bytes` has the exact bytes, also for a part of a character."""
     return ShownLogprob(
         token=token_name(token.token, is_id=names_are_ids),
         logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
@@ -86,7 +86,7 @@ def shown_logprob(token: Token, *, names_are_ids: bool = False) -> ShownLogprob:
 
 
 class PromptLogprob(Struct):
-    """vLLM's. `rank` is null for a token that is not among the alternatives."""
+    """vLLM's shape. `rank` is null for a token that is not among the alternatives."""
 
     logprob: float
     rank: int | None
@@ -97,7 +97,7 @@ PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
-    """Of each token of a prompt the logprob and those of its alternatives, by token id; null for the first."""
+    """For each token of a prompt: its logprob and those of its alternatives, by token id. Null for the first token."""
     shown: PromptLogprobs = []
     for token in tokens:
         if token is None:
@@ -114,9 +114,9 @@ def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
 
 
 class OpenAIEncoder:
-    """What both encoders share. `model` is the name that the answer goes by, `fingerprint` the backend's or empty."""
+    """The base of both encoders. `model` is the model name in the answer, `fingerprint` the backend's or empty."""
 
-    _empty_text: bytes  # how an empty text stands in a chunk. No JSON string can hold it: quotes are escaped there
+    _empty_text: bytes  # an empty text field in a chunk. It cannot occur inside a JSON string: quotes are escaped there
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._call = call
@@ -124,13 +124,13 @@ class OpenAIEncoder:
         self._created = int(time.time())
         self._model = model
         self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
-        # What a chunk says of the usage, but for the last one, which has nothing else.
+        # The usage field of all chunks but the last, which has only the usage.
         self._no_usage: UnsetType | None = None if call.include_usage else UNSET
-        self._frames: dict[int, tuple[bytes, bytes]] = {}  # what stands around the text of a choice's chunks
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice: the bytes before and after a chunk's text
 
     def encode(self, event: Event) -> bytes:
-        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
-        # Most events are text alone. Then only the text is encoded: under 1 µs, where a whole chunk takes 2.5.
+        """The chunk of an event in a stream. A choice's last event gives two chunks if it also has output."""
+        # Most events have only text. Then only the text is encoded: under 1 µs; a whole chunk takes 2.5 µs.
         if event == Event(choice=event.choice, text=event.text):
             if event.choice not in self._frames:
                 head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
@@ -143,11 +143,11 @@ class OpenAIEncoder:
         return self._chunk_of(event)
 
     def _chunk_of(self, event: Event) -> bytes:
-        """One chunk that tells the event."""
+        """The event as one chunk."""
         raise NotImplementedError
 
     def _encode_end(self, event: Event) -> bytes:
-        """The two chunks of a choice's last event, so that the last token comes before the end."""
+        """A choice's last event as two chunks: its output, then the finish reason."""
         told = structs.replace(event, finish_reason=None, stop_reason=None, warnings=())
         end = Event(
             choice=event.choice,
@@ -162,20 +162,20 @@ class OpenAIEncoder:
         return self.encode(told) + self.encode(end)
 
     def opening(self, usage: TokenUsage) -> bytes:
-        """What a stream begins with."""
+        """Nothing: the first chunk begins a stream."""
         return b""
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
         raise NotImplementedError
 
     def failing(self, error: BaseException) -> bytes:
-        """What a stream ends with where something went wrong."""
+        """The events that end a stream after an error."""
         return encode_error(error)
 
 
 def encode_error(error: BaseException) -> bytes:
-    """What a stream ends with where something went wrong."""
+    """The events that end a stream after an error."""
     return frame(error_body(error)) + DONE_EVENT
 
 

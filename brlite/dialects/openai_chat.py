@@ -54,12 +54,12 @@ from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
 
 UNBUILT_MESSAGE_FIELDS = ("audio",)
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
-FUNCTION_CALL_ID = "call_function"  # of a call in the form before tools, which has none
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's roles; a template may refuse some
+FUNCTION_CALL_ID = "call_function"  # for a call in the older `function_call` form, which has no id
 
 
 class ContentPart(Struct):
-    """A part of a message's content. Only text can be served; keys beside it are left."""
+    """A part of a message's content. Only text is supported; other keys are ignored."""
 
     type: str
     text: str | None = None
@@ -67,7 +67,8 @@ class ContentPart(Struct):
 
 
 class ChatMessage(Struct):
-    """A turn of a chat. Other keys that came with another server's answer (`id`, `annotations`) may come back here."""
+    """A turn of a chat. Other keys are ignored: clients send back those of other servers' answers (`id`,
+    `annotations`)."""
 
     role: str
     content: str | list[ContentPart] | None = None
@@ -79,7 +80,7 @@ class ChatMessage(Struct):
     tool_calls: list[TurnCall] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
-    audio: Any = None  # not built: refused unless null or empty
+    audio: Any = None  # not implemented: refused unless null or empty
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -112,7 +113,7 @@ class ChatLogprobs(Struct):
 
 
 class AssistantMessage(Struct):
-    """`content` is null beside calls if there is no text, as by OpenAI."""
+    """`content` is null if there are calls and no text, as in OpenAI's API."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
@@ -179,7 +180,7 @@ _FIRST_DELTA = Delta(role="assistant", content="", refusal=None)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     more = take_undecoded(body, undecoded, limits) if undecoded else NOTHING_MORE
     fields = completion_fields(body, more, 1, limits)
@@ -239,9 +240,10 @@ def read_chat(
     continues: bool | None,
     **more: Any,
 ) -> Chat:
-    """The messages as a `Chat`, with its other fields. Raises `InvalidRequest`, naming the field.
+    """The messages as a `Chat`; `more` are its other fields. Raises `InvalidRequest`, naming the field.
 
-    It ends with the beginning of an answer, unless not `begins_answer` or its last message `continues`.
+    The rendered chat ends with the generation prompt, unless `begins_answer` is False, or `continues` is True and the
+    answer continues the last message.
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
@@ -260,7 +262,7 @@ def read_chat(
 
 
 def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """What a template is given of a turn. A refusal is what the assistant said; reasoning is the template's to use."""
+    """A message as a template takes it. A refusal becomes the content; reasoning stays in a separate key."""
     param, content = f"messages[{index}]", message.content
     if message.role not in ROLES:
         raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
@@ -284,14 +286,14 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
         plain["content"] = [{"type": "text", "text": text} for text in texts]
     if calls:
         plain["tool_calls"] = turn_calls(calls, f"{param}.tool_calls")
-    if message.role == "function":  # its call is that of the turn before
+    if message.role == "function":  # the result of the previous turn's call
         plain.update(role="tool", tool_call_id=FUNCTION_CALL_ID)
     elif message.tool_call_id is not None:
         plain["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         plain["name"] = message.name
     reasoning = message.reasoning_content or message.reasoning
-    if reasoning and isinstance(reasoning, str):  # templates know no other form
+    if reasoning and isinstance(reasoning, str):  # templates take only strings
         plain["reasoning_content"] = reasoning
     return plain
 
@@ -306,7 +308,7 @@ def _part_text(part: ContentPart, param: str) -> str:
 
 
 class ChatEncoder(OpenAIEncoder):
-    """Events to chunks, or to one whole answer."""
+    """Encodes events as chunks, or as one whole answer."""
 
     _empty_text = b'"content":""'
 
@@ -327,12 +329,12 @@ class ChatEncoder(OpenAIEncoder):
         return frame(self._chunk([choice], usage, event.warnings, event.prompt_token_ids))
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
         told = frame(self._chunk([], shown_usage(usage, has_reasoning=True))) if self._call.include_usage else b""
         return told + DONE_EVENT
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body that answers a request that is not streamed; one event a choice."""
+        """The body of a response that is not streamed. There is one event per choice."""
         is_function = self._call.calls_functions
         choices = [
             ChatChoice(
@@ -401,7 +403,7 @@ class ChatEncoder(OpenAIEncoder):
 
 
 def chat_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> ChatLogprobs:
-    """A list of objects. `bytes` tells the parts of a split character."""
+    """Logprobs as a list of objects. `bytes` has the exact bytes, also for a part of a character."""
     return ChatLogprobs([shown_logprob(token, names_are_ids=names_are_ids) for token in tokens])
 
 

@@ -1,6 +1,6 @@
-"""OpenAI's text completions: several prompts, `n` answers each; `echo` puts the prompt before its completions.
+"""OpenAI's text completions: several prompts, `n` answers each. With `echo` each completion begins with its prompt.
 
-With `echo` and 0 tokens asked for, the one token that the engine must draw is neither shown nor counted.
+With `echo` and `max_tokens` 0, the one token that the engine must draw is neither shown nor counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from brlite.dialects.openai_answer import (
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
+DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat's default is the engine's
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -68,7 +68,7 @@ class CompletionChoice(Struct):
 
 
 class Completion(Struct, kw_only=True):
-    """A whole completion, or one chunk of it: OpenAI gives both the same shape."""
+    """A whole completion, or one chunk of it. Both have the same shape in OpenAI's API."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -85,15 +85,15 @@ _FIELD_NAMES = {"prompt_logprobs": "logprobs"}
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     return generation(body, limits, take_undecoded(body, undecoded, limits) if undecoded else NOTHING_MORE)
 
 
 def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = NOTHING_MORE) -> Generation:
-    """What a decoded body asks for. `more` are the fields of the JSON that the struct does not have.
+    """The `Generation` of a decoded body. `more` are the fields of the JSON that the struct lacks.
 
-    With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for.
+    With `echo`, `logprobs` covers the prompt too, and `max_tokens` may be 0.
     """
     prompts: tuple[Prompt, ...] = read_prompts(
         "prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False
@@ -114,7 +114,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     params = sampling_params(
         body,
         field_names,
-        max_tokens=1 if is_echo_only else max_tokens,  # a step must draw something
+        max_tokens=1 if is_echo_only else max_tokens,  # the engine draws at least one token
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         structured=structured_output(body),
@@ -131,7 +131,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
 
 
 def _with_suffix(prompts: tuple[Prompt, ...], suffix: str, body: CompletionRequest) -> tuple[Infill, ...]:
-    """The prompts for what stands between each and the suffix. Raises `InvalidRequest`."""
+    """Prompts to fill the gap between each prompt and the suffix. Raises `InvalidRequest`."""
     if body.echo or body.truncate_prompt_tokens is not None:
         raise InvalidRequest("suffix cannot be given with echo or truncate_prompt_tokens", param="suffix")
     infills = tuple(
@@ -145,7 +145,7 @@ def _with_suffix(prompts: tuple[Prompt, ...], suffix: str, body: CompletionReque
 
 
 class CompletionEncoder(OpenAIEncoder):
-    """Events to chunks, or to one whole answer."""
+    """Encodes events as chunks, or as one whole answer."""
 
     _empty_text = b'"text":""'
 
@@ -154,12 +154,12 @@ class CompletionEncoder(OpenAIEncoder):
         return frame(self._completion([self._choice(event)], usage, event.warnings))
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
         told = frame(self._completion([], shown_usage(usage), ())) if self._call.include_usage else b""
         return told + DONE_EVENT
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body that answers a request that is not streamed; one event a choice."""
+        """The body of a response that is not streamed. There is one event per choice."""
         return self._completion([self._choice(event) for event in events], shown_usage(usage), warnings)
 
     def _choice(self, event: Event) -> CompletionChoice:
@@ -193,7 +193,7 @@ class CompletionEncoder(OpenAIEncoder):
 
 
 def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> CompletionLogprobs:
-    """Parallel lists. Each position's alternatives go by names of their own, the token itself first."""
+    """Logprobs as parallel lists. The alternatives of a position have unique names; the token itself is first."""
     top_logprobs: list[dict[str, float] | None] = []
     for token in tokens:
         if token.logprob is None:
@@ -215,7 +215,8 @@ def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False)
 def read_prompts(
     field: str, prompt: str | list[str | int | list[int]], limit: int, adds_specials: bool
 ) -> tuple[Text | TokenIds, ...]:
-    """A text, a list of texts, token ids, or a list of token ids. Raises `InvalidRequest` for more than `limit`."""
+    """Decode a text, a list of texts, a list of token ids, or a list of such lists. Raises `InvalidRequest` for more
+    than `limit` prompts."""
     if isinstance(prompt, str):
         return (Text(prompt, adds_specials),)
     kinds = set(map(type, prompt))

@@ -1,4 +1,4 @@
-"""The endpoints of the tokenizer, in vLLM's words and in llama.cpp's, and those that show what a request comes to."""
+"""The tokenizer's endpoints, in vLLM's and llama.cpp's shapes, and those that show the rendered prompt of a request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from brlite.errors import InvalidRequest
 
 
 class TokenizeRequest(Struct, kw_only=True):
-    """`content`, `add_special` and `with_pieces` are llama.cpp's, the others vLLM's."""
+    """`content`, `add_special` and `with_pieces` are llama.cpp's fields, the others vLLM's."""
 
     model: str | None = None
     content: str | None = None
@@ -39,7 +39,7 @@ class DetokenizeRequest(Struct, kw_only=True):
 
 
 class TokenPiece(Struct):
-    """A token as llama.cpp tells it; the bytes of a part of a character are a list."""
+    """A token in llama.cpp's shape. A part of a character is a list of bytes."""
 
     id: int
     piece: str | list[int]
@@ -54,7 +54,7 @@ class TokenizeAnswer(Struct):
 
 
 class DetokenizeAnswer(Struct):
-    """The text by both names: vLLM's and llama.cpp's."""
+    """The text under both names, vLLM's and llama.cpp's."""
 
     prompt: str
     content: str
@@ -62,7 +62,7 @@ class DetokenizeAnswer(Struct):
 
 
 class TokenizerInfo(Struct, kw_only=True):
-    """As vLLM's, whose keys lm-eval reads. `null` is a token or template that the model lacks."""
+    """vLLM's shape, whose keys lm-eval reads. `null` means that the model lacks the token or template."""
 
     tokenizer_class: str
     bos_token: str | None
@@ -74,14 +74,14 @@ class TokenizerInfo(Struct, kw_only=True):
 
 
 class AppliedTemplate(Struct):
-    """What llama.cpp's `/apply-template` answers."""
+    """The answer of llama.cpp's `/apply-template`."""
 
     prompt: str
     warnings: tuple[str, ...] | UnsetType = UNSET
 
 
 class RenderedRequest(Struct, kw_only=True):
-    """What vLLM's `render` answers: the request as the engine gets it, and the prompt's text beside its tokens."""
+    """The answer of vLLM's `render`: the request that the engine gets, and the prompt as tokens and text."""
 
     request_id: str
     model: str
@@ -103,7 +103,7 @@ _OPTION_OWNERS = {
 
 
 class Tokenization(Struct, frozen=True):
-    """What is to be tokenized. With `has_pieces` each token stands in the answer with its text."""
+    """A prompt to tokenize. With `has_pieces` the answer has the text of each token."""
 
     model: str | None
     prompt: Chat | Text
@@ -113,7 +113,7 @@ class Tokenization(Struct, frozen=True):
 
 
 def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
-    """Exactly one of `prompt`, `messages` and `content`, with its own options. Raises `InvalidRequest`."""
+    """Decode the body, which has exactly one of `prompt`, `messages` and `content`. Raises `InvalidRequest`."""
     body, undecoded = _TOKENIZE.decode(data)
     warnings = check_undecoded(undecoded, generates=False)
     given = [name for name in ("prompt", "messages", "content") if getattr(body, name) is not None]
@@ -147,11 +147,11 @@ def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
 
 
 def token_piece(token: TokenText) -> TokenPiece:
-    """The token as llama.cpp tells it."""
+    """The token in llama.cpp's shape."""
     return TokenPiece(token.token_id, token.text if token.text.encode() == token.data else list(token.data))
 
 
 def decode_detokenize(data: bytes) -> tuple[DetokenizeRequest, tuple[str, ...]]:
-    """The tokens, and a warning for each unknown field. Raises `InvalidRequest`."""
+    """The decoded body, and a warning for each unknown field. Raises `InvalidRequest`."""
     body, undecoded = _DETOKENIZE.decode(data)
     return body, check_undecoded(undecoded, generates=False)

@@ -18,7 +18,7 @@ from brlite.files.quoting import excerpt
 
 NO_TOOLS = ToolChoice(mode="none")
 
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI allows 64 of A-Za-z0-9_-; MCP servers have dots and slashes
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI allows 64 of A-Za-z0-9_-; MCP tool names have dots and slashes
 _NAMES = re.compile(rf"{_NAME.pattern}(?:\n{_NAME.pattern})*")
 
 
@@ -41,7 +41,7 @@ class FunctionName(Struct):
 class AllowedTool(Struct):
     type: str = "function"
     function: FunctionName | None = None
-    name: str | None = None  # in the shape of the Responses API
+    name: str | None = None  # set in the Responses API's shape
 
 
 class AllowedTools(Struct):
@@ -61,7 +61,7 @@ class CalledFunction(Struct):
 
 
 class TurnCall(Struct):
-    """A call in an assistant's turn. Keys beside it are left."""
+    """A call in an assistant's turn. Other keys are ignored."""
 
     function: CalledFunction
     id: str | None = None
@@ -69,7 +69,7 @@ class TurnCall(Struct):
 
 
 class ToolFields(Struct, kw_only=True):
-    """A chat's fields of tools. `functions` and `function_call` are the form before tools."""
+    """A chat's fields for tools. `functions` and `function_call` are OpenAI's older form."""
 
     tools: list[ToolDefinition] | None = None
     tool_choice: str | ToolChoiceObject | None = None
@@ -81,9 +81,9 @@ class ToolFields(Struct, kw_only=True):
 def decode_tools(
     body: ToolFields, limits: LimitsConfig, num_body_bytes: int | None = None
 ) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field.
+    """The tools that the model may call, and the tool choice. Raises `InvalidRequest`, naming the field.
 
-    Tools of a body of `num_body_bytes` that are within their limit are not measured.
+    If `num_body_bytes` is within the limit on tools, their size is not measured.
     """
     if body.tools and body.functions:
         raise InvalidRequest("give either tools or functions", param="functions")
@@ -105,7 +105,7 @@ def decode_tools(
                 f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
             )
     names = [function.name for function in definitions]
-    lines = "\n".join(names)  # one search for all of them takes a third of the time
+    lines = "\n".join(names)  # one match for all names takes a third of the time
     if names and not (lines.count("\n") == len(names) - 1 and _NAMES.fullmatch(lines)):
         index = next(index for index, name in enumerate(names) if not _NAME.fullmatch(name))
         place, allowed = f"{param}[{index}].name", "1 to 128 letters, digits and _ . : / -"
@@ -125,7 +125,8 @@ def decode_tools(
 
 
 def _choice(body: ToolFields, names: Collection[str]) -> ToolChoice:
-    """OpenAI's default is auto with tools and none without; a choice among no tools is none."""
+    """The tool choice. As in OpenAI's API, the default is "auto" with tools and "none" without. With an empty list of
+    tools, any choice means "none"."""
     parallel = body.parallel_tool_calls is not False and not body.functions
     param: str = "tool_choice"
     choice: str | ToolChoiceObject | FunctionName | None = body.tool_choice
@@ -167,7 +168,7 @@ def _known(wanted: Sequence[str], names: Collection[str], param: str) -> tuple[s
 
 
 def turn_calls(calls: Sequence[TurnCall], param: str) -> list[dict[str, Any]]:
-    """The calls of an assistant's turn as templates take them. Raises `InvalidRequest`."""
+    """The calls of an assistant's turn in the shape that templates take. Raises `InvalidRequest`."""
     plain = []
     for index, call in enumerate(calls):
         if call.type != "function":
@@ -183,7 +184,7 @@ class ShownFunction(Struct, kw_only=True):
 
 
 class ShownCall(Struct, kw_only=True):
-    """A call in an answer, or a piece of one in a chunk: only chunks have an `index`."""
+    """A call in an answer, or a piece of one in a chunk. Only chunks have an `index`."""
 
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
@@ -192,7 +193,7 @@ class ShownCall(Struct, kw_only=True):
 
 
 def shown_calls(calls: Sequence[ToolCallDelta], *, has_index: bool) -> list[ShownCall]:
-    """Calls, or pieces of calls, as answers show them."""
+    """Calls, or pieces of calls, in the shape of answers."""
     return [
         ShownCall(
             index=call.index if has_index else UNSET,

@@ -1,6 +1,6 @@
-"""OpenAI's Responses: a conversation of items, one answer, which may be stored and continued by its id.
+"""OpenAI's Responses API: a conversation of items and one answer, which can be stored and continued by its id.
 
-Here a body becomes a `Generation`. Items, tools and the answer have files of their own beside this one.
+Decodes a body to a `Generation`. Items, tools and the answer are in the other `responses_*.py` files.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from brlite.sampling_params import SamplingParams, StructuredOutput
 
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
-# The others ask for results of hosted tools, of which there are none.
+# All but these two are results of hosted tools, which this server does not have.
 INCLUDABLE = (
     *(ENCRYPTED_REASONING, LOGPROBS, "file_search_call.results", "web_search_call.results"),
     *("web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url"),
     "code_interpreter_call.outputs",
 )
 FORMATS = ("text", "json_object", "json_schema")
-# The engine's names of fields, and the client's.
+# The engine's field names, mapped to the client's.
 FIELD_NAMES = {
     "prompt": "input",
     "messages": "input",
@@ -58,7 +58,8 @@ NOTHING_STORED = NothingStored()
 
 
 class TextFormat(Struct, forbid_unknown_fields=True):
-    """Flat, where chats nest. `schema` is obeyed whether `strict` or not."""
+    """The format of the answer: flat, unlike a chat's `response_format`. `schema` is enforced with or without
+    `strict`."""
 
     type: str
     name: str | None = None
@@ -73,7 +74,7 @@ class TextConfig(Struct):
 
 
 class ReasoningConfig(Struct):
-    """Reasoning is told whole: there are no summaries."""
+    """Options of reasoning. The answer has the whole reasoning, never a summary."""
 
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -106,7 +107,7 @@ _DECODER = BodyDecoder(ResponsesRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED) -> ResponseGeneration:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     if body.input is None:
         raise missing_field("input")
@@ -116,7 +117,7 @@ def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_
 def decode_input_tokens(
     data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED
 ) -> ResponseGeneration:
-    """What is to be counted: the same fields, all of which may be left out. Raises `InvalidRequest`."""
+    """Decode a request to count tokens: the same fields, all optional. Raises `InvalidRequest`."""
     body, undecoded = _DECODER.decode(data)
     return _generation(body, undecoded, limits, stored)
 
@@ -172,7 +173,7 @@ def _generation(
 
 
 def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredResponses) -> ItemReader:
-    """The items of the earlier responses and those of this request, with the turns of both behind the instructions."""
+    """The items of earlier responses, then those of this request. The turns begin with the instructions."""
     conversation = ItemReader(stored)
     if body.previous_response_id is not None:
         before = stored.conversation(body.previous_response_id)
@@ -195,7 +196,7 @@ def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredRe
         conversation.extend(body.input, "input", limits)
     turns = conversation.turns
     if body.instructions:
-        if turns and turns[0]["role"] in ("system", "developer"):  # many templates take one such message only
+        if turns and turns[0]["role"] in ("system", "developer"):  # many templates take only one such message
             turns[0] = {"role": "system", "content": f"{body.instructions}\n\n{turns[0]['content']}"}
         else:
             turns.insert(0, {"role": "system", "content": body.instructions})
@@ -227,7 +228,7 @@ def _shown(
     tools: list[dict[str, Any]],
     tool_choice: str | dict[str, Any],
 ) -> dict[str, Any]:
-    """What the response says of the request, its defaults filled in."""
+    """The fields of the request that the response echoes, with defaults filled in."""
     reasoning, text = body.reasoning or ReasoningConfig(), body.text or TextConfig()
     text_format: dict[str, Any] = {"type": "text"}
     if text.format is not None:
@@ -258,7 +259,7 @@ def _shown(
 
 
 def shown_input_items(response: FinishedResponse) -> list[dict[str, Any]]:
-    """What went into a response, oldest first, each item with the fields that its type requires."""
+    """The input items of a response, oldest first, each with the fields that its type requires."""
     items: list[dict[str, Any]] = []
     for index, raw in enumerate(response.input):
         item = msgspec.json.decode(raw)

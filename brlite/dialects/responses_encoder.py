@@ -1,7 +1,7 @@
-"""Encodes events as a Responses stream, or as one response. Items are opened, added to and closed, one at a time.
+"""Encodes events as a Responses stream, or as one response. One item is open at a time.
 
-Each kind of item has a class here, which makes the stream's events of that item. A response that is not streamed is
-made of the same items. `responses_events.py` has the shapes.
+Each kind of item has a class here, which makes the stream's events of that item. A response that is not streamed has
+the same items. `responses_events.py` has the shapes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from brlite.errors import InvalidRequest
 
 ID_PREFIX = "resp_"
 
-# A response's status by its finish reason; without one it has failed.
+# A response's status by its finish reason. A response without a finish reason has failed.
 STATUSES: dict[EndReason, str] = {
     "stop": "completed",
     "tool_calls": "completed",
@@ -66,9 +66,9 @@ STATUSES: dict[EndReason, str] = {
 
 
 class ResponseGeneration(Generation, frozen=True, kw_only=True):
-    """A call, what its response echoes of the request (`shown`), and what it is stored with.
+    """A call, the request fields that its response echoes (`shown`), and the data to store.
 
-    `items` are the conversation so far. With `seals_reasoning` reasoning has `encrypted_content` beside its text.
+    `items` are the conversation so far. With `seals_reasoning`, reasoning items have `encrypted_content` and text.
     """
 
     items: tuple[Raw, ...] = ()
@@ -79,9 +79,9 @@ class ResponseGeneration(Generation, frozen=True, kw_only=True):
 
 
 class FinishedResponse(Struct, frozen=True):
-    """A response as it was sent, the items before it, and those that it has, by their ids.
+    """A response: the `body` as sent, the items before it, and its own items by id.
 
-    `stream` has its events, compressed: those that were sent, or would have been.
+    `stream` has its events, compressed, also if the response was not streamed.
     """
 
     id: str
@@ -91,9 +91,9 @@ class FinishedResponse(Struct, frozen=True):
     stream: bytes = b""
 
     def events(self, starting_after: int | None) -> bytes:
-        """The stream's events behind the one of this number. It takes time for long responses: 1 ms for 250 KB.
+        """The stream's events after the one with this number; None: all. It takes 1 ms for 250 KB.
 
-        Raises `InvalidRequest` for a number that the stream does not reach.
+        Raises `InvalidRequest` if the stream has no event with this number.
         """
         events = zlib.decompress(self.stream).split(EVENT_END)[:-1]
         if starting_after is not None and starting_after >= len(events):
@@ -183,7 +183,8 @@ class OpenCall:
 
 
 class OpenCustomCall:
-    """Its text is inside JSON until the call is whole, so there is one delta, at the end."""
+    """The call of a custom tool. Its text is inside JSON until the call is complete, so there is one delta, at the
+    end."""
 
     def __init__(self, item_id: str, index: int, call_id: str, tool: CalledTool) -> None:
         self._id, self._index, self._call_id, self._tool = item_id, index, call_id, tool
@@ -203,7 +204,7 @@ class OpenCustomCall:
             decoded = None
         text = decoded.get("input") if isinstance(decoded, dict) else None
         if not isinstance(text, str):
-            text = arguments  # they are cut: shown as they are
+            text = arguments  # the JSON is cut: show it unchanged
         delta = CustomInputDelta(item_id=self._id, output_index=self._index, delta=text)
         done = CustomInputDone(item_id=self._id, output_index=self._index, input=text)
         item = self._item(text)
@@ -215,7 +216,7 @@ class OpenCustomCall:
 
 
 class ResponsesEncoder:
-    """The response of one call. `keep` gets it when it is finished, before the client does, if it is to be stored."""
+    """Encodes the response of one call. If it is to be stored, `keep` gets it at the end, before the client does."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class ResponsesEncoder:
         self._created = int(time.time())
         self._num_sent = 0
         is_kept = keep is not None and call.is_stored
-        # 16 KB a stream: events have the same fields, so a short window finds them.
+        # 16 KB per stream: events repeat the same fields, so a short window is enough.
         self._compressor = zlib.compressobj(1, zlib.DEFLATED, 11, 4) if is_kept else None
         self._compressed: list[bytes] = []
         self._output: list[Item] = []
@@ -242,12 +243,12 @@ class ResponsesEncoder:
         self._warnings: Sequence[str] = ()
 
     def opening(self, usage: TokenUsage) -> bytes:
-        """What a stream begins with."""
+        """The events that begin a stream."""
         response = Raw(self._response("in_progress"))
         return self._frame(ResponseEvent(response=response)) + self._frame(InProgressEvent(response=response))
 
     def encode(self, event: Event) -> bytes:
-        """The stream's events of what is new."""
+        """The stream's events for one `Event`."""
         frames: list[bytes] = []
         if event.reasoning:
             item, begun = self._item(OpenReasoning)
@@ -269,27 +270,27 @@ class ResponsesEncoder:
             if delta is not None:
                 frames.append(self._frame(delta))
         if event.finish_reason is not None:
-            if self._open is None and not self._output:  # an answer of no text is a message all the same
+            if self._open is None and not self._output:  # an empty answer still has a message
                 frames += self._item(OpenMessage)[1]
             self._ending, self._warnings = event, event.warnings
             frames += self._close("completed" if STATUSES[event.finish_reason] == "completed" else "incomplete")
         return b"".join(frames)
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with."""
+        """The events that end a stream."""
         return self._finished(usage)[1]
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed."""
         if self._compressor is not None:
-            self.opening(usage)  # a stored response may be asked for as a stream
+            self.opening(usage)  # a client may read a stored response as a stream
         for event in events:
             self.encode(event)
         self._warnings = warnings
         return self._finished(usage)[0]
 
     def failing(self, error: BaseException) -> bytes:
-        """What a stream ends with where something went wrong."""
+        """The events that end a stream after an error."""
         if not self._num_sent:
             return encode_error(error)
         frames = self._close("incomplete")
@@ -299,7 +300,7 @@ class ResponsesEncoder:
         return b"".join([*frames, last])
 
     def _item(self, kind: type[Any]) -> tuple[Any, list[bytes]]:
-        """The open item, if it is of this kind, else a new one, and the events of its beginning."""
+        """The open item, if it is of this kind, else a new one, and the events that begin it."""
         if isinstance(self._open, kind):
             return self._open, []
         frames = self._close("completed")
@@ -330,7 +331,7 @@ class ResponsesEncoder:
         return data
 
     def _finished(self, usage: TokenUsage) -> tuple[bytes, bytes]:
-        """The body of the response, which is stored by then, and the event that ends its stream."""
+        """Store the response if it is to be stored. Return its body and the event that ends its stream."""
         finish_reason = None if self._ending is None else self._ending.finish_reason
         stop_reason = None if self._ending is None else self._ending.stop_reason
         status = STATUSES[finish_reason or "error"]
@@ -351,7 +352,7 @@ class ResponsesEncoder:
             self._keep(FinishedResponse(self._id, body, self._call.items, output, stream))
 
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
-        """The response object as it is now."""
+        """The current state of the response object, as JSON."""
         is_over = status == "completed"
         is_cut = self._ending is not None and self._ending.finish_reason == "length"
         return encode_json(
@@ -367,7 +368,7 @@ class ResponsesEncoder:
                 "model": self._model,
                 "output": self._output,
                 **self._call.shown,
-                "temperature": self._call.params.temperature,  # the model's own default is known only now
+                "temperature": self._call.params.temperature,  # may be the model's default, unknown before
                 "top_p": self._call.params.top_p,
                 "usage": usage
                 and {
@@ -388,14 +389,14 @@ def response_id_of(item_id: str) -> str:
 
 
 def encode_error(error: BaseException) -> bytes:
-    """What a stream ends with where something went wrong before its first event."""
+    """The event that ends a stream after an error before its first event."""
     shown = _shown_error(error)
     event = ErrorEvent(code=error_code(error), message=shown["message"], param=getattr(error, "param", None))
     return frame(encode_json(event), "error")
 
 
 def _shown_error(error: BaseException) -> dict[str, Any]:
-    """The error of a response, whose codes are a closed list."""
+    """The error of a response. Its code is from OpenAI's closed list."""
     status = status_of(error).http
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
     return {"code": code, "message": error_message(error)}

@@ -1,4 +1,4 @@
-"""The items of a response and the events of its stream, as OpenAI's types have them: every required field is there."""
+"""The items of a response and the events of its stream, with every field that OpenAI's types require."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DeltaTopLogprob(Struct):
 
 
 class DeltaLogprobs(Struct):
-    """A token in an event, which has no `bytes`."""
+    """A token's logprobs in an event. Unlike an item's they have no `bytes`."""
 
     token: str
     logprob: float
@@ -164,7 +164,7 @@ class CustomInputDone(ItemEvent, tag="response.custom_tool_call_input.done", kw_
 
 
 def delta_logprobs(logprobs: Sequence[ShownLogprob]) -> list[DeltaLogprobs]:
-    """The tokens as events tell them."""
+    """The logprobs in the shape of events."""
     return [
         DeltaLogprobs(each.token, each.logprob, [DeltaTopLogprob(top.token, top.logprob) for top in each.top_logprobs])
         for each in logprobs

@@ -1,7 +1,7 @@
-"""The items of a Responses conversation, as clients send them, to the turns of a chat.
+"""Converts the items of a Responses conversation, as clients send them, to the turns of a chat.
 
-An assistant's reasoning, message and calls are items of their own here and one turn of a chat. The raw items are kept
-beside the turns, because a stored response is continued by its items.
+An assistant's reasoning, message and calls are separate items here, but one turn of a chat. The raw items are kept
+too, because they are needed to continue a stored response.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from brlite.files.quoting import excerpt
 
 ROLES = ("user", "assistant", "system", "developer")
 TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-# What other servers' own tools did. The model is told of it by the assistant's messages alone.
+# Items of tools that other servers host. They are left out; the model gets only the assistant's messages.
 HOSTED_ITEMS = frozenset(
     (
         "web_search_call",
@@ -47,17 +47,17 @@ HOSTED_ITEMS = frozenset(
         "tool_search_output",
     )
 )
-REASONING_PREFIX = "brlite1:"  # of `encrypted_content` that this server has made
+REASONING_PREFIX = "brlite1:"  # begins each `encrypted_content` made by this server
 
 
 class StoredResponses(Protocol):
-    """The earlier responses that a client may continue: those of its key."""
+    """The earlier responses that a client may continue: those made with the same API key."""
 
     @property
     def is_enabled(self) -> bool: ...
 
     def conversation(self, response_id: str) -> list[Raw] | None:
-        """The items that went into a response and came out of it. None if it is not stored."""
+        """The input and output items of a response. None if it is not stored."""
         ...
 
     def item(self, item_id: str) -> Raw | None:
@@ -66,7 +66,7 @@ class StoredResponses(Protocol):
 
 
 class NothingStored:
-    """A server without a store."""
+    """The `StoredResponses` of a server that stores none."""
 
     is_enabled = False
 
@@ -83,7 +83,7 @@ class ItemTag(Struct):
 
 
 class InputItem(Struct, kw_only=True):
-    """An item of any kind. Other keys that came with an answer (`status`, `phase`) may come back here."""
+    """An item of any kind. Other keys are ignored: clients send back those of an answer (`status`, `phase`)."""
 
     type: str | None = None
     role: str | None = None
@@ -103,7 +103,7 @@ _ITEM = msgspec.json.Decoder(InputItem)
 
 
 class ItemReader:
-    """Items and the turns that they come to. `add` raises `InvalidRequest`, naming the item and its field."""
+    """Collects items and converts them to turns. `add` raises `InvalidRequest`, naming the item and its field."""
 
     def __init__(self, stored: StoredResponses) -> None:
         self.items: list[Raw] = []
@@ -167,7 +167,7 @@ class ItemReader:
 
     def _reasoning(self, item: InputItem, param: str) -> None:
         text = _text(item.content or "", f"{param}.content")
-        if not text and (item.encrypted_content or "").startswith(REASONING_PREFIX):  # this server made it: `sealed`
+        if not text and (item.encrypted_content or "").startswith(REASONING_PREFIX):  # made by `sealed`
             encoded = str(item.encrypted_content).removeprefix(REASONING_PREFIX)
             with suppress(binascii.Error, UnicodeDecodeError):
                 text = base64.b64decode(encoded, validate=True).decode()
@@ -202,7 +202,7 @@ class ItemReader:
         self.turns.append({"role": "tool", "tool_call_id": call_id, "content": _text(item.output, f"{param}.output")})
 
     def _assistant_turn(self) -> dict[str, Any]:
-        """The assistant's turn that is not over yet, or a new one."""
+        """The last turn if it is the assistant's, else a new one."""
         if self.turns and self.turns[-1]["role"] == "assistant":
             return self.turns[-1]
         return self._new_assistant_turn()
@@ -214,17 +214,17 @@ class ItemReader:
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """What the model calls a tool: templates know no namespaces."""
+    """A tool's name for the model. It includes the namespace, because templates have none."""
     return f"{namespace}.{name}" if namespace else name
 
 
 def custom_arguments(text: str) -> str:
-    """The free text of a custom tool's call, as the arguments of a function."""
+    """The free text of a custom tool's call as the JSON arguments of a function."""
     return msgspec.json.encode({"input": text}).decode()
 
 
 def sealed(reasoning: str) -> str:
-    """Reasoning as `encrypted_content`: not encrypted, since it is the client's own conversation."""
+    """Reasoning as `encrypted_content`: base64, not encrypted, because the client may read its own conversation."""
     return REASONING_PREFIX + base64.b64encode(reasoning.encode()).decode()
 
 

@@ -1,6 +1,7 @@
-"""The flat tools of the Responses API to tools that a model can be told of, and calls back to the client's names.
+"""Converts the flat tools of the Responses API to functions for the model, and the names in calls back to the client's.
 
-A namespace's tools have its name before theirs. A custom tool, which takes free text, is a function of one string.
+The tools of a namespace get its name as a prefix. A custom tool, which takes free text, becomes a function of one
+string.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from brlite.dialects.openai_tools import (
 from brlite.dialects.responses_items import flat_name
 from brlite.files.quoting import excerpt
 
-# An answer without these is one that the model could have given with them. The others have a client's own data behind
-# them, and an answer without those would be a wrong one.
+# Tools that are left out. Their use is optional, so an answer without them is valid. The other hosted tools reach the
+# client's own data; an answer without that would be wrong.
 DROPPED_TOOLS = frozenset(
     (
         "web_search",
@@ -47,7 +48,7 @@ CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"
 
 
 class ResponseTool(Struct, kw_only=True):
-    """A tool of any type. Other keys are those of hosted tools."""
+    """A tool of any type. Other keys belong to hosted tools and are ignored."""
 
     type: str
     name: str | None = None
@@ -73,7 +74,7 @@ class ResponseToolChoice(Struct, kw_only=True):
 
 
 class CalledTool(Struct, frozen=True):
-    """What a client calls the tool that a model has called."""
+    """The client's name and namespace of a tool that the model called."""
 
     name: str
     namespace: str | None = None
@@ -81,7 +82,7 @@ class CalledTool(Struct, frozen=True):
 
 
 class ResponseTools(Struct, frozen=True, kw_only=True):
-    """The tools of a request: as the model gets them, by the names it calls them, and as the response echoes them."""
+    """The tools of a request: for the model, by the model's names, and as the response echoes them."""
 
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = ToolChoice(mode="none")
@@ -91,7 +92,7 @@ class ResponseTools(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
     def find(self, name: str) -> CalledTool:
-        """The tool that the model calls `name`."""
+        """The client's tool that has this `name` for the model."""
         return self.called.get(name) or CalledTool(name)
 
 
@@ -105,7 +106,7 @@ def decode_response_tools(
     is_parallel: bool | None,
     limits: LimitsConfig,
 ) -> ResponseTools:
-    """The tools and the choice among them. Raises `InvalidRequest`, naming the field."""
+    """Decode the tools and the tool choice. Raises `InvalidRequest`, naming the field."""
     check_num_entries("tools", len(raw_tools or ()), limits.max_tools)
     definitions: list[ToolDefinition] = []
     called: dict[str, CalledTool] = {}
@@ -160,7 +161,7 @@ def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[
 
 
 def _choice(choice: str | ResponseToolChoice | None) -> str | ToolChoiceObject | None:
-    """The choice in the shape of chats, whose rules are the same."""
+    """The tool choice in the shape of chats, which have the same rules."""
     if choice is None or isinstance(choice, str):
         return choice
     if choice.type in ("function", "custom") and choice.name:

@@ -1,4 +1,4 @@
-"""How well texts go together: rerank in the shape of vLLM, Jina and Cohere, and vLLM's score."""
+"""Scores the relevance of texts to each other: rerank in the shape of vLLM, Jina and Cohere, and vLLM's score."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ class ScoreAnswer(Struct, kw_only=True):
 
 
 class Scoring(Struct, frozen=True, kw_only=True):
-    """A call: each of `seconds` is scored beside the one of `firsts` at its place, or beside the only one.
+    """A call: each text of `seconds` is scored with the text of `firsts` at the same index, or with the only one.
 
-    Names are what errors call each text. `top_n` and `returns_documents` are rerank's. `use_activation` is whether a
-    score is the sigmoid of what the head gives; None: as the model has it.
+    `first_names` and `second_names` name the texts in errors. `top_n` and `returns_documents` are rerank's. With
+    `use_activation` a score is the sigmoid of the head's output; None: the model's default.
     """
 
     model: str | None
@@ -103,7 +103,7 @@ class Scoring(Struct, frozen=True, kw_only=True):
 
 
 class ScoreDialect(NamedTuple):
-    """One of the two shapes. `encode` makes the answer of a call, its scores, the usage and the rest by name."""
+    """One of the two APIs. `encode` makes the answer from a call, its scores, the usage and further keywords."""
 
     id_prefix: str
     decode: Callable[[bytes, LimitsConfig], Scoring]
@@ -115,7 +115,7 @@ _SCORE = BodyDecoder(ScoreRequest)
 
 
 def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _RERANK.decode(data)
     warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     top_n = body.top_n
@@ -135,7 +135,7 @@ def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
 
 
 def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
-    """What the body asks for: one text beside one or several, or as many beside as many. Raises `InvalidRequest`."""
+    """Decode the body. `text_1` is one text, or has as many as `text_2`. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _SCORE.decode(data)
     warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     texts, names = list[tuple[str, ...]](), list[tuple[str, ...]]()
@@ -157,7 +157,7 @@ def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
 
 
 def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
-    """The best first; equal ones in the order of the request. `others` are `id`, `model` and `warnings`."""
+    """Encode the answer, best first; equal scores keep the request's order. `others` are `id`, `model`, `warnings`."""
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: call.top_n]
     results = [
         RerankResult(
@@ -171,7 +171,7 @@ def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **
 
 
 def _encode_score(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
-    """In the order of the request; else as `_encode_rerank`."""
+    """Encode the answer, in the request's order. `others` as in `_encode_rerank`."""
     data = [ScoreItem(index=index, score=score) for index, score in enumerate(scores)]
     return encode_json(ScoreAnswer(data=data, usage=usage, created=int(time.time()), **others))
 

@@ -1,11 +1,11 @@
-"""The text of server-sent events: one frame for each event, and the event that ends OpenAI's streams."""
+"""Frames server-sent events, and defines the event that ends OpenAI's streams."""
 
 from __future__ import annotations
 
 DONE = b"[DONE]"
 EVENT_END = b"\n\n"
 DONE_EVENT = b"data: %b\n\n" % DONE
-# Characters that Python's `str.splitlines` takes for line ends, as clients that are built on it do, and JSON does not.
+# Characters that `str.splitlines`, and so some Python clients, treat as line ends. JSON does not escape them.
 _LINE_ENDS = (
     ("\u2028".encode(), b"\\u2028"),
     ("\u2029".encode(), b"\\u2029"),
@@ -14,7 +14,7 @@ _LINE_ENDS = (
 
 
 def on_one_line(event: bytes) -> bytes:
-    """JSON whose line separators are escaped, so that it is one line in every reader's eyes."""
+    """JSON with escaped line separators, so that every client reads it as one line."""
     if not event.isascii():
         for character, escape in _LINE_ENDS:
             event = event.replace(character, escape)
@@ -22,6 +22,6 @@ def on_one_line(event: bytes) -> bytes:
 
 
 def frame(event: bytes, name: str = "") -> bytes:
-    """A server-sent event with this JSON as its data. Without a name it has no `event:` line."""
+    """A server-sent event with this JSON as its data. Without `name` it has no `event:` line."""
     data = b"data: %b\n\n" % (event if event.isascii() else on_one_line(event))
     return b"event: %b\n%b" % (name.encode(), data) if name else data
