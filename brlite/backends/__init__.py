@@ -1,3 +1,3 @@
-"""Implementations of `engine/backend.py`: they compute what the scheduler has decided. Know no text, no requests and no
-HTTP. First file: `choose.py`.
+"""Implementations of `engine/backend.py`: they compute the steps that the scheduler decides. No text, no requests and
+no HTTP. First file: `choose.py`.
 """

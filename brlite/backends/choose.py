@@ -105,7 +105,7 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
 
 
 def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
-    """Packed weights are where the config says, in the bundle, or in the cache for a model that was fetched."""
+    """The packed file's path comes from the config, else from the bundle, else from the cache for a fetched model."""
     spec, packed_file = plan.spec, None
     logger.info("model %s: precision %s", spec.name, describe_precision(plan.model, spec, is_native=True))
     if spec.serialize_file:

@@ -1,7 +1,7 @@
 """brlite's own backends behind the contract of engine plugins: `--engine brlite`.
 
-Serving does not need it: the backends do more without it. It shows that the contract can be implemented, and is a real
-engine for `engine-check`. Each slot is a fixed run of blocks.
+Serving does not need it: without it the backends have more features. It shows that the contract can be implemented, and
+is a real engine for `engine-check`. Each slot is a fixed range of blocks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}  # of a backend that is not bat
 
 @runtime_checkable
 class LogitsBackend(Protocol):
-    """A backend that also gives its logits."""
+    """A backend that can also return its logits."""
 
     @property
     def info(self) -> BackendInfo: ...
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
-        """Compute a step, and give the logits [R, V] after the last token of each sequence."""
+        """Compute a step and return the logits [R, V] after the last token of each sequence."""
         ...
 
     def close(self) -> None: ...
@@ -50,7 +50,7 @@ class BuiltinEngine:
         from brlite.checkpoint.checked_model import check_model
         from brlite.checkpoint.fetch import locate_model
 
-        spec = msgspec.structs.replace(spec, num_blocks=0)  # enough for a whole context in each slot
+        spec = msgspec.structs.replace(spec, num_blocks=0)  # 0: enough for a whole context in each slot
         with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
             backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, config)
         if not isinstance(backend, LogitsBackend):

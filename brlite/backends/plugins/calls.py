@@ -1,6 +1,6 @@
-"""Which calls of an engine one step takes: rows that it cannot compute together come in calls of their own.
+"""Splits a step into calls of the engine: rows that it cannot compute together go into separate calls.
 
-Pure decisions over rows and capabilities; computes nothing.
+Pure functions of rows and capabilities; computes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NO_TOKENS: TokenIds = np.zeros(0, np.int32)
 
 
 def plan_calls(rows: Sequence[PluginRow], capabilities: Capabilities) -> list[list[PluginRow]]:
-    """The rows in groups that the engine takes together, decodes first: they keep streams going."""
+    """The rows in groups that the engine can compute in one call, decodes first, so that streams do not stall."""
     decodes = [row for row in rows if not row.is_prompt]
     prompts = [row for row in rows if row.is_prompt]
     groups = [prompts] if capabilities.can_prefill_together else [[row] for row in prompts]
@@ -27,7 +27,7 @@ def plan_calls(rows: Sequence[PluginRow], capabilities: Capabilities) -> list[li
 
 
 def with_every_slot(rows: Sequence[PluginRow], capabilities: Capabilities) -> list[PluginRow]:
-    """The rows as a call takes them: where it wants every slot, those that are idle are added, and all are in order."""
+    """The rows of a call. If the engine needs every slot, idle slots are added and all are sorted by slot."""
     if not capabilities.needs_every_slot:
         return list(rows)
     by_slot = {row.slot: row for row in rows}
@@ -35,6 +35,6 @@ def with_every_slot(rows: Sequence[PluginRow], capabilities: Capabilities) -> li
 
 
 def chunks(token_ids: TokenIds, capabilities: Capabilities) -> list[TokenIds]:
-    """The tokens in rows that are not too long for the engine."""
+    """The tokens, split into rows that are not too long for the engine."""
     size = capabilities.longest_row
     return [token_ids[start : start + size] for start in range(0, len(token_ids), size)]

@@ -1,15 +1,14 @@
-"""What an engine must do to be served by brlite: open, step, release, close. All there is between us and a closed one.
+"""The contract of engine plugins: open, step, release, close. It is the whole interface to a closed engine.
 
 An engine holds slots, one for each sequence of its built batch. A step extends some slots by tokens and gives the
-logits that follow them. Knows no requests, no sampling, no text and no torch.
-
-An engine is a class that is made without arguments, and is found by an entry point:
+logits that follow them. The contract has no requests, no sampling, no text and no torch.
+An engine is a class whose constructor takes no arguments. It is found by an entry point:
 
     [options.entry_points]
     brlite.engines =
         my_engine = my_package.my_module:MyEngine
 
-`brlite serve --engine my_engine` serves with it, `brlite engine-check --engine my_engine` tries what is promised below.
+`brlite serve --engine my_engine` serves with it, `brlite engine-check --engine my_engine` tests the promises below.
 `toy.py` is a worked example.
 """
 
@@ -34,14 +33,14 @@ STATIC_CONTEXT = 2048  # tokens
 
 
 class RowRefused(EngineError):
-    """A row that cannot be computed: no such slot, no such position, no such token. Nothing of its step was."""
+    """A row that cannot be computed: no such slot, position or token. Nothing of its step was computed."""
 
 
 class PluginRow(NamedTuple):
-    """What a step computes of one slot: `token_ids` [T] int32 at positions `start` to `start + T - 1`.
+    """The tokens that a step computes for one slot: `token_ids` [T] int32 at positions `start` to `start + T - 1`.
 
-    Keys and values of all earlier positions are in the slot: `start` is its length. A row without tokens stands for a
-    slot that has nothing to do; such rows come only to engines that want one for every slot.
+    Keys and values of all earlier positions are in the slot: `start` is its length. A row without tokens stands for an
+    idle slot; only engines with `needs_every_slot` get such rows.
     """
 
     slot: int
@@ -60,7 +59,7 @@ class PluginRow(NamedTuple):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do, known once it is open. brlite never uses more, and `engine-check` tests what is here.
+    """An engine's abilities, which `open` returns. brlite never uses more, and `engine-check` tests them.
 
     `max_seqs` is the built batch: slots are numbered 0 to `max_seqs - 1`. A slot holds up to `max_model_len` tokens.
     `vocab_size` is the width of the logits, padding of the vocabulary included.
@@ -71,15 +70,15 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
       no request can have `prompt_logprobs`.
     * `max_row_tokens`: the longest row; None is `max_model_len`. Anything less needs `can_chunk_prompts`.
     * `needs_every_slot`: a step has exactly `max_seqs` rows, that of slot i in place i, some without tokens.
-      Without, it has a row for each slot that has something to do, in any order.
-    * `hidden_size`: it `GivesHiddenStates` of so many numbers, for embeddings. 0: not. Needs `can_chunk_prompts`.
+      Without, it has a row for each slot with work, in any order.
+    * `hidden_size`: the length of the hidden states of an engine that `GivesHiddenStates`, for embeddings. 0: it does
+      not. Needs `can_chunk_prompts`.
     * `is_deterministic`: the same slots, filled by the same steps, give the same bits.
-    * `is_batch_invariant`: a row's bits depend on the tokens of its own slot alone: not on its company, its slot's
-      number, nor on the rows that the tokens came in. What is not claimed here holds within `tolerance`, the largest
-      difference of two logits as a share of the largest magnitude in their rows; 0.1 at most.
-
-    The rest is shown: `device` and `dtype` to people and in metrics, sizes in bytes where they are known, `notes` as
-    warnings at the start, `fingerprint` as part of answers: equal ones promise equal bits.
+    * `is_batch_invariant`: a row's bits depend on the tokens of its own slot alone: not on other rows, its slot's
+      number, or how the tokens were split into rows. Without these two claims, equality holds within `tolerance`, the
+      largest difference of two logits as a share of the largest magnitude in their rows; 0.1 at most.
+    Other fields are for display: `device` and `dtype` also in metrics, sizes in bytes if known, `notes` as warnings at
+    the start, `fingerprint` as part of answers: equal fingerprints promise equal bits.
     """
 
     name: str
@@ -116,44 +115,43 @@ class PluginEngine(Protocol):
     """
 
     def open(self, spec: ModelSpec, config: EngineConfig) -> Capabilities:
-        """Build or load what `spec` describes, which may take minutes, and say what it can do.
+        """Build or load the model of `spec`, which may take minutes. Returns the capabilities.
 
         `spec` has the manual's fields: `path` or `name` (cached_dir, model), `model_file`, `input_name`, `output_name`,
         `serialize_file`, `precision` (model_precision), `build_seq`, `build_batch`, `tensor_parallel`
-        (distribute_param), `devices`, `vocab_size`; `config` has `threads`, and `options`, which are the engine's own.
-        Files may be written here only, and none but `serialize_file`. Raises `ConfigError` for a field that it cannot
-        serve, `ModelError` for files that are missing or broken, naming them.
+        (distribute_param), `devices`, `vocab_size`; `config` has `threads`, and `options` that the engine defines.
+        Only `open` may write files, and only `serialize_file`. Raises `ConfigError` for a field that it cannot serve,
+        `ModelError` with the names of missing or broken files.
         """
         ...
 
     def step(self, rows: Sequence[PluginRow]) -> Logits:
         """Extend each row's slot by its tokens. Returns logits [len(rows), vocab_size]: of each row's last token.
 
-        They are in the order of `rows`, raw (no temperature, no mask), and the caller's to write to. Those of a row
-        without tokens mean nothing. A row that went wrong by itself has NaN in its logits.
-
-        Raises `RowRefused`, before anything is computed, for a step that its capabilities or its slots do not allow: a
-        position beyond `max_model_len` above all. After any other exception the rows of the step are lost: their slots
-        are released next. Either way slots that were not in the step are as they were. An engine that can never step
-        again raises `BackendLost`: it is closed, and a new one opened or the server ended (`engine.on_rank_failure`).
+        They are in the order of `rows`, raw (no temperature, no mask), and the caller may overwrite them. Those of a
+        row without tokens are not read. If only one row failed, its logits have NaN.
+        Raises `RowRefused`, before anything is computed, for a step that its capabilities or its slots do not allow,
+        for example a position beyond `max_model_len`. After any other exception the rows of the step are lost, and the
+        caller releases their slots. In both cases the other slots are unchanged. An engine that can never step again
+        raises `BackendLost`. brlite then closes it, and opens a new one or ends the server (`engine.on_rank_failure`).
         """
         ...
 
     def release(self, slot: int) -> None:
-        """Forget what is in a slot: its length is 0 again, and nothing of it shows in what comes there next.
+        """Empty a slot: its length is 0 again, and its contents do not affect its next sequence.
 
-        Other slots stay as they are. A slot that is empty, or was never used, may be released.
+        Other slots are unchanged. A slot that is empty, or was never used, may be released.
         """
         ...
 
     def close(self) -> None:
-        """Give everything back. May be called twice, and without `open` or after one that failed."""
+        """Release everything. May be called twice, without `open`, and after an `open` that failed."""
         ...
 
 
 @runtime_checkable
 class BringsTokenizer(Protocol):
-    """An engine that has its own tokenizer, and so needs no model folder."""
+    """An engine with its own tokenizer, which needs no model folder."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. May be called before `open`, and on another thread."""
@@ -162,20 +160,20 @@ class BringsTokenizer(Protocol):
 
 @runtime_checkable
 class GivesHiddenStates(Protocol):
-    """An engine that has what its logits are made of, for embeddings. `Capabilities.hidden_size` says so."""
+    """An engine that can return hidden states, for embeddings. Its `Capabilities.hidden_size` is not 0."""
 
     def hidden_states(self, slots: Sequence[int]) -> npt.NDArray[np.float32]:
         """The hidden states [len(slots), hidden_size], after the final norm, of each slot's last token.
 
-        They are asked for right after the step that had the tokens.
+        Called directly after the step that computed these tokens.
         """
         ...
 
 
 def with_static_context(spec: ModelSpec) -> ModelSpec:
-    """The spec with a context and a precision: an engine has its shapes before it knows the model.
+    """The spec with a context and a precision, which an engine needs before it reads the model.
 
-    Left out, they are `STATIC_CONTEXT` and bf16. Raises `ConfigError` for a precision that engines do not know.
+    The defaults are `STATIC_CONTEXT` and bf16. Raises `ConfigError` for a precision that engines do not have.
     """
     precision = "bf16" if spec.precision == "auto" else spec.precision
     if precision not in get_args(PrecisionName):

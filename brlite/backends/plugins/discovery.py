@@ -29,7 +29,7 @@ def check_engine_name(name: str) -> None:
 
 
 def check_capabilities(capabilities: Capabilities, spec: ModelSpec) -> None:
-    """Raise what makes an open engine unusable: `EngineError` for a contradiction, `ConfigError` for another model."""
+    """Raise `EngineError` if capabilities contradict each other, `ConfigError` if they do not match `spec`."""
     name = f"engine {capabilities.name}"
     for field in ("max_seqs", "max_model_len", "vocab_size", "longest_row"):
         if getattr(capabilities, field) < 1:

@@ -26,7 +26,7 @@ class OneThread:
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises. Raises `EngineError` after `stop`."""
+        """Run `function`; returns or raises what it does. Raises `EngineError` after `stop`."""
         if self.is_stopped:
             raise EngineError("the engine is closed")
         done: Future[T] = Future()
@@ -41,7 +41,7 @@ class OneThread:
         return done.result()
 
     def stop(self) -> None:
-        """End the thread after the calls that wait. May be called twice."""
+        """End the thread after the queued calls. May be called twice."""
         if not self.is_stopped:
             self.is_stopped = True
             self._work.put(None)

@@ -61,7 +61,7 @@ class SlotWork:
     slot: int
     rows: list[PluginRow]
     logits: list[Logits] = field(default_factory=list)
-    hidden: list[npt.NDArray[np.float32]] = field(default_factory=list)  # where they are wanted
+    hidden: list[npt.NDArray[np.float32]] = field(default_factory=list)  # only for pooling
     error: str | None = None
 
 
@@ -75,7 +75,7 @@ class SlotBackend:
         config: EngineConfig,
         choose: Callable[[int], HostSampler] = choose_sampler,
     ) -> None:
-        """Opens the engine, which may take minutes. Raises what it raises."""
+        """Opens the engine, which may take minutes. Raises the engine's exceptions."""
         self._engine = engine
         self._guard = BackendGuard()
         self._thread = OneThread("brlite-engine-calls")
@@ -92,9 +92,9 @@ class SlotBackend:
         self._slots = [Slot() for _ in range(self.info.num_blocks)]
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. A call that fails ends its own sequences; if all do, what the last one raised is raised.
+        """Compute one step. A call that fails ends its own sequences; if all calls fail, the last error is raised.
 
-        `BackendLost` ends them all at once.
+        `BackendLost` is raised at once.
         """
         with self._guard.step():
             work, failures = [self._take(seq) for seq in batch.seqs], list[Exception]()
@@ -134,8 +134,8 @@ class SlotBackend:
         slot.waiting += seq.token_ids
         work = SlotWork(seq, number, [])
         if not self._capabilities.can_chunk_prompts and seq.sampling is None:
-            return work  # the prompt is not whole
-        # Tokens whose logits, or whose hidden states, are wanted come one by one.
+            return work  # more chunks of the prompt follow
+        # Tokens whose logits or hidden states are wanted need rows of their own.
         num_single = len(seq.prompt_targets)
         if seq.pooling is not None and seq.pooling.num_tokens > 1:
             num_single = seq.pooling.num_tokens
@@ -171,7 +171,7 @@ class SlotBackend:
             concerned[number].hidden.append(state)
 
     def _hidden_states(self, slots: list[int]) -> npt.NDArray[np.float32]:
-        """Of these slots [N, H]. Raises `EngineError` for an array of another type or shape."""
+        """The hidden states [N, H] of these slots. Raises `EngineError` for an array of another type or shape."""
         if not slots:
             return np.empty((0, 0), np.float32)
         shape = (len(slots), self._capabilities.hidden_size)
@@ -227,7 +227,7 @@ class SlotBackend:
 
 
 def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> BackendInfo:
-    """The engine's sizes as a `BackendInfo`; its notes name what the config wants and the engine lacks."""
+    """The engine's sizes as a `BackendInfo`. Its notes name configured features that the engine lacks."""
     max_seqs = min(capabilities.max_seqs, spec.build_batch)
     max_model_len = min(capabilities.max_model_len, spec.build_seq)
     notes = [*capabilities.notes]

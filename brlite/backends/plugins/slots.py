@@ -57,7 +57,7 @@ class Slots:
                 self.lengths[row.slot] = row.end
 
     def release(self, slot: int) -> None:
-        """Raises `RowRefused` where there is no such slot."""
+        """Set a slot's length to 0. Raises `RowRefused` if there is no such slot."""
         self._check_number(slot)
         self.lengths[slot] = 0
 

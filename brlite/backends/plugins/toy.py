@@ -1,8 +1,8 @@
 """The toy engine: echoes the user's message. A worked example of the contract, and a fake server for tests of clients.
 
-It behaves as a compiled engine of a static batch does: every slot in every step, padded to one length, prompts one at a
-time and never beside decodes. Its logits are a function of all tokens in the slot and of nothing else, so that a slip
-of whoever drives it shows. Numpy only; no files, no torch.
+It behaves like a compiled engine with a static batch: every slot in every step, padded to one length, prompts one at a
+time and never with decodes. Its logits are a function of all tokens in the slot and of nothing else, so that an error
+of the caller is visible. Numpy only; no files, no torch.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from brlite.tokenizer import Tokenizer
 Rate = Annotated[float, Meta(ge=0, le=10**9)]
 Every = Annotated[int, Meta(ge=0, le=10**9)]
 
-# Chances of saying what it should not: none at temperature 1, one token in 200 at 2, nine in ten at 8.
-CERTAINTY = 20.0  # the logit of the token that is next
-SPREAD = 4.0  # those of other letters lie in a range of this width, around 0
-UNLIKELY = -30.0  # and those of other bytes here, so that noise is still text
+# Share of sampled tokens that differ from the expected ones: 0 at temperature 1, 1 in 200 at 2, 9 in 10 at 8.
+CERTAINTY = 20.0  # the logit of the expected token
+SPREAD = 4.0  # the logits of other letters lie in a range of this width, around 0
+UNLIKELY = -30.0  # the logits of other bytes lie around this, so that noise is still text
 LETTERS = range(32, 127)
 
 HIDDEN_SIZE = 8
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_SHIFT = np.uint64(40)  # what is left are the 24 bits that a float32 can hold
+_SHIFT = np.uint64(40)  # leaves 24 bits, the precision of a float32
 
 
 class ToyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`--engine-option NAME=VALUE`, or `[engine] options`. 0 is off.
 
-    `start_seconds` is how long it loads. A step of decodes takes 1 / `tokens_per_second`: so many tokens a second come
-    in each stream. A prompt takes its length / `prompt_tokens_per_second`. Of all steps every `fail_every`-th raises,
-    and every `nan_every`-th has NaN in its first row; with the `lost_at`-th the engine is lost for good.
+    Loading takes `start_seconds`. A step of decodes takes 1 / `tokens_per_second` seconds, so each stream gets that
+    rate. A prompt takes its length / `prompt_tokens_per_second`. Every `fail_every`-th step raises, every
+    `nan_every`-th has NaN in its first row; at the `lost_at`-th the engine raises `BackendLost` from then on.
     """
 
     start_seconds: Rate = 0.0
@@ -112,7 +112,7 @@ class ToyEngine:
         return self.logits(rows)
 
     def compute(self, step: PaddedStep) -> None:
-        """Put the tokens where they belong, as a model does with keys and values."""
+        """Store the tokens at their positions, as a model stores keys and values."""
         for slot, token_ids, start, length in zip(*step, strict=True):
             self._token_ids[slot, start : start + length] = token_ids[:length]
 
@@ -147,7 +147,7 @@ class ToyEngine:
 
 
 class PaddedStep(NamedTuple):
-    """A step as static shapes take it: token ids [B, T] filled up with 0, where each row starts, and its length."""
+    """A step in static shapes: token ids [B, T] padded with 0, and the start and length of each row."""
 
     slots: list[int]
     token_ids: npt.NDArray[np.int32]
@@ -156,7 +156,7 @@ class PaddedStep(NamedTuple):
 
 
 def pad(rows: Sequence[PluginRow]) -> PaddedStep:
-    """The rows as long as the longest."""
+    """The rows, padded to the length of the longest."""
     token_ids = np.zeros((len(rows), max(len(row.token_ids) for row in rows)), np.int32)
     for index, row in enumerate(rows):
         token_ids[index, : len(row.token_ids)] = row.token_ids
@@ -165,7 +165,7 @@ def pad(rows: Sequence[PluginRow]) -> PaddedStep:
 
 
 def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """The logits [V] after a context: a noise that every token of it changes, and on top of it what comes next."""
+    """The logits [V] after a context: noise that depends on all its tokens, and a high logit for the next token."""
     logits: npt.NDArray[np.float32] = _noise(context, VOCAB_SIZE) * np.float32(SPREAD)
     is_letter = np.zeros(VOCAB_SIZE, np.bool_)
     is_letter[LETTERS.start : LETTERS.stop] = True
@@ -180,7 +180,7 @@ def token_state(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
 
 
 def _noise(context: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.float32]:
-    """Numbers from -0.5 to 0.5 that every token of a context changes."""
+    """Numbers from -0.5 to 0.5 that depend on all tokens of a context."""
     powers = np.cumprod(np.full(len(context), _MULTIPLIER, np.uint64), dtype=np.uint64)
     state = (powers * (context.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
     bits = (state ^ np.arange(1, size + 1, dtype=np.uint64) * _MULTIPLIER) * _MULTIPLIER
@@ -189,7 +189,7 @@ def _noise(context: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.float32]
 
 
 def next_token(context: Sequence[int]) -> int:
-    """What the user said last, byte by byte, then the end; and once more from its beginning if asked to go on.
+    """The next byte of the user's last message, then the end token; after the end the message starts again.
 
     A context without turns, such as one of plain token ids, gets the alphabet.
     """
@@ -202,5 +202,5 @@ def next_token(context: Sequence[int]) -> int:
 
 
 def _last(context: Sequence[int], token_id: int) -> int | None:
-    """Where a token stands last."""
+    """The last index of a token; None if it is not there."""
     return next((index for index in range(len(context) - 1, -1, -1) if context[index] == token_id), None)

@@ -1,6 +1,6 @@
-"""The toy's tokenizer: a token for each byte, and four control tokens that say who speaks.
+"""The toy engine's tokenizer: a token for each byte, and four control tokens for roles and the end.
 
-A prompt for completions is wrapped as a chat of one message would be, so that both get the same answer.
+A prompt for completions is wrapped like a chat of one message, so that both get the same answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCAB_SIZE = 256 + len(NAMES)
 
 
 def toy_tokenizer() -> Tokenizer:
-    """A tokenizer without files: UTF-8 is its vocabulary."""
+    """A tokenizer without files, of UTF-8 bytes."""
     table = tuple(bytes([byte]) for byte in range(256)) + tuple(name.encode() for name in NAMES.values())
     return Tokenizer(
         ByteEncoder(),

@@ -1,7 +1,7 @@
-"""What `brlite engine-check` tries: each check is one promise of the contract, and fails where it is not kept.
+"""The checks of `brlite engine-check`. Each tests one promise of the contract, and fails if the engine breaks it.
 
-A check gets the engine with all slots empty, and may leave it in any state. They prove nothing about the mathematics:
-an engine that computes another model keeps every promise.
+A check gets the engine with all slots empty, and may leave it in any state. The checks do not test the mathematics:
+an engine that computes another model passes them all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUM_REPEATS = 3
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one check. `detail` is what was seen, or why it was not tried."""
+    """The outcome of one check. `detail` is what was measured, or why the check did not run."""
 
     name: str
     result: Literal["passed", "failed", "not tried"]
@@ -40,7 +40,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_checks(subject: EngineUnderTest, report: Callable[[Outcome], object]) -> list[Outcome]:
-    """Every check, in order. Each outcome is reported as it is there."""
+    """Run all checks in order. `report` gets each outcome at once."""
     outcomes = []
     for name, check in CHECKS.items():
         outcomes.append(run_check(subject, name, check))
@@ -49,7 +49,7 @@ def run_checks(subject: EngineUnderTest, report: Callable[[Outcome], object]) ->
 
 
 def run_check(subject: EngineUnderTest, name: str, check: Check) -> Outcome:
-    """One check, from empty slots on. Whatever the engine raises is an outcome."""
+    """Run one check, with empty slots at its start. Any exception of the engine becomes an outcome."""
     start = time.monotonic()
     result: Literal["passed", "failed", "not tried"]
     try:
@@ -59,7 +59,7 @@ def run_check(subject: EngineUnderTest, name: str, check: Check) -> Outcome:
         result, detail = "not tried", str(reason)
     except CheckFailed as failure:
         result, detail = "failed", str(failure)
-    except Exception as error:  # an engine is other people's code, and its faults are what is looked for
+    except Exception as error:  # third-party code: any exception is a finding
         result, detail = "failed", f"raised {type(error).__name__}: {error}"
     return Outcome(name=name, result=result, detail=detail, seconds=time.monotonic() - start)
 
@@ -378,7 +378,7 @@ def _one_row(subject: EngineUnderTest, length: int, *, salt: int = 0) -> list[in
 
 
 def _fresh(subject: EngineUnderTest, prompt: Sequence[int], *then: int) -> Logit:
-    """The logits after a prompt, and tokens decoded after it, alone in slot 0, which is empty before and after."""
+    """The logits after a prompt and the tokens `then`, decoded one by one, alone in slot 0. Slot 0 is emptied after."""
     subject.clear()
     logits = subject.alone(0, prompt)
     for token_id in then:
@@ -388,7 +388,7 @@ def _fresh(subject: EngineUnderTest, prompt: Sequence[int], *then: int) -> Logit
 
 
 def _in_pieces(subject: EngineUnderTest, prompt: Sequence[int], sizes: Sequence[int]) -> Logit:
-    """The logits after a prompt that comes in rows of these sizes."""
+    """The logits after a prompt that is split into rows of these sizes."""
     subject.clear()
     start = 0
     for size in sizes:

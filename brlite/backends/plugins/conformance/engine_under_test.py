@@ -1,6 +1,6 @@
-"""An engine under test: fills slots as its capabilities allow, and compares what comes back.
+"""An engine under test: fills slots as its capabilities allow, and compares logits.
 
-Knows the contract and no particular engine. What is tried is in `conformance.py`.
+Uses the contract only, no particular engine. The checks are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from brlite.errors import BrliteError, ConfigError
 
 MIN_MODEL_LEN = 32
 
-Logit = npt.NDArray[np.float32] | npt.NDArray[np.float16]  # those of one row [V]
+Logit = npt.NDArray[np.float32] | npt.NDArray[np.float16]  # of one row [V]
 
 
 class CheckFailed(BrliteError):
-    """A promise of the contract is not kept: `str(error)` says what was seen."""
+    """The engine breaks a promise of the contract: `str(error)` describes it."""
 
 
 class NotApplicable(BrliteError):
-    """A check of what this engine does not claim, or has too few slots or positions for."""
+    """The check does not apply: the engine does not claim this, or has too few slots or positions."""
 
 
 class EngineUnderTest:
-    """One engine, and how long its slots should be by now."""
+    """One engine, and the expected lengths of its slots."""
 
     def __init__(self, make: Callable[[], PluginEngine], spec: ModelSpec, config: EngineConfig) -> None:
         self._make, self._spec, self._config = make, with_static_context(spec), config
@@ -65,7 +65,7 @@ class EngineUnderTest:
         self.lengths[slot] = 0
 
     def feed(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Logit]:
-        """Extend slots by tokens, in as few calls as the engine allows. The logits after the last, by slot."""
+        """Extend slots by tokens, in as few calls as the engine allows. Returns the last logits of each slot."""
         pieces = {slot: chunks(np.array(token_ids, np.int32), self.capabilities) for slot, token_ids in tokens.items()}
         found: dict[int, Logit] = {}
         for index in range(max(map(len, pieces.values()))):
@@ -75,15 +75,15 @@ class EngineUnderTest:
         return found
 
     def alone(self, slot: int, token_ids: Sequence[int]) -> Logit:
-        """Extend one slot by tokens."""
+        """Extend one slot by tokens. Returns its last logits."""
         return self.feed({slot: token_ids})[slot]
 
     def row(self, slot: int, token_ids: TokenIds | Sequence[int]) -> PluginRow:
-        """A row that goes on where the slot ends."""
+        """A row that starts at the end of the slot."""
         return PluginRow(slot, self.lengths[slot], np.array(token_ids, np.int32))
 
     def step(self, rows: Sequence[PluginRow]) -> dict[int, Logit]:
-        """One call. The logits of the rows that have tokens, by slot."""
+        """Call the engine once. Returns the logits of the rows with tokens, by slot."""
         padded = with_every_slot(rows, self.capabilities)
         logits = self.engine.step(padded)
         for row in rows:
@@ -91,19 +91,19 @@ class EngineUnderTest:
         return {row.slot: row_logits for row, row_logits in zip(padded, logits, strict=True) if len(row.token_ids)}
 
     def expect_refusal(self, what: str, rows: Sequence[PluginRow]) -> None:
-        """Fail unless these rows are refused in the way of the contract."""
+        """Fail unless the engine raises `RowRefused` with a message for these rows."""
         try:
             self.engine.step(with_every_slot(rows, self.capabilities))
         except RowRefused as error:
             if not str(error).strip():
                 raise CheckFailed(f"{what} is refused without a word") from None
-        except Exception as error:  # whatever it is, it is not what was promised
+        except Exception as error:  # any other exception breaks the contract
             raise CheckFailed(f"{what} raises {type(error).__name__} in place of RowRefused: {error}") from None
         else:
             raise CheckFailed(f"{what} is computed as if it were right")
 
     def prompt(self, length: int, *, salt: int = 0) -> list[int]:
-        """Token ids that are the same in every run; shorter where a slot, less a few tokens, could not hold so many."""
+        """Token ids, the same in every run; fewer than `length` if a slot, minus a few tokens, cannot hold so many."""
         random = np.random.default_rng((length, salt))
         room = max(2, self.capabilities.max_model_len - 8)
         token_ids: list[int] = random.integers(0, self.capabilities.vocab_size, min(length, room)).tolist()
@@ -118,7 +118,7 @@ class EngineUnderTest:
             raise NotApplicable(f"{capability} is not claimed")
 
     def same(self, what: str, found: Logit, expected: Logit, *, is_exact: bool) -> float:
-        """The difference of two rows as a share of their magnitude. Fails if it is more than may be."""
+        """The difference of two rows as a share of their magnitude. Fails if it is above the tolerance."""
         if is_exact:
             if not np.array_equal(found, expected):
                 raise CheckFailed(f"{what}: not the same bits; they differ by {_difference(found, expected):.2g}")
@@ -140,7 +140,7 @@ class EngineUnderTest:
 
 
 def check_form(logits: Logits, num_rows: int, capabilities: Capabilities) -> None:
-    """Fail for logits that have not the form that was promised."""
+    """Fail unless the logits have the promised type and shape."""
     shape, dtype = (num_rows, capabilities.vocab_size), capabilities.logits_dtype
     if not isinstance(logits, np.ndarray):
         raise CheckFailed(f"logits are a {type(logits).__name__}, not a numpy array")
