@@ -1,6 +1,6 @@
 """Computes how much memory a model will take, from its config and headers, before it is loaded.
 
-`brlite check` prints it, and a memory budget is kept by it. Allocates nothing and reads headers only.
+`brlite check` prints it, and memory budgets use it. Allocates nothing and reads headers only.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ DEFAULT_MODEL_FORMATS: Mapping[str, str] = {
 }
 NOT_QUANTIZED: Mapping[str, str] = MappingProxyType({})
 
-SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache whose size is left to us
-LEAST_CONTEXT = 2048  # however little memory there is: an allocation that fails is an error of its own
-MOST_CONTEXT = 131_072  # of itself; tables of positions grow with a context, and are not counted here
+SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache without a configured size
+LEAST_CONTEXT = 2048  # also with too little memory: then the allocation fails with its own error
+MOST_CONTEXT = 131_072  # the longest automatic one; tables of positions grow with it and are not counted here
 
 
 class RankSizes(msgspec.Struct, frozen=True):
-    """Bytes of one rank of several. A key head that several ranks read is in the cache of each of them."""
+    """Bytes of one rank of several. A key head that several ranks read is counted in the cache of each."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -102,7 +102,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_model(spec: ModelSpec) -> Path | None:
-    """The model's folder or file if it is on this machine already. A `path` that leads nowhere is an error."""
+    """The model's folder or file if it is on this machine. Raises `ModelError` for a `path` that does not exist."""
     try:
         return locate_model(spec.name, spec.path, sources=local_sources)
     except ModelError:
@@ -143,7 +143,7 @@ def measure(
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
-    `formats` are those of the checkpoint's tensors; where one is not named, it is not quantized.
+    `formats` are those of the checkpoint's tensors; a tensor without one is not quantized.
     """
     family = find_family(hf_config)
     config = family.read_config(hf_config)
@@ -202,7 +202,7 @@ def _native_weights(model: CheckedModel, shards: Sequence[Shard]) -> tuple[list[
 def settle_context(
     hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTIZED
 ) -> ModelSpec:
-    """The spec with its unset context and KV cache filled in; the log has them with the reason."""
+    """The spec with its unset context and KV cache filled in, which are logged with the reason."""
     if spec.build_seq:
         return spec
     sizes = measure(hf_config, spec, engine, formats)
@@ -217,11 +217,11 @@ def settle_context(
 def _find_context(
     config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]
 ) -> tuple[int, int, str]:
-    """The context, the blocks of the KV cache, and what decided the context. `room` is what memory allows.
+    """The context, the blocks of the KV cache, and the reason for the context. `room` is the cache that memory allows.
 
-    Left out, it is the model's own where the cache may hold one. The cache then has `SHARED_TOKENS` for each sequence,
-    at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`. On a card it
-    has all that there is room for.
+    The default context is the model's own if the cache can hold one. The cache then has `SHARED_TOKENS` for each
+    sequence, at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`. On a
+    card it takes all the memory that is left.
     """
     if spec.build_seq:
         blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
@@ -238,7 +238,7 @@ def _find_context(
 
 
 class CacheRoom(NamedTuple):
-    """The most tokens that the KV cache may have, and what limits them. With `is_filled` it is given all of them."""
+    """The most tokens that the KV cache may have, and what limits them. With `is_filled` the cache gets all of them."""
 
     num_tokens: int
     bound: str

@@ -1,4 +1,4 @@
-"""Draws tokens from logits on the host: by the native kernels where they are, else by numpy.
+"""Draws tokens from logits on the host: by the native kernels if a library is there, else by numpy.
 
 Both draw as `reference.py` does. Neither needs torch; nothing is compiled for this.
 """
@@ -29,19 +29,19 @@ class HostSampler(Protocol):
     def sample(
         self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
     ) -> list[SampledToken | Undrawn]:
-        """One token for each row, or why there is none. May overwrite `logits`.
+        """One token for each row, or the reason why there is none. May overwrite `logits`.
 
-        `masks` are complete, one a row, or there is none at all.
+        `masks` are complete and one a row, or empty.
         """
         ...
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """The logprob of each row's target, and its best alternatives."""
+        """The logprob of each row's target, with its `num_top` best alternatives."""
         ...
 
 
 def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = find_library) -> HostSampler:
-    """The fastest sampler that is there for rows of that width."""
+    """The fastest available sampler for rows of that width."""
     if vocab_size <= SMALL_VOCABULARY:
         return ReferenceSampler()
     try:

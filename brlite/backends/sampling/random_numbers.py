@@ -1,6 +1,6 @@
-"""The random numbers of sampling: a pure function of seed and position, and how one of them picks a token.
+"""The random numbers of sampling, as a pure function of seed and position, and the choice of a token by one of them.
 
-Knows no generator state and no torch, so a draw cannot depend on what was drawn before it or beside it.
+There is no generator state, so a draw cannot depend on other draws. Does not use torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def another(number: float) -> float:
-    """A second number in [0, 1) that the first one fixes: its bits, mixed as by splitmix64 (Steele et al. 2014)."""
+    """A second number in [0, 1), a function of the first: its bits, mixed as in splitmix64 (Steele et al. 2014)."""
     bits = (int.from_bytes(struct.pack("<d", number), "little") + 0x9E3779B97F4A7C15) % 2**64
     bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) % 2**64
     bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) % 2**64
@@ -33,7 +33,7 @@ def another(number: float) -> float:
 
 
 def invert_cdf(weights: Floats, targets: Floats) -> tuple[Integers, Floats]:
-    """For each row the first index whose cumulative weight exceeds the row's target, and the target's rest within it.
+    """For each row the first index whose cumulative weight exceeds the row's target, and the target's offset within it.
 
     `weights` [R, N] need not be normalised: targets run from 0 to the row's sum. An index of weight 0 is never
     returned, not even for a target that rounding has pushed to the end.

@@ -1,22 +1,23 @@
-"""How the next token of each row of a step's logits is chosen. The native kernels draw the same, in `src/sample.h`.
+"""Chooses the next token for each row of a step's logits. The native kernels (`src/sample.h`) draw the same tokens.
 
-The order of things, for each row by itself:
+The order of operations, for each row by itself:
 
-1. the logprobs that are reported are the model's own, taken before anything below;
+1. the reported logprobs are the model's own, before all of the following;
 2. `logit_bias`, banned tokens, `allowed_token_ids`, the mask, then the penalties, then the costs of DRY (p-e-w 2024);
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
-   standard deviations of the best one (Tang et al. 2024; over all logits above -inf); `top_k` keeps that many best of
-   these, the lowest ids among equals; `typical_p` those nearest to the mean logit, weighted by probability, and all
-   equally near, until they hold this share of the mass (Meister et al. 2022); `top_p` the fewest best of these that
-   hold this share of their mass; `min_p` drops those that are less probable than this share of the best one left; XTC,
-   with the chance of `xtc_probability`, drops what is above the least logit with a share of `xtc_threshold` or more.
-   `dynatemp_range` moves the temperature by (entropy / log of the number)^`dynatemp_exponent` of the tokens that
-   `top_k` keeps, at temperature 1, from that far below to that far above;
+   standard deviations of the best one (Tang et al. 2024; over all logits above -inf). `top_k` keeps that many best of
+   these, the lowest ids among equals. `typical_p` keeps those nearest to the mean logit, weighted by probability, and
+   all equally near, until they hold this share of the mass (Meister et al. 2022). `top_p` keeps the fewest best of
+   these that hold this share of their mass. `min_p` drops those less probable than this share of the best one left.
+   XTC, with probability `xtc_probability`, drops all tokens with a higher logit than the least probable one that has
+   a share of `xtc_threshold` or more. `dynatemp_range` r sets the temperature between temperature - r and
+   temperature + r, by (entropy / log of the number)^`dynatemp_exponent` of the tokens that `top_k` keeps, at
+   temperature 1;
 5. one random number, a function of seed and position alone, picks among the survivors in the order of their ids.
 
-What decides is computed here in float64, from the few numbers that `LogitRows` give of logits on the host or on a card.
-Knows no text and no model, and nothing of other steps: there is no generator state.
+All decisions are computed here in float64, from the few numbers that `LogitRows` reads of logits on the host or a card.
+There is no generator state, so a step does not depend on other steps.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undraw
 from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import GREEDY_BELOW
 
-MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before
-MIN_TEMPERATURE = GREEDY_BELOW  # of a dynamic one
-MAX_SIGMAS = 1e30  # of `top_n_sigma`: every token is within that
-MAX_PENALTY = 1e30  # a penalty beyond this, either way, acts as this: its products stay finite in float64
+MAX_TEMPERATURE = 1e37  # near the largest float32; every distribution is flat at far lower ones
+MIN_TEMPERATURE = GREEDY_BELOW  # the least dynamic temperature
+MAX_SIGMAS = 1e30  # the largest `top_n_sigma`; it keeps every token
+MAX_PENALTY = 1e30  # larger magnitudes of penalties are cut to this, so that products stay finite in float64
 FLOAT_MAX = float(np.finfo(np.float32).max)
-# Sizes of the shortlists that are tried before a whole row is sorted. Realistic distributions keep a handful of tokens
-# after truncation; the second size is for flat ones.
+# Sizes of the shortlists that are tried before a whole row is sorted. Typical distributions keep a few tokens after
+# truncation; the second size is for flat ones.
 SHORTLIST_SIZES = (256, 4096)
 _UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
 _TIE_MARGIN = 16  # a few more alternatives than needed, so that a tie at the border rarely needs the whole row
 
 
 class RowSettings(NamedTuple):
-    """Temperature, truncation and random number of each row. `top_k` is the vocabulary's size where it is off."""
+    """Temperature, truncation and random number of each row. `top_k` is the vocabulary's size if it is off."""
 
     temperature: Floats
     top_k: Integers
@@ -75,7 +76,7 @@ class RowSettings(NamedTuple):
 
     @property
     def needs_all(self) -> Booleans:
-        """The rows whose truncation looks at every token that `top_k` keeps."""
+        """The rows whose truncation reads every token that `top_k` keeps."""
         return (self.typical_p < 1) | (self.dynatemp_range > 0)
 
     def take(self, rows: Integers | slice) -> RowSettings:
@@ -86,10 +87,10 @@ class RowSettings(NamedTuple):
 def sample(
     rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
 ) -> list[SampledToken | Undrawn]:
-    """Draw one token for each row of `rows`, which are overwritten on the way.
+    """Draw one token for each row of `rows`, which are overwritten.
 
     A row's token and logprobs depend on its own logits, input and mask alone: the other rows, their number and their
-    order change nothing. `masks` are complete, one a row, or there is none at all.
+    order change nothing. `masks` are complete and one a row, or empty.
     """
     if not inputs:
         return []
@@ -156,8 +157,8 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
 
     `places` are where in `values` the tokens of `logit_bias`, the banned, the counted and the costly are. A penalty
     first divides a positive logit by `repetition_penalty` and multiplies any other (tokens of prompt or output), then
-    subtracts `presence_penalty` and count * `frequency_penalty` (tokens of the output). What overflows stops at the
-    largest float32; a token that was at -inf stays there, whatever its bias or penalty.
+    subtracts `presence_penalty` and count * `frequency_penalty` (tokens of the output). Results are clipped to the
+    largest float32. A token at -inf stays there, with any bias or penalty.
     """
     params, (biased, banned, counted, costly) = entry.params, places
     values[biased] += np.array(list(params.logit_bias.values()), dtype=np.float32)
@@ -171,7 +172,7 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
         )
         cost = (presence * (counts > 0) + frequency * counts).clip(-FLOAT_MAX, FLOAT_MAX).astype(np.float32)
         old = values[counted]
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is cut; rows that are not finite give none
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is clipped; rows with NaN give no token
             new = np.where(old > 0, old / factor, old * factor) - cost
         values[counted] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
     if costly.size:
@@ -188,7 +189,7 @@ def _num_edited(entry: SamplingInput) -> int:
 
 
 def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
-    """Apply bias, bans, masks, penalties and costs to `rows`, in place. Only logits that are edited travel."""
+    """Apply bias, bans, masks, penalties and costs to `rows`, in place. Only edited logits are copied to the host."""
     words = {row: np.frombuffer(mask.words, np.int32) for row, mask in enumerate(masks) if mask is not None}
     for row, entry in enumerate(inputs):
         if entry.params.allowed_token_ids:
@@ -216,7 +217,7 @@ def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[Token
 
 
 def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
-    """A token for each row: from a shortlist where one settles it, else from the whole row."""
+    """A token for each row: from a shortlist if one is long enough, else from the whole row."""
     is_open = settings.top_k == rows.vocab_size
     has_sigma = settings.top_n_sigma > 0
     is_cut = ~is_open | (settings.top_p < 1) | (settings.min_p > 0) | has_sigma
@@ -241,7 +242,7 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
             token_ids[left[is_settled]] = drawn[is_settled]
     whole = np.flatnonzero(~is_cut)
     if whole.size:
-        # Nothing truncates these: draw a block first, then one of its tokens.
+        # Rows without truncation: draw a block first, then one of its tokens.
         some, peaks, chosen = rows.take(whole), best[whole], settings.take(whole)
         sums = some.block_sums(peaks, chosen.temperature)
         numbers, rest = invert_cdf(sums, chosen.uniform * sums.sum(axis=1))
@@ -257,8 +258,8 @@ def _draw_listed(
 ) -> tuple[Integers, Booleans]:
     """Draw a token for each row; the second array marks the rows for which the shortlist was long enough.
 
-    `masses` holds the sum of exp((logit - best logit) / temperature) over the whole row, or NaN where it is not known.
-    Tokens whose logit lies below `floors` are out.
+    `masses` holds the sum of exp((logit - best logit) / temperature) over the whole row, or NaN if it is not known.
+    Tokens with a logit below `floors` are excluded.
     """
     values = shortlist.values.astype(np.float64)
     distances = values[:, :1] - values
@@ -288,7 +289,7 @@ def _draw_listed(
 
 
 def _dynamic_temperature(distances: Floats, is_measured: Booleans, settings: RowSettings) -> Floats:
-    """The temperature of each row, by the entropy of the tokens that are measured where it has a range."""
+    """The temperature of each row. With a range it depends on the entropy of the measured tokens."""
     temperature: Floats = settings.temperature.copy()
     for row in np.flatnonzero(settings.dynatemp_range > 0).tolist():
         some = distances[row, is_measured[row] & (distances[row] < np.inf)]
@@ -303,7 +304,7 @@ def _dynamic_temperature(distances: Floats, is_measured: Booleans, settings: Row
 
 
 def _keep_typical(distances: Floats, weights: Floats, is_measured: Booleans, typical_p: Floats) -> Booleans:
-    """Those of the measured tokens that are nearest to the mean distance and hold `typical_p` of the mass."""
+    """The measured tokens that are nearest to the mean distance and hold `typical_p` of the mass."""
     for row in np.flatnonzero(typical_p < 1).tolist():
         is_possible = is_measured[row] & (weights[row] > 0)
         some, masses = distances[row, is_possible], weights[row, is_possible]
@@ -316,7 +317,7 @@ def _keep_typical(distances: Floats, weights: Floats, is_measured: Booleans, typ
 
 
 def _exclude_top(distances: Floats, weights: Floats, is_kept: Booleans, settings: RowSettings) -> Booleans:
-    """What XTC leaves where its chance comes: no logit above the least of those that reach the threshold."""
+    """The tokens that XTC keeps in rows where it is drawn: no logit above the lowest that reaches the threshold."""
     for row in np.flatnonzero(settings.xtc_probability > 0).tolist():
         if another(settings.uniform[row]) < settings.xtc_probability[row]:
             kept = weights[row] * is_kept[row]

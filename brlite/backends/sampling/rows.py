@@ -1,7 +1,7 @@
-"""A step's logits, and the queries that sampling makes: on the host here, on a card in `backends/torch/candidates.py`.
+"""A step's logits and the queries of the sampler: on the host here, on a card in `backends/torch/candidates.py`.
 
-Whole rows stay where they are. A sampler reads the best tokens, sums over a row, and single logits. All arithmetic
-that decides on a token is in `reference.py`.
+Whole rows are not copied. A sampler reads the best tokens, sums over a row, and single logits. The arithmetic that
+decides on a token is in `reference.py`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from brlite.backends.sampling.random_numbers import Floats, Integers
 Logits = npt.NDArray[np.float32]
 Booleans = npt.NDArray[np.bool_]
 
-BLOCK_SIZE = 512  # tokens whose weights are summed together; one block of a row is looked at token by token
+BLOCK_SIZE = 512  # tokens whose weights are summed together; only one block of a row is read token by token
 
 
 class Shortlist(NamedTuple):
-    """Of each row the `size` highest logits with their token ids [R, size], best first, ties by lower id."""
+    """The `size` highest logits of each row, with their token ids [R, size], best first, ties by lower id."""
 
     token_ids: Integers
     values: Logits
@@ -34,7 +34,7 @@ class Shortlist(NamedTuple):
 
 
 class LogitRows(Protocol):
-    """Logits [R, V] float32. Nothing that is read of a row depends on the other rows."""
+    """Logits [R, V] float32. All results for a row are independent of the other rows."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -42,7 +42,7 @@ class LogitRows(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, rows: Integers) -> LogitRows:
-        """Some of the rows, in that order. They may share memory with these: only to be read."""
+        """Some of the rows, in that order. They may share memory with these: do not write to them."""
         ...
 
     def copy(self) -> LogitRows: ...
@@ -56,11 +56,11 @@ class LogitRows(Protocol):
         ...
 
     def scatter(self, rows: Integers, token_ids: Integers, values: Logits) -> None:
-        """Set the logits of the given (row, token) pairs, each of which is there once."""
+        """Set the logits of the given (row, token) pairs, which are distinct."""
         ...
 
     def forbid(self, rows: Integers, words: npt.NDArray[np.int32]) -> None:
-        """Set to -inf what `words` [N, ceil(V / 32)] forbid in some rows: bit t % 32 of word t // 32 is 0."""
+        """Set to -inf the tokens that `words` [N, ceil(V / 32)] forbid in `rows`: bit t % 32 of word t // 32 is 0."""
         ...
 
     def shortlist(self, size: int) -> Shortlist:
@@ -72,11 +72,11 @@ class LogitRows(Protocol):
         ...
 
     def standard_deviations(self, best: Logits) -> Floats:
-        """Of the logits above -inf of each row, divided by their number."""
+        """The standard deviation (population) of each row's logits above -inf."""
         ...
 
     def block(self, numbers: Integers) -> Logits:
-        """One block of each row [R, BLOCK_SIZE], filled up with -inf where it is the shorter last one."""
+        """One block of each row [R, BLOCK_SIZE]; a shorter last block is padded with -inf."""
         ...
 
 
@@ -141,8 +141,8 @@ class NumpyRows:
 def _best_of(row: Logits, size: int) -> Integers:
     """The ids of the best tokens of a row, in any order.
 
-    The best of each of 4 * size stretches bound how good a token must at least be: that is ten times as fast as to
-    partition a vocabulary of 150,000.
+    The best logits of 4 * size ranges give a lower bound for the result: ten times as fast as to partition a vocabulary
+    of 150,000.
     """
     starts = np.arange(0, len(row), max(1, len(row) // (4 * size)))
     enough = np.partition(np.maximum.reduceat(row, starts), -size)[-size]
@@ -153,7 +153,7 @@ def _best_of(row: Logits, size: int) -> Integers:
 
 
 def sorted_shortlist(token_ids: Integers, values: Logits) -> Shortlist:
-    """A part of each row, the best tokens in any order, as its shortlist."""
+    """The shortlist of each row, from its best tokens in any order."""
     order = np.lexsort((token_ids, -values), axis=1)
     return Shortlist(np.take_along_axis(token_ids, order, axis=1), np.take_along_axis(values, order, axis=1), False)
 
