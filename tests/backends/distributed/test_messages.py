@@ -92,12 +92,16 @@ def test_an_end_is_told_wherever_it_comes(channels: tuple[Channel, Channel], sen
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\x03\x00\x00\x00abc", (MAX_BYTES + 1).to_bytes(4, "little")], ids=["no message", "too long"]
+    ("sent", "reason"),
+    [
+        pytest.param(b"\x03\x00\x00\x00abc", "is invalid", id="no message"),
+        pytest.param((MAX_BYTES + 1).to_bytes(4, "little"), f"allowed are {MAX_BYTES}", id="too long"),
+    ],
 )
-def test_what_is_no_message_ends_the_channel(channels: tuple[Channel, Channel], sent: bytes) -> None:
+def test_what_is_no_message_ends_the_channel(channels: tuple[Channel, Channel], sent: bytes, reason: str) -> None:
     channels[0].send_frame(sent)
 
-    with pytest.raises(ChannelClosed, match="none"):
+    with pytest.raises(ChannelClosed, match=reason):
         channels[1].receive()
 
 
