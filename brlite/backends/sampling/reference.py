@@ -172,7 +172,7 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
         )
         cost = (presence * (counts > 0) + frequency * counts).clip(-FLOAT_MAX, FLOAT_MAX).astype(np.float32)
         old = values[counted]
-        with np.errstate(over="ignore", invalid="ignore"):  # overflow is clipped; rows with NaN give no token
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow is clipped; non-finite rows give no token
             new = np.where(old > 0, old / factor, old * factor) - cost
         values[counted] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
     if costly.size:

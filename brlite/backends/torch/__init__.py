@@ -1,1 +1,1 @@
-"""The torch backend. The only room that imports torch, beside the `.bin` reader."""
+"""The torch backend. Only this package and the reader of `.bin` files import torch."""

@@ -1,9 +1,8 @@
-"""Attention over the paged cache. A step's plan, its index tensors and masks, is made once and serves every layer.
+"""Attention over the paged cache. A step's plan (index tensors and masks) is made once and used by every layer.
 
-There are no phases: a decode is a span of one token. Spans of like shape form a group and attend in one call.
-
-Some devices compile each new shape. For them a step has few shapes: its rows, and the spans, tokens and blocks of a
-group, are padded to powers of two. Padding is written to a scratch block, and its results are not read.
+Prefill and decode are the same: a decode is a span of one token. Spans of similar shape form a group and attend in one
+call. Some devices compile each new shape. For them the rows of a step, and the spans, tokens and blocks of a group, are
+padded to powers of two. Padding is written to a scratch block, and its results are not read.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ class Span:
         return self.start + self.length
 
 
-NO_SPAN = Span(0, 0, ())  # fills a group up: it looks at null blocks
+NO_SPAN = Span(0, 0, ())  # pads a group; it reads null blocks
 
 
 @dataclass(frozen=True)
 class KeyView:
-    """The blocks [B · N] that a group's B spans look at, and the mask [B, 1, length · G, N · block_size] to add.
+    """The blocks [B · N] that a group's B spans read, and the mask [B, 1, length · G, N · block_size] to add.
 
     G query heads share a key head; they are folded into the query length, so the mask has G equal rows for each query.
     """
@@ -55,7 +54,7 @@ class KeyView:
 
 @dataclass(frozen=True)
 class SpanGroup:
-    """`num_spans` spans of `length` tokens each: `rows` of the step, seen through one view per window."""
+    """`num_spans` spans of `length` tokens each: `rows` of the step, with one `KeyView` per window."""
 
     num_spans: int
     length: int
@@ -69,10 +68,10 @@ class SpanGroup:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step's tokens in the order they are computed: span after span, group after group, then what fills it up.
+    """A step's tokens in the order they are computed: span after span, group after group, then the padding.
 
-    `first_rows` is where each span begins, in the order they were given. `begun_blocks` are those whose first slot
-    is written in this step; they are cleared before. `places` [T] finds each row among those of groups filled up.
+    `first_rows` is the first row of each span, in the order they were given. `begun_blocks` are those whose first slot
+    is written in this step; they are cleared before. `places` [T] is the index of each row among the padded groups'.
     """
 
     first_rows: list[int]
@@ -83,7 +82,7 @@ class StepPlan:
     places: Tensor | None = None
 
     def in_rows(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
-        """The tokens of all spans, given in the spans' order, in that of the step."""
+        """The tokens of all spans, given in the spans' order, in the order of the step's rows."""
         rows = [0] * len(self.positions)
         for first, ids in zip(self.first_rows, token_ids, strict=True):
             rows[first : first + len(ids)] = ids
@@ -112,7 +111,7 @@ class StepPlanner:
         self._device = device
 
     def plan(self, spans: Sequence[Span]) -> StepPlan:
-        """The plan of a step that computes `spans`; each belongs to another sequence."""
+        """The plan of a step that computes `spans`, at most one of each sequence."""
         order = sorted(range(len(spans)), key=lambda index: self._shape(spans[index]))
         ordered = [spans[index] for index in order]
         members = [list(group) for _, group in groupby(ordered, key=self._shape)]
@@ -127,7 +126,7 @@ class StepPlanner:
         group_rows = self._group_rows(members) if self._has_few_shapes else None
         places = [0] * self._rounded(len(positions))
         for place, row in reversed(list(enumerate(chain.from_iterable(group_rows or ())))):
-            places[row] = place  # the first place of a row: a row that comes again only fills up
+            places[row] = place  # the first place of a row; its repetitions are padding
         return StepPlan(
             first_rows=first_rows,
             positions=self._indices(self.filled(positions, 0)),
@@ -161,7 +160,7 @@ class StepPlanner:
         return groups
 
     def _group_rows(self, members: list[list[Span]]) -> list[list[int]]:
-        """The step's rows that each group takes: a span is filled up with its first one, the group with row 0."""
+        """The step's rows of each group: a span is padded with its first row, the group with row 0."""
         groups: list[list[int]] = []
         start = 0
         for spans in members:

@@ -1,7 +1,7 @@
-"""The backend in torch: one decoder, one paged cache, one device. Runs anywhere torch does, CPUs included.
+"""The backend in torch: one decoder, one paged cache, one device. Runs on every device of torch, CPUs included.
 
-Knows no text and no requests; what to compute is decided in `engine`. A row's result is its own: other rows, chunk
-borders and cache hits change it by rounding at most.
+Uses no text and no requests; `engine` decides what to compute. Other rows, chunk borders and cache hits change a row's
+result by rounding at most.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from brlite.engine.outputs import TokenLogprob
 from brlite.errors import ConfigError
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 
-MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
+MAX_LOGITS = 2**22  # logits of a prompt computed at a time: 16 MiB in float32
 
 QUANTIZED_NOTE = "int8 weights are held dequantized: the numbers of int8, the memory of {dtype}"
 FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
@@ -61,10 +61,9 @@ FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but hel
 
 @dataclass
 class QueuedStep:
-    """A step that was queued. Of the sequences in `places` a token is drawn on the device, at that place of `drawn`.
+    """A step that was queued. The token of each sequence in `places` is drawn on the device, at that index of `drawn`.
 
-    `wait` returns `drawn` on the host when the step has ended. `step` is None once that was done; then `outcome` is
-    there.
+    `wait` returns `drawn` on the host when the step has ended. After that `step` is None and `outcome` is set.
     """
 
     batch: Batch
@@ -76,23 +75,23 @@ class QueuedStep:
 
     @property
     def needs_host(self) -> bool:
-        """Whether anything is left for the host but to read `drawn`."""
+        """Whether the host must do more than read `drawn`."""
         return any(
             seq.pooling or seq.prompt_targets or (seq.sampling and seq.seq_id not in self.places)
             for seq in self.batch.seqs
         )
 
     def token_of(self, seq_id: int) -> int:
-        """The token that the host drew; 0, which is as good as any, where there is none."""
+        """The token that the host drew; 0 if there is none, since any token may be used then."""
         results = [] if self.outcome is None or isinstance(self.outcome, Exception) else self.outcome.seqs
         return next((seq.tokens[-1].token_id for seq in results if seq.seq_id == seq_id and seq.tokens), 0)
 
 
 class TorchBackend:
-    """A `Backend`; on CUDA cards a `CanRunAhead`. `load` allocates weights and cache; steps keep nothing."""
+    """A `Backend`; on CUDA cards a `CanRunAhead`. `load` allocates weights and cache; steps keep no memory."""
 
     def __init__(self, steps: Steps, info: BackendInfo, rules: DeviceRules | None = None) -> None:
-        """`rules` are those of the device unless given."""
+        """`rules` default to those of the device."""
         self._guard = BackendGuard()
         self._steps = steps
         self._rules = rules or rules_for(steps.device)
@@ -131,14 +130,14 @@ class TorchBackend:
         return self._info
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        """Compute one step. After an exception the cache of other sequences is unchanged."""
         return self.launch(batch)()
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
-        """Queue a step behind the one before, and return what waits for its result.
+        """Queue a step after the previous one, and return a function that waits for its result.
 
-        Where the step before needs the host (draws that `draws.py` does not have, logprobs of prompts, pooling), that
-        is waited for and done first: the new step may overwrite its logits, and takes its tokens.
+        If the previous step needs the host (draws that `draws.py` cannot make, logprobs of prompts, pooling), it is
+        completed first: the new step may overwrite its logits, and takes its tokens.
         """
         with self._guard.step(), torch.inference_mode():
             before, self._before = self._before, None
@@ -169,14 +168,14 @@ class TorchBackend:
         return launched.outcome
 
     def _settle(self, launched: QueuedStep) -> None:
-        """Wait for the step and keep its result, once. An error is kept, too: it must not fail the next step."""
+        """Wait for the step and store its result, once. An error is stored too: it must not fail the next step."""
         if launched.step is None:
             return
         try:
             launched.outcome = self._result(launched, launched.step)
         except Exception as error:
             launched.outcome = error
-        launched.step = None  # the memory of its hidden states and logits
+        launched.step = None  # frees its hidden states and logits
 
     def _result(self, launched: QueuedStep, step: ComputedStep) -> StepResult:
         batch, places = launched.batch, launched.places
@@ -194,7 +193,7 @@ class TorchBackend:
         return StepResult(results, num_host_draws=num_host_draws)
 
     def follow(self, work: RankBatch) -> None:
-        """Compute this rank's part of a step that rank 0 executes. It draws no tokens."""
+        """Compute this rank's part of a step that rank 0 executes. Draws no tokens."""
         with self._guard.step(), torch.inference_mode():
             step = self._steps.forward(work.seqs)
             first_rows = list(zip(work.seqs, step.first_rows, strict=True))
@@ -265,7 +264,7 @@ class TorchBackend:
 
 
 def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:
-    """The batch with the tokens that the host has of the step before, and where on the device the others are."""
+    """The batch with the previous step's tokens that the host has, and where on the device the others are."""
     if not any(seq.takes_last_draw for seq in batch.seqs):
         return batch, None
     seqs, sources = list[ScheduledSeq](), list[int]()
@@ -296,7 +295,7 @@ def _allocate_cache(decoder: Decoder, plan: LoadPlan) -> KVCache:
         return KVCache(
             decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=decoder.device
         )
-    except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
+    except RuntimeError as error:  # torch's class when a CPU is out of memory
         size = num_blocks * block_size * kv_bytes_per_token(decoder.config, kv_dtype) / 2**30
         raise ConfigError(
             f"the KV cache of {num_blocks} blocks takes {size:.1f} GiB, which is not there; "

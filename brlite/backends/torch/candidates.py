@@ -1,6 +1,6 @@
-"""What the sampler reads of logits on a card: a few best tokens, sums, chosen logits. `backends/sampling` draws.
+"""The sampler's queries of logits on a card: a few best tokens, sums, chosen logits. `backends/sampling` draws.
 
-Sums are taken in float64, a few rows at a time. A row's numbers do not depend on the rows beside it.
+Sums are computed in float64, a few rows at a time. A row's numbers do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TorchRows:
         self._logits[self._index(rows), self._index(token_ids)] = torch.from_numpy(values).to(self._logits.device)
 
     def forbid(self, rows: Integers, words: npt.NDArray[np.int32]) -> None:
-        """The bits go to the device as they are, a 32nd of the logits' bytes, and are spread there."""
+        """Copies the bits to the device, 1/32 of the logits' bytes, and expands them there."""
         device, index = self._logits.device, self._index(rows)
         bits = torch.arange(32, dtype=torch.int32, device=device)
         is_allowed = torch.from_numpy(words).to(device)[:, :, None] >> bits & 1  # [N, V / 32, 32]
@@ -62,7 +62,7 @@ class TorchRows:
 
     def shortlist(self, size: int) -> Shortlist:
         if size >= self.vocab_size:
-            # Sorted as bits on some devices: adding 0 makes -0 and 0 one.
+            # Some devices sort the bits of floats: adding 0 turns -0 into 0.
             values, token_ids = (self._logits + 0.0).sort(dim=1, descending=True, stable=True)
             return Shortlist(token_ids.cpu().numpy(), values.cpu().numpy(), is_whole_row=True)
         values, token_ids = self._logits.topk(size, dim=1)
@@ -100,7 +100,7 @@ class TorchRows:
 
 
 class TorchSampler:
-    """Draws from the logits of a step, on whichever device they are."""
+    """Draws from the logits of a step, on any device."""
 
     def __init__(self, vocab_size: int) -> None:
         self._on_host = choose_sampler(vocab_size)
@@ -108,13 +108,13 @@ class TorchSampler:
     def sample(
         self, logits: Tensor, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None]
     ) -> list[SampledToken | Undrawn]:
-        """Draw one token for each row of `logits` [R, V] float32, which are overwritten on the way."""
+        """Draw one token for each row of `logits` [R, V] float32, which are overwritten."""
         if logits.is_cpu:
             return self._on_host.sample(logits.numpy(), inputs, masks)
         return reference.sample(TorchRows(logits), inputs, masks)
 
     def token_logprobs(self, logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """The logprob of each row's target, and its best alternatives."""
+        """The logprob of each row's target, with its `num_top` best alternatives."""
         if logits.is_cpu:
             return self._on_host.token_logprobs(logits.numpy(), targets, num_top)
         return reference.token_logprobs(TorchRows(logits), targets, num_top)

@@ -1,4 +1,4 @@
-"""Which code computes a model's steps in torch: our kernels where they can, else torch's own operators, and why."""
+"""Chooses the code that computes steps in torch: our kernels if possible, else torch's operators, with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brlite.backends.torch.steps import EagerSteps, Steps
 from brlite.config.options import TorchKernels
 from brlite.errors import ConfigError
 
-MIN_CAPABILITY = (8, 0)  # the first whose matrix units take bfloat16
+MIN_CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
 MAX_HEAD_DIM = 256
 EAGER_NOTE = "slower than this card can be: torch's own operators compute, not our kernels: {reason}"
 
@@ -54,6 +54,6 @@ def find_obstacle(decoder: Decoder, cache: KVCache) -> str | None:
 
         make_current(decoder.device)
         try_kernel(decoder.device)
-    except Exception as error:  # no build for this machine, no compiler, no driver: each has errors of its own
+    except Exception as error:  # no build for this machine, no compiler, no driver: each raises other types
         return f"Triton cannot be used ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None

@@ -1,7 +1,7 @@
 """Runs a network in torch, over a flat batch of tokens. Each operation is bound to its tensors once, at loading.
 
 Matrices multiply in the parameters' type; norms, rotary positions, the residual stream and logits are float32. Nothing
-here waits for the device. It knows no sequences: a `StepPlan` holds which cached tokens each row sees.
+here waits for the device. There are no sequences here: a `StepPlan` says which cached tokens each row sees.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm,
 
 @dataclass
 class RunningStep:
-    """What all operations of a step share: `hidden` [T, H] is the residual stream, `rope` turns the step's rows."""
+    """The data that a step's operations share: `hidden` [T, H] is the residual stream, `rope` rotates its rows."""
 
     hidden: Tensor
     plan: StepPlan
@@ -37,7 +37,7 @@ BoundOperation = Callable[[Tensor, RunningStep], Tensor]
 
 
 class Decoder:
-    """A model ready to run: its config, its parameters and the rotary tables of `max_length` positions."""
+    """A loaded model: its config, its parameters and the rotary tables of `max_length` positions."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, *, max_length: int) -> None:
         self.config = config
@@ -64,7 +64,7 @@ class Decoder:
         return self.parameters.linears[self._network.head.name](self.normed(hidden).to(self.dtype)).float()
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """Rows [R, H] that `forward` returned after the final norm, in float32: what the head reads."""
+        """The final norm of rows [R, H] that `forward` returned, in float32: the input of the head."""
         norm = self._network.norm
         return _normed(hidden, self.parameters.named[norm.weight.name], norm.epsilon)
 

@@ -1,4 +1,4 @@
-"""Which device computes, and in which type. The only file that names kinds of devices.
+"""Chooses the device and the type to compute in. Only this file names kinds of devices.
 
 Biren cards are looked for first: their torch plugin can appear as CUDA.
 """
@@ -31,19 +31,22 @@ KINDS = ("cpu", "cuda", "supa")
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
 NODES = Path("/dev")
 BIREN_NODES = "biren*"
-CARD_NODES = (BIREN_NODES, "nvidia[0-9]*", "dxg", "kfd")  # where there is any card
-BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual wants 0: its cards reach each other over PCIe
+CARD_NODES = (BIREN_NODES, "nvidia[0-9]*", "dxg", "kfd")  # one exists if there is any card
+BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual sets 0: its cards are connected over PCIe
 
 
 class DeviceRules(NamedTuple):
-    """What a kind of device needs or can do.
+    """Requirements and abilities of a kind of device.
 
-    `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantized in the product:
-    memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
-    kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted. `has_triton`: our
-    kernels can be compiled for it. With `runs_ahead` a step is launched while the one before computes: copies do not
-    wait, and simple draws are made on the device. `step_tokens` are those of a step with prompts where the config does
-    not say.
+    * `packs_matrices`: in oneDNN's layout.
+    * `keeps_int8`: int8 weights stay int8 and are dequantized in each product, to save memory.
+    * `has_few_shapes`: the shapes of a step are rounded up, since each new one may compile a kernel.
+    * `samples`: on the device, rather than on the host.
+    * `is_probed`: it is tested before use.
+    * `has_triton`: our kernels can be compiled for it.
+    * `runs_ahead`: a step is launched while the previous one computes. Copies do not wait, and simple draws are made on
+      the device.
+    * `step_tokens`: the default number of tokens of a step with prompts.
     """
 
     packs_matrices: bool = False
@@ -61,7 +64,7 @@ RULES = {
     "cuda": DeviceRules(
         keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, runs_ahead=True, step_tokens=2048
     ),
-    # Young plugins are weakest at sorting, masks and waiting for the device.
+    # New torch plugins have most errors in sorting, masks and waiting for the device, so these are avoided.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
 }
 
@@ -74,7 +77,7 @@ def has_biren_cards(nodes: Path = NODES) -> bool:
 def prepare_environment(environment: MutableMapping[str, str] = os.environ, nodes: Path = NODES) -> None:
     """On a system with Biren cards, set the variables that their driver reads when torch or its plugin loads it.
 
-    A value that the user has set stays. Needs no torch: call it before torch is imported.
+    Keeps values that the user has set. Needs no torch: call it before torch is imported.
     """
     if not has_biren_cards(nodes):
         return
@@ -97,7 +100,7 @@ def require_torch(needs: str) -> None:
 
 
 def computes_on_cpu(name: str) -> bool:
-    """Whether `select_device` would take the CPU. Where no card can be, torch is not imported to find out."""
+    """Whether `select_device` would take the CPU. On a machine without card nodes torch is not imported for this."""
     if name == "cpu":
         return True
     if name == "auto":
@@ -152,7 +155,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The type to multiply in. "auto" is bfloat16 but for CPUs that only emulate it, which is ten times slower."""
+    """The type to multiply in. "auto" is bfloat16, but float32 on CPUs that emulate bfloat16 (ten times slower)."""
     import torch
 
     if requested == "auto":
@@ -162,7 +165,7 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
 
 
 class CardMemory(NamedTuple):
-    """Bytes of a card: all, and those that are free now."""
+    """Bytes of a card: in total, and free now."""
 
     total: int
     free: int
@@ -182,14 +185,14 @@ def device_memory(device: torch.device) -> CardMemory | None:
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Of a CUDA card, such as (9, 0)."""
+    """The compute capability of a CUDA card, such as (9, 0)."""
     import torch
 
     return torch.cuda.get_device_capability(device)
 
 
 def host_device() -> torch.device:
-    """The CPU, with which other devices are compared."""
+    """The CPU, the reference for other devices."""
     import torch
 
     return torch.device("cpu")
@@ -201,9 +204,9 @@ def rules_for(device: torch.device) -> DeviceRules:
 
 
 def send(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """`values` on the device; on the CPU they share memory. A card that runs ahead copies them when it comes to it.
+    """`values` on the device; on the CPU they share memory. For a card that runs ahead the copy is only queued.
 
-    The pinned copy is torch's: it is used again only after the card has read it.
+    It reads a pinned copy, whose memory torch reuses only after the card has read it.
     """
     import torch
 
@@ -214,7 +217,7 @@ def send(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 def begin_fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Queue the copy of a tensor to the host. What is returned waits for the copy, and gives it."""
+    """Queue the copy of a tensor to the host. Returns a function that waits for the copy and returns it."""
     import torch
 
     if not rules_for(tensor.device).runs_ahead:
@@ -244,25 +247,25 @@ def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
 
 
 def _runtime(kind: str) -> ModuleType | None:
-    """`torch.cuda`, or the module of the same shape that a plugin adds to torch."""
+    """`torch.cuda`, or the module with the same interface that a plugin adds to torch."""
     import torch
 
     return getattr(torch, kind, None)
 
 
 def _obstacles(kind: str) -> str:
-    """Why no plugin makes this kind known to torch; empty where one does, or none is needed."""
+    """Why no plugin adds this kind of device to torch; empty if one does, or none is needed."""
     return "; ".join(_load_biren_plugin()) if kind == "supa" and _runtime(kind) is None else ""
 
 
-@functools.cache  # a plugin that fails half-way is not tried again
+@functools.cache  # a plugin that failed during import is not tried again
 def _load_biren_plugin() -> tuple[str, ...]:
-    """Import the first plugin that can be; else why each cannot."""
+    """Import the first plugin that loads. Returns the reasons if none does."""
     obstacles: list[str] = []
     for plugin in BIREN_PLUGINS:
         try:
             importlib.import_module(plugin)
-        except (ImportError, OSError, RuntimeError) as error:  # no driver, or one that does not fit, is any of them
+        except (ImportError, OSError, RuntimeError) as error:  # a missing or wrong driver raises any of them
             obstacles.append(
                 f"{plugin} cannot be imported ({next(iter(str(error).splitlines()), type(error).__name__)})"
             )
@@ -283,21 +286,21 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-# Backends of torch.distributed. The vendor's two plugins, for one generation of cards each, have one each.
+# Backends of torch.distributed. Each of the vendor's two plugins has its own.
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
 BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
 LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
 
 
 def collectives_of(device: torch.device) -> str:
-    """The backend of torch.distributed that serves a device."""
+    """The backend of torch.distributed for a device."""
     if device.type in COLLECTIVES:
         return COLLECTIVES[device.type]
     return next((name for plugin, name in BIREN_COLLECTIVES.items() if plugin in sys.modules), "bccl")
 
 
 def make_current(device: torch.device) -> None:
-    """Make this the thread's default card, on which for example collectives run."""
+    """Make this the thread's default card, which for example collectives use."""
     if device.type != "cpu":
         torch_kind = _runtime(device.type)
         assert torch_kind is not None, "a device that was selected has its module"

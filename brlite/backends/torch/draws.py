@@ -1,9 +1,9 @@
 """Draws on a card, queued behind the step that gives their logits: greedy ones, and those by temperature, `top_k`,
 `top_p` and `min_p`, as `backends/sampling/reference.py` has them.
 
-Other draws are the host's (`candidates.py`). Weights are whole numbers here, so that their sums are exact in any order:
-a row's token does not depend on the rows beside it. What the host draws from the same logits differs only where its
-random number falls within 2^-40 of a border between two tokens.
+The host makes all other draws (`candidates.py`). Weights are integers here, so that their sums are exact in any order:
+a row's token does not depend on other rows. The host's draw from the same logits differs only if the random number is
+within 2^-40 of a border between two tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from brlite.backends.torch.device import send
 from brlite.engine.backend import SamplingInput, TokenMask
 
 SHORTLIST = 256  # a row whose `top_k` is not above this needs no sorting
-MAX_SCRATCH_ELEMENTS = 2**23  # of logits at a time: 64 MiB for each tensor of 8 bytes
+MAX_SCRATCH_ELEMENTS = 2**23  # logits processed at a time: 64 MiB for each tensor of 8-byte numbers
 
 
 def can_draw(entry: SamplingInput, mask: TokenMask | None) -> bool:
@@ -57,7 +57,7 @@ def draw(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
 
 
 def _shortlist_size(entry: SamplingInput, vocab_size: int) -> int:
-    """How many of the best tokens must be put in order: none without truncation by rank, else 256 or all."""
+    """How many of the best tokens must be sorted: none without truncation by rank, else 256 or all."""
     params = entry.params
     is_open = params.top_k == -1 or params.top_k >= vocab_size
     if is_open and params.top_p >= 1:
@@ -67,10 +67,10 @@ def _shortlist_size(entry: SamplingInput, vocab_size: int) -> int:
 
 def _draw_random(logits: Tensor, best: Tensor, settings: Tensor, size: int) -> Tensor:
     """A token for each row of `logits` [N, V]. `settings` [5, N] are temperature, top_k, top_p, min_p and the random
-    number; `size` is how long the shortlist is that they need."""
+    number; `size` is the length of the shortlist that they need."""
     temperature, top_k, top_p, min_p, uniform = settings.unsqueeze(2)
     vocab_size = logits.shape[1]
-    shares = logits.double().sub_(best.double().unsqueeze(1)).div_(temperature).exp_()  # of the best token's weight
+    shares = logits.double().sub_(best.double().unsqueeze(1)).div_(temperature).exp_()  # of the best token's
     is_likely = shares >= min_p
     weights = shares.mul_(2.0 ** (62 - vocab_size.bit_length())).long()  # [N, V]; the sum of a row is below 2^62
     if size:
@@ -90,11 +90,11 @@ def _draw_random(logits: Tensor, best: Tensor, settings: Tensor, size: int) -> T
 def _best_tokens(logits: Tensor, size: int) -> Tensor:
     """The best `size` tokens [N, size] of each row, best first, the lowest ids first among equals.
 
-    Logit and id make one number, so there are no equals to be put in order.
+    Logit and id are combined in one integer, so no two are equal.
     """
     last = logits.shape[1] - 1
-    bits = (logits + 0.0).view(torch.int32)  # adding 0 makes -0 and 0 one
-    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # as integers in the order of the floats
+    bits = (logits + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
+    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers in the same order as the floats
     keys = (ordered.long() << 32) + (last - torch.arange(last + 1, device=logits.device))
     best = keys.topk(size, dim=1).values if size < last + 1 else keys.sort(dim=1, descending=True).values
     return last - (best & 0xFFFFFFFF)

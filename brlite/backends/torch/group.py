@@ -22,16 +22,16 @@ from brlite.models.shards import Shard
 
 logger = logging.getLogger(__name__)
 
-MEETING_SECONDS = 300.0  # the longest wait for another rank; the death of a rank is noticed at once
+MEETING_SECONDS = 300.0  # the longest wait for another rank; the end of a rank's process is noticed at once
 JOIN_SECONDS = 60.0
 
 __all__ = ["TCPStore", "TorchGroup", "open_store"]
 
 
 def open_store(host: str, port: int, seconds: float, *, is_keeper: bool) -> TCPStore:
-    """Keep a store at an address, or connect to one; port 0 takes a free one. Raises `RuntimeError`.
+    """Start a store at an address (with `is_keeper`), or connect to one; port 0 is any free one. Raises `RuntimeError`.
 
-    It serves as long as it is referenced. `get` waits for a value, and raises if none comes in time.
+    It runs as long as it is referenced. `get` waits for a value, and raises after `seconds`.
     """
     return TCPStore(host, port, is_master=is_keeper, wait_for_workers=False, timeout=timedelta(seconds=seconds))
 
@@ -70,13 +70,13 @@ class TorchGroup:
                     timeout=timedelta(seconds=MEETING_SECONDS),
                 )
             self._is_joined = True
-            self.sum_(torch.zeros(1, device=self._device))  # connections are made by the first meeting
+            self.sum_(torch.zeros(1, device=self._device))  # the first collective call makes the connections
         except RuntimeError as error:
             raise RankGone(f"rank {self._shard.rank} could not join the others: {error}") from error
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Each rank adds up all tensors itself: the order in which an all-reduce adds depends on their size, and so the
-        bits of a row would depend on the rows beside it."""
+        """Each rank adds up all tensors itself: an all-reduce adds in an order that depends on their size, so the bits
+        of a row would depend on the other rows."""
         first, *others = self.gather(tensor)
         tensor.copy_(first)
         for other in others:
@@ -87,15 +87,15 @@ class TorchGroup:
         parts = [torch.empty_like(tensor) for _ in range(self._shard.size)]
         try:
             dist.all_gather(parts, tensor)
-        except RuntimeError as error:  # torch has no narrower class for a connection that is closed
+        except RuntimeError as error:  # torch's class when a connection is closed
             raise RankGone(f"another rank ended during a step: {error}") from error
         return parts
 
     def abort(self) -> None:
         """End waits for other ranks on a card. On the CPU they end by themselves when the connection closes."""
-        abort = getattr(dist.group.WORLD, "abort", None)  # younger than the oldest torch that will do
+        abort = getattr(dist.group.WORLD, "abort", None)  # the oldest supported torch lacks it
         if self._is_joined and abort is not None:
-            with suppress(RuntimeError):  # not every backend can
+            with suppress(RuntimeError):  # some backends do not implement it
                 abort()
 
     def close(self) -> None:

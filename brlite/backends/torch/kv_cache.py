@@ -1,8 +1,8 @@
-"""The paged KV cache: keys and values of every layer in blocks, allocated once. Knows no sequences, only block numbers.
+"""The paged KV cache: keys and values of every layer in blocks, allocated once. It has block numbers, no sequences.
 
-Two blocks more than asked for are kept. One is always zero: tables are padded with it. What a masked slot holds is
-multiplied by zero, which is no protection from a NaN: that is why the padding and the unwritten rest of a block must be
-finite. The other is for rows that only fill a step up: it is written and never read.
+There are two additional blocks. One is always zero: tables are padded with it. The values of masked slots are
+multiplied by zero, and 0 · NaN is NaN, so padding and the unwritten rest of a block must be finite. The other block is
+for rows that only pad a step: it is written and never read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Int8Pages:
         heads = heads.float()
         scales = heads.abs().amax(dim=-1, keepdim=True) / 127
         quantized = (heads / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
-        # A NaN has no int8: its head's scale, NaN too, carries it.
+        # int8 cannot hold a NaN: the scale of its head is NaN instead.
         self._slots.index_copy_(0, slots, quantized.nan_to_num_().to(torch.int8))
         self._slot_scales.index_copy_(0, slots, scales)
 
@@ -73,7 +73,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The blocks of all layers. `null_block` stays zero; rows that only fill up a shape write to `scratch_block`."""
+    """The blocks of all layers. `null_block` stays zero; rows that only pad a shape write to `scratch_block`."""
 
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: KVDtype, device: torch.device
@@ -83,14 +83,14 @@ class KVCache:
         self.dtype = dtype
         self.null_block = num_blocks
         self.scratch_block = num_blocks + 1
-        # One tensor holds all layers' keys and values: clearing a block is one call, not one for each.
+        # One tensor holds all layers' keys and values, so that one call clears a block in all layers.
         shape = (config.num_layers, 2, num_blocks + 2, block_size, config.num_kv_heads, config.head_dim)
         self._values = torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=device)
         self._scales = torch.zeros((*shape[:-1], 1), device=device) if dtype == "int8" else None
         self.layers = [LayerCache(self._pages(layer, 0), self._pages(layer, 1)) for layer in range(config.num_layers)]
 
     def clear(self, blocks: Tensor) -> None:
-        """Make `blocks` [N] zero in every layer, before they are written for a new sequence."""
+        """Set `blocks` [N] to zero in every layer. Call it before a new sequence writes to them."""
         self._values.index_fill_(2, blocks, 0)
         if self._scales is not None:
             self._scales.index_fill_(2, blocks, 0)
