@@ -1,1 +1,1 @@
-"""A conversation becomes a model's text: templates and built-in formats. Knows no tokens."""
+"""Renders conversations as a model's text, by templates and built-in formats, and parses replies. Does not tokenize."""

@@ -1,6 +1,6 @@
-"""The control tokens of a vocabulary, and which of them a rendered chat holds: those that its template wrote.
+"""The control tokens of a vocabulary, and those in a rendered chat. Only its template can write control tokens.
 
-`MarkedText` is such a chat: a message that spells a token out does not become it. Knows no templates and no encoders.
+In a `MarkedText`, the text of a control token inside a message stays plain text. Renders and encodes nothing.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import tokenizers
 
-# Tokens of this shape mark roles and turns, also where they are not flagged special, as DeepSeek's roles.
+# Tokens of this shape mark roles and turns, even if they are not flagged as special, such as DeepSeek's roles.
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
 
 
 class MarkedText(str):
-    """A rendered chat. As a string it is readable; `parts` are for the tokenizer: token ids, and texts, each encoded by
-    itself."""
+    """A rendered chat. As a string it is readable; `parts` are for the tokenizer: token ids, and texts to encode
+    separately."""
 
     parts: tuple[str | int, ...]
     _names: Mapping[int, str]
 
     def __new__(cls, parts: Iterable[str | int], names: Mapping[int, str]) -> MarkedText:
-        """`names` are the texts of the token ids among the parts."""
+        """`names` maps the token ids in the parts to their texts."""
         kept = tuple(parts)
         text = super().__new__(cls, "".join(part if isinstance(part, str) else names[part] for part in kept))
         text.parts = kept
@@ -32,12 +32,12 @@ class MarkedText(str):
         return text
 
     def cut(self, num_parts: int, last: str) -> MarkedText:
-        """The first parts, and another last one."""
+        """The first `num_parts` parts, followed by `last`."""
         return MarkedText((*self.parts[:num_parts], last), self._names)
 
 
 def cut_before_last(text: str, end: str) -> str | None:
-    """The text before the last `end`, as `MarkedText` if it was one. None if there is no `end`."""
+    """The text before the last `end`, of the same type as `text`. None if there is no `end`."""
     if not isinstance(text, MarkedText):
         before, found, _ = text.rpartition(end)
         return before if found else None
@@ -49,7 +49,8 @@ def cut_before_last(text: str, end: str) -> str | None:
 
 
 class ControlToken(NamedTuple):
-    """With `lstrip` or `rstrip` the token includes the white space on that side; `single_word`: not inside words."""
+    """With `lstrip` or `rstrip` the token includes the white space on that side. With `single_word` it is not found
+    inside words."""
 
     token_id: int
     lstrip: bool = False
@@ -58,7 +59,8 @@ class ControlToken(NamedTuple):
 
 
 class ControlTokens:
-    """Control tokens by their texts. `are_written_by_id`: the encoder finds none in a text, so each must be marked."""
+    """Control tokens by their texts. With `are_written_by_id` the encoder does not find them in a text, so all must be
+    given as ids."""
 
     def __init__(self, tokens: Mapping[str, ControlToken], *, are_written_by_id: bool = False) -> None:
         self.texts = sorted(filter(None, tokens), key=len, reverse=True)  # an alternation takes the first match
@@ -68,16 +70,17 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
     def find(self, text: str, mark: str | None) -> str:
-        """A rendered chat as it is encoded: a plain text, or a `MarkedText` if tokens must be told apart from words.
+        """The rendered chat for the tokenizer: a `MarkedText` if control tokens must be separated from plain text, else
+        `text` unchanged.
 
-        The `mark` behind the first character of a control token's text says that a message wrote it: it stays text.
+        `mark` follows the first character of a control token's text that is part of a message and stays plain text.
         """
         if mark is None and not self._are_written_by_id:
             return text
         return MarkedText(self._parts(text, mark or ""), self._names)
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The tokens in a text, and the words between them."""
+        """The ids of the control tokens in a text, and the texts between them."""
         return self._parts(text, "")
 
     def _parts(self, text: str, mark: str) -> Iterator[str | int]:
@@ -98,7 +101,7 @@ class ControlTokens:
 
 
 def read_control_tokens(backend: tokenizers.Tokenizer) -> ControlTokens:
-    """Those of a tokenizer of the `tokenizers` package, which finds them in texts."""
+    """The control tokens of a tokenizer of the `tokenizers` package. It finds them in texts by itself."""
     return ControlTokens(
         {
             added.content: ControlToken(token_id, added.lstrip, added.rstrip, added.single_word)

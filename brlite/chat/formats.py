@@ -1,6 +1,6 @@
-"""The chats of models that have no template but code of their own: which control tokens stand where, as published.
+"""Chat formats of models that were published with code instead of a template: the places of their control tokens.
 
-Control tokens are marked, not written: a message that spells one out does not become it. This is our own code and runs
+Control tokens are token ids, so their text inside a message stays plain text. This is brlite's code and runs
 in-process.
 """
 
@@ -15,7 +15,7 @@ from brlite.chat.turns import NO_EXTRAS, TemplateCapabilities, TemplateExtras, p
 
 Messages = Sequence[Mapping[str, Any]]
 
-# ChatGLM3's control tokens, in the order of their ids, which follow those of its pieces.
+# ChatGLM3's control tokens, in the order of their ids, which follow the ids of its SentencePiece pieces.
 CHATGLM3_TOKENS = (
     *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
@@ -28,14 +28,14 @@ CHATGLM3_ROLES = {
     "user": "<|user|>",
     "assistant": "<|assistant|>",
     "observation": "<|observation|>",
-    "tool": "<|observation|>",  # OpenAI's name for it
+    "tool": "<|observation|>",  # OpenAI's name of this role
 }
 
 
 class ChatFormat(Protocol):
     """Turns a chat into text. `render` raises `InvalidRequest` for a chat that the format cannot express.
 
-    `text` is the Jinja template, if it is one. `tool_parser` names the format of calls; None: it follows from `text`.
+    `text` is the Jinja template, if any. `tool_parser` names the format of tool calls; None: find it from `text`.
     """
 
     text: str | None = None
@@ -45,12 +45,12 @@ class ChatFormat(Protocol):
     def render(self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS) -> str: ...
 
     def close(self) -> None:
-        """Release the resources of rendering. Formats in our own code have none."""
+        """Release the resources of rendering. Built-in formats have none."""
         return
 
 
 class Baichuan2Format(ChatFormat):
-    """The system message unchanged, then each message behind the token of its role. Nothing ends a message."""
+    """The system message unchanged, then each message after the token of its role. No token ends a message."""
 
     def __init__(self, *, user_token_id: int, assistant_token_id: int, names: Mapping[int, str]) -> None:
         self._tokens = {"user": user_token_id, "assistant": assistant_token_id}
@@ -97,7 +97,7 @@ class ChatGLM3Format(ChatFormat):
                 if message.get("role") == "system" and message.get("tools"):
                     content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
                 parts += [role, _text(message, "metadata") + "\n", content]
-            for call in calls:  # the code that the model writes for a call: keyword arguments, as Python literals
+            for call in calls:  # as the model writes calls: Python keyword arguments
                 given = call["function"]["arguments"]
                 given = f"**{given}" if isinstance(given, str) else ", ".join(f"{k}={v!r}" for k, v in given.items())
                 parts += [role, call["function"]["name"] + "\n", f"```python\ntool_call({given})\n```"]
@@ -107,7 +107,7 @@ class ChatGLM3Format(ChatFormat):
 
 
 class ChatGLM2Format(ChatFormat):
-    """`[gMASK]sop`, then rounds of a question and an answer in words: its vocabulary has no tokens for roles."""
+    """`[gMASK]sop`, then rounds of a question and an answer, marked by plain text: there are no tokens for roles."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._names = {token_id: text for text, token_id in ids.items()}
@@ -136,7 +136,7 @@ def _token(tokens: Mapping[str, int], role: object) -> int:
 
 
 def _text(message: Mapping[str, Any], key: str) -> str:
-    """The string under `key`, empty where there is none."""
+    """The string under `key`, or an empty one."""
     value = message.get(key)
     if value is not None and not isinstance(value, str):
         raise template_refusal(f"{key} must be a string")

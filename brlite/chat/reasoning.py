@@ -1,4 +1,4 @@
-"""Splits a reply into reasoning and content, by the marks that a model's template uses, as the text comes."""
+"""Splits a reply into reasoning and content, incrementally, by the marks that a model's template uses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from brlite.chat.tool_calls.source import ReplySource, Step
 
-Marks = tuple[str, str]  # where reasoning begins, and where it ends
+Marks = tuple[str, str]  # the texts that begin and end reasoning
 
-# By the name that the config gives them. Of those in a template the first counts.
+# By name in the config. If a template has several, the first is used.
 REASONING_MARKS: dict[str, Marks] = {
     "think": ("<think>", "</think>"),
     "mistral": ("[THINK]", "[/THINK]"),
@@ -18,7 +18,7 @@ REASONING_MARKS: dict[str, Marks] = {
     "kimi": ("◁think▷", "◁/think▷"),
     "reasoning": ("<reasoning>", "</reasoning>"),
 }
-# The keys of an assistant turn under which templates look for its reasoning. The first that a template reads is used.
+# Keys of an assistant turn that templates read its reasoning from. The first that a template reads is used.
 _KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -28,20 +28,20 @@ def find_reasoning_marks(template: str) -> Marks | None:
 
 
 def find_reasoning_key(template: str) -> str | None:
-    """The key of a turn under which a template reads its reasoning; None if it reads none."""
+    """The key of a turn that a template reads its reasoning from; None if it reads none."""
     return next((key for key in _KEYS if re.search(rf"\w\.{key}\b|['\"]{key}['\"]", template)), None)
 
 
 def ends_inside(prompt_end: str, marks: Marks) -> bool:
-    """Whether a prompt that ends with this text has opened the reasoning, so that the reply begins inside it."""
+    """Whether a prompt that ends with this text opens the reasoning, so that the reply begins inside it."""
     return prompt_end.rstrip().endswith(marks[0])
 
 
 class ReasoningSplitter:
-    """Passes on pieces of reasoning and of content. The pieces do not depend on how the text is cut.
+    """Passes on pieces of reasoning and of content. The joined pieces do not depend on how the text is cut.
 
-    Reasoning stands at the beginning of a reply only; without an end mark all of the rest is reasoning. White space at
-    its borders is left out.
+    Only the beginning of a reply can be reasoning. Without an end mark, all of the rest is reasoning. White space at
+    the start and end of reasoning is left out.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ReasoningSplitter:
         self._start, self._end = marks
         self._on_reasoning = on_reasoning
         self._on_content = on_content
-        self._spaces = ""  # of the reasoning, held until text follows
+        self._spaces = ""  # white space of the reasoning, held until text follows
         self._has_reasoning = False
         self._source = ReplySource()
         self._splitting = self._split()
@@ -68,11 +68,11 @@ class ReasoningSplitter:
 
     @property
     def held(self) -> str:
-        """Text that may be the beginning of the mark before the reasoning."""
+        """Text that may be the beginning of the mark that begins reasoning."""
         return "" if self.is_inside else self._source.text[self._source.at :]
 
     def finish(self) -> None:
-        """The reply ends here: pass on what was held back."""
+        """End the reply: pass on the text that was held back."""
         self._source.has_ended = True
         next(self._splitting, None)
 
@@ -82,7 +82,7 @@ class ReasoningSplitter:
         while (character := (yield from source.peek())).isspace():
             spaces.append(character)
             source.at += 1
-        if (yield from source.take(self._start)):  # some models write it again where the prompt has it
+        if (yield from source.take(self._start)):  # some models repeat the mark of the prompt
             self.is_inside = True
         if self.is_inside:
             yield from source.until((self._end,), self._reasoning)
@@ -108,9 +108,9 @@ class ReasoningSplitter:
 
 
 class ReasoningTokenCounter:
-    """Counts the tokens of a reply's reasoning, its marks among them, by their bytes.
+    """Counts the tokens of a reply's reasoning, including its marks. Finds the marks in the tokens' bytes.
 
-    The mark stands at the beginning of the reply; with `several` anywhere, and more than once.
+    Reasoning begins at the beginning of the reply. With `several` there may be many parts of it, anywhere.
     """
 
     def __init__(self, marks: Marks, *, begins_inside: bool, several: bool = False) -> None:
@@ -122,7 +122,7 @@ class ReasoningTokenCounter:
         self._tokens: list[bytes] = []  # the last ones, which may be part of a mark
 
     def feed(self, token: bytes) -> None:
-        """The next token of the reply."""
+        """Add the next token of the reply."""
         if self._is_over:
             return
         self._tokens.append(token)

@@ -1,4 +1,4 @@
-"""A model's reply as events: reasoning, content and calls of tools, as its text comes. Knows no tokens and no HTTP."""
+"""Parses a model's reply incrementally into events: reasoning, content and tool calls. Uses text only, no tokens."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from brlite.chat.tools import ReasoningDelta, ReplyEvent, TextDelta, ToolCallDel
 
 
 class ReplyFormat(msgspec.Struct, frozen=True):
-    """How a model writes its replies: the parser of its calls, and the marks of its reasoning."""
+    """The format of a model's replies: the parser of its calls, and the marks of its reasoning."""
 
     calls: type[ToolCallParser] | None
     marks: Marks | None
 
     @property
     def reads_all(self) -> bool:
-        """Whether every reply must be read, since the format marks content, too."""
+        """Whether every reply must be parsed, because the format marks content too."""
         return self.calls is PARSERS["harmony"]
 
 
 def find_reply_format(chat_format: ChatFormat, tool_parser: str, reasoning_parser: str) -> ReplyFormat:
-    """The format by the names of the config: `auto` goes by the template, `none` leaves the text as it is.
+    """The format by the names of the config: `auto` finds it from the template, `none` leaves the text unchanged.
 
     Hermes' format is the default: for a template without tools, or with calls in an unknown format.
     """
@@ -43,7 +43,7 @@ def find_reply_format(chat_format: ChatFormat, tool_parser: str, reasoning_parse
 
 
 class ReplyParser:
-    """Reads one reply. `marks` are the model's reasoning marks, `calls` reads calls; None for a reply without them.
+    """Parses one reply. `marks` are the model's reasoning marks, `calls` parses tool calls; None: the reply has none.
 
     The joined events do not depend on how the text is cut.
     """
@@ -69,12 +69,13 @@ class ReplyParser:
 
     @property
     def warnings(self) -> list[str]:
-        """What was read as content although it looked like a call, or like the beginning of one."""
+        """A warning for each text that looked like a call, or like the beginning of one, but is passed on as
+        content."""
         return self._warnings if self._calls is None else [*self._warnings, *self._calls.warnings]
 
     @property
     def num_calls(self) -> int:
-        """The calls of tools so far."""
+        """The number of tool calls so far."""
         return 0 if self._calls is None else self._calls.num_calls
 
     def feed(self, text: str) -> list[ReplyEvent]:
@@ -86,9 +87,9 @@ class ReplyParser:
         return self._take()
 
     def finish(self, *, is_cut: bool = False) -> list[ReplyEvent]:
-        """The events of what was held back. The reply ends here; `is_cut`: for its length.
+        """End the reply: the events of the text that was held back. `is_cut`: it ended at its length limit.
 
-        What a cut leaves of a mark is content, as in vLLM, with a warning.
+        An incomplete mark at a cut is content, as in vLLM, with a warning.
         """
         if self._splitter is not None:
             if is_cut and (held := self._splitter.held):
@@ -105,7 +106,7 @@ class ReplyParser:
             self._events.append(TextDelta(text))
 
     def _take(self) -> list[ReplyEvent]:
-        """The events since the last call, with neighbouring pieces of one text joined."""
+        """The events since the last call, with adjacent pieces of the same kind joined."""
         events, self._events = self._events, []
         merged: list[ReplyEvent] = []
         for event in events:

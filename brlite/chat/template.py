@@ -1,7 +1,7 @@
 """A model's chat template. It is compiled and run in a child process, within limits of time and memory.
 
-The template comes from the model's or the operator's files, never from a request. Control tokens that a message or a
-tool spells out stay words.
+The template comes from the model's or the operator's files, never from a request. The text of a control token inside a
+message or a tool stays plain text.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _PACKAGES = ("jinja2", "markupsafe")
 
 
 class ChatTemplate:
-    """Renders chats. `special_tokens` are texts it may name, such as `bos_token`; those a model lacks are absent.
+    """Renders chats. `special_tokens` are the template's variables such as `bos_token`, without those the model lacks.
 
-    `close` ends its process; so does the last reference to the template.
+    The process ends with `close`, or when the template is garbage-collected.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ChatTemplate:
         control_tokens: ControlTokens | None = None,
         limits: ChildLimits | None = None,
     ) -> None:
-        """Raises `ModelError`, naming `source`, for a template that does not compile within the limits."""
+        """Raises `ModelError`, naming `source`, if the template does not compile within the limits."""
         self.text: str | None = template
         self.tool_parser: str | None = None
         self._control_tokens = control_tokens or ControlTokens({})
@@ -94,9 +94,10 @@ class ChatTemplate:
 
 
 class NamedTemplates:
-    """A model's template for plain chats and the one for chats with tools, chosen as transformers does.
+    """A model's template for plain chats and the one for chats with tools, chosen as in transformers.
 
-    Says what the plain one says of itself, but knows the variables and the format of calls of both.
+    `text` and `capabilities` are the plain template's, but `variables` are those of both, and `tool_parser` is that of
+    the template for tools.
     """
 
     def __init__(self, default: ChatTemplate, tool_use: ChatTemplate) -> None:

@@ -1,7 +1,7 @@
 """Compiles and renders one chat template. Runs in a child process (`process/sandbox_child.py`), never in the server.
 
-What a template can say is found by trial: short chats with a marked word are rendered when it is loaded. Imports jinja2
-and the standard library, never brlite.
+The capabilities of a template are found by trial: when it is loaded, short chats with a probe word are rendered.
+Imports jinja2 and the standard library, never brlite.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_GROWTH = 16  # a rendered chat may have this many times the characters of its input,
-MAX_MARKUP = 64 * 1024  # and so many more
-# The characters put inside control tokens that the input spells out: the first one that the input does not contain.
+# A rendered chat has at most MAX_GROWTH times the characters of its input, plus MAX_MARKUP.
+MAX_GROWTH = 16
+MAX_MARKUP = 64 * 1024
+# Candidates for the mark in control tokens' texts of the input: the first character that the input does not contain.
 MARKS = (range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
 
 PROBE = "a7c4e1b6"  # a word that no template contains
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-# By role, a chat with a turn of it. A template that knows the role writes the turn's content, or refuses the chat.
+# By role, a chat with a turn of that role. A template that supports the role writes its content or refuses the chat.
 ROLE_PROBES: dict[str, list[dict[str, Any]]] = {
     "system": [{"role": "system", "content": PROBE}, USER],
     "developer": [{"role": "developer", "content": PROBE}, USER],
@@ -34,7 +35,7 @@ ROLE_PROBES: dict[str, list[dict[str, Any]]] = {
     "tool": [USER, ANSWER, {"role": "tool", "content": PROBE}, USER],
     "function": [USER, ANSWER, {"role": "function", "content": PROBE}, USER],
     "later system": [USER, ANSWER, {"role": "system", "content": PROBE}, USER],
-    "": [USER, ANSWER, {"role": "narrator", "content": PROBE}, USER],  # any other one
+    "": [USER, ANSWER, {"role": "narrator", "content": PROBE}, USER],  # any other role
 }
 SHORT_ID, LONG_ID = "a1b2c3d4e", "call_a1b2c3d4e5f6a7b8"
 
@@ -59,7 +60,7 @@ class Renderer:
         self._controls = _first_characters(controls)
 
     def describe(self) -> dict[str, Any]:
-        """What the template can say: `TemplateCapabilities` of `template.py`."""
+        """The template's capabilities: fields of `TemplateCapabilities` (`turns.py`)."""
         roles = {role: self._says(messages) for role, messages in ROLE_PROBES.items()}
         parts = [{"type": "text", "text": PROBE}]
         takes_parts = bool(self._says([{**USER, "content": parts}], without=("'text': ", '"text": ')))
@@ -79,7 +80,7 @@ class Renderer:
         }
 
     def _describe_calls(self) -> dict[str, Any]:
-        """How assistant turns with calls must look, and whether the turns of tools are written behind them."""
+        """The form that assistant turns with calls must have, and whether the template writes the results of tools."""
         tools = [_tool("b")]
         for arguments, content in product(({"x": "a"}, '{"x": "a"}'), ({"content": ""}, {})):
             form: dict[str, Any] = {"arguments": arguments, "content": content}
@@ -96,7 +97,7 @@ class Renderer:
     def answer(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, extras: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The text and, if the input spells out a control token, the mark behind that token's first character.
+        """The text and, if the input has the text of a control token, the mark after that text's first character.
 
         `extras` are the template's other variables: `tools`, `documents`, `enable_thinking` and the like.
         """
@@ -114,7 +115,7 @@ class Renderer:
         """Whether the rendered chat contains the probe and none of `without`. None if the template refuses the chat."""
         try:
             text = self.answer(messages, add_generation_prompt=True, extras=extras)["text"]
-        except Exception:  # whatever a template raises: a request with such a chat gets the error
+        except Exception:  # a template may raise anything; a request with such a chat gets the error
             return None
         return PROBE in text.lower() and not any(each in text for each in without)
 
@@ -147,7 +148,7 @@ def _first_characters(controls: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _marked(value: Any, controls: re.Pattern[str], mark: str) -> Any:
-    """`value` with the mark in every control token's text, except in roles: a template may make tokens of those."""
+    """`value` with the mark in every control token's text. Roles have none: a template may make tokens of them."""
     if isinstance(value, str):
         return controls.sub(rf"\g<0>{mark}", value)
     if isinstance(value, list):
@@ -161,9 +162,9 @@ def _marked(value: Any, controls: re.Pattern[str], mark: str) -> Any:
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks what a model says, for training. Its body is rendered unchanged."""
+    """`{% generation %}` marks the model's own text, for training. Its body is rendered unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -194,7 +195,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes HTML, which no model has seen in training.
+    # jinja2's own filter escapes HTML, which models do not have in their training data.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

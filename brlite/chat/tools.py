@@ -1,4 +1,4 @@
-"""Tools, the choice among them, and what a model's reply consists of: plain values for dialects, grammar and server."""
+"""Tools, the tool choice, and the events of a model's reply: plain values for dialects, grammar and server."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import msgspec
 
-NUM_SHORT_ID_CHARACTERS = 9  # Mistral's templates refuse every other length
+NUM_SHORT_ID_CHARACTERS = 9  # Mistral's templates refuse other lengths
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """A function that the model may call. `parameters` is a JSON schema; without one it takes no arguments.
 
-    With `strict` the arguments of every call obey the schema.
+    With `strict` the arguments of every call conform to the schema.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool = False
 
     def for_template(self) -> dict[str, Any]:
-        """The tool in the shape of OpenAI's chat API, which is what templates were written for."""
+        """The tool in the shape of OpenAI's chat API, which templates expect."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -37,9 +37,9 @@ EMPTY_SCHEMA: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the model may call tools, or must. `names` are those it may call, all if empty.
+    """Whether the model may or must call tools. `names` are the tools that it may call; empty: all.
 
-    `is_named` tells a choice of one function from `required` with one allowed tool: finish reasons differ.
+    `is_named`: the client chose one function. This differs from `required` with one allowed tool in the finish reason.
     """
 
     mode: Literal["none", "auto", "required"] = "auto"
@@ -84,7 +84,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
 
 
 class ToolCallEnd(msgspec.Struct, frozen=True):
-    """Call number `index` is whole."""
+    """Call number `index` is complete."""
 
     index: int
 
@@ -93,7 +93,7 @@ ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | ToolCallEnd
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """A whole reply: the sum of its events."""
+    """A whole reply: its events joined."""
 
     content: str = ""
     reasoning: str = ""
@@ -101,7 +101,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 def collect(events: Sequence[ReplyEvent]) -> Reply:
-    """The whole reply that a list of events adds up to."""
+    """Join the events of a whole reply."""
     content, reasoning = [], []
     calls: list[list[Any]] = []
     for event in events:

@@ -1,7 +1,7 @@
-"""A conversation in OpenAI's shape, brought into the shape that one chat template can say. Renders nothing.
+"""Converts a conversation from OpenAI's shape to the shape that one chat template takes. Renders nothing.
 
-Templates differ in what they take: parts or strings as content, arguments as mappings or strings, an empty content or
-none beside calls, thinking under one of several keys. Tools that a template does not know are put into words.
+Templates take different shapes: parts or strings as content, arguments as mappings or strings, an empty content or
+none beside calls, reasoning under one of several keys. If a template does not support tools, they are written as text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from brlite.errors import InvalidRequest
 Turn = Mapping[str, Any]
 
 MAX_ROLE = 64  # characters
-_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_ -]{{0,{MAX_ROLE - 1}}}")  # a template may make a control token of it
+_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_ -]{{0,{MAX_ROLE - 1}}}")  # strict: templates build control tokens of roles
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-# Variables of templates that no request may set: what the server passes, and what would replace the template.
+# Template variables that no request may set: the server's own, and those that would replace the template.
 RESERVED = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
@@ -31,7 +31,7 @@ RESERVED = frozenset(
     }
 )
 
-# What Qwen2.5's and Hermes' templates write, for models whose template knows no tools.
+# The text of Qwen2.5's and Hermes' templates, for models whose template does not support tools.
 TOOLS_IN_WORDS = """\
 # Tools
 
@@ -49,13 +49,13 @@ For each function call, return a json object with function name and arguments wi
 
 
 class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What a template can say, found by trial renderings (`template_worker.py`).
+    """The capabilities of a template, found by trial renderings (`template_worker.py`).
 
-    `roles`: True is said, False is left out without an error, None is refused; "" are all that have no entry but
-    the user, "later system" is a system message that is not the first. `variables` are the names that the
-    template reads. `takes_empty_content` is False where a turn with calls must have no `content`.
-    With `marks_content` content has marks of its own, as in gpt-oss' harmony.
-    `reasoning_key` is the key of an assistant turn under which the template reads its reasoning.
+    `roles` has for each role: True if it is rendered, False if it is left out without an error, None if it is refused.
+    The key "" stands for all roles without an entry, except "user"; "later system" for a system message that is not the
+    first. `variables` are the names that the template reads. `takes_empty_content` is False if a turn with calls must
+    have no `content`. With `marks_content` the model writes marks around content too, as in gpt-oss' harmony.
+    `reasoning_key` is the key of an assistant turn that the template reads its reasoning from.
     """
 
     roles: Mapping[str, bool | None] = msgspec.field(default_factory=lambda: {"system": True})
@@ -75,12 +75,12 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def knows_tools(self) -> bool:
-        """Whether lists of tools, calls and results are all said; otherwise they are put into words."""
+        """Whether the template renders lists of tools, calls and results. Otherwise they are written as text."""
         return self.tools_in is not None and self.says_calls and self.says_results
 
 
 class TemplateExtras(msgspec.Struct, frozen=True, kw_only=True):
-    """What a template gets beside the turns. `tools` are in the shape of OpenAI's chat API.
+    """A template's input besides the turns. `tools` are in the shape of OpenAI's chat API.
 
     `variables` are `chat_template_kwargs`.
     """
@@ -94,7 +94,8 @@ NO_EXTRAS = TemplateExtras()
 
 
 def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCapabilities) -> list[dict[str, Any]]:
-    """The turns as a template with these capabilities takes them. Raises `InvalidRequest` for what it cannot say."""
+    """The turns in the shape that a template with these capabilities takes. Raises `InvalidRequest` for turns that it
+    does not support."""
     if extras.variables and (reserved := RESERVED.intersection(extras.variables)):
         raise InvalidRequest(f"chat_template_kwargs must not set {min(reserved)!r}", param="chat_template_kwargs")
     if extras.documents and "documents" not in can.variables:
@@ -115,7 +116,7 @@ def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCa
 
 
 def template_refusal(reason: str) -> InvalidRequest:
-    """The error for a chat that a model's template cannot say."""
+    """The error for a chat that a model's template does not support."""
     return InvalidRequest(
         f"Error in applying chat template from request: {reason}; /v1/completions takes a prompt without a template",
         param="messages",
@@ -178,7 +179,7 @@ def _prepared_call(call: Mapping[str, Any], can: TemplateCapabilities) -> dict[s
 
 
 def short_id(call_id: str) -> str:
-    """Nine letters and digits, which Mistral's templates require. Equal ids give equal ones."""
+    """Nine letters and digits, as Mistral's templates require. Equal ids give equal results."""
     if _SHORT_ID.fullmatch(call_id):
         return call_id
     number = int.from_bytes(blake2b(call_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
@@ -201,8 +202,8 @@ def joined_text(content: str | Sequence[Any] | None) -> str:
 def _tools_in_words(
     turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
 ) -> list[dict[str, Any]]:
-    """Turns without tools: their list in the system message, calls and results as text in `<tool_call>` and
-    `<tool_response>`. Results are in the user's turn, together with what the user says next."""
+    """Turns with tools written as text: their list in the system message, calls and results in `<tool_call>` and
+    `<tool_response>`. Results are in a user turn, together with the user's next text."""
     words: list[dict[str, Any]] = []
     for turn in turns:
         plain = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
@@ -239,9 +240,9 @@ def _call_in_words(call: Mapping[str, Any]) -> str:
 def _with_system(
     turns: Sequence[Turn], can: TemplateCapabilities, *, text: str = "", **more: object
 ) -> list[dict[str, Any]]:
-    """The turns with a text, or more keys, in their first system message, which is added where there is none.
+    """The turns with `text`, or the keys `more`, added to their first system message. Without one, it is inserted.
 
-    If the template cannot say a system message, the text goes before the first user message.
+    If the template does not support system messages, the text goes before the first user message.
     """
     first: Turn = turns[0] if turns else {}
     role = "user"

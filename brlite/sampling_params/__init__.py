@@ -1,6 +1,6 @@
-"""What a request says of its answer: the sampling table, the shape of an answer, and how a prompt is embedded.
+"""The parameters of a request: the sampling table, structured output, and pooling for embeddings.
 
-Plain values that check themselves. They know neither engine nor HTTP. First file: `params.py`.
+Plain values that validate themselves, independent of engine and HTTP. First file: `params.py`.
 """
 
 from brlite.sampling_params.params import (

@@ -19,17 +19,17 @@ from msgspec import Meta, inspect
 from brlite.errors import InvalidRequest
 from brlite.sampling_params.structured_output import StructuredOutput
 
-MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
+MAX = sys.float_info.max  # as a bound it refuses infinity and NaN
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
-ALL_TOKENS = 2**30  # SGLang's `top_k` of all tokens
-MAX_LENGTH_PENALTY = 16  # a length of millions to this power is a number
+ALL_TOKENS = 2**30  # SGLang's `top_k` for all tokens
+MAX_LENGTH_PENALTY = 16  # a length of millions to this power does not overflow a float
 RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
-# What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
+# Parameters that a model's generation_config.json sets if the request does not: vLLM's list, without the length limit.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # what reading a wrong value raises
+_REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # raised for an invalid value
 
-# What changes which tokens may be drawn, or how probable they are. A beam search needs the model's own probabilities.
+# Parameters that change the allowed tokens or their probabilities. A beam search needs the model's own probabilities.
 NOT_IN_BEAM_SEARCH = (
     *("temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "xtc_probability", "dynatemp_range"),
     *("dry_multiplier", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -45,15 +45,15 @@ CountOrNone = Annotated[int, Meta(ge=0)] | None
 
 
 def _parameter(allowed: str, text: str, **bounds: Any) -> Meta:
-    """The metadata of a parameter: its range in words, its description, and the bounds that msgspec checks."""
+    """The metadata of a parameter: its range as text, its description, and the bounds that msgspec checks."""
     return Meta(description=text, extra={"allowed": allowed}, **bounds)
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a prompt's hidden states become its embedding. Raises `InvalidRequest`, naming the field.
 
-    `pooling` takes the hidden state of the last token or the mean of all; None: the model's own. `dimensions` shortens
-    the vector to its first numbers, for models trained for that. With `normalize` it is scaled to length 1.
+    `pooling` takes the hidden state of the last token or the mean of all; None: the model's default. `dimensions`
+    keeps the first numbers of the vector, for models trained for that. With `normalize` it is scaled to length 1.
     """
 
     pooling: Pooling | None = None
@@ -78,7 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `stop` takes a string or a list; `stop_tokens_ids` is the manual's spelling of `stop_token_ids`, and both add up.
     `max_tokens=None` means half of `build_seq`, or what the context has left if that is less. `logprobs` and
     `prompt_logprobs` count the alternatives reported beside each token (0: only the token itself). Neutral values of
-    other front ends are taken: `top_k=0`, `seed=-1`, `max_tokens=-1`, `stop=""`, 6.0 for 6.
+    other front ends are accepted: `top_k=0`, `seed=-1`, `max_tokens=-1`, `stop=""`, 6.0 for 6.
     """
 
     n: Annotated[int, _parameter("a 64-bit integer, at least 1", "answers to each prompt", ge=1)] = 1
@@ -248,7 +248,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
     def __post_init__(self) -> None:
-        # A default is in range, and a request gives few fields: 7 µs for 23. Each `{}` is a new one.
+        # Check only values that differ from the default: 7 µs instead of 23. Each `{}` is a new object.
         given = {
             name: value
             for name, default in _DEFAULTS
@@ -276,16 +276,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ranks_answers(self) -> bool:
-        """Whether more answers are drawn than are given, and the best of them chosen when all are there."""
+        """Whether more answers are drawn than are returned, so that the best must be chosen at the end."""
         return self.best_of is not None and not self.use_beam_search
 
     @property
     def beam_width(self) -> int:
-        """How many beams a beam search has."""
+        """The number of beams of a beam search."""
         return self.best_of or self.n
 
     def for_all_answers(self) -> SamplingParams:
-        """The parameters that make all `best_of` answers, with logprobs to rank them. A beam search is unchanged."""
+        """The parameters to draw all `best_of` answers, with logprobs to rank them. For a beam search, unchanged."""
         if self.use_beam_search:
             return self
         return msgspec.structs.replace(self, n=self.best_of or self.n, best_of=None, logprobs=self.logprobs or 0)
@@ -301,9 +301,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return not is_neutral and self.repeat_last_n != 0
 
     def with_defaults(self, defaults: Mapping[str, Any], unset: Iterable[str]) -> SamplingParams:
-        """These parameters, with the model's `defaults` for those of `unset` that it has one for.
+        """These parameters, with the model's `defaults` for the names in `unset`.
 
-        A beam search has none: they are for drawing.
+        A beam search is unchanged: the defaults are for sampling.
         """
         if self.use_beam_search:
             return self
@@ -313,7 +313,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_token_ids(token_ids: Collection[int], vocab_size: int, *, param: str) -> None:
     """Raise `InvalidRequest` at the first id outside 0 to `vocab_size` - 1."""
-    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):  # no loop here: a prompt has 100,000
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):  # no loop: a prompt may have 100,000
         return
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
@@ -321,7 +321,7 @@ def check_token_ids(token_ids: Collection[int], vocab_size: int, *, param: str) 
 
 
 def _check_beam_search(params: SamplingParams) -> None:
-    """Raise `InvalidRequest` where the parameters of a beam search do not go together. vLLM 0.4's rules."""
+    """Raise `InvalidRequest` if parameters of a beam search conflict. The rules are vLLM 0.4's."""
     if not params.use_beam_search:
         name = "early_stopping" if params.early_stopping else "length_penalty"
         raise InvalidRequest(f"{name} needs use_beam_search to be true", param=name)
@@ -329,7 +329,7 @@ def _check_beam_search(params: SamplingParams) -> None:
         message = f"best_of must be at least 2 with use_beam_search: the number of beams, got {params.beam_width}"
         raise InvalidRequest(message, param="best_of")
     if params.structured is not None:
-        name = params.structured.param  # the client's name of the field
+        name = params.structured.param  # the client's field name
         raise InvalidRequest(f"{name} must be left out with use_beam_search", param=name)
     for name in NOT_IN_BEAM_SEARCH:
         value = getattr(params, name)
@@ -341,7 +341,7 @@ def _check_beam_search(params: SamplingParams) -> None:
 
 
 class SamplingParameter(NamedTuple):
-    """A sampling parameter: its type with its bounds, its range in words, its default, and what it does."""
+    """A sampling parameter: its type with its bounds, its range as text, its default, and its description."""
 
     name: str
     type: Any
@@ -351,12 +351,12 @@ class SamplingParameter(NamedTuple):
 
 
 def parameters() -> dict[str, SamplingParameter]:
-    """The sampling table by name, from which checks and docs are made."""
+    """The sampling table by name. Checks and docs are made from it."""
     return dict(_PARAMETERS)
 
 
 def _refusal(given: dict[str, Any]) -> InvalidRequest:
-    """The error for the first of the values that is out of its range."""
+    """The error for the first value that is out of its range."""
     for name, value in given.items():
         try:
             msgspec.convert({name: _READ[name](value)}, _FIELDS)
@@ -392,25 +392,25 @@ def _optional_integer(value: Any) -> int | None:
 
 
 def _unless_minus_1(value: Any) -> int | None:
-    """-1 is None, as front ends of llama.cpp and vLLM write it: a seed by chance, an answer of any length."""
+    """Read -1 as None: a random seed, or an answer of any length. Front ends of llama.cpp and vLLM send -1."""
     integer = None if value is None else _integer(value)
     return None if integer == -1 else integer
 
 
 def _top_k(value: Any) -> int:
-    """All tokens: 0 in vLLM and llama.cpp, 2**30 in SGLang, -1 in the manual."""
+    """Read 0 (vLLM, llama.cpp) and 2**30 (SGLang) as -1, the manual's value for all tokens."""
     number = _integer(value)
     return -1 if number in (0, ALL_TOKENS) else number
 
 
 def _seed(value: Any) -> int | None:
-    """None, by chance: -1 in front ends, and the same as 32 bits without a sign in what llama.cpp tells of itself."""
+    """Read -1 and 2**32 - 1 as None, a random seed. llama.cpp reports its -1 as an unsigned 32-bit number."""
     seed = _unless_minus_1(value)
     return None if seed == RANDOM_SEED else seed
 
 
 def _top_n_sigma(value: Any) -> float:
-    """-1 is 0, off, as llama.cpp writes it."""
+    """Read -1, llama.cpp's value for off, as 0."""
     number = _number(value)
     return 0.0 if number == -1 else number
 
@@ -422,9 +422,9 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """An empty string is no text to find: it is what front ends send for an empty box."""
+    """Read a string or a list of strings. Empty strings are dropped: front ends send them for an empty input box."""
     texts = tuple(item for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
-    "".join(texts).encode()  # raises for what is no string, and for a lone surrogate, which no output can hold
+    "".join(texts).encode()  # raises for other types, and for lone surrogates, which no output can have
     return texts
 
 
@@ -433,7 +433,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _biases(value: Any) -> dict[int, float]:
-    """Token ids may be spelt as strings, as JSON must spell them."""
+    """Read a map of biases. Token ids may be strings, because JSON keys are."""
     biases = {} if value is None else dict(value)
     return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
 
@@ -444,7 +444,8 @@ def _structured(value: Any) -> StructuredOutput | None:
     return value
 
 
-# What front ends write besides a parameter's own type: 6.0 for 6, -1 for none, numpy's numbers, one string for a list.
+# By parameter, the function that reads its value. It accepts other forms: 6.0 for 6, -1 for none, numpy's numbers, one
+# string for a list.
 _READ: dict[str, Callable[[Any], Any]] = {
     "n": _integer,
     "best_of": _optional_integer,
@@ -495,7 +496,7 @@ for _field in msgspec.structs.fields(SamplingParams):
         text=(_info.extra_json_schema or {})["description"],
     )
 _DEFAULTS = [(parameter.name, parameter.default) for parameter in _PARAMETERS.values()]
-# The same fields without `__post_init__`: all that are given are checked by one call.
+# The same fields without `__post_init__`, so that one call checks all given values.
 _FIELDS = msgspec.defstruct(
     "_FIELDS", [(each.name, each.type, msgspec.field(default=None)) for each in _PARAMETERS.values()]
 )

@@ -1,4 +1,4 @@
-"""What an answer must look like: JSON, an expression, choices, a grammar, calls of functions, reasoning before it.
+"""Constraints on an answer: JSON, a regular expression, choices, a grammar, function calls, reasoning before it.
 
 These are plain values. `brlite/grammar/` compiles them.
 """
@@ -26,10 +26,10 @@ class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParameterNotation(msgspec.Struct, frozen=True, kw_only=True):
-    """How a call writes each parameter: `begin`, in which `{}` stands for the name, then the value, then `end`.
+    """The text of each parameter of a call: `begin`, in which `{}` stands for the name, then the value, then `end`.
 
-    Values are JSON, but strings have no quotes with `has_plain_strings`, and `True` and `False` are Python's with
-    `has_python_constants`.
+    Values are JSON. With `has_plain_strings`, strings have no quotes; with `has_python_constants`, constants are
+    Python's (`True`, `False`).
     """
 
     begin: str
@@ -72,15 +72,15 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer must look like: exactly one of the first six fields. Raises `InvalidRequest` otherwise.
+    """The constraint on an answer: exactly one of the first six fields. Raises `InvalidRequest` otherwise.
 
     `json_schema` is a schema as an object or as JSON, `json_object` any JSON object, `regex` matches the whole answer,
     `choice` lists all answers, `grammar` is in Lark's or llama.cpp's notation (GBNF, EBNF). `structural_tag` is free
     text with parts that have a schema: `{"structures": [{"begin", "schema", "end"}], "triggers": [...]}`.
 
     JSON is written without whitespace unless `whitespace_pattern`, a regular expression, allows some between tokens.
-    `calls` may stand in the answer's place, and need none of the six beside them. `reasoning` comes before either.
-    `param` names the request's field in errors.
+    `calls` are an alternative to the constrained answer, and may be given without one of the six. `reasoning` comes
+    before either. `param` names the request's field in errors.
     """
 
     json_schema: str | None = None

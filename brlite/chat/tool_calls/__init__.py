@@ -1,6 +1,6 @@
-"""How models write calls of tools, a file for each format: the grammar of a call and an incremental parser.
+"""The formats of models' tool calls, one file each: the grammar of a call and an incremental parser.
 
-A format knows no engine and no HTTP. First files: `parser.py`, then `hermes.py`.
+A format is independent of engine and HTTP. First files: `parser.py`, then `hermes.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARSERS: dict[str, type[ToolCallParser]] = {
     )
 }
 
-# The first line whose texts all stand in a template names its format.
+# The first row whose texts are all in a template gives the template's format.
 _SIGNS: tuple[tuple[tuple[str, ...], type[ToolCallParser]], ...] = (
     (("<|channel|>", "<|message|>"), HarmonyParser),
     (("<arg_key>",), Glm4MoeParser),
@@ -54,5 +54,5 @@ _SIGNS: tuple[tuple[tuple[str, ...], type[ToolCallParser]], ...] = (
 
 
 def find_parser(template: str) -> type[ToolCallParser] | None:
-    """The parser of the format that a chat template writes calls in; None if it is none of the known ones."""
+    """The parser for the call format of a chat template; None if the format is unknown."""
     return next((parser for signs, parser in _SIGNS if all(sign in template for sign in signs)), None)

@@ -1,6 +1,6 @@
-"""ChatGLM3 and GLM-4: the reply begins with a tool's name on a line of its own.
+"""ChatGLM3 and GLM-4: the first line of the reply is a tool's name.
 
-Behind it GLM-4 writes a JSON object, ChatGLM3 the code ``tool_call(a=1)`` in a fence.
+Then GLM-4 writes a JSON object, ChatGLM3 the code ``tool_call(a=1)`` in a fence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FENCE = "```"
 
 
 class ChatGlmParser(ToolCallParser):
-    """A first line that is no tool's name is plain text."""
+    """If the first line is not a tool's name, it is plain text."""
 
     name = "chatglm"
     marks = (MARK,)

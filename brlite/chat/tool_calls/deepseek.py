@@ -34,7 +34,7 @@ class DeepSeekParser(ToolCallParser):
         yield from source.expect(CALL)
         while True:
             name, _ = yield from source.text_until(SEPARATOR)
-            if name.strip() == "function":  # V3 and R1 write the name behind it
+            if name.strip() == "function":  # in V3 and R1 the name follows
                 name, _ = yield from source.text_until("\n")
             self._begin(name.strip())
             yield from source.spaces()
@@ -53,7 +53,7 @@ class DeepSeekParser(ToolCallParser):
 
 
 class DeepSeekV31Parser(DeepSeekParser):
-    """The format of V3.1, which differs in the grammar of a call only."""
+    """The format of V3.1. Only the grammar of a call differs."""
 
     name = "deepseek_v31"
 

@@ -13,7 +13,7 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 
 
 class Glm4MoeParser(ToolCallParser):
-    """Values are written without quotes: a parameter's schema tells strings from other values."""
+    """Strings are written without quotes, so a parameter's schema decides whether its value is a string."""
 
     name = "glm4_moe"
     marks = (BEGIN, END, KEY, KEY_END, VALUE, VALUE_END)

@@ -12,13 +12,13 @@ from brlite.chat.tools import ReasoningDelta, Tool
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 RECIPIENT = "functions."
-# The texts that may begin a preamble of an answer, the text that ends it, and the text that begins the answer.
+# A preamble may come before the answer. These are the texts that begin it, that end it, and that begin the answer.
 PREAMBLES = (f"{CHANNEL}analysis{MESSAGE}", f"{CHANNEL}commentary{MESSAGE}")
 PREAMBLE_END, FINAL = f"{ENDS[0]}{START}assistant", f"{CHANNEL}final{MESSAGE}"
 
 
 class HarmonyParser(ToolCallParser):
-    """Reads content and reasoning, too. The prompt ends with `<|start|>assistant`."""
+    """Parses content and reasoning too. The prompt ends with `<|start|>assistant`."""
 
     name = "harmony"
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
@@ -31,7 +31,7 @@ class HarmonyParser(ToolCallParser):
     def read_reply(self) -> Step[None]:
         source = self._source
         while True:
-            self._start = self._passed_on = source.at  # keep the header's text: it is content if it has no end
+            self._start = self._passed_on = source.at  # keep the header: without an end it is content
             header: list[str] = []
             mark = yield from source.until((MESSAGE, *ENDS), header.append)
             start, self._start = self._start, None

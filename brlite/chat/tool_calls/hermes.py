@@ -12,7 +12,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class HermesParser(ToolCallParser):
-    """Also the format of models whose template knows no tools."""
+    """Also the format of models whose template does not support tools."""
 
     name = "hermes"
     marks = (BEGIN, END)
@@ -27,4 +27,4 @@ class HermesParser(ToolCallParser):
         yield from self._source.spaces()
         yield from self._json_call()
         yield from self._source.spaces()
-        yield from self._source.take_end(END)  # some models leave it out at the end of a reply
+        yield from self._source.take_end(END)  # some models omit it at the end of a reply

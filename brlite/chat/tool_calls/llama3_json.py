@@ -1,6 +1,6 @@
-"""Llama 3.1 to 3.3: the reply is `{"name": "f", "parameters": {...}}`, with `<|python_tag|>` before it or without.
+"""Llama 3.1 to 3.3: the reply is `{"name": "f", "parameters": {...}}`, with or without `<|python_tag|>` before it.
 
-Several calls have a semicolon between them.
+A semicolon separates calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TAG = "<|python_tag|>"
 
 
 class Llama3JsonParser(ToolCallParser):
-    """Without the tag only a reply that begins with an object is a call."""
+    """Without the tag, a reply is a call only if it begins with an object."""
 
     name = "llama3_json"
     marks = (TAG,)

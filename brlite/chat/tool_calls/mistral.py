@@ -1,4 +1,4 @@
-"""Mistral: `[TOOL_CALLS]` and a JSON list of calls; newer ones `[TOOL_CALLS]f[ARGS]{...}` for each call."""
+"""Mistral: `[TOOL_CALLS]` and a JSON list of calls; in newer models `[TOOL_CALLS]f[ARGS]{...}` for each call."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MistralParser(ToolCallParser):
 
 
 class MistralArgsParser(MistralParser):
-    """The same, for the vocabularies from version 11 on (Mistral Small 3.2, Magistral, Devstral)."""
+    """The format of the vocabularies from version 11 on (Mistral Small 3.2, Magistral, Devstral)."""
 
     name = "mistral_args"
 

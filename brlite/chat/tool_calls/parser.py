@@ -1,7 +1,7 @@
 """The base class of the parsers of all formats: content between calls, the events of a call, warnings.
 
-A format's parser reads a `ReplySource` and calls `_begin`, `_arguments` and `_end`. It raises `BrokenCall` where the
-text is not a call; the text is then passed on as content.
+A format's parser reads a `ReplySource` and calls `_begin`, `_arguments` and `_end`. It raises `BrokenCall` if the text
+is not a call; the text is then passed on as content.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
     `ParameterNotation`, they are written one by one.
 
     `trigger` begins calls in free text. With `is_leading`, calls at the beginning of a reply need no trigger; elsewhere
-    it stands before `opening`. With `is_single` a reply has at most one call.
+    the trigger precedes `opening`. With `is_single` a reply has at most one call.
     """
 
     trigger: str
@@ -42,7 +42,7 @@ class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
 class ToolCallParser:
     """Reads one reply. Its events do not depend on how the text is cut into pieces.
 
-    The events of a call are held until the call is complete: one that does not parse is passed on as content. With
+    The events of a call are held until the call is complete, because an invalid call is passed on as content. With
     `streams_arguments`, for replies that a grammar constrains, they are passed on at once.
     """
 
@@ -64,10 +64,10 @@ class ToolCallParser:
         self._is_cut = False
         self._spaces = ""  # white space of the content, held until text follows
         self._has_content = False
-        # Of the call that is being read:
+        # State of the current call:
         self._start: int | None = None  # where it begins in the source; None between calls
         self._has_begun = False  # an event of it was passed on
-        self._passed_on = 0  # the place in the source up to which its text was passed on
+        self._passed_on = 0  # its text before this index of the source was passed on
         self._call_events: list[ReplyEvent] = []  # held until the call is complete
         self._text: list[str] = []  # its arguments
         self._parsing = self.read_reply()
@@ -75,7 +75,7 @@ class ToolCallParser:
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar | None:
-        """How a call of this tool is written. None if the format cannot write it."""
+        """The grammar of a call of this tool. None if the format cannot express it."""
         raise NotImplementedError
 
     def feed(self, text: str) -> list[ReplyEvent]:

@@ -1,6 +1,6 @@
 """Llama 3.2 and 4: the reply is a list of Python calls, `[f(a=1, b="x"), g()]`.
 
-`<|python_start|>` and `<|python_end|>` may stand around it. Arguments are literals; nothing is evaluated.
+It may be enclosed in `<|python_start|>` and `<|python_end|>`. Arguments are literals; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 class PythonicParser(ToolCallParser):
-    """Without the mark only a reply that begins with such a list holds calls."""
+    """Without the mark, a reply has calls only if it begins with such a list."""
 
     name = "pythonic"
     marks = (START, END)
@@ -74,7 +74,7 @@ class PythonicParser(ToolCallParser):
 
 
 def word(source: ReplySource) -> Step[str]:
-    """A name, a number or a constant: letters, digits and `_.+-`."""
+    """Read a name, a number or a constant: letters, digits and `_.+-`."""
     pieces: list[str] = []
     while True:
         match = _WORD.match(source.text, source.at)
@@ -86,7 +86,7 @@ def word(source: ReplySource) -> Step[str]:
 
 
 def keyword_arguments(source: ReplySource, emit: Emit) -> Step[None]:
-    """`a=1, b="x")`, written as a JSON object. Raises `BrokenCall`."""
+    """Read `a=1, b="x")` and emit it as a JSON object. Raises `BrokenCall`."""
     separator = "{"
     yield from source.spaces()
     while not (yield from source.take(")")):
@@ -105,7 +105,7 @@ def keyword_arguments(source: ReplySource, emit: Emit) -> Step[None]:
 
 
 def _literal(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
-    """One literal, written as JSON."""
+    """Read one literal and emit it as JSON."""
     yield from source.spaces()
     first = yield from source.peek()
     if depth == 0:
@@ -122,7 +122,7 @@ def _literal(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
 
 
 def _collection(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
-    """A list, a tuple or a dictionary, written as JSON."""
+    """Read a list, a tuple or a dictionary and emit it as JSON."""
     opening = yield from source.expect(*_CLOSING)
     closing, is_mapping = _CLOSING[opening], opening == "{"
     before = begin = "{" if is_mapping else "["
@@ -148,7 +148,7 @@ def _collection(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
 
 
 def _string(source: ReplySource) -> Step[str]:
-    """A string in single or double quotes, as JSON."""
+    """Read a string in single or double quotes. Returns it as JSON."""
     quote = yield from source.expect('"', "'")
     pieces: list[str] = []
     while True:

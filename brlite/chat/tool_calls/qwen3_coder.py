@@ -14,7 +14,7 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 
 class Qwen3CoderParser(ToolCallParser):
-    """Values are written without quotes: a parameter's schema tells strings from other values."""
+    """Strings are written without quotes, so a parameter's schema decides whether its value is a string."""
 
     name = "qwen3_coder"
     marks = (BEGIN, END)

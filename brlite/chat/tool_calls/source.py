@@ -1,7 +1,7 @@
-"""Reads text that comes in pieces. The parsers are written as if they had all of it.
+"""Reads text that arrives in pieces, for parsers written as if the text were complete.
 
-A parser is a generator. It yields where it needs text that has not come yet, and is resumed when there is more. What it
-reads does not depend on how the text was cut into pieces. No text is read twice, so the time is linear in its length.
+A parser is a generator. It yields when it needs more text, and is resumed when there is more. Its result does not
+depend on how the text was cut into pieces. No text is read twice, so the time is linear in its length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-Step = Generator[None, None, T]  # of a parser: yields while it waits, returns what it read
+Step = Generator[None, None, T]  # a step of a parser: yields while it waits, returns its result
 Emit = Callable[[str], object]
 
 MAX_DEPTH = 64  # nested arrays and objects of one call's arguments
@@ -24,11 +24,11 @@ _OPENING = {"}": "{", "]": "["}
 
 
 class BrokenCall(Exception):
-    """The text begins like a call and is not one. The message says why."""
+    """The text begins like a call but is not one. The message has the reason."""
 
 
 class ReplySource:
-    """The text so far, less what was forgotten. `at` is the place up to which it has been read."""
+    """The text so far, without the forgotten beginning. `at` is the index of the next character to read."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -49,7 +49,7 @@ class ReplySource:
         return True
 
     def peek(self) -> Step[str]:
-        """The next character, which is not consumed; empty at the end."""
+        """The next character, without consuming it; empty at the end."""
         while self.at == len(self.text):
             if not (yield from self.more()):
                 return ""
@@ -64,7 +64,7 @@ class ReplySource:
                 return
 
     def take(self, *words: str) -> Step[str]:
-        """Consume the first of the words that comes next, and return it; empty if none does."""
+        """If one of the words comes next, consume and return it, else an empty string. Earlier words have priority."""
         while True:
             rest = self.text[self.at : self.at + max(map(len, words))]
             found = next((word for word in words if rest.startswith(word)), "")
@@ -74,7 +74,8 @@ class ReplySource:
                 return found
 
     def take_end(self, mark: str) -> Step[None]:
-        """Consume the mark at the end of a call if it is there, or the part of it that a cut reply has."""
+        """Consume the mark at the end of a call if it comes next. At the end of the text, a part of it is consumed
+        too."""
         found = yield from self.take(mark)
         rest = self.text[self.at :]
         if self.has_ended and not found and mark.startswith(rest):
@@ -90,8 +91,8 @@ class ReplySource:
     def until(self, marks: Sequence[str], emit: Emit) -> Step[str]:
         """Read up to the first mark and consume it. Returns the mark; empty at the end.
 
-        The text before it is given to `emit` as soon as it cannot be the beginning of a mark. Where several marks
-        match, the longest is consumed.
+        The text before it is given to `emit` as soon as it cannot be the beginning of a mark. If several marks match,
+        the longest is consumed.
         """
         starts = re.compile("[" + re.escape("".join({mark[0] for mark in marks})) + "]")
         longest = max(map(len, marks))
@@ -115,7 +116,8 @@ class ReplySource:
             self._copy(place + 1, emit)
 
     def text_until(self, *marks: str) -> Step[tuple[str, str]]:
-        """The text up to the first mark, and the mark, which is consumed. Raises `BrokenCall` if none comes."""
+        """Read the text up to the first mark, and consume the mark. Returns both. Raises `BrokenCall` without a
+        mark."""
         pieces: list[str] = []
         mark = yield from self.until(marks, pieces.append)
         if not mark:
@@ -123,7 +125,7 @@ class ReplySource:
         return "".join(pieces), mark
 
     def json_string(self) -> Step[str]:
-        """A JSON string, decoded. Raises `BrokenCall`."""
+        """Read a JSON string. Returns its value. Raises `BrokenCall`."""
         pieces: list[str] = []
         yield from self.json_value(pieces.append)
         value = parse_json("".join(pieces))
@@ -132,7 +134,7 @@ class ReplySource:
         return value
 
     def json_value(self, emit: Emit) -> Step[None]:
-        """Read one JSON value and give its text to `emit` as it comes. Raises `BrokenCall` if it does not end.
+        """Read one JSON value and give its text to `emit` as it arrives. Raises `BrokenCall` if it does not end.
 
         Only brackets and quotes are checked here. `parse_json` checks the rest.
         """
@@ -198,7 +200,7 @@ class ReplySource:
 
 
 def parse_json(text: str) -> object:
-    """The value of a JSON text. Raises `BrokenCall`, also for NaN and Infinity."""
+    """The value of a JSON text. Raises `BrokenCall` if it is invalid, or has NaN or Infinity."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
