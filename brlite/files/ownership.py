@@ -1,4 +1,4 @@
-"""Whether only this user can have written a file: checked before a library, packed weights or a config is used."""
+"""Checks that only this user can have written a file, before a library, packed weights or a config is used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ with suppress(ImportError):  # Windows has neither, and no os.geteuid
 def why_untrusted(path: Path) -> str | None:
     """Why other users could have written a file or put it into its folder; None if only this user and root could.
 
-    File and folder must belong to one of the two and be writable by no others; of a folder only itself is looked at. A
+    File and folder must belong to one of the two and be writable by no others; for a folder, only itself is checked. A
     group counts as this user if it is the user's own, of the same name and without other members. A sticky folder, such
     as /tmp, protects a file by its owner.
-    Raises `OSError` where there is no file.
+    Raises `OSError` if there is no file.
     """
     if not hasattr(os, "geteuid"):
         return None

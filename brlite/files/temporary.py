@@ -20,7 +20,7 @@ except ImportError:  # Windows: nothing is locked, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
 PART_SUFFIX = ".part"
-NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # the second is Windows': bytes as they are
+NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # the second: bytes unchanged on Windows
 
 
 def create_temporary(target: Path) -> tuple[int, Path]:

@@ -1,7 +1,7 @@
 """Reads text that people write: configs, keys, templates, prompts, JSON files, request bodies.
 
-A byte order mark is removed, and CR LF ends a line as LF does. Knows no format. Reading a pipe or a device is limited
-in size and time, so that it cannot block a start.
+A byte order mark is removed, and CR LF ends a line as LF does. Interprets no format. Reading a pipe or a device is
+limited in size and time, so that it cannot block a start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8
-MAX_TEXT_BYTES = 16 * 2**20  # of a config, a key file, a template: far more than any has
+MAX_TEXT_BYTES = 16 * 2**20  # of a config, a key file, a template: far above real sizes
 WAIT_SECONDS = 10.0  # for a pipe to give all of its text
 CHUNK_BYTES = 2**20
 # The longer mark comes first: UTF-32's begins as UTF-16's does.

@@ -24,7 +24,7 @@ _SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@")  # a URL with a password
 _NEEDED_NAME = re.compile(r"PIP_.*|.*_PROXY", re.I)  # pip's settings, and proxies of a company's network
 _SECRETS_READ: set[str] = set()  # names of variables; global, as the environment is
 
-# Kills its process group, itself included, when its standard input closes, which any end of brlite does.
+# Kills its process group, itself included, when its standard input closes, as it does however brlite ends.
 _WATCH = "import os, signal, sys; sys.stdin.buffer.read(1); os.killpg(0, signal.SIGKILL)"
 
 

@@ -1,7 +1,8 @@
-"""What this process may use of the machine: cores, memory, instruction sets, open files. No other file asks the system.
+"""What this process may use of the machine: cores, memory, instruction sets, open files.
 
-Knows no backend and no accelerator. Standard library only: the installation's compiler run imports it too. Every
-function takes the root of a file tree, so that tests describe another machine as a folder of small files.
+No other file reads these from the system. Uses no backend and no accelerator. Standard library only: the installation's
+compiler run imports it too. Every function takes the root of a file tree, so that tests describe another machine as a
+folder of small files.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-# Those that decide which matrix code runs well, x86 and ARM.
+# The sets that decide which matrix code is fast, of x86 and ARM.
 INSTRUCTION_SETS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 ROOT = Path("/")
-CGROUPS = "sys/fs/cgroup"  # where cgroups are when /proc/self/mountinfo does not say
+CGROUPS = "sys/fs/cgroup"  # where cgroups are if /proc/self/mountinfo lists none
 OWN_DESCRIPTORS = 80  # open files of the process itself, and connections of probes beyond `max_connections`
-MAX_DESCRIPTORS = 1024 * 1024  # some programs, started as children, look at every number up to the limit
+MAX_DESCRIPTORS = 1024 * 1024  # some child programs try every number up to the limit
 OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
 
 
@@ -169,8 +170,8 @@ def _memory_limits(root: Path) -> Iterator[tuple[Limit, int]]:
 def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
     """The folders of the process's own cgroup and of every one above it, each with its version of cgroups.
 
-    A process has one cgroup in v2 and one in each hierarchy of v1. What of the path a container does not show is
-    left out: the walk ends at the mount point, which shows the container's own cgroup.
+    A process has one cgroup in v2 and one in each hierarchy of v1. Parts of the path that a container does not show
+    are left out: the walk ends at the mount point, which shows the container's own cgroup.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -201,7 +202,7 @@ def _mounts(root: Path, controller: str, version: int) -> list[tuple[PurePosixPa
 
 
 def _online_cpus(root: Path) -> frozenset[int]:
-    """From `0-3,8`, as the system lists them."""
+    """The numbers of the online CPUs, from a list such as `0-3,8`."""
     cpus: set[int] = set()
     for first, _, last in (part.partition("-") for part in _read(root / "sys/devices/system/cpu/online").split(",")):
         if first.strip().isdecimal():
@@ -210,7 +211,7 @@ def _online_cpus(root: Path) -> frozenset[int]:
 
 
 def _core_of(cpu: int, root: Path) -> tuple[str, str]:
-    """Package and core of a logical CPU; on systems that do not say, each is a core of its own."""
+    """Package and core of a logical CPU; if the system does not report them, each CPU is a core."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     package, core = (_read(topology / name).strip() for name in ("physical_package_id", "core_id"))
     return (package, core) if core else ("", str(cpu))

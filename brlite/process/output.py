@@ -21,7 +21,7 @@ from typing import TextIO
 MAX_LINES = 2048
 MAX_BYTES = 512 * 1024
 GATHER_SECONDS = 0.005  # lines within this time are written together: fewer thread switches
-LAST_WRITE_SECONDS = 1.0  # a command that ends waits so long for its last lines to be written
+LAST_WRITE_SECONDS = 1.0  # the most that an ending command waits until its last lines are written
 
 
 class QueuedStream(io.TextIOBase):

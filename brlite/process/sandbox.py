@@ -198,7 +198,7 @@ def _start() -> subprocess.Popen[bytes]:
             bufsize=0,
             cwd="/",
             env={**environment, **FIXED_ENVIRONMENT},
-            start_new_session=True,  # the terminal's Ctrl-C is for us
+            start_new_session=True,  # the terminal's Ctrl-C must not reach the child
         )
     except (OSError, ValueError) as error:
         raise EngineError(f"a child process cannot be started: {error}") from None

@@ -1,6 +1,6 @@
 """Runs an untrusted template or tokenizer in a child process (`sandbox.py`), within limits of CPU time and memory.
 
-The kernel ends the process where a message takes too much CPU time, and bounds its memory. This file runs by its path,
+The kernel ends the process if a message takes too much CPU time, and bounds its memory. This file runs by its path,
 under `python -I -S`: it imports the standard library only, never brlite. The work itself is in another file, the worker
 script: its `create(**setup)` makes an object with `describe()` and `answer(**message)`.
 """
@@ -66,7 +66,7 @@ def _serve() -> None:
                 data = encode_message(worker.answer(**message))
         except MemoryError:
             data = out_of_memory
-        except BaseException as error:  # a template's are Python's own; a panic of Rust's is no Exception
+        except BaseException as error:  # a template raises Python's own; a panic of Rust is no Exception
             text = " ".join(str(error)[: 4 * MAX_REASON].split()) or type(error).__name__
             data = encode_message({"error": text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"})
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -76,7 +76,7 @@ def _serve() -> None:
 
 
 def _receive() -> dict[str, Any] | None:
-    """The next message; None when the sender is gone."""
+    """The next message; None after the sender has ended."""
     head = _read(LENGTH.size)
     body = head and _read(LENGTH.unpack(head)[0])
     return json.loads(body) if body else None
@@ -85,7 +85,7 @@ def _receive() -> dict[str, Any] | None:
 def _read(length: int) -> bytes:
     data = bytearray()
     while len(data) < length:
-        # The end of the parent is the end: a forked copy of it may keep our input open.
+        # Exit when the parent has ended: a forked copy of it may keep the input open.
         ready, _, _ = select.select([0, *_PARENT], [], [])
         if 0 not in ready:
             sys.exit(0)

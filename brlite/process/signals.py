@@ -25,7 +25,7 @@ def add_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals, cal
 
 
 def remove_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals) -> None:
-    """Give the signal back what it does in a Python program."""
+    """Restore Python's default handling of the signal."""
     try:
         loop.remove_signal_handler(number)
     except NotImplementedError:
@@ -63,7 +63,7 @@ def leave_process_1() -> None:
 
 
 def _reap_all(child: int) -> None:
-    """Reap all that have ended, and end if the child is among them."""
+    """Reap all ended children. If `child` is one of them, exit with its status."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == child:

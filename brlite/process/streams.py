@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TextIO
 
-SHOWN_INSTEAD = "backslashreplace"  # in JSON such an escape is one of JSON's own
+SHOWN_INSTEAD = "backslashreplace"  # in JSON, the escape of a lone surrogate is a valid JSON escape
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LIBRARIES = ("httpx", "httpcore", "huggingface_hub", "urllib3", "filelock")  # they log every request
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chats to text, for the model that is served.
+"""Converts text to token ids and back, and renders chats as text, for the served model.
 
 Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF vocabularies. Imports the libraries in the
 loaders only. First file: `tokenizer.py`.

@@ -1,6 +1,6 @@
-"""Folders that bring code for their tokenizer beside a sentencepiece model: Baichuan2, ChatGLM2 and ChatGLM3.
+"""Loads tokenizers of folders with tokenizer code beside a sentencepiece model: Baichuan2, ChatGLM2 and ChatGLM3.
 
-That code is never run. What it does is published, and done here: which control tokens there are, and how a chat is put.
+That code is never run. Its published behaviour is reimplemented here: the control tokens and the format of chats.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from brlite.tokenizer.sentencepiece_model import SentencePieceModel
 from brlite.tokenizer.tokenizer import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
-# Baichuan2's two, by the key of the generation config that may name another, and the pieces that they are else.
+# Baichuan2's role tokens: key of the generation config, which may give another id → default piece.
 BAICHUAN2_ROLES = {"user_token_id": "<reserved_106>", "assistant_token_id": "<reserved_107>"}
 
 Loader = Callable[[Path, "Path | None", "ChildLimits | None"], Tokenizer]
 
 
 def find_loader(folder: Path) -> Loader | None:
-    """The loader for this folder's tokenizer. None for a folder without a tokenizer in code."""
+    """The loader for this folder's tokenizer. None for a folder of any other kind."""
     if exists(folder / "tokenizer.json") or not (folder / MODEL_FILE).is_file():
         return None
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
@@ -64,7 +64,7 @@ def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: Chil
 
 
 def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
-    """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
+    """`[gMASK]sop` before every text. Control tokens have ids after the vocabulary; no text is encoded to them."""
     code = folder / "tokenization_chatglm.py"
     # Both versions have one `model_type`. Only ChatGLM3's code, which is not run, has role tokens.
     if exists(code):

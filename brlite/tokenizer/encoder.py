@@ -1,6 +1,6 @@
-"""Cuts text into token ids by Hugging Face's `tokenizers`.
+"""Encodes text as token ids with Hugging Face's `tokenizers`.
 
-A panic of that library is a `BaseException` in Python. Here it becomes an `InvalidRequest` of the text that caused it.
+A panic of that library is a `BaseException` in Python. Here it becomes an `InvalidRequest` for the text that caused it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from brlite.tokenizer.encoder_process import EncoderProcess
 from brlite.tokenizer.tokenizer import Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)
-_MAX_COMPOSED = 4  # characters that Unicode normalization makes one of, at most
+_MAX_COMPOSED = 4  # the most characters that Unicode normalization composes into one
 
 
 class BackendEncoder(Encoder):
@@ -46,7 +46,7 @@ class BackendEncoder(Encoder):
     @property
     def max_composed(self) -> int:
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
-            return 0  # such a token takes all white space beside it
+            return 0  # such a token absorbs all white space beside it
         return 1 if self._backend.normalizer is None else _MAX_COMPOSED
 
     @property
@@ -72,7 +72,7 @@ class BackendEncoder(Encoder):
         return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
 
     def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
-        """`ids` with each control token, which the vocabulary has also as a word, replaced by its characters."""
+        """`ids`, where the characters of a control token's text replace it. The vocabulary has it as a word, too."""
         for token_id in ids:
             if token_id not in self._control_ids:
                 yield token_id
@@ -101,7 +101,7 @@ def is_panic(error: BaseException) -> bool:
 def _without_control_tokens(
     backend: tokenizers.Tokenizer, pre_tokenizer: pre_tokenizers.PreTokenizer | None
 ) -> tokenizers.Tokenizer:
-    """A tokenizer with the same vocabulary, and of the added tokens only those that are no control tokens."""
+    """A tokenizer with the same vocabulary, but without the added tokens that are control tokens."""
     words = tokenizers.Tokenizer(backend.model)
     words.normalizer = backend.normalizer
     words.pre_tokenizer = pre_tokenizer

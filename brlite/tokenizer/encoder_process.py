@@ -9,17 +9,17 @@ from brlite.errors import InvalidRequest, ModelError
 from brlite.files.quoting import one_line
 from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
 
-TABLE_GROWTH = 32  # a library's tables take so many times the bytes of their file at most
+TABLE_GROWTH = 32  # the most bytes that a library's tables take for each byte of their file
 
 
 class EncoderProcess:
-    """One child with a tokenizer. Any thread may use it; texts take turns. `description` is its first answer.
+    """One child with a tokenizer. Thread-safe; texts are encoded one at a time. `description` is its first answer.
 
-    Of `limits` the memory grows with the tokenizer's size.
+    The memory of `limits` is increased by `TABLE_GROWTH` times the tokenizer's size.
     """
 
     def __init__(self, package: str, setup: dict[str, Any], num_bytes: int, limits: ChildLimits) -> None:
-        """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` where the package cannot read it."""
+        """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` if the package cannot read it."""
         limits = limits._replace(memory_bytes=limits.memory_bytes + TABLE_GROWTH * num_bytes)
         self._child = ChildProcess(Path(__file__).with_name("encoder_worker.py"), (package,), limits)
         try:
@@ -31,7 +31,7 @@ class EncoderProcess:
             raise ModelError(f"the tokenizer cannot be read: {one_line(self.description['error'])}")
 
     def encode(self, **message: Any) -> list[int]:
-        """The ids of a text. Raises `InvalidRequest` where the tokenizer fails on it."""
+        """The ids of a text. Raises `InvalidRequest` if the tokenizer fails on it."""
         try:
             answer = self._child.call(message)
         except ChildFailed as error:

@@ -1,4 +1,4 @@
-"""Encodes texts by a third party's tokenizer. Runs in a child process (`process/sandbox_child.py`).
+"""Encodes texts with a third party's tokenizer. Runs in a child process (`process/sandbox_child.py`).
 
 Imports `tokenizers` or `sentencepiece` and the standard library, never brlite.
 """
@@ -14,7 +14,7 @@ from typing import Any
 def create(
     tokenizers: Sequence[str] = (), sentencepiece: str | None = None
 ) -> TokenizersEncoder | SentencePieceProcessor:
-    """An encoder by tokenizers as JSON, or by a sentencepiece model as base64."""
+    """An encoder from tokenizers in JSON, or from a sentencepiece model in base64."""
     return TokenizersEncoder(tokenizers) if sentencepiece is None else SentencePieceProcessor(sentencepiece)
 
 

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: byte-level BPE with merges (`gpt2`) or sentencepiece's pieces (`llama`).
 
-It is rebuilt from the file's own lists, because loaders that go by the architecture's name lose details such as
-SmolLM2's digits, each of which is a token. Knows no weights.
+It is rebuilt from the file's own lists, because loaders that choose by the architecture's name lose details: in
+SmolLM2, for example, each digit is a token. Reads no weights.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tok
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Tokenizer
 
-# A GGUF file names one end token or a few. These end a text or a turn in whatever vocabulary has them: those of the
-# first list are nothing else, whatever type a converter gave them; those of the second only as control tokens.
+# A GGUF file names only some of its end tokens. These end a text or a turn, too, in any vocabulary that has them:
+# those of `_ENDS` whatever type the converter gave them, those of `_CONTROL_ENDS` only if they are control tokens.
 _ENDS = (
     *(
         "<|endoftext|>",
@@ -59,7 +59,7 @@ def load_gguf(
 ) -> Tokenizer:
     """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key.
 
-    With `control_tokens_in_text` a control token that a message of a chat spells out becomes that token.
+    With `control_tokens_in_text` the text of a control token in a chat message becomes that token.
     """
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build_with_ends(vocabulary)
@@ -85,10 +85,10 @@ def load_gguf(
 
 
 def hugging_face_files(path: Path) -> dict[str, bytes]:
-    """The tokenizer of a GGUF file as the files of a Hugging Face folder, by name, whose ids are the same.
+    """The tokenizer of a GGUF file as the files of a Hugging Face folder, by file name. Token ids are the same.
 
-    `generation_config.json` has what ends a completion, and the sampling values that the file recommends. Raises
-    `ModelError` as `load_gguf`.
+    `generation_config.json` has the end tokens, and the sampling values that the file recommends. Raises
+    `ModelError` as `load_gguf` does.
     """
     metadata = read_gguf_header(path).metadata
     vocabulary = _Vocabulary(path, metadata)
@@ -144,7 +144,7 @@ class _Vocabulary:
         """The value of a key, or None if the file does not have it."""
         value = self._metadata.get(key)
         if kind is list and isinstance(value, array):
-            if len(value) > len(self.tokens):  # before it takes more memory than the file
+            if len(value) > len(self.tokens):  # checked before the list takes more memory than the file
                 raise self.error(key, f"has {len(value)} entries, not {len(self.tokens)}")
             value = value.tolist()
         if value is not None and not isinstance(value, kind):
@@ -172,12 +172,12 @@ class _Vocabulary:
         return token_id
 
     def named_tokens(self) -> dict[str, str]:
-        """The texts that a template may name."""
+        """The texts of BOS and EOS, as templates name them."""
         ids = {f"{name}_token": self.token_id(name) for name in ("bos", "eos")}
         return {name: self.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
 
     def infill_token_ids(self) -> list[int | None]:
-        """The tokens for filling in that the file names: prefix, suffix, middle, repository, file."""
+        """The fill-in-the-middle tokens that the file names: prefix, suffix, middle, repository, file."""
         return [
             next((token_id for name in names if (token_id := self.token_id(name)) is not None), None)
             for names in _INFILL_KEYS

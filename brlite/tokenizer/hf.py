@@ -34,11 +34,11 @@ from brlite.tokenizer.tokenizer import Encoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE = "Hello ﷺ 你好 e\u0301 \ufffd"  # finds tables that the library reads beyond their ends
+_SAMPLE = "Hello ﷺ 你好 e\u0301 \ufffd"  # encoding it fails if the library reads beyond the end of a table
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
-# What a bare sentencepiece model of the Llama family means where tokenizer_config.json is silent.
+# Defaults of a bare sentencepiece model of the Llama family, for fields that tokenizer_config.json lacks.
 _SENTENCEPIECE_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
 
 
@@ -54,8 +54,8 @@ def load_folder(
     With `control_tokens_in_text` the text of a control token in a chat message becomes that token.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
-    `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do, and its `legacy` puts a space before each stretch
-    between special tokens rather than before the first only.
+    `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do. With that file's `legacy`, each stretch between
+    special tokens gets a leading space, not only the first.
     """
     has_json = exists(folder / "tokenizer.json")
     config = {

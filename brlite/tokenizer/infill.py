@@ -1,11 +1,11 @@
-"""The tokens by which a model fills in what stands between two texts, by the names that vocabularies give them."""
+"""Fill-in-the-middle tokens: finds them in a vocabulary by their published names, and builds prompts with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# Before the text, before what follows it, and before the answer; None: the answer goes on with the text before it.
+# The tokens before the prefix, the suffix and the answer. None: no token, the answer directly continues the prefix.
 _NAMES: tuple[tuple[str, str, str | None], ...] = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma, Granite 4
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
@@ -18,15 +18,15 @@ _NAMES: tuple[tuple[str, str, str | None], ...] = (
 # Before the name of a repository, and before the name of each of its files.
 _REPOSITORIES = ("<|repo_name|>", "<repo_name>", "<reponame>")
 _FILES = ("<|file_sep|>", "<file_sep>", "<filename>")
-# What ends an infill beside the end of text: Code Llama's end, padding, and what begins another file.
+# Tokens that end an infill, besides the end of text: Code Llama's end, padding, and those that begin another file.
 _ENDS = ("▁<EOT>", "<|fim_pad|>", "<fim_pad>", "<|file_separator|>", *_FILES, *_REPOSITORIES)
-# llama.cpp's words: a client names neither the repository nor the file that is filled in.
+# llama.cpp's placeholders: a client names neither the repository nor the file that is filled in.
 _REPOSITORY_NAME, _FILE_NAME = "myproject\n", "filename\n"
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
 
 class InfillText(NamedTuple):
-    """What stands before and after a gap, how the answer starts, and other files of the repository: names and texts."""
+    """The text before and after a gap, the start of the answer, and names and texts of other files."""
 
     before: str
     after: str
@@ -48,15 +48,15 @@ class InfillTokens(NamedTuple):
     file: int | None = None
 
     def prompt(self, before: list[int], after: list[int]) -> list[int]:
-        """The prompt for what stands between two texts, given as token ids."""
+        """The prompt for the gap between two texts, which are given as token ids."""
         if self.middle is None:
             return [self.suffix, *after, self.prefix, *before]
         return [self.prefix, *before, self.suffix, *after, self.middle]
 
     def context(self, files: Sequence[tuple[str, str]], encode: Callable[[str], list[int]]) -> list[int]:
-        """What goes before the prompt: the names and texts of other files.
+        """Token ids of the names and texts of other files, which go before the prompt.
 
-        A vocabulary without `file` has the texts alone, one after the other, each below a line that says "snippet".
+        Without a `file` token, only the texts, one after the other, each below a line that says "snippet".
         """
         if self.file is None:
             return encode("".join(f"{_SNIPPET}{text}" for _, text in files))
@@ -69,9 +69,9 @@ class InfillTokens(NamedTuple):
 def find_infill_tokens(
     token_id: Callable[[str], int | None], named: Sequence[int | None] = (None, None, None, None, None)
 ) -> InfillTokens | None:
-    """Those of a vocabulary, which gives the id of a text.
+    """The tokens of a vocabulary; None if it has none. `token_id` gives the id of a token's text.
 
-    `named` are those that the model's file names itself: prefix, suffix, middle, repository, file.
+    `named` are the ids that the model's file gives: prefix, suffix, middle, repository, file.
     """
     ends = tuple(found for text in _ENDS if (found := token_id(text)) is not None)
     prefix, suffix, middle, repository, file = named

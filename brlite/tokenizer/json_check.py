@@ -15,16 +15,16 @@ from brlite.errors import ModelError
 from brlite.files.quoting import reason
 from brlite.tokenizer.charsmap import check_charsmap
 
-MAX_GROWTH = 64  # a text may become so many times as long before it is cut: published ones stay below 10
-MAX_PREPENDED = 64  # characters put before each stretch of a text
-MAX_STEPS = 64  # of normalising and cutting; published tokenizers have fewer than 10
-BYTE_GROWTH = 4  # a character's bytes, each of which becomes a character
-# What the library's steps do to the length of a text at most, unless it follows from their own fields.
+MAX_GROWTH = 64  # how many times as long the steps may make a text; published ones stay below 10
+MAX_PREPENDED = 64  # characters that steps may put before each stretch of a text
+MAX_STEPS = 64  # of normalizing and splitting; published tokenizers have fewer than 10
+BYTE_GROWTH = 4  # a character has up to 4 bytes; each becomes a character
+# The factor by which a step can lengthen a text, for steps whose fields do not determine it.
 _GROWTH = {"ByteLevel": BYTE_GROWTH, "BertNormalizer": 3, "BertPreTokenizer": 1, "Precompiled": 1}
 
 
 def check_tokenizer_json(path: Path, text: str) -> list[str]:
-    """Raises `ModelError` for a file that could exhaust or crash us. Returns the regular expressions in it."""
+    """Raises `ModelError` for a file that could exhaust or crash the process. Returns its regular expressions."""
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -44,7 +44,7 @@ def check_tokenizer_json(path: Path, text: str) -> list[str]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that stands twice the library may take the other value."""
+    """An object. Refuses a repeated key: the library may take the other value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("has an object with the same key twice")
@@ -52,7 +52,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_ids(content: dict[str, Any], num_bytes: int) -> None:
-    """Every id that exists takes a few bytes of the file; tables go up to the highest."""
+    """Refuse ids above the file's size: tables go up to the highest id, and each real id takes some bytes."""
     vocabulary = content.get("model", {}).get("vocab", ())
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary)]
     ids += [token["id"] for token in content.get("added_tokens") or ()]
@@ -88,7 +88,7 @@ def _check_steps(steps: list[dict[str, Any]]) -> None:
         kind = step["type"]
         if kind == "Replace":
             pattern, content = step["pattern"], step["content"]
-            if "String" not in pattern:  # an expression may match a single character, or none between any two
+            if "String" not in pattern:  # an expression may match a single character, or the empty text
                 growth *= 1 + len(content)
             elif not pattern["String"]:
                 raise ValueError("replaces an empty text")

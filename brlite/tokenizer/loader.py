@@ -22,8 +22,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a model: a Hugging Face folder, a `.gguf` file, or a folder that holds one `.gguf` file.
 
-    `chat_template` names a file with a Jinja template that replaces the model's own; `template_limits` are what a chat
-    may cost it. With `control_tokens_in_text` a control token that a message spells out becomes that token. No code
+    `chat_template` names a file with a Jinja template that replaces the model's own; `template_limits` bound
+    it for one chat. With `control_tokens_in_text` the text of a control token in a message becomes that token. No code
     from the model is run. Templates run in a process of their own, which `Tokenizer.close` ends.
     """
     gguf_file = _gguf_file(path)

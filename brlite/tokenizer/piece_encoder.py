@@ -1,7 +1,7 @@
-"""Cuts text into the pieces of a bare `tokenizer.model`, as sentencepiece does: one space, at the text's beginning.
+"""Splits text into the pieces of a bare `tokenizer.model` as sentencepiece does, with one space before the text.
 
 The `tokenizers` package adds a space after each added token, too. So added tokens are found here, and the text between
-them is given to that package. Knows no files and no chats.
+them is given to that package. Reads no files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _SPACE = "▁"
 
 
 class PieceEncoder(Encoder):
-    """An `Encoder` over what `build_backend` made, with its added tokens: those for control, and those for words."""
+    """An `Encoder` for a tokenizer of `build_backend`. Its added tokens are control tokens or words."""
 
-    max_composed = 0  # tokens may take white space with them
+    max_composed = 0  # tokens may absorb white space
 
     def __init__(self, backend: tokenizers.Tokenizer, *, add_space_prefix: bool) -> None:
         added = backend.get_added_tokens_decoder()
@@ -28,9 +28,9 @@ class PieceEncoder(Encoder):
         is_word = {token.content: not is_control(token) for token in added.values()}
         self._controls = ControlTokens({text: token for text, token in tokens.items() if not is_word[text]})
         self._words = ControlTokens({text: token for text, token in tokens.items() if is_word[text]})
-        self._pieces = tokenizers.Tokenizer(backend.model)  # cuts text in which spaces are pieces' sign already
+        self._pieces = tokenizers.Tokenizer(backend.model)  # for text that has `▁` in place of spaces
         self._prefix = _SPACE if add_space_prefix else ""
-        # What stands before and behind a text that is encoded with special tokens.
+        # The ids before and after a text that is encoded with special tokens.
         whole, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
         start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
         self._before, self._after = whole[:start], whole[start + len(bare) :]

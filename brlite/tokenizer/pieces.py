@@ -1,6 +1,6 @@
-"""Vocabularies of sentencepiece's BPE kind: pieces with scores, and bytes for what no piece covers.
+"""Vocabularies of sentencepiece's BPE kind: pieces with scores, and bytes for other characters.
 
-Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows no files and no chats.
+Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Reads no files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_PIECE = 1024  # characters: sentencepiece's own default is 16
 
 
 class PieceKind(enum.IntEnum):
-    """What a token is for. The numbers are sentencepiece's and GGUF's."""
+    """The kind of a token. The numbers are sentencepiece's and GGUF's."""
 
     NORMAL = 1
     UNKNOWN = 2

@@ -1,7 +1,7 @@
-"""How byte-level vocabularies cut a text before merging, by the name that GGUF files give it.
+"""How byte-level vocabularies split a text before merging, by the name in GGUF files.
 
-A name stands for regular expressions, applied one inside the pieces of the other. A file with a name that is not here
-is refused: a wrong cut would give wrong token ids without an error.
+A name stands for a list of regular expressions; each splits the pieces of the one before. A file with an unknown name
+is refused: wrong splits would give wrong token ids without an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Splitting(NamedTuple):
-    """How to cut, and what else goes with the name: Unicode NFC first, whole words that are tokens never merged
-    from parts, a BOS unless the file turns it off."""
+    """The expressions, and what else a name means.
+
+    `composes_unicode`: Unicode NFC first. `ignores_merges`: a word that is a token is never merged from parts.
+    `adds_bos`: a BOS, unless the file turns it off.
+    """
 
     patterns: tuple[str, ...]
     composes_unicode: bool = False
@@ -60,16 +63,16 @@ _PUBLISHED = frozenset(
 )
 _CLASS = r"\[\^?(?:[^\\\[\]]|\\.(?:\{\w+\})?)+\]"
 _CHARACTER = r"\\[pP]\{\w+\}|\\[^pPkg\d]|[^\\\[\](){}|*+?.^$]"
-# One character or class after the other, with one repetition at most, at the end: few characters are looked at twice.
+# A series of characters and classes with at most one unbounded repetition, at the end: it hardly backtracks.
 _SIMPLE = re.compile(rf"(?:(?:{_CLASS}|{_CHARACTER})(?:\?|\{{\d(?:,\d)?\}})?){{1,8}}(?:[*+]|\{{\d,\}})?")
 
 
 def ends_soon(expression: str) -> bool:
-    """Whether an expression is known to take time in proportion to a text. Others run where they can be stopped."""
+    """Whether an expression is known to take linear time. Others run in a child process, which can be stopped."""
     return expression in _PUBLISHED or _SIMPLE.fullmatch(expression) is not None
 
 
 def build_pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:
-    """The cuts, and then GPT-2's alphabet for the bytes of each piece."""
+    """The splits, then GPT-2's alphabet for the bytes of each piece."""
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

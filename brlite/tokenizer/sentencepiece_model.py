@@ -1,6 +1,6 @@
 """A `tokenizer.model`: rebuilt from its pieces, or run by the sentencepiece package where folders bring code.
 
-The package is run in a process of its own only. What a file holds is checked before (`sentencepiece_file.py`).
+The package runs only in a child process. A file's content is checked before (`sentencepiece_file.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from brlite.tokenizer.sentencepiece_file import SentencePieceFile, read_sentence
 from brlite.tokenizer.token_bytes import TokenBytes
 from brlite.tokenizer.tokenizer import Encoder
 
-# What a reading of a tokenizer.model must agree on with sentencepiece itself before it is trusted.
+# Texts that a rebuilt tokenizer.model must encode as sentencepiece itself does; else it is refused.
 _SAMPLES = (
     "Hello world",
     "a  b\n\tc ",
@@ -65,7 +65,7 @@ def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits | No
 
 
 class SentencePieceEncoder(Encoder):
-    """An `Encoder`. `prefix` are the ids that stand before a text encoded with special tokens."""
+    """An `Encoder`. `prefix` are the ids before a text that is encoded with special tokens."""
 
     max_composed = 0  # the effect of a model's normalizer is not known here
 
@@ -94,10 +94,10 @@ class SentencePieceEncoder(Encoder):
 
 
 class SentencePieceModel:
-    """The pieces of a model in the order of their ids, then `control_tokens`, which `encode` never gives."""
+    """The pieces of a model in the order of their ids, then `control_tokens`, which no text is encoded to."""
 
     def __init__(self, path: Path, control_tokens: Sequence[str] = (), *, limits: ChildLimits | None = None) -> None:
-        """Raises `ModelError` for a file that is no sentencepiece model. `limits` are what a text may cost."""
+        """Raises `ModelError` for a file that is no sentencepiece model. `limits` are for one text."""
         self._path = path
         file = read_sentencepiece_file(path)
         self.pieces = file.pieces
@@ -122,7 +122,7 @@ class SentencePieceModel:
         return token_id
 
     def encoder(self, prefix: Sequence[int] = (), control_ids: Iterable[int] = ()) -> SentencePieceEncoder:
-        """`control_ids` are pieces that no message may become, although the model finds them in texts."""
+        """`encode_words` replaces the pieces `control_ids`, which the model finds in texts, by their characters."""
         characters: dict[int, list[int]] = {}
         for control_id in control_ids:
             ids = characters[control_id] = []

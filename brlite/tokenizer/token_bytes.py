@@ -27,7 +27,7 @@ class TokenBytes(NamedTuple):
 
 
 def read_token_bytes(backend: tokenizers.Tokenizer, *, source: str) -> TokenBytes:
-    """Raises `ModelError`, naming `source`, if the tokenizer's decoder is of an unknown kind. Gaps are empty."""
+    """Raises `ModelError`, naming `source`, if the tokenizer's decoder is of an unknown kind. Unused ids get b""."""
     steps: list[dict[str, Any]] = []
     if backend.decoder is not None:
         decoder = json.loads(backend.decoder.__getstate__())

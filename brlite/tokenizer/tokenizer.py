@@ -23,7 +23,7 @@ class Encoder(Protocol):
 
     @property
     def max_composed(self) -> int:
-        """The most characters of a text that normalization can make one character of. 0: no limit."""
+        """The most characters of a text that normalization can compose into one. 0: no limit."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
