@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # A rendered chat has at most MAX_GROWTH times the characters of its input, plus MAX_MARKUP.
 MAX_GROWTH = 16
 MAX_MARKUP = 64 * 1024
-# Candidates for the mark in control tokens' texts of the input: the first character that the input does not contain.
+# The mark put into the texts of control tokens in the input is the first of these characters that the input lacks.
 MARKS = (range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))
 
 PROBE = "a7c4e1b6"  # a word that no template contains

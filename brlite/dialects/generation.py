@@ -35,7 +35,7 @@ class ReasoningHint(Struct, frozen=True):
 class Chat(Struct, frozen=True):
     """A conversation. Turns have the shape of OpenAI's API, with tool calls and their results.
 
-    With `add_special_tokens` the tokenizer adds its special tokens to the rendered template. `tools` are given to the
+    With `add_special_tokens` the tokenizer adds its special tokens to the rendered chat. `tools` are given to the
     template, and so are `variables` (`chat_template_kwargs`). If the template has no variable for the effort,
     `reasoning_effort` is refused; a `reasoning_hint` is not.
     """

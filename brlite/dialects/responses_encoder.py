@@ -99,7 +99,7 @@ class FinishedResponse(Struct, frozen=True):
         if starting_after is not None and starting_after >= len(events):
             text = f"starting_after is {starting_after}; this response's events are numbered 0 to {len(events) - 1}"
             raise InvalidRequest(text, param="starting_after")
-        behind = events if starting_after is None else events[starting_after + 1 :]  # numbers count from 0
+        behind = events if starting_after is None else events[starting_after + 1 :]  # numbers begin at 0
         return b"".join([event + EVENT_END for event in behind])
 
 

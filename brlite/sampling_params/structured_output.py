@@ -43,7 +43,7 @@ class CallPart(msgspec.Struct, frozen=True, kw_only=True):
     """A call: `begin`, its arguments by a JSON schema, and `end`.
 
     `trigger` is the beginning of `begin`; in free text it shows that a call begins. Arguments are a JSON object, or
-    written one by one as `parameters` says. `label` names the part in errors.
+    written one by one in the notation `parameters`. `label` names the part in errors.
     """
 
     label: str
