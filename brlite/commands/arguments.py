@@ -1,6 +1,6 @@
-"""The arguments of every command. What a command does is `run`, in the file of its name.
+"""The arguments of every command. The command itself is `run` in the file of its name.
 
-Needs no other package than brlite: `brlite --help` must not wait for aiohttp, and a build makes the man page from them.
+Imports no package but brlite: `brlite --help` must not wait for aiohttp, and a build makes the man page from this file.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     keys = "file with the accepted API keys, one per line; - is standard input"
     parser.add_argument("--api-key-file", metavar="FILE", help=keys)
-    parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused: else it would be short for the one above
+    parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused; argparse would read it as --api-key-file
     origins = (
         "origin of web pages that may call the API, such as https://app.example.com, or *; may be given several times"
     )

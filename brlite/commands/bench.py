@@ -43,7 +43,7 @@ class TimedAnswer(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the load and print requests, tokens and latencies. Raises `ConfigError` for what the server refuses."""
+    """Run the load and print requests, tokens and latencies. Raises `ConfigError` if the server refuses one."""
     load = LoadShape(args.requests, args.concurrency, args.prompt_words, args.max_tokens)
     for name, value in load._asdict().items():
         if not 1 <= value <= 100_000:
@@ -93,7 +93,7 @@ async def run_load(
         prompts = [" ".join(generator.choices(WORDS, k=load.prompt_words)) for _ in range(load.num_requests)]
         bodies = [{"model": name, "prompt": prompt, "max_tokens": load.max_tokens} for prompt in prompts]
         free = asyncio.Semaphore(load.concurrency)
-        await _ask(session, server, bodies[0], free)  # not measured: the first request may make the server load a part
+        await _ask(session, server, bodies[0], free)  # not measured: the server may load parts at its first request
         began = time.monotonic()
         tasks = [asyncio.create_task(_ask(session, server, body, free)) for body in bodies]
         try:

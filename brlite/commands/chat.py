@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def chat_with_model(config: Config, system: str | None, given: Mapping[str, Any]) -> None:
-    """Load the config's model and chat with it. What is not `given` is the model's default."""
+    """Load the config's model and chat with it. Parameters that are not `given` have the model's defaults."""
     from brlite.checkpoint.fetch import progress_bar
     from brlite.llm import AsyncEngine
 
@@ -108,7 +108,7 @@ async def converse(ask: Ask, conversation: Conversation) -> None:
 
 
 async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_interactive: bool) -> None:
-    """Print an answer as it comes, then add it to the conversation. Ctrl-C at a terminal ends it and keeps the part."""
+    """Print an answer as it comes, then add it to the conversation. Ctrl-C at a terminal ends it; its text is kept."""
     pieces: list[Piece] = []
     times = [time.monotonic()]
 
@@ -161,7 +161,7 @@ def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
 def _terminal_reader() -> ReadLine | None:
     """A function that reads lines at the terminal. None if standard input is no terminal, or no output goes to one.
 
-    The prompt is written to the terminal even if standard output is redirected: it must not get among the answers.
+    The prompt is written to the terminal even if standard output is redirected: it must not mix with the answers.
     """
     if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
         return None

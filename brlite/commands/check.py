@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
 def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = False) -> int:
     """Print the effective config, the memory of its models, where requests go, and the warnings.
 
-    Several files are a proxy's. With `is_offline` the config is for another machine: only its fields are checked, not
-    files, memory or environment variables. Raises one error with a line for each fault. Returns 1 if a dialled upstream
-    failed, else 0.
+    Several files make one proxy config. With `is_offline` the config is for another machine: only fields are checked,
+    not files, memory or environment variables. Raises one error with a line for each fault. Returns 1 if a dialled
+    upstream failed, else 0.
     """
     if not others and path.suffix == ".toml" and len(problems := find_problems(read_toml(path))) > 1:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))

@@ -29,9 +29,9 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-# Read when torch loads: how long its threads spin before they sleep. Without a bound a step takes several times as long
-# on cores that others use too, and hardly less on idle ones (`bench/README.md`, "Threads that wait").
-# numpy's own threads are never used; where none can be made (`ulimit -v`), starting them ends the process.
+# Read when torch loads: how long its threads spin before they sleep. Without a bound, a step takes several times longer
+# on cores shared with other programs, and hardly less on idle ones (`bench/README.md`, "Threads that wait").
+# numpy's own threads are never used. If they cannot be created (`ulimit -v`), starting them ends the process.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def br_api_server(argv: Sequence[str] | None = None) -> int:
-    """Run the manual's command, `br_api_server --config FILE --port N`. With the manual's JSON it listens as there."""
+    """Run the manual's command, `br_api_server --config FILE --port N`. With a JSON it listens on all addresses."""
     parser = CommandParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
     add_br_api_server(parser)
     parser.set_defaults(command="serve")
@@ -86,7 +86,7 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Run a command. If the reader of its output leaves early, as `head` does, that is no error.
+    """Run a command. If the reader of its output closes the pipe early, as `head` does, that is no error.
 
     A server's output is queued to the end, so that a reader that is slow or gone neither blocks nor ends the server.
     """
@@ -120,7 +120,7 @@ def _status_of(args: argparse.Namespace) -> int:
     if level := getattr(args, "logs_from", None):
         configure_logging(level)
     try:
-        gc.disable()  # what is imported is not garbage, and looking for some takes a twentieth of a proxy's start
+        gc.disable()  # imports leave no garbage, and collecting takes a twentieth of a proxy's start
         command = import_module(f"brlite.commands.{args.command.replace('-', '_')}")
         gc.enable()
         return int(command.run(args))

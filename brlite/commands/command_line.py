@@ -1,4 +1,4 @@
-"""Parses command lines: an error is one line that suggests the nearest name. Knows the flags of other servers."""
+"""Parses command lines. An error is one line that suggests the nearest name, also for other servers' flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER_COMMANDS = {
     "help": "--help",
     "version": "--version",
 }
-# Flags of vLLM, llama.cpp, SGLang and Ollama: ours, or where it is set, or why it is not needed.
+# Flags of vLLM, llama.cpp, SGLang and Ollama: our flag, or where it is set, or why it is not needed.
 OTHERS = {
     **dict.fromkeys(("-m", "-hf", "-hfr", "--hf-repo", "--model-path", "--tokenizer", "--tokenizer-path"), "--model"),
     **dict.fromkeys(
@@ -94,7 +94,7 @@ OTHERS = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose subcommands report their unknown flags themselves, since they know the right ones."""
+    """An `ArgumentParser` whose subcommands report unknown flags themselves, since they have the valid ones."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         # `-hf` would be read as -h and -f.
@@ -107,7 +107,7 @@ class CommandParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, and leave with status 2."""
+        """Print the error in one line, and exit with status 2."""
         if match := BAD_CHOICE.match(message):
             ours = OTHER_COMMANDS.get(match[1], "")
             is_known = ours.startswith("--") or ours.partition(" ")[0] in self._choices()

@@ -1,4 +1,4 @@
-"""The messages of a chat, and the commands that begin with a slash. Knows no terminal and no model."""
+"""The messages of a chat, and the commands that begin with a slash. Uses no terminal and no model."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def located(path: Path) -> Path:
-    """`path`, or if it is the name of a model, the path of that, which is downloaded if necessary.
+    """`path`. For the name of a model: the path of that model, which is downloaded if necessary.
 
     Raises `ModelError`.
     """

@@ -21,7 +21,7 @@ Say = Callable[[str], object]
 
 
 class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `brlite engine-check` found."""
+    """The result of `brlite engine-check`."""
 
     engine: str
     capabilities: Capabilities

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 def generate(config: Config, source: str, target: str, given: Mapping[str, Any], *, is_chat: bool = False) -> int:
     """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
 
-    A line is a prompt, or a JSON object with `prompt` and any sampling fields. For the others `given` has the values,
+    A line is a prompt, or a JSON object with `prompt` and any sampling fields. Other fields have the values of `given`,
     else the model's defaults. With `is_chat` a prompt becomes a user's message in the model's chat template.
     """
     jobs = [_job(line, number, given) for number, line in read_lines(source)]
@@ -64,7 +64,7 @@ class PromptJob(NamedTuple):
 
 
 class Answers:
-    """Writes answers in the order of their prompts. On exit, also by an error, it writes those that still wait."""
+    """Writes answers in the order of their prompts. On exit, also after an error, it writes those still held."""
 
     def __init__(self, file: TextIO, on_written: Callable[[], object]) -> None:
         self._file = file

@@ -46,7 +46,7 @@ def given_config(args: argparse.Namespace) -> Config:
         or path.suffix in MODEL_SUFFIXES
         or (not path.exists() and path.suffix not in (".toml", ".json") and may_be_a_name(str(path)))
     ):
-        raise ConfigError(f"{path} is no config file; a model is given by --model {path}")  # as after `vllm serve`
+        raise ConfigError(f"{path} is no config file; a model is given by --model {path}")  # as in `vllm serve MODEL`
     config = load_config(path) if path else Config()
     config = override(config, {**overrides(args), **model_override(args.model), **engine_override(args.engine)})
 

@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
 def pull(name: str) -> int:
     """Ask the hub for the newest files, download those that are missing, and print where the model is.
 
-    If the hub cannot be reached but the model is here, that is a message, not an error. Raises `ModelError` if the
-    model is nowhere.
+    If the hub cannot be reached but the model is on this machine, only a message is printed. Raises `ModelError` if the
+    model is not found.
     """
     try:
         with progress_bar() as show:
@@ -122,7 +122,7 @@ def render(found: list[CachedModel]) -> str:
 
 
 def details(model: CachedModel) -> str:
-    """What is known of one model, a line each."""
+    """The known facts about one model, a line each."""
     findings = {
         "name": model.name,
         "path": str(model.path),
@@ -168,7 +168,7 @@ def _describe(name: str, path: Path) -> CachedModel:
 
 
 def find_model(name: str) -> CachedModel:
-    """The model of a name, in any case and with or without its :QUANT. Raises `ModelError` for none or several."""
+    """The model with this name; case is ignored, :QUANT is optional. Raises `ModelError` for none or several."""
     found = {model.name: model for model in find_models()}
     wanted = name.removeprefix("hf:")
     matches = [

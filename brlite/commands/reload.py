@@ -1,7 +1,7 @@
-"""Keeps a running server as its config files say: read again on SIGHUP or when one has changed, all or nothing.
+"""Applies changed config files to a running server, on SIGHUP or when a file has changed: all changes or none.
 
-Upstreams, `[proxy]` and the keys change while requests run, and those that run stay; what else differs is named in the
-log and waits for a restart. How a config is read is the source's affair.
+Upstreams, `[proxy]` and the keys are replaced at once, and running requests continue. Other changes are logged and need
+a restart. The `ConfigSource` reads the config.
 """
 
 from __future__ import annotations
@@ -41,44 +41,44 @@ Stamps = Mapping[Path, "tuple[int, int, int] | None"]
 
 
 class ConfigSource(NamedTuple):
-    """Where a config comes from: the files to watch, and what reads them again or raises `ConfigError`."""
+    """The files of a config, which are watched, and `load`, which reads them again or raises `ConfigError`."""
 
     files: tuple[Path, ...]
     load: Callable[[], Config]
 
 
 class Reading(NamedTuple):
-    """A config as its files say now, with all that had to be read or looked up for it."""
+    """A newly read config, with everything that had to be read or looked up for it."""
 
     config: Config
-    running: Config  # as much of it as can be had without a restart
+    running: Config  # the old config with the changes that need no restart
     changes: Sequence[Change]
     keys: ApiKeys
-    table: RouteTable | None  # None where upstreams and `[proxy]` are as they were
+    table: RouteTable | None  # None if upstreams and `[proxy]` are unchanged
     new_warnings: Sequence[str]
 
 
 class FileWatch:
-    """Tells when files have changed and stay as they are: one that changes may not be written to its end yet."""
+    """Detects files that have changed and are stable: a file that still changes may be incomplete."""
 
     def __init__(self, stamps: Stamps) -> None:
         self._loaded = self._seen = stamps
 
     def has_settled(self, now: Stamps) -> bool:
-        """Whether the files are not those that were loaded, but those of the look before."""
+        """Whether the files differ from the loaded ones and have not changed since the last check."""
         is_settled = now != self._loaded and now == self._seen
         self._seen = now
         return is_settled
 
     def loaded(self, stamps: Stamps) -> None:
-        """This is what was loaded, or could not be."""
+        """Note the files that were loaded, or could not be."""
         self._loaded = self._seen = stamps
 
 
 class Reloader:
-    """`async with Reloader(…):` follows the source while inside; `reload` does so at once.
+    """Inside `async with Reloader(…):`, changes of the source are applied; `reload` applies them at once.
 
-    A SIGHUP that comes because the `terminal` was closed, if one is given, is a SIGTERM, as it is for other commands.
+    With `terminal`, a SIGHUP that is sent because this terminal was closed acts as a SIGTERM, as for other commands.
     """
 
     _task: asyncio.Task[None]
@@ -94,7 +94,7 @@ class Reloader:
         terminal: int | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        """`config` is what the server runs by now, with these keys, this forwarder and these models."""
+        """`config` is the server's current config, from which the keys, the forwarder and the models were made."""
         self.config = config
         self._source = source
         self._keys = keys
@@ -107,7 +107,7 @@ class Reloader:
 
     async def __aenter__(self) -> Reloader:
         loop = asyncio.get_running_loop()
-        if hasattr(signal, "SIGHUP"):  # Windows has none; there, a change of the file remains
+        if hasattr(signal, "SIGHUP"):  # Windows has none: there, only a changed file causes a reload
             loop.add_signal_handler(signal.SIGHUP, self._hangup)
         self._task = loop.create_task(self._follow(), name="brlite-reload")
         return self
@@ -120,14 +120,14 @@ class Reloader:
             await self._task
 
     def reload(self) -> None:
-        """Read the config again and run by it. Where there is anything wrong with it, the old one stays, whole."""
+        """Read the config again and apply it. If it has any error, the whole old one stays."""
         try:
             self._run_by(self._read())
         except BrliteError as error:
             logger.error(STAYS, error)
 
     def _read(self) -> Reading:
-        """May wait for files; changes nothing that runs."""
+        """Read the config again. May block on files; changes nothing in the server."""
         new = self._source.load()
         live = {section: getattr(new, section) for section in LIVE_SECTIONS}
         running, changes = msgspec.structs.replace(self.config, **live), diff(self.config, new)
@@ -140,7 +140,7 @@ class Reloader:
         return Reading(new, running, changes, ApiKeys.from_config(running), table, new_warnings)
 
     def _run_by(self, reading: Reading) -> None:
-        """Run by what was read. Reads no file, since it runs on the loop's thread."""
+        """Apply what was read. Reads no file, since it runs on the loop's thread."""
         running = reading.running
         if reading.table is not None:
             self._forwarder.replace(running, reading.table)
@@ -161,7 +161,7 @@ class Reloader:
 
     def _hangup(self) -> None:
         if self._terminal is not None and not os.isatty(self._terminal):
-            signal.raise_signal(signal.SIGTERM)  # nobody asks for a reload: the terminal was closed
+            signal.raise_signal(signal.SIGTERM)  # no request for a reload: the terminal was closed
         else:
             self._is_asked.set()
 
@@ -178,14 +178,14 @@ class Reloader:
                         self._run_by(await self._elsewhere(self._read, "the config"))
                     except BrliteError as error:
                         logger.error(STAYS, error)
-                    # What changed while it was read is seen by the next look; another keys file may have been named.
+                    # The next check finds changes made during the read. The new config may name another keys file.
                     after = await self._elsewhere(self._stamps, "the config's files")
                     watch.loaded({path: before.get(path, stamp) for path, stamp in after.items()})
             except ConfigError as error:
                 logger.error(STAYS, error)
 
     async def _elsewhere(self, work: Callable[[], T], what: str) -> T:
-        """Do work on another thread: a FIFO or a lost network drive may block it. Raises `ConfigError` if late."""
+        """Run `work` on a thread, since a FIFO or a lost drive may block it. Raises `ConfigError` after 15 s."""
         begun = on_daemon_thread(work, "brlite-reload")
         try:
             await asyncio.wait([begun], timeout=READ_SECONDS)
@@ -196,7 +196,7 @@ class Reloader:
             begun.cancel()  # which does nothing if it is done
 
     def _stamps(self) -> Stamps:
-        """What tells that a file has changed, for each that the config was read from."""
+        """Time, size and inode of each file that the config was read from. None for a missing file."""
         keys_file = self.config.keys.file
         stamps: dict[Path, tuple[int, int, int] | None] = {}
         for path in (*self._source.files, *((Path(keys_file),) if keys_file is not None else ())):
@@ -209,5 +209,5 @@ class Reloader:
 
 
 def find_terminal() -> int | None:
-    """The descriptor of the terminal that the process was started in, if it was."""
+    """The descriptor of the terminal that the process was started in. None without one."""
     return next((number for number in range(3) if os.isatty(number)), None)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Download the model if necessary, start `brlite serve`, and chat until the end of input."""
     given = given_sampling(args)
     if args.engine in (None, "auto", "native", "torch") and not (args.name is not None and Path(args.name).exists()):
-        # Not by the server: here a terminal shows the progress, and the environment has the hub's token.
+        # Not in the server: this process has a terminal for the progress, and the hub's token in its environment.
         with progress_bar() as show:
             locate_model(args.name or DEFAULT_MODEL, None, show)
     port = args.port or _free_port()
@@ -76,7 +76,7 @@ def _free_port() -> int:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Show the progress of loading. Raises `ModelError` with the server's last words if it ends instead."""
+    """Show the progress of loading. Raises `ModelError` with the server's error if the server ends."""
     with progress_bar() as show:
         while server.poll() is None:
             try:

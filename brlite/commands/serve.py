@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# While a step runs Python (sampling, planning) the event loop waits this long at most for its turn, not 5 ms.
+# While a step runs Python (sampling, planning), the event loop waits for the GIL at most this long, not 5 ms.
 SWITCH_INTERVAL_SECONDS = 0.0005
-# Python's own 700, 10 and 10 look for garbage several times a step: with 4,000 streams a fifth of the engine's time.
+# Python's 700, 10 and 10 collect several times a step: with 4,000 streams, a fifth of the engine's time.
 GC_THRESHOLDS = (50_000, 20, 20)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATED_SIGNAL_SECONDS = 1.0
 DOCKER_STOP_SECONDS = 10  # after which `docker stop` and compose kill, unless they are told otherwise
-CLOSING_SECONDS = 15  # what the closing may take after the grace time, with room to spare
+CLOSING_SECONDS = 15  # more than closing takes after the grace time
 IN_DOCKER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 MAX_SHOWN_MODELS = 8
 ALL_ADDRESSES = "0.0.0.0"
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
 def listen(
     load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = (), *, is_announced: bool = False
 ) -> int:
-    """Serve the config that `load` reads, and again what it reads when the files change.
+    """Serve the config that `load` reads. It is read again when the files change.
 
-    `notes` are logged as warnings. With `is_announced` the user was told of the file by `find_own_config`.
+    `notes` are logged as warnings. With `is_announced`, `find_own_config` has printed the file already.
     """
     config = load()
     configure_logging(config.server.log_level)
@@ -89,7 +89,7 @@ def listen(
 
 
 def serve(config: Config, warnings: Sequence[str], source: ConfigSource) -> int:
-    """Serve until SIGTERM or SIGINT, and follow the config's source. Returns the exit status.
+    """Serve until SIGTERM or SIGINT, and apply changes of the config's source. Returns the exit status.
 
     Raises `ConfigError` or `ModelError`.
     """
@@ -102,7 +102,7 @@ def serve(config: Config, warnings: Sequence[str], source: ConfigSource) -> int:
         logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    # Before there is a loop: this reads the key file and the upstreams' certificates, and nothing on the loop waits.
+    # Before the loop starts: this reads the key file and the upstreams' certificates, which would block it.
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     app = create_app(models, config, listens_on=config.server.host)
     reloader = Reloader(source, config, app[KEYS], app[FORWARDER], models, terminal=find_terminal())
@@ -159,7 +159,7 @@ def show_routes(table: RouteTable) -> str:
 
 async def _load_first(manager: ModelManager) -> None:
     await manager.start()
-    # What is alive now stays alive: the collector need not walk it again.
+    # Objects that are alive now stay alive: the collector need not visit them again.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -167,14 +167,14 @@ async def _load_first(manager: ModelManager) -> None:
 
 
 class ModelLoader:
-    """Gets models into memory for `ModelManager`, and shows on the terminal how far they are."""
+    """Loads models for `ModelManager`, and shows the progress on the terminal."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         if self._config.engine.name is not None:
-            return 0  # what another engine takes is not ours to know
+            return 0  # the memory of another engine is not known here
         await asyncio.to_thread(_import_loading, is_builtin=True)
         from brlite.backends.sizes import known_sizes
 
@@ -204,7 +204,7 @@ class ModelLoader:
 
 
 def _import_loading(*, is_builtin: bool) -> None:
-    """Import what loads a model, on a thread: half a second of reading files, in which the loop would serve nobody."""
+    """Import the modules that load models. Call it on a thread: half a second of file reads would block the loop."""
     import brlite.checkpoint.fetch
     import brlite.llm
 
@@ -217,7 +217,7 @@ def _import_loading(*, is_builtin: bool) -> None:
 
 
 def _trim() -> None:
-    """Give free memory back. glibc keeps what other threads have freed: some 40 MB after a few loads."""
+    """Return free memory to the system. glibc keeps what other threads freed: some 40 MB after a few loads."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -225,7 +225,7 @@ def _trim() -> None:
 
 @contextmanager
 def _shown(report: OnProgress) -> Iterator[OnProgress]:
-    """Takes progress from the loading thread to `report`, on the loop, and to the terminal."""
+    """Passes progress from the loading thread to `report`, on the loop, and to the terminal."""
     from brlite.checkpoint.fetch import progress_bar
 
     loop = asyncio.get_running_loop()
@@ -243,7 +243,7 @@ async def _first_of(*awaitables: asyncio.Future[Any]) -> None:
 
 
 def _docker_hint(config: Config) -> str:
-    """What docker has to be told so that the grace time can be used."""
+    """The docker options that allow the whole grace time; "" if they are not needed."""
     seconds = config.server.drain_seconds
     if seconds < DOCKER_STOP_SECONDS:
         return ""
@@ -255,7 +255,7 @@ def _docker_hint(config: Config) -> str:
 async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.Future[None]]:
     """A future that SIGTERM or SIGINT resolves; a second signal calls `on_second`, a third has its usual effect.
 
-    Those within a second of another are taken for the same one: wrappers signal their child and its group too.
+    Signals within a second count as one: wrappers signal both their child and its group.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
@@ -286,7 +286,7 @@ async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.F
 
 
 def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: bool) -> None:
-    """A line to paste. Printed, not logged: it is what a newcomer waits for."""
+    """Print a command to try. Not logged, so that new users see it at every log level."""
     model = next((model for model in models if model.engine is not None), next(iter(models), None))
     if model is None:
         name, is_chat = next(iter(table)).model, True
@@ -298,7 +298,7 @@ def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: boo
 
 
 def curl_line(url: str, model: str, *, is_chat: bool, needs_key: bool) -> str:
-    """A shell command that asks the model something and shows its answer as it comes."""
+    """A shell command that sends the model a prompt and streams its answer."""
     body: dict[str, object] = {"model": model, "stream": True, "max_tokens": 100, "temperature": 0}
     if is_chat:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]

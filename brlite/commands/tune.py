@@ -17,7 +17,7 @@ from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
 BATCHES = (32, 16, 8, 4, 2, 1)
-TYPICAL_CONTEXT = 8192  # tokens of a long chat: what a batch is counted with
+TYPICAL_CONTEXT = 8192  # tokens of a long chat; the batch is computed for this length
 
 
 class Advice(NamedTuple):

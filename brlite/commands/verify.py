@@ -59,7 +59,7 @@ PROMPTS = (
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the prompts. What is None stays as the config has it."""
+    """One way to run the prompts. For a field that is None, the config's value is used."""
 
     name: str
     max_num_seqs: int | None = None
@@ -81,7 +81,7 @@ CROWDS = (
 
 
 class ReplayedCompletion(NamedTuple):
-    """Which completion: of the prompt with this number from 0, greedy or seeded, and which of its siblings."""
+    """Identifies a completion: prompt number from 0, greedy or seeded, and sibling number from 0."""
 
     prompt: int
     kind: Literal["greedy", "seeded"]
@@ -89,7 +89,7 @@ class ReplayedCompletion(NamedTuple):
 
 
 class ReplayJob(NamedTuple):
-    """A request, and which completion its first one is."""
+    """A request, and the identity of its first completion."""
 
     first: ReplayedCompletion
     request: Request
@@ -101,7 +101,7 @@ Say = Callable[[str], object]
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """The first place where a run differs: prompt and token number from 1, and what stands there, if anything does."""
+    """The first difference of a run: prompt and token number from 1, and both tokens; None beyond an answer's end."""
 
     run: str
     prompt: int
@@ -112,7 +112,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was compared in one run, and that the run was what it says: `notes` count its hits, preemptions, guesses."""
+    """The result of one run. `notes` count hits, preemptions and guesses: they show that the run tested these."""
 
     name: str
     num_tokens: int
@@ -122,7 +122,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `brlite verify` found."""
+    """The result of `brlite verify`."""
 
     is_equal: bool
     backend: str
@@ -159,7 +159,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: int, say: Say) -> ReplayReport:
-    """Run `texts`, or our own prompts, alone and in crowds, then in a crowd on another number of threads."""
+    """Run `texts`, or our own prompts, alone and in batches, then in batches on another number of threads."""
     with _loaded(load, config) as (engine, backend):
         prompts = _encode(engine, texts, max_tokens)
         info = engine.info
@@ -204,7 +204,7 @@ def _loaded(load: Load, config: Config) -> Iterator[Assembly]:
 
 
 class _Replay:
-    """The same completions asked for again and again."""
+    """Runs the same completions in several ways."""
 
     def __init__(self, prompts: Sequence[list[int]], max_tokens: int, config: EngineConfig) -> None:
         self._apart = list(_jobs(prompts, max_tokens, is_alone=True))
@@ -213,11 +213,11 @@ class _Replay:
         self._config = config
 
     def alone(self, engine: Engine, backend: Backend) -> Answers:
-        """What everything else is compared with: one completion after the other, with nothing cached."""
+        """The reference answers: one completion after the other, with nothing cached."""
         return _complete(self._engine(engine, ALONE), backend, self._apart)
 
     def compare(self, engine: Engine, backend: Backend, way: Way, expected: Answers, say: Say) -> RunReport:
-        """Run everything in a random order that is the same each time, and tell the first difference."""
+        """Run all jobs in a random order that is the same each time. Reports the first difference."""
         jobs = random.Random(way.name).sample(self._together, len(self._together))
         fresh = self._engine(engine, way)
         rounds = [_complete(fresh, backend, jobs) for _ in range(way.num_rounds)]
@@ -242,7 +242,7 @@ class _Replay:
         return report
 
     def _engine(self, engine: Engine, way: Way) -> Engine:
-        """A fresh engine, with nothing cached, on what the backend has."""
+        """A new engine for this way, with nothing cached, within the backend's limits."""
         info, budget = engine.info, self._config.step_tokens(engine.info.step_tokens)
         fewest = math.ceil(min(self._most_tokens, context_length(info)) / info.block_size) + 1
         info = msgspec.structs.replace(
@@ -260,7 +260,7 @@ class _Replay:
 
 
 def _encode(engine: Engine, texts: Sequence[str] | None, max_tokens: int) -> list[list[int]]:
-    """Token ids. Our own prompts are cut to the context; somebody else's that does not fit raises `ConfigError`."""
+    """Token ids. Built-in prompts are cut to the context; one of `texts` that does not fit raises `ConfigError`."""
     tokenizer, room = engine.tokenizer, context_length(engine.info) - max_tokens
     if texts is None:
         return [tokenizer.encode(text)[: max(1, room)] for text in PROMPTS]
@@ -274,7 +274,7 @@ def _encode(engine: Engine, texts: Sequence[str] | None, max_tokens: int) -> lis
 
 
 def _jobs(prompts: Sequence[list[int]], max_tokens: int, *, is_alone: bool) -> Iterator[ReplayJob]:
-    """Each prompt's requests. Alone, every sibling asks for itself, with the seed it has among the others."""
+    """Each prompt's requests. Alone, each sibling is its own request, with its seed of the joint request."""
     common = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_ALTERNATIVES)
     for number, token_ids in enumerate(prompts):
         greedy = msgspec.structs.replace(common, temperature=0)
@@ -330,7 +330,7 @@ def _first_difference(name: str, expected: Answers, found: Answers) -> Differenc
 
 
 def _bits(entry: TokenLogprob | None) -> bytes:
-    """Equal only if all bits of all numbers are: for `==`, 0 is -0 and no NaN is another."""
+    """Equal only if all bits of all numbers are equal. For `==`, 0 equals -0, and NaN never equals NaN."""
     return msgspec.msgpack.encode(entry)
 
 

@@ -24,7 +24,7 @@ LAUNCHERS = "start it with torchrun, as in `torchrun --nproc-per-node 2 --no-pyt
 
 
 def run(args: argparse.Namespace) -> int:
-    """Be a rank until rank 0 ends, or serve if the launcher made this process rank 0. Returns the exit status."""
+    """Run a rank until rank 0 ends, or serve if the launcher made this process rank 0. Returns the exit status."""
     if args.channel is None:
         if launched_place().rank == 0:
             from brlite.commands import serve
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def launched_place() -> RankAddress:
-    """What the launcher says of this process. Raises `ConfigError` where there was none."""
+    """The launcher's address of this process. Raises `ConfigError` without a launcher."""
     place = find_place(os.environ)
     if place is None:
         raise ConfigError(f"no launcher has started this: WORLD_SIZE is not set or 1; {LAUNCHERS}")
