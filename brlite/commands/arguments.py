@@ -250,7 +250,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> 
     )
 
 
-# Command → its arguments, and what `brlite --help` says of it, in this order.
+# Command → its arguments and its line in `brlite --help`, in the order of that list.
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "serve": (add_serve, "serve a model over the OpenAI API"),
     "run": (add_run, "serve a model and chat with it; the server ends with the chat"),

@@ -185,7 +185,7 @@ class Reloader:
                 logger.error(STAYS, error)
 
     async def _elsewhere(self, work: Callable[[], T], what: str) -> T:
-        """Run `work` on a thread, since a FIFO or a lost drive may block it. Raises `ConfigError` after 15 s."""
+        """Run `work` on a thread: a FIFO or a lost drive may block it. Raises `ConfigError` after `READ_SECONDS`."""
         begun = on_daemon_thread(work, "brlite-reload")
         try:
             await asyncio.wait([begun], timeout=READ_SECONDS)

@@ -159,7 +159,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: int, say: Say) -> ReplayReport:
-    """Run `texts`, or our own prompts, alone and in batches, then in batches on another number of threads."""
+    """Run `texts`, or the built-in prompts, alone and in batches, then in batches on another number of threads."""
     with _loaded(load, config) as (engine, backend):
         prompts = _encode(engine, texts, max_tokens)
         info = engine.info

@@ -41,7 +41,7 @@ class ExchangeState(enum.Enum):
     | refused or failed, may be retried |        | TRYING; QUEUED if the limit of a    |
     |                                   |        | fallback is reached                 |
     | answered, failed for good         |        | DONE                                |
-    | late, client left, server stops   | DONE   | DONE                                |
+    | timeout, client left, server stop | DONE   | DONE                                |
     | dropped from a full queue         | DONE   |                                     |
     """
 

@@ -79,7 +79,7 @@ _OWN_RESOLVER_ERRORS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
 
 
 def ending_of(status: int) -> Ending:
-    """The ending of an attempt whose response has this status and goes to the client."""
+    """The ending of an attempt whose response, with this status, is sent to the client."""
     return ANSWERED if status < 500 or status in ABOUT_THE_REQUEST else Ending.SERVER_ERROR
 
 

@@ -56,7 +56,7 @@ class Names:
         return await asyncio.shield(pending)
 
     def refresh(self) -> asyncio.Future[Sequence[str]] | None:
-        """Begin a lookup if the addresses are old. Returns the lookup that is under way, if there is one."""
+        """Begin a lookup if the addresses are old. Returns the running lookup, or None."""
         loop = asyncio.get_running_loop()
         if self._pending is not None or (self.known and loop.time() - self._looked_up_at < self._seconds):
             return self._pending

@@ -35,7 +35,7 @@ class InfillText(NamedTuple):
 
 
 class InfillTokens(NamedTuple):
-    """Ids of tokens. Without `middle` the suffix stands first. An infill ends at any of `ends`, too.
+    """Ids of tokens. Without `middle` the suffix comes first. An infill ends at any of `ends`, too.
 
     `repository` stands before the name of a repository, `file` before that of each file; None: there is no such token.
     """
