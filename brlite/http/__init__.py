@@ -1,4 +1,4 @@
-"""aiohttp, adapted: listening, connections, keys, limits, error envelope, event streams. Knows no model.
+"""The HTTP layer on aiohttp: listening, connections, keys, limits, errors, event streams. Independent of models.
 
 First file: `middlewares.py`.
 """

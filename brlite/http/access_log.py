@@ -1,6 +1,6 @@
-"""The access log: one line for each request, with whatever its handler notes about it. Never queries, bodies or keys.
+"""The access log: one line for each request, with the items that its handler adds. Never queries, bodies or keys.
 
-It knows no handlers: they fill `log_extras(request)`, a dict whose items are appended as `name=value`.
+Handlers fill `log_extras(request)`, a dict whose items are appended to the line as `name=value`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def log_line(
     request_id: str,
     extras: Mapping[str, object],
 ) -> None:
-    """Write the line of one request; what follows a `?` in its path is left out."""
+    """Write the line of one request. The query is left out of the path."""
     noted = "".join(f" {name}={printable(str(value))}" for name, value in extras.items())
     path = printable(path.partition("?")[0])
     logger.info("%s %s %s %d %.1f ms id=%s%s", remote, method, path, status, milliseconds, request_id, noted)
 
 
 def printable(text: str) -> str:
-    """The text on one line, control characters escaped, cut to a readable length."""
+    """The text on one line: control characters escaped, cut to a maximum length."""
     cut = text[:MAX_TEXT_LENGTH]
     return repr(cut)[1:-1]

@@ -1,7 +1,7 @@
-"""What one API key may do, and what it has done: its models, its limits, its usage. Pure: `now` is given.
+"""The rules and the usage of one API key: its models, limits and counters. Pure: the caller gives the time, `now`.
 
-It does not know the key itself (`keys.py` does) nor any HTTP but the names of OpenAI's rate limit headers. A request
-goes through it in this order: `arrival_refusal`, `begin`, `spend` as often as tokens become known, `end`.
+The secret is in `keys.py`, not here. Of HTTP only the names of OpenAI's rate limit headers appear. The calls for a
+request are, in order: `arrival_refusal`, `begin`, `spend` each time a number of tokens becomes known, `end`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_SHOWN_NAME = 200
 
 @dataclass
 class KeyUsage:
-    """The use of a key since the server started. The seconds are those of requests to local models."""
+    """The usage of a key since the server started. The seconds count only requests to local models."""
 
     num_admitted: int = 0
     num_forbidden: int = 0
@@ -33,13 +33,13 @@ class KeyUsage:
 
 
 class ApiKey:
-    """One key's rules; without any, it may do everything. `name` is for logs and metrics, empty if it has none.
+    """One key's rules; without rules it may do everything. `name` is for logs and metrics, empty if it has none.
 
-    `tenant` tells keys apart where they share turns, queues and the prefix cache; it is never shown. An operator's key
-    (`is_admin`) sees what all keys do. While requests wait, a key gets turns in proportion to its `weight`,
-    and all keys with a lower `priority` come before it.
-    A request that was accepted counts, also if it fails. Its tokens are known only at its end: they may take more than
-    the minute's budget has left, and the key's next requests are refused until that has refilled.
+    `tenant` identifies the key in queues, turns and the prefix cache; it is never shown. An operator's key (`is_admin`)
+    may see what all keys do. While requests wait, a key gets turns in proportion to its `weight`, after all keys with a
+    lower `priority`.
+    An accepted request counts even if it fails. Its tokens are known only at its end, so they may exceed the rest of
+    the minute's budget. The key's next requests are then refused until the budget has refilled.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ApiKey:
         per_minute = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {noun: Bucket(limit) for noun, limit in per_minute.items() if limit}
         self.has_limits = bool(max_concurrent or self._buckets)
-        self.has_rules = bool(name or models or self.has_limits)  # else there is nothing to check or to count
+        self.has_rules = bool(name or models or self.has_limits)  # without rules there is nothing to check or count
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> ApiKey:
@@ -88,7 +88,7 @@ class ApiKey:
         return f"ApiKey({self.name!r})"
 
     def take_rules(self, other: ApiKey) -> None:
-        """Replace the rules by the other's. A limit that is unchanged keeps what was used of it."""
+        """Replace the rules by the other's. The use of an unchanged limit is kept."""
         self._models, self._max_concurrent, self.is_admin = other._models, other._max_concurrent, other.is_admin
         self.weight, self.priority = other.weight, other.priority
         self._buckets = {
@@ -98,11 +98,11 @@ class ApiKey:
         self.has_limits, self.has_rules = other.has_limits, other.has_rules
 
     def may_use(self, model: str) -> bool:
-        """Whether the model is one of its own."""
+        """Whether the key's rules allow the model."""
         return not self._models or model in self._models
 
     def check_model(self, model: str) -> None:
-        """Raise `Forbidden` for a model that is not its own, whether there is such a model or not."""
+        """Raise `Forbidden` for a model that the key may not use, whether the model exists or not."""
         if self._models and model not in self._models:
             self.usage.num_forbidden += 1
             allowed = ", ".join(self._models)
@@ -111,19 +111,19 @@ class ApiKey:
             )
 
     def allowed_priority(self, wanted: int | None) -> tuple[int, tuple[str, ...]]:
-        """The `priority` of a request that wants this one, and a warning if that is not allowed."""
+        """The `priority` for a request that asks for `wanted`, and a warning if that is not allowed."""
         if wanted is None or wanted >= self.priority:
             return self.priority if wanted is None else wanted, ()
         return self.priority, (f"priority {wanted} was raised to {self.priority}, the lowest that this key may have",)
 
     def arrival_refusal(self, now: float) -> RateLimited | None:
-        """The refusal of a request whose body is not read yet, if it is over a limit of the key; else None."""
+        """The refusal of a request whose body has not been read, if it exceeds a limit of the key; else None."""
         return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
 
     def begin(self, now: float, model: str) -> None:
-        """Take one of the minute's requests and one place. `end` must follow, once.
+        """Count a request against the limits by the minute and of concurrent requests. `end` must follow, once.
 
-        Raises `Forbidden` for a model that is not its own, and `RateLimited`; then nothing is taken.
+        Raises `Forbidden` for a model that the key may not use, and `RateLimited`; then nothing is counted.
         """
         if self._models:
             self.check_model(model)
@@ -136,13 +136,13 @@ class ApiKey:
         self.usage.num_admitted += 1
 
     def spend(self, now: float, prompt_tokens: int, completion_tokens: int, *, num_reserved: int = 0) -> None:
-        """Count the tokens that a request has used, given how many were reserved for it."""
+        """Count the tokens that a request has used. `num_reserved` of them were already taken by `reserve`."""
         self.usage.prompt_tokens += prompt_tokens
         self.usage.completion_tokens += completion_tokens
         self._take("tokens", now, prompt_tokens + completion_tokens - num_reserved)
 
     def reserve(self, now: float, tokens: int) -> None:
-        """Take an estimate from the minute's budget of tokens. `spend` with the real number must follow."""
+        """Take an estimate from the minute's token budget. `spend` with the real number must follow."""
         self._take("tokens", now, tokens)
 
     def end(self) -> None:
@@ -152,7 +152,7 @@ class ApiKey:
         self.num_running -= 1
 
     def headers(self, now: float) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-*` headers for what is limited by the minute."""
+        """OpenAI's `x-ratelimit-*` headers for the limits by the minute."""
         headers = {}
         for noun, bucket in self._buckets.items():
             headers[f"x-ratelimit-limit-{noun}"] = str(bucket.per_minute)
@@ -161,7 +161,7 @@ class ApiKey:
         return headers
 
     def _refusals(self, now: float, num_before: int) -> Iterator[RateLimited]:
-        """The limits that leave no room for one more request, where so many are to begin before it."""
+        """A refusal for each limit that does not allow one more request after `num_before` others that begin first."""
         if self._max_concurrent and self.num_running + num_before >= self._max_concurrent:
             yield RateLimited(
                 f"This API key allows {self._max_concurrent} requests at once (max_concurrent); "

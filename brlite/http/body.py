@@ -1,9 +1,9 @@
 """Reads a request's body under our own limits of size and time, after its headers have shown that it can be JSON.
 
-By default aiohttp waits for a body without a limit, and inflates compressed ones. What is read counts against the
-application's `BodyBudget` until the request ends, because the body is kept for that long. Bytes count as they
-arrive, so a client that only announces a large body takes nothing. While a body arrives, its request also counts
-against the limits of its key. It knows nothing of what the JSON means.
+By default aiohttp waits for a body without a time limit, and inflates compressed ones. A body counts against the
+application's `BodyBudget` until the request ends, because it is kept for that long. Bytes count as they arrive, so a
+client that only announces a large body uses nothing. While a body arrives, its request also counts against the limits
+of its key. This file does not parse the JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RETRY_SECONDS = 1
 
 
 class BodyBudget:
-    """At most `max_bytes` in sum. One tenant may hold half of them; requests without a key have no tenant."""
+    """Bounds the bytes of all bodies by `max_bytes`, and those of one tenant by half of it. No key means no tenant."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -39,7 +39,7 @@ class BodyBudget:
         self._by_tenant: dict[str, int] = {}
 
     def take(self, tenant: str, num_bytes: int) -> RequestError | None:
-        """Hold so many bytes more for the tenant, or return why that is refused. `release` must follow."""
+        """Take `num_bytes` for the tenant, or return the refusal. `release` must follow."""
         if self.num_bytes + num_bytes > self.max_bytes:
             return NotReady(
                 f"The server holds {self.max_bytes} bytes of request bodies, as many as it may "
@@ -59,7 +59,7 @@ class BodyBudget:
         return None
 
     def release(self, tenant: str, num_bytes: int) -> None:
-        """Hold so many bytes fewer."""
+        """Give `num_bytes` of the tenant back."""
         self.num_bytes -= num_bytes
         if tenant:
             num_held = self._by_tenant.pop(tenant, 0) - num_bytes
@@ -69,7 +69,7 @@ class BodyBudget:
 
 @dataclass
 class HeldBody:
-    """What one request takes of the budget. `release` must follow, and may be called twice."""
+    """The part of the budget that one request uses. `release` must follow, and may be called twice."""
 
     budget: BodyBudget
     key: ApiKey
@@ -77,7 +77,7 @@ class HeldBody:
     is_arriving: bool = False
 
     def arrive(self, now: float) -> RateLimited | None:
-        """Count a request whose body is still to come against its key's limits, or return the refusal."""
+        """Count a request against its key's limits before its body arrives, or return the refusal."""
         refusal = self.key.arrival_refusal(now)
         if refusal is None and not self.is_arriving:
             self.is_arriving = True
@@ -91,14 +91,14 @@ class HeldBody:
             self.key.num_arriving -= 1
 
     def take(self, num_bytes: int) -> RequestError | None:
-        """Hold so many bytes more, or return why that is refused."""
+        """Take `num_bytes` more, or return the refusal."""
         refusal = self.budget.take(self.key.tenant, num_bytes)
         if refusal is None:
             self.num_bytes += num_bytes
         return refusal
 
     def release(self) -> None:
-        """The request has ended."""
+        """Give all bytes back: the request has ended."""
         self.arrived()
         self.budget.release(self.key.tenant, self.num_bytes)
         self.num_bytes = 0
@@ -110,10 +110,11 @@ HELD = web.RequestKey("held", HeldBody)
 
 
 async def read_body(request: web.BaseRequest, limits: LimitsConfig) -> bytes:
-    """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut.
+    """Read the whole body. Its limits are `max_body_bytes` and `body_seconds`.
 
-    Its limits: `max_body_bytes`, `body_seconds`. Raises `RateLimited` at once where the key's limits leave no room
-    for the request, and `RateLimited` or `NotReady` when the body is more than the server may hold beside the others.
+    Raises `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if the body is incomplete.
+    Raises `RateLimited` at once if the key's limits do not allow the request. Raises `RateLimited` or `NotReady` if
+    the body exceeds what is left of the budget.
     """
     kept: bytes | None = request.get(_KEPT)
     if kept is not None:
@@ -122,13 +123,13 @@ async def read_body(request: web.BaseRequest, limits: LimitsConfig) -> bytes:
     encoding, kind = request.headers.get(hdrs.CONTENT_ENCODING, "identity"), request.content_type
     if encoding.lower() != "identity":
         raise UnsupportedMediaType("Compressed bodies are not accepted; send it without Content-Encoding.")
-    # text/plain and form types are refused also because a foreign web page may send them without asking (CORS).
+    # Another reason to refuse text/plain and form types: a foreign web page may send them without a CORS preflight.
     if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaType("The body must be JSON; send the header 'Content-Type: application/json'.")
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
     held = request[HELD]
-    if request.content.is_eof():  # all of it came with the headers: no task, no timer
+    if request.content.is_eof():  # the whole body came with the headers: no task, no timer
         body = request.content.read_nowait()
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
@@ -149,14 +150,14 @@ async def read_body(request: web.BaseRequest, limits: LimitsConfig) -> bytes:
 
 
 def keep_body(request: web.BaseRequest, body: bytes) -> None:
-    """Keep a body that was read, for the next `read_body`."""
+    """Store a body that was read; the next `read_body` returns it."""
     request[_KEPT] = body
 
 
 async def leave_body(request: web.Request) -> None:
-    """An `expect_handler` for routes: leaves `Expect: 100-continue` unanswered until `read_body` wants the body.
+    """An `expect_handler` for routes: `Expect: 100-continue` is answered only when `read_body` is called.
 
-    So a body that is too large, or comes without a key, is refused before it is sent.
+    So a request with a too large body, or without a key, is refused before the body is sent.
     """
 
 

@@ -1,7 +1,7 @@
-"""Values in memory, by the tenant that they belong to and by key. Nothing is written to a disk.
+"""Stores values in memory by tenant and key. Nothing is written to disk.
 
-The bytes of all together are bounded; beyond that the oldest value of the tenant that holds most is forgotten, so that
-no tenant can push out the others'.
+The total bytes are bounded. Beyond the bound, the oldest value of the tenant with the most bytes is dropped, so that no
+tenant can displace the values of others.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from msgspec import Struct
 
 logger = logging.getLogger(__name__)
 
-OBJECT_BYTES = 256  # what Python takes for a value or a part of one besides its bytes
-SECONDS_BETWEEN_LINES = 60.0  # of the log, about a full store
+OBJECT_BYTES = 256  # Python's overhead for a value, or for a part of one
+SECONDS_BETWEEN_LINES = 60.0  # between two log lines about a full store
 
 V = TypeVar("V")
 
@@ -26,7 +26,7 @@ class StoredValue(Struct, Generic[V], frozen=True):
 
 
 class BoundedStore(Generic[V]):
-    """At most `max_bytes`, which is the option `limits.NAME`; 0 keeps nothing. The log calls the values `what`."""
+    """Holds at most `max_bytes`; 0 stores nothing. `name` is the option `limits.NAME`; the log calls values `what`."""
 
     def __init__(self, max_bytes: int, *, name: str, what: str) -> None:
         self.num_bytes = 0
@@ -47,12 +47,12 @@ class BoundedStore(Generic[V]):
         return self._max_bytes > 0
 
     def get(self, tenant: str, key: str) -> V | None:
-        """The tenant's value under this key. None if it is not stored, or not any more."""
+        """The tenant's value under this key. None if it is not or no longer stored."""
         stored = self._tenants.get(tenant, {}).get(key)
         return None if stored is None else stored.value
 
     def put(self, tenant: str, key: str, value: V, num_bytes: int) -> None:
-        """Store a value, and forget what is too much then: this one, if it is larger than the store."""
+        """Store a value, then drop values until the bound holds. A value larger than the store is dropped too."""
         self.pop(tenant, key)
         self._tenants.setdefault(tenant, {})[key] = StoredValue(value, num_bytes)
         self._change(tenant, num_bytes)
@@ -72,7 +72,7 @@ class BoundedStore(Generic[V]):
             self._num_unlogged, self._next_line = 0, time.monotonic() + SECONDS_BETWEEN_LINES
 
     def pop(self, tenant: str, key: str) -> V | None:
-        """Forget a value, and return it. None if it is not stored."""
+        """Remove a value and return it. None if it is not stored."""
         stored = self._tenants.get(tenant, {}).pop(key, None)
         if stored is None:
             return None

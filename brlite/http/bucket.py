@@ -10,7 +10,7 @@ import math
 
 MINUTE = 60.0
 
-# Seconds: far above the rounding of float sums, far below a difference that matters.
+# Seconds: far above float rounding errors, far below a difference that matters.
 TOLERANCE = 1e-6
 
 
@@ -20,7 +20,7 @@ class Bucket:
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._seconds_each = MINUTE / per_minute
-        # The only state: when the bucket will be full. What is missing is what is refilled until then.
+        # The only state: when the bucket will be full. The missing units are those refilled until then.
         self._full_at = -math.inf
 
     def seconds_until_full(self, now: float) -> float:
@@ -38,5 +38,5 @@ class Bucket:
         return min(self.per_minute, max(0, math.floor(seconds / self._seconds_each)))
 
     def take(self, now: float, count: int) -> None:
-        """Take `count` units, into debt if fewer are left."""
+        """Take `count` units. If fewer are left, the bucket is in debt."""
         self._full_at = max(self._full_at, now) + count * self._seconds_each

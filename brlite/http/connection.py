@@ -1,20 +1,20 @@
 """One client's connection: aiohttp's protocol with deadlines for slow clients and our own answer to malformed requests.
 
-It knows when a request begins and ends, not what is in it. A fast path may see the bytes first and answer some
-requests itself; all others it passes on to aiohttp.
+It tracks when a request begins and ends, not its content. A fast path may get the bytes first and answer some requests
+itself; it passes all others on to aiohttp.
 
-All that brlite takes of aiohttp (read: 3.14.5) beyond its documentation is in this file, and tests/http/test_aiohttp.py
-has a test for each:
+Only this file uses undocumented behaviour of aiohttp (read in version 3.14.5). tests/http/test_aiohttp.py has a test
+for each item:
 
-- llhttp's strict mode refuses smuggling shapes;
+- llhttp's strict mode refuses request smuggling;
 - `RequestHandler`: `start()` lives as long as the connection is served, its handler included, and a handler is
   cancelled when the connection is lost; `finish_response()` ends every request; `handle_error()` answers malformed
   ones; `force_close()` closes at once;
 - `Server`: `request_factory` and `request_handler` may be replaced;
 - `writer.output_size` counts the bytes of a response.
 
-What aiohttp does not do: end a connection whose headers stay unfinished or whose client stops reading, bound the number
-of connections, or log a malformed request without its content, keys included.
+aiohttp does not close a connection whose headers stay incomplete or whose client stops reading. It does not bound the
+number of connections. Its log of a malformed request shows the content, keys included.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
-MALFORMED_METHOD = "UNKNOWN"  # of the request that aiohttp makes where a head cannot be parsed; no client can send it
+MALFORMED_METHOD = "UNKNOWN"  # aiohttp's method for a head that cannot be parsed; no client can send it
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
-NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a fast path's requests
+NEVER_SECONDS = 10.0**8  # switches off aiohttp's idle timer, which ignores a fast path's requests
 
-SPARE_SECONDS = 2.0  # beyond max_connections: to send a probe's request
+SPARE_SECONDS = 2.0  # time to send a probe's request on a connection beyond max_connections
 
 # The host may be a name, an IPv4 address or an IPv6 one in brackets; a user name before it is not allowed in HTTP.
 _ABSOLUTE_FORM = re.compile(
@@ -63,7 +63,7 @@ TOO_MANY = NotReady("Too many connections.", retry_after_seconds=1)
 
 
 class ConnectionState(enum.Enum):
-    """What a connection is doing. Each event below is a method; its deadline is set with the state.
+    """The state of a connection. Each event below is a method, which also sets the deadline of the new state.
 
     |              | bytes_came   | body_began   | request_began | request_ended | deadline (limits)      |
     |--------------|--------------|--------------|---------------|---------------|------------------------|
@@ -72,7 +72,7 @@ class ConnectionState(enum.Enum):
     | READING_BODY |              |              | SERVING       | WAITING       | body_seconds           |
     | SERVING      |              |              |               | WAITING       | none                   |
 
-    (*) `header_seconds` before the first request. READING_BODY is a fast path's; aiohttp reads a body while it serves.
+    (*) `header_seconds` before the first request. Only a fast path uses READING_BODY; aiohttp reads bodies in SERVING.
     """
 
     WAITING = enum.auto()
@@ -82,9 +82,9 @@ class ConnectionState(enum.Enum):
 
 
 class ByteStreamHandler(Protocol):
-    """Answers some of a connection's requests itself. Of the bytes it is given it passes on what it does not take.
+    """Gets a connection's bytes, answers some requests itself, and passes all other bytes on.
 
-    For each request of its own it tells the connection `request_began` and `request_ended`.
+    For each request that it answers, it calls the connection's `request_began` and `request_ended`.
     """
 
     def data_received(self, data: bytes) -> None: ...
@@ -103,7 +103,7 @@ MakeHandler = Callable[["Connection", asyncio.Transport], "ByteStreamHandler | N
 
 
 class Connection(web.RequestHandler):
-    """A connection with a deadline in each state but SERVING. `ServerHooks` tells it when a request begins."""
+    """A connection with a deadline in each state but SERVING. `ServerHooks` calls `request_began`."""
 
     __slots__ = (
         "_deadline",
@@ -133,7 +133,7 @@ class Connection(web.RequestHandler):
             server,
             loop=loop,
             keepalive_timeout=NEVER_SECONDS,
-            access_log=None,  # type: ignore[arg-type]  # aiohttp's own way to have none, left out of its annotation
+            access_log=None,  # type: ignore[arg-type]  # None switches it off; aiohttp's annotation lacks it
             logger=logger,
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
@@ -147,12 +147,12 @@ class Connection(web.RequestHandler):
         self._wire: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
-        self._timeout_error: RequestError | None = None  # sent when the deadline passes; None: nothing is
+        self._timeout_error: RequestError | None = None  # sent when the deadline passes; None sends nothing
         self._stall: StallTimer | None = None
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
         self.state = ConnectionState.WAITING
-        self.is_spare = False  # beyond max_connections: it may ask for what probes ask
+        self.is_spare = False  # beyond max_connections: only probes are answered
         self.is_draining = False  # to be closed after the response in progress
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -160,7 +160,7 @@ class Connection(web.RequestHandler):
         peer = wire.get_extra_info("peername")
         is_member = self._siblings.admit(self, peer[0] if isinstance(peer, tuple) else "")
         self.is_spare = self.is_draining = not is_member
-        wire.set_write_buffer_limits(high=0)  # so pause_writing() means: the client does not take what we send
+        wire.set_write_buffer_limits(high=0)  # so pause_writing() means that the client does not read
         self._stall = StallTimer(wire, self._limits.slow_client_seconds)
         if self.is_spare:
             self._set_deadline(min(SPARE_SECONDS, self._limits.header_seconds), TOO_MANY)
@@ -179,7 +179,7 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._fast_path is not None:
-            self._fast_path.connection_lost()  # first: it ends its request, which sets a deadline for the next one
+            self._fast_path.connection_lost()  # first, since the end of its request sets a new deadline
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -189,11 +189,11 @@ class Connection(web.RequestHandler):
 
     @property
     def is_busy(self) -> bool:
-        """Whether it has a request whose headers are complete, so that it does not make room for others."""
+        """Whether it has a request with complete headers. Such a connection is not closed to make room."""
         return self.state in (ConnectionState.READING_BODY, ConnectionState.SERVING)
 
     def make_room(self) -> None:
-        """Close now, for another connection: it waits for a request."""
+        """Close now, to make room for another connection. Call it only if not `is_busy`."""
         if self._wire is not None and self.is_spare and not self._wire.is_closing():
             self._wire.write(error_bytes(TOO_MANY))
         self.force_close()
@@ -209,10 +209,10 @@ class Connection(web.RequestHandler):
         if self._wire is not None:
             self._wire.abort()
 
-    # A request: its first byte, its handler, its end
+    # The events of a request
 
     def data_received(self, data: bytes) -> None:
-        if not data:  # aiohttp calls this to go on parsing
+        if not data:  # aiohttp's call to continue parsing
             super().data_received(data)
         elif self._fast_path is not None:
             self._fast_path.data_received(data)
@@ -227,7 +227,7 @@ class Connection(web.RequestHandler):
         super().data_received(data)
 
     def bytes_came(self) -> None:
-        """The first bytes of a request have come. All its headers must come within `header_seconds`."""
+        """The first bytes of a request have arrived. All its headers must arrive within `header_seconds`."""
         if self.state is ConnectionState.WAITING and not self.is_spare:
             self.state = ConnectionState.READING_HEAD
             self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
@@ -243,7 +243,7 @@ class Connection(web.RequestHandler):
         self._deadline = math.inf
 
     def request_ended(self) -> None:
-        """Its response has been sent. The next one may take its time."""
+        """The response has been sent. The next request must begin within `keepalive_seconds`."""
         self.state = ConnectionState.WAITING
         self._siblings.is_idle(self)
         self._set_deadline(self._limits.keepalive_seconds)
@@ -251,7 +251,7 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send the response's end."""
+        """Send the end of the response."""
         if self.is_draining:
             resp.force_close()
         try:
@@ -285,7 +285,7 @@ class Connection(web.RequestHandler):
         return response
 
     def log_exception(self, *args: object, **kw: object) -> None:
-        """Log an unexpected error of aiohttp's. Of a parser's error only the name: its text holds the request."""
+        """Log an unexpected error of aiohttp. Of a parser error log only the name: its text contains the request."""
         error = kw.get("exc_info")
         if isinstance(error, HttpProcessingError):
             logger.info("malformed request from %s: %s", self.peername, type(error).__name__)
@@ -295,7 +295,7 @@ class Connection(web.RequestHandler):
     # Slow clients
 
     def _set_deadline(self, seconds: float, timeout_error: RequestError | None = None) -> None:
-        """Set or clear the deadline. A timer that ends earlier is kept: it checks the deadline then."""
+        """Set or clear the deadline. A running timer that fires earlier is kept: it then checks the deadline."""
         self._timeout_error = timeout_error
         self._deadline = self._event_loop.time() + seconds
         if self._timer is None or self._timer.when() > self._deadline:
@@ -332,7 +332,7 @@ class Connection(web.RequestHandler):
 
 
 class ServerHooks:
-    """Stands between aiohttp's server and the application: each request's head, then the request, pass here first."""
+    """Hooks between aiohttp's server and the application: for each parsed head, and then for each request."""
 
     def __init__(self, server: web.Server, limits: LimitsConfig, probe_paths: frozenset[str]) -> None:
         self._make_request, server.request_factory = server.request_factory, self._read_request
@@ -348,25 +348,25 @@ class ServerHooks:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
-        """Make aiohttp's request of a parsed head. A target that is a whole URL becomes a path with a `Host`."""
+        """Make aiohttp's request from a parsed head. A target in absolute form becomes a path and a `Host` header."""
         if message.method == MALFORMED_METHOD:
-            message = message._replace(version=HttpVersion11)  # aiohttp would answer as HTTP/1.0
+            message = message._replace(version=HttpVersion11)  # else aiohttp would respond in HTTP/1.0
         elif message.url.absolute:
             message = origin_form(message)
         if hdrs.UPGRADE in message.headers:
-            # The parser stops there and may lose a request behind it, which would wait for ever.
+            # aiohttp's parser stops after it and may lose the next request, which would wait forever.
             message = message._replace(should_close=True)
         return self._make_request(message, payload, protocol, writer, task)
 
     async def _begin_request(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
+        """Call the connection's `request_began`, then pass the request on. A refused Expect header is answered here."""
         connection = request.protocol
         assert isinstance(connection, Connection)
         connection.request_began()
         if connection.is_spare and request.path not in self._probe_paths:
             return error_response(TOO_MANY, request.path)
 
-        # It must mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header.
+        # Transfer-Encoding must be unambiguous. aiohttp's parser does not check that if there is an `Upgrade` header.
         codings = request.headers.getall(hdrs.TRANSFER_ENCODING, ())
         if request.version == HttpVersion11:
             is_clear = len(codings) <= 1 and all(coding.lower() == "chunked" for coding in codings)
@@ -389,16 +389,16 @@ class ServerHooks:
 
 
 def origin_form(message: RawRequestMessage) -> RawRequestMessage:
-    """The request whose target is a whole URL (RFC 9112 §3.2.2) with a path for a target and the URL's host as `Host`.
+    """Convert a request target in absolute form (RFC 9112 §3.2.2): the URL's path becomes the target, its host `Host`.
 
-    As it is if there is anything odd about the URL, which is refused then.
+    Returns the message unchanged if the URL has an unusual form. The request is refused then.
     """
     found = _ABSOLUTE_FORM.fullmatch(message.path)
     if found is None:
         return message
     host, path = found.groups()
     if not path.startswith("/"):
-        # RFC 9112 §3.2.4: without a path, OPTIONS is meant for the server as a whole.
+        # RFC 9112 §3.2.4: OPTIONS without a path is for the server as a whole.
         path = "*" if message.method == hdrs.METH_OPTIONS and not path else f"/{path}"
     headers = CIMultiDict(message.headers)
     headers[hdrs.HOST] = host
@@ -412,12 +412,12 @@ def origin_form(message: RawRequestMessage) -> RawRequestMessage:
 
 
 def has_begun(request: web.BaseRequest) -> bool:
-    """Whether a byte of the answer has been sent."""
+    """Whether a byte of the response has been sent."""
     return request.writer.output_size > 0
 
 
 async def invite_body(request: web.BaseRequest) -> None:
-    """Ask a client that waits for `100 Continue` to send its body."""
+    """Send `100 Continue` if the client waits for it before it sends its body."""
     if request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
+        request.writer.output_size = 0  # the final response has not begun

@@ -1,6 +1,6 @@
-"""The connections being served: how many there may be, which one makes room, and when the last one is gone.
+"""The open connections: limits their number, closes one to make room, and waits until all are closed.
 
-Idle connections cost a client nothing, so they must not lock others out. At the limit, the connection that has been
+Idle connections cost a client nothing, so they must not block other clients. At the limit, the connection that has been
 idle longest is closed for a new one. Connections that never sent a request are closed first.
 """
 
@@ -19,7 +19,7 @@ MAX_SPARE = 32
 
 
 class Closable(Protocol):
-    """How a connection can be closed. `connection.py` implements it."""
+    """A connection that can be closed. `connection.py` implements it."""
 
     @property
     def is_busy(self) -> bool:
@@ -31,9 +31,9 @@ class Closable(Protocol):
 
 
 class _Group:
-    """Some connections, those without a first request apart, each from old to new.
+    """A set of connections: `new` ones without a request so far, and `idle` ones. Both from old to new.
 
-    A connection that has a request stays where it is until `first` meets it; it is added again when it is idle.
+    A connection that gets a request is removed only when `first` finds it. It is added again when it is idle.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _Group:
         self.idle.pop(connection, None)
 
     def first(self) -> Closable | None:
-        """The connection that is closed first to make room."""
+        """The connection to close first to make room. None if all are busy."""
         for waiting in (self.new, self.idle):
             while waiting:
                 connection = next(iter(waiting))
@@ -57,12 +57,12 @@ class _Group:
 
 
 class Connections:
-    """A connection is in it for as long as its `start()` runs, handlers included."""
+    """The open connections. Each is a member as long as its `start()` runs, handlers included."""
 
     def __init__(self, limit: int, limit_per_address: int) -> None:
         self._limit = limit
         self._limit_per_address = limit_per_address
-        self._members: dict[Closable, str] = {}  # with the address that each counts for; "" for those beyond the limit
+        self._members: dict[Closable, str] = {}  # with the address that it counts for; "" beyond the limit
         self._groups_of: dict[Closable, tuple[_Group, ...]] = {}
         self._all = _Group()
         self._spare = _Group()
@@ -75,9 +75,9 @@ class Connections:
         return len(self._members)
 
     def admit(self, connection: Closable, peer: str) -> bool:
-        """Take it in. False if it is beyond a limit, so that only probes may be answered; another may be closed for it.
+        """Add a connection; an idle one may be closed for it. False if it exceeds a limit: only probes may be answered.
 
-        `peer` is the client's IP address, or "" where it has none.
+        `peer` is the client's IP address, "" if it has none.
         """
         address = share_of(peer)
         share = self._by_address.get(address) or _Group()
@@ -100,7 +100,7 @@ class Connections:
         return has_room
 
     def is_idle(self, connection: Closable) -> None:
-        """Its request has been answered; it waits for the next one."""
+        """Mark a connection as idle: its request has been answered, it waits for the next one."""
         for group in self._groups_of.get(connection, ()):
             group.new.pop(connection, None)
             group.idle[connection] = None
@@ -143,7 +143,7 @@ class Connections:
         return True
 
     def _make_room(self, group: _Group, limit: int) -> bool:
-        """Whether one more may come, perhaps in the place of one that waits."""
+        """Make room in a group for one more, if needed by closing an idle connection. False if there is none."""
         if group.num_all < limit:
             return True
         if not (self._num_closed or self._num_spare):
@@ -163,7 +163,7 @@ class Connections:
 
 
 def share_of(peer: str) -> str:
-    """What an address's connections are counted by: of IPv6 the first 64 bits, which one client has all of."""
+    """The key for counting an address's connections. For IPv6 the first 64 bits, since one client has a whole /64."""
     if ":" not in peer:
         return peer or "local"
     try:

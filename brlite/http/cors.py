@@ -1,7 +1,7 @@
-"""What web pages are told: refusals, and CORS. Preflights are answered before the key check, since browsers send them
-without keys.
+"""CORS: answers preflights and sets the headers for web pages.
 
-A page that may use the server may use all its endpoints.
+Preflights are answered before the key check, since browsers send them without keys. A page that may use the server may
+use all its endpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALLOWS_PRIVATE_NETWORK = "Access-Control-Allow-Private-Network"
 
 
 class Cors:
-    """A policy, applied to requests and responses of aiohttp."""
+    """Applies an origin policy to requests and responses of aiohttp."""
 
     def __init__(self, policy: OriginPolicy) -> None:
         self._origins = policy.allowed_origins
@@ -33,17 +33,15 @@ class Cors:
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
         }
-        # OpenAI's browser client adds headers of its own (x-stainless-*), so what is asked for is granted.
+        # OpenAI's browser client adds its own headers (x-stainless-*), so all requested headers are allowed.
         if wanted := request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS):
             headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted
-        if request.headers.get(ASKS_PRIVATE_NETWORK) == "true":  # a public page that asks a server of a private network
+        if request.headers.get(ASKS_PRIVATE_NETWORK) == "true":  # a public page calls a server in a private network
             headers[ALLOWS_PRIVATE_NETWORK] = "true"
         return web.Response(status=204, headers=headers)
 
     def headers(self, origin: str | None) -> dict[str, str]:
-        """What a response to a page of that origin says: whether the page may read it and, for caches, that this
-        depends on the page.
-        """
+        """The headers of a response to a page of this origin: whether the page may read it, and `Vary` for caches."""
         if not self._origins:
             return {}
         headers: dict[str, str] = {} if ANY in self._origins else {hdrs.VARY: hdrs.ORIGIN}

@@ -1,7 +1,7 @@
-"""Errors as HTTP: the status, headers and body of each exception, aiohttp's own among them.
+"""Errors as HTTP: the status, headers and body for each exception, aiohttp's included.
 
-The bodies, and the status of each of our own errors, are in `dialects/errors.py`. This file has no requests:
-`middlewares.py` decides when a response of these is sent.
+The bodies, and the status of each of our own errors, are in `dialects/errors.py`. `middlewares.py` decides when such a
+response is sent.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import brlite.dialects.errors as dialect_errors
 from brlite import errors
 from brlite.dialects.errors import SERVER_FAULT, STATUSES, Status, envelope
 
-CLIENT_LEFT = 499  # nginx's number; for the log, no client receives it
-# On every response. Without a `Server` of ours aiohttp would send its own version and Python's.
+CLIENT_LEFT = 499  # nginx's status for "client closed request"; only in the log
+# On every response. Without our `Server` header, aiohttp would send its version and Python's.
 OWN_HEADERS = {"Server": "brlite", "X-Content-Type-Options": "nosniff"}
 
 
@@ -27,7 +27,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def error_body(error: BaseException, path: str = "", request_id: str = "") -> bytes:
-    """The error of a request to `path` as JSON. What is not the client's business is replaced by one fixed sentence."""
+    """The error of a request to `path` as JSON. The text of an internal error is replaced by one fixed sentence."""
     if isinstance(error, web.HTTPException):
         message = error.reason if error.status < 500 else SERVER_FAULT
         return envelope(status_of(error), message, path=path, request_id=request_id)
@@ -35,19 +35,19 @@ def error_body(error: BaseException, path: str = "", request_id: str = "") -> by
 
 
 def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
-    """The body for a status that another server chose, with its words."""
+    """The error body for a status and message of another server."""
     known = next((status for status in STATUSES.values() if status.http == http), None)
     kind = "invalid_request_error" if http < 500 else "server_error"
     return envelope(known or Status(http, kind, "upstream_error"), message, path=path)
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """The headers that HTTP wants beside some errors."""
+    """The additional headers of some errors, such as `Retry-After`."""
     headers = {}
     if isinstance(error, errors.RequestError) and error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, errors.RequestTimeout):
-        # SDKs retry every 408 otherwise. A request that was not complete within its own `timeout` will not be again.
+        # Else SDKs retry every 408. A request that exceeded its own `timeout` would exceed it again.
         headers["X-Should-Retry"] = "false" if error.param else "true"
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
@@ -67,7 +67,7 @@ def error_response(error: BaseException, path: str = "", request_id: str = "") -
 
 
 def error_bytes(error: BaseException) -> bytes:
-    """The error as a whole HTTP/1.1 response that ends its connection, for when there is no request to answer."""
+    """The error as a whole HTTP/1.1 response with `Connection: close`, if there is no request object to answer."""
     status, body = HTTPStatus(status_of(error).http), error_body(error)
     headers = {
         "Content-Type": "application/json",

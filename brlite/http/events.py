@@ -1,10 +1,10 @@
 """Server-sent events on an aiohttp response: framed events go straight to the transport, one write for each call.
 
 The handler never waits for a write; it reads `is_backlogged` and merges or waits. Comments keep silent streams alive.
-It does not know what events hold: `dialects/` frames them.
+`dialects/` frames the events.
 
-Relied on, all public: after `StreamResponse.prepare()` the headers are with the transport, so what is written there
-follows them; `write_eof()` ends the chunked encoding, after which the connection takes its next request.
+It relies on public behaviour of aiohttp. After `StreamResponse.prepare()` the transport has the headers, so later
+writes follow them. `write_eof()` ends the chunked encoding, and the connection then takes its next request.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ BACKLOG_BYTES = 64 * 1024
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",  # a compressing middleware would collect the events,
-    "X-Accel-Buffering": "no",  # and nginx would
+    "Cache-Control": "no-cache, no-transform",  # else a compressing middleware would buffer the events
+    "X-Accel-Buffering": "no",  # else nginx would buffer them
 }
 
 
 class EventStream:
     """A stream of events that answers `request`.
 
-    `prepare` sends the headers, `finish` is the good end, and `close` must follow in any case: it stops the comments.
-    `async with` does the first and the last.
+    `prepare` sends the headers, and `finish` ends the stream normally. `close` must always follow: it stops the
+    comments. `async with` calls `prepare` and `close`.
     """
 
     def __init__(self, request: web.Request, comment_seconds: float) -> None:
@@ -54,9 +54,9 @@ class EventStream:
         self.close()
 
     async def prepare(self) -> None:
-        """Send the headers. Raises `ConnectionResetError` where the client has left."""
+        """Send the headers. Raises `ConnectionResetError` if the client has left."""
         if not self._is_chunked:
-            self._response.force_close()  # HTTP/1.0 knows the end of a stream by the end of its connection
+            self._response.force_close()  # in HTTP/1.0 a stream ends with its connection
         await self._response.prepare(self._request)
         transport = self._request.transport
         if transport is None:
@@ -66,7 +66,7 @@ class EventStream:
         self._start_comments()
 
     def write(self, events: bytes) -> bool:
-        """Write framed events in one go. False, and nothing written, if the client has left."""
+        """Write framed events at once. Returns False and writes nothing if the client has left."""
         # uvloop raises, and asyncio warns, on a write after close.
         if self._transport.is_closing():
             return False
@@ -75,12 +75,12 @@ class EventStream:
         return True
 
     def comment(self) -> bool:
-        """Write a line that clients skip."""
+        """Write a comment line, which clients ignore."""
         return self.write(b": %b\n\n" % self._comment_text().encode())
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
-        """Inside, comments say `what()`, a line: now, and again every `seconds`, or as often as they came before."""
+        """Inside the block, comments contain `what()`, one line: now, then every `seconds` or as often as before."""
         usual = self._comment_text, self._comment_seconds
         self._comment_text, self._comment_seconds = what, min(seconds, self._comment_seconds)
         self.comment()
@@ -93,11 +93,11 @@ class EventStream:
 
     @property
     def is_backlogged(self) -> bool:
-        """Whether the client is so far behind that more should wait."""
+        """Whether the client is so far behind that further events should wait."""
         return self._transport.get_write_buffer_size() > BACKLOG_BYTES
 
     async def drained(self, seconds: float) -> bool:
-        """Wait until the client has caught up. If it reads nothing for `seconds` the connection is cut: False."""
+        """Wait until the client has caught up. If it reads nothing for `seconds`, cut the connection: False."""
         stall = StallTimer(self._transport, seconds)
         stall.start()
         try:
@@ -109,13 +109,13 @@ class EventStream:
         return not self._transport.is_closing()
 
     def abort(self) -> None:
-        """Cut the connection: the client gets no good end."""
+        """Cut the connection, so that the client sees an incomplete response."""
         self._transport.abort()
 
     async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
-        """Write the last events and end the response; the handler returns what this returns."""
+        """Write the last events and end the response. Returns the response that the handler must return."""
         self.close()
-        with suppress(ConnectionError):  # the client left before the end; aiohttp notices on its own
+        with suppress(ConnectionError):  # the client left before the end; aiohttp handles that
             await self._response.write_eof(last_events)
         return self._response
 

@@ -1,8 +1,8 @@
-"""A bounded queue that several keys share: keys get their turns in rotation, and none can fill it for the others.
+"""A bounded fair queue that several keys share: no key can lock the others out.
 
-Round robin between keys, first come, first served within one. A full queue drops from its longest key, as fair
-queueing does with packets (RFC 8290 §5.2.1): a single key may fill the queue; items of other keys then displace its
-newest ones. It has no clock; keys and items are any hashable objects, each item at most once.
+Round robin between keys; first come, first served within a key. A full queue drops from the key with most items, as
+fair queueing does with packets (RFC 8290 §5.2.1): a single key may fill the queue, and items of other keys then
+displace its newest ones. It has no clock. Keys and items are hashable objects; each item is in the queue at most once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[K, T]):
-    """At most `max_items` of all keys together. Adding to a full queue and choosing take time in the number of keys."""
+    """Holds at most `max_items` in total. Adding to a full queue and choosing take O(number of keys)."""
 
     __slots__ = ("_items", "_num_items", "max_items")
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
-        # Keys in the order of their turns, and each one's items in the order in which they came. Not deques: items
-        # that leave must be gone at once, or they would pile up behind one long wait.
+        # Keys in the order of their turns; for each key its items in order of arrival. Not deques: a removed item must
+        # be deleted at once, or removed items would pile up behind one that waits long.
         self._items: OrderedDict[K, OrderedDict[T, None]] = OrderedDict()
         self._num_items = 0
 
@@ -32,18 +32,18 @@ class FairQueue(Generic[K, T]):
 
     @property
     def keys(self) -> Iterator[K]:
-        """The keys that have items, the one whose turn is next first."""
+        """The keys that have items, in the order of their turns."""
         return iter(self._items)
 
     def count(self, key: K) -> int:
-        """How many items of this key wait."""
+        """The number of waiting items of this key."""
         return len(self._items.get(key, ()))
 
     def add(self, key: K, item: T) -> T | None:
-        """Add an item, and return the one that has to leave for it, if one has.
+        """Add an item, and return the one that is dropped because the queue is full, if any.
 
-        That is the newest of the key with most items; or `item` itself, which then was not added, if its own key would
-        have most.
+        That is the newest item of the key with most items. If that would be its own key, `item` itself is returned and
+        not added.
         """
         dropped = None
         if self._num_items >= self.max_items:
@@ -57,9 +57,9 @@ class FairQueue(Generic[K, T]):
         return dropped
 
     def pop(self, key: K | None = None) -> T:
-        """The next item: of the key whose turn it is, or of `key`, which has some. Its key's next turn comes last.
+        """Remove and return the next item: of the next key in turn, or of `key`, which must have one.
 
-        Raises `LookupError` if there is none.
+        The item's key then moves to the end of the rotation. Raises `LookupError` if there is no item.
         """
         if key is None:
             if not self._items:
@@ -75,7 +75,7 @@ class FairQueue(Generic[K, T]):
         return item
 
     def remove(self, key: K, item: T) -> bool:
-        """Take an item out. False if it is not there (any more)."""
+        """Remove an item. False if it is not or no longer in the queue."""
         items = self._items.get(key)
         if items is None or item not in items:
             return False

@@ -1,4 +1,4 @@
-"""API keys: which requests are accepted. Only digests are kept, each request is compared with all, no key is logged.
+"""API keys: which requests are accepted. Only digests are kept; a request's key is compared with all; none is logged.
 
 The rules of a key are in `api_key.py`. The caller lists the resources that need no key. `ApiKeys` and `shown_key` do
 not depend on aiohttp: the fast path uses them.
@@ -22,18 +22,18 @@ from brlite.process.children import read_secret
 
 
 class ApiKeys:
-    """The API keys that are accepted. Without any, requests need no key.
+    """The accepted API keys. If there are none, requests need no key.
 
-    `plain` keys have no name and no rules. `named` keys are pairs of the secret and its rules.
+    `plain` keys have no name and no rules. `named` keys are pairs of a secret and its rules.
     """
 
     def __init__(
         self, plain: Sequence[str] = (), named: Sequence[tuple[str, ApiKey]] = (), *, is_admin: bool = False
     ) -> None:
-        """`is_admin` says that the plain keys are an operator's."""
+        """`is_admin`: the plain keys are an operator's keys."""
         if not all(secret.strip() for secret in (*plain, *(secret for secret, _ in named))):
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
-        self.anybody = ApiKey()  # what every request has where no key is needed
+        self.anybody = ApiKey()  # the key of every request if no key is needed
         self._named = tuple(key for _, key in named)
         known = {digest: ApiKey(tenant=f"digest:{digest.hex()}", is_admin=is_admin) for digest in map(_digest, plain)}
         for secret, key in named:
@@ -46,7 +46,7 @@ class ApiKeys:
 
     @classmethod
     def from_config(cls, config: Config) -> ApiKeys:
-        """The keys of `[keys]`, its file and its environment variable, and those of `[[key]]`."""
+        """The keys of `[keys]`, of its file and its environment variable, and of `[[key]]`."""
         named = []
         for index, key in enumerate(config.key):
             secret = key.key or "" if key.env is None else read_secret(key.env)
@@ -70,9 +70,9 @@ class ApiKeys:
         return iter(self._named)
 
     def replace(self, other: ApiKeys) -> bool:
-        """Accept the others' keys from now on, and those only. False if they are the same ones.
+        """Accept only the keys of `other` from now on. False if they are the same keys.
 
-        A key that keeps its name keeps what it has done, what it does now and what it has used of limits that stay.
+        A key with an unchanged name keeps its usage, its running requests and the used part of unchanged limits.
         """
         before = self._secrets()
         known_by_name = {key.name: key for key in self._named}
@@ -90,7 +90,7 @@ class ApiKeys:
         return frozenset((digest, key.name) for digest, key in self._known)
 
     def find(self, shown: str | None) -> ApiKey | None:
-        """The accepted key that was shown, or None. The comparison takes the same time for each wrong key."""
+        """The accepted key equal to `shown`, or None. The comparison takes the same time for each wrong key."""
         if not self._known:
             return self.anybody
         if shown is None:
@@ -102,11 +102,11 @@ class ApiKeys:
         return found
 
     def may_see_all(self, key: ApiKey | None) -> bool:
-        """Whether a request with this key, or with none, may see what all keys do: where keys have names, operators."""
+        """Whether a request with this key, or None, may see data of all keys: if keys have names, only an operator."""
         return not self._named or (key is not None and key.is_admin)
 
     def require(self, shown: str | None) -> ApiKey:
-        """The key that was shown. Raises `Unauthorized`."""
+        """The accepted key equal to `shown`. Raises `Unauthorized` if there is none."""
         key = self.find(shown)
         if key is not None:
             return key
@@ -116,11 +116,11 @@ class ApiKeys:
 
 
 KEYS = web.AppKey("keys", ApiKeys)
-API_KEY = web.RequestKey("api_key", ApiKey)  # what the request was let in with; not at open resources
+API_KEY = web.RequestKey("api_key", ApiKey)  # the key that let the request in; not set at open resources
 
 
 def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
-    """The key that a request's two headers show. Their bytes are decoded as UTF-8 with `surrogateescape`."""
+    """The key in a request's two headers. The headers' bytes are decoded as UTF-8 with `surrogateescape`."""
     if authorization is not None:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() == "bearer":
@@ -129,22 +129,22 @@ def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
 
 
 def shown_api_key(request: web.Request) -> ApiKey | None:
-    """The accepted key that the request shows, for handlers of open resources; None if there is none."""
+    """The accepted key in the request, for handlers of open resources. None without an accepted key."""
     headers = request.headers
     return request.app[KEYS].find(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
 
 
 def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:
-    """Count what the request has used under its key."""
+    """Count the tokens that the request has used under its key."""
     request[API_KEY].spend(time.monotonic(), prompt_tokens, completion_tokens)
 
 
 def parse_keys(text: str, source: str) -> tuple[str, ...]:
-    """The keys of a text with one a line, comments aside. Raises `ConfigError`, naming `source`, if there is none."""
+    """The keys in a text, one a line, comments skipped. Raises `ConfigError`, naming `source`, if there is none."""
     lines = (line.strip() for line in text.splitlines())
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        # An empty file must not mean an open server.
+        # An empty file must not result in an open server.
         raise ConfigError(f"{source} holds no key; write one a line")
     return keys
 

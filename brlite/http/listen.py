@@ -1,6 +1,6 @@
-"""Listens on a port and serves an aiohttp application there, and ends it in good order.
+"""Listens on a port, serves an aiohttp application there, and shuts it down gracefully.
 
-It sets no signal handlers and adds no routes: its caller decides when to close it.
+It sets no signal handlers and adds no routes. The caller decides when to close it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from brlite.http.connection import Connection, MakeHandler, ServerHooks
 from brlite.http.connections import Connections
 
 BACKLOG = 1024
-PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)  # another port may do
-LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdown, to end their streams themselves
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)  # another port may work
+LAST_WORDS_SECONDS = 1.0  # the time of handlers to end their streams after the application's on_shutdown
 
-# Paths that are answered beyond max_connections, too: health and readiness.
+# Paths that are answered even beyond max_connections: health and readiness.
 PROBE_PATHS: web.AppKey[frozenset[str]] = web.AppKey("probe_paths")
 
 
 class HttpServer:
-    """`async with HttpServer(app, host, port, limits) as server:` listens while inside; port 0 takes a free one.
+    """`async with HttpServer(app, host, port, limits) as server:` listens inside the block; port 0 means any free port.
 
     `close()` stops accepting, closes idle connections, waits `grace_seconds` for requests in progress, then runs the
     application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it.
@@ -49,7 +49,7 @@ class HttpServer:
         self._app = app
         self._runner = web.AppRunner(
             app,
-            handler_cancellation=True,  # a client that leaves must free its work
+            handler_cancellation=True,  # a disconnect must end the request's work
             access_log=None,
             shutdown_timeout=LAST_WORDS_SECONDS,
         )
@@ -67,7 +67,7 @@ class HttpServer:
         await self.close()
 
     async def start(self) -> None:
-        """Run the application's start-up and listen, or `ConfigError` if the address cannot be had."""
+        """Run the application's startup and listen. Raises `ConfigError` if it cannot listen on the address."""
         self._app.on_shutdown.append(self._end_what_is_left)  # after the application's own
         await self._runner.setup()
         try:
@@ -77,7 +77,7 @@ class HttpServer:
             raise
 
     async def close(self) -> None:
-        """Stop, as the class says. May be called twice."""
+        """Shut down in the steps that the class describes. May be called twice."""
         if self._listener is None:
             return
         listener, self._listener = self._listener, None
@@ -91,12 +91,12 @@ class HttpServer:
             await self._runner.cleanup()
 
     def end_grace(self) -> None:
-        """Stop the wait of `close` for requests in progress: they end now, streams with an error event."""
+        """Stop the wait of `close` for requests in progress. They end now, streams with an error event."""
         if self._grace is not None:
             self._grace.cancel()
 
     async def _end_what_is_left(self, app: web.Application) -> None:
-        # aiohttp would cancel each handler twice, and the second time interrupts its cleaning up.
+        # aiohttp would cancel each handler twice; the second time would interrupt its cleanup.
         if not await self._connections.wait_gone(LAST_WORDS_SECONDS):
             self._connections.abort()
             await self._connections.wait_gone(LAST_WORDS_SECONDS)
@@ -108,13 +108,13 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        """Where to find it, such as `http://127.0.0.1:8000`."""
+        """The server's URL, such as `http://127.0.0.1:8000`."""
         host, port = self._address
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def num_connections(self) -> int:
-        """How many connections are open."""
+        """The number of open connections."""
         return len(self._connections)
 
     @property

@@ -1,7 +1,7 @@
-"""What every request passes before its handler, and its response after it. `serve` is the place to start.
+"""The middleware around every handler: origin and key checks, errors as HTTP, the access log. Start at `serve`.
 
-Inside a request everything raises; here it becomes HTTP, once. Once the first byte of a response has gone out nothing
-more is sent: the connection is cut, which the client notices. It knows no routes and no models.
+Handlers raise errors; only this file turns them into responses. After the first byte of a response no error response is
+sent: the connection is cut, which the client notices. It is independent of routes and models.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def add_middlewares(
     access_log: bool = True,
     quiet_paths: frozenset[str] = frozenset(),
 ) -> None:
-    """Have the application's requests served by `serve`, and its responses stamped.
+    """Add the middleware `serve`, and the headers that every response has.
 
-    Without a policy of its own an application refuses pages of all other sites.
+    Without an `origin_policy` the application refuses pages of all other sites.
 
-    The application has its routes by then: the open and the quiet ones are looked up among them. It may have a budget
-    of body bytes at `BODIES`; else it gets the default one.
+    Call it after the routes were added: it looks up the open and the quiet ones. The application may have a budget of
+    body bytes at `BODIES`; else it gets the default one.
     """
     app[KEYS] = keys
     if BODIES not in app:
@@ -54,13 +54,13 @@ def add_middlewares(
     app.middlewares.append(serve(app, policy, open_paths, quiet_paths if access_log else None))
 
     async def stamp(request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Put the headers that every response has, streams and refusals too."""
+        """Set the headers that every response has, streams and refusals included."""
         headers, key = response.headers, request.get(API_KEY)
         headers.update(OWN_HEADERS)
         headers[HEADER] = shown_request_id(request)
         if is_anthropic(request.path):
             headers[ANTHROPIC_HEADER] = headers[HEADER]
-        if key is not None and key.has_limits:  # also a key that was given limits while the server runs
+        if key is not None and key.has_limits:  # a reload may give limits to any key
             headers.update(key.headers(time.monotonic()))
         for name, value in cors.headers(request.headers.get(hdrs.ORIGIN)).items():
             headers.add(name, value)
@@ -69,16 +69,16 @@ def add_middlewares(
 
 
 def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quiet_paths: Set[str] | None) -> Middleware:
-    """The one middleware of this room. Requests for `quiet_paths`, which monitors poll, are not logged; None: none is.
+    """The only middleware here. Requests for `quiet_paths`, which monitors poll, are not logged. None logs no requests.
 
     Refusals are answered like any error, and the log has every status. Preflights need no key: browsers send them
-    without. Foreign pages and bad keys are refused before the body is read.
+    without one. Foreign pages and bad keys are refused before the body is read.
     """
     keys, budget = app[KEYS], app[BODIES]
     cors, no_key = Cors(policy), ApiKey()
-    # A request is for one of these only if its path is spelt exactly as the resource's own: any other spelling may mean
-    # something else to a proxy before us. They stay the same resources where the application is mounted in another one,
-    # which puts a prefix before their paths.
+    # A request is for one of these only if its path is spelt exactly like the resource's: a proxy before this server
+    # may interpret any other spelling differently. Resources are compared, not paths: if the application is mounted in
+    # another one, the paths get a prefix.
     resources = list(app.router.resources())
     open_resources = frozenset(resource for resource in resources if resource.canonical in open_paths)
     quiet_resources = frozenset(resource for resource in resources if resource.canonical in (quiet_paths or ()))
@@ -88,7 +88,7 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
         begin, status = time.perf_counter(), 500
         resource = request.match_info.route.resource
         if resource is not None and request.raw_path.partition("?")[0] != resource.canonical:
-            resource = None  # spelt in another way
+            resource = None  # another spelling
         response: web.StreamResponse | None
         try:
             response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
@@ -131,14 +131,14 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
 
 
 def has_left(request: web.BaseRequest) -> bool:
-    """Whether the client's connection is gone."""
+    """Whether the client's connection is closed."""
     return request.transport is None or request.transport.is_closing()
 
 
 def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
-    """The response for what a handler raised. Raises where a response has begun, and aiohttp's own redirections.
+    """The response for an error that a handler raised. Raises if a response has begun, and for aiohttp's redirections.
 
-    A client that left is no error.
+    A client that has left is not an error.
     """
     if isinstance(error, ConnectionError) and has_left(request):
         return web.Response(status=CLIENT_LEFT)
@@ -151,7 +151,7 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
     elif isinstance(error, web.HTTPException) and error.status < 400:
         raise error
 
-    if status_of(error).http == 500:  # refusals are in the access log; this is the server's fault
+    if status_of(error).http == 500:  # refusals are in the access log; a 500 is the server's fault
         is_foreseen = isinstance(error, errors.BrliteError)
         logger.error(
             "request %s (%s) failed: %s%s",
@@ -165,5 +165,5 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
         raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
     response = error_response(error, request.path, shown_request_id(request))
     if request.body_exists and not request.content.is_eof():
-        response.force_close()  # its body has not been read: the client need not send the rest
+        response.force_close()  # the body was not read: the client need not send the rest
     return response

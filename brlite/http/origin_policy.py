@@ -1,13 +1,13 @@
-"""Which requests of browsers are refused: those of other sites' pages, and those for a name that is not the server's.
+"""Refuses some requests of browsers: those of other sites' pages, and those for a host name that is not the server's.
 
-Pure: the decision needs three headers and whether a key is needed, no aiohttp. A page cannot forge these headers. Other
-programs can, and gain nothing: without these headers they are let in.
+Pure, without aiohttp: the decision depends on three headers and on whether a key is needed. A page cannot forge these
+headers. Other programs can, but gain nothing: requests without these headers are accepted.
 
-- `Sec-Fetch-Site` and `Origin` say whose page a request comes from (Fetch Standard; W3C Fetch Metadata). Browsers send
-  them of their own accord, but `Sec-Fetch-Site` only to https and loopback.
-- `Host` is the name that was looked up. A page of `evil.example` whose name was made to lead to 127.0.0.1 ("DNS
-  rebinding") is same-origin to its browser, but cannot say `Host: localhost`. Nor can it say an address: that is not
-  looked up, so it is safe. A request with a foreign address came through a forwarder (an emulator's 10.0.2.2).
+- `Sec-Fetch-Site` and `Origin` show which page sent a request (Fetch Standard; W3C Fetch Metadata). Browsers set them
+  themselves, but send `Sec-Fetch-Site` only to https and loopback.
+- `Host` is the name that the browser looked up. If `evil.example` resolves to 127.0.0.1 ("DNS rebinding"), its page is
+  same-origin for the browser, but cannot send `Host: localhost`. It cannot send an address either, so addresses are
+  safe: they are not looked up. A request with a foreign address came through a forwarder (an emulator's 10.0.2.2).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from brlite.errors import Forbidden
 from brlite.http.keys import ApiKeys
 
 ANY = "*"
-MAX_REMEMBERED = 256  # answers; a client sends the same headers with each request
+MAX_REMEMBERED = 256  # cached decisions; a client sends the same headers with each request
 MAX_SHOWN = 200
 
-# What the usual /etc/hosts calls loopback, and what containers and virtual machines call the machine that they run on:
-# no public name server answers for .internal.
+# Names of loopback in a usual /etc/hosts, and names by which containers and virtual machines reach their host. Public
+# name servers do not resolve .internal.
 _LOCAL_NAMES = frozenset(
     {
         *("localhost", "localhost4", "localhost6", "localhost.localdomain", "ip6-localhost", "ip6-loopback"),
@@ -38,10 +38,10 @@ _PORT = re.compile(r":[0-9]*\Z")
 
 
 class OriginPolicy:
-    """`allowed_origins` are those of pages that may ask, `allowed_hosts` names of the server besides local ones.
+    """`allowed_origins`: origins of pages that may use the server. `allowed_hosts`: its names besides local ones.
 
-    Addresses are always good. Names are checked where `is_loopback` and no key is needed, and wherever there are
-    `allowed_hosts`. `*` among either allows all.
+    Addresses are always allowed. Names are checked if `is_loopback` and no key is needed, and whenever `allowed_hosts`
+    is not empty. `*` in either allows all.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OriginPolicy:
         self.lets_in = lru_cache(MAX_REMEMBERED)(self._lets_in)
 
     def refusal(self, host: str | None, origin: str | None, fetch_site: str | None) -> Forbidden | None:
-        """Why a request with these headers is refused; None if it is not. A header that stands twice is joined."""
+        """The refusal of a request with these headers; None if it is accepted. Join the values of a repeated header."""
         is_checked = self._allowed_hosts or (self._is_loopback and self._keys is not None and self._keys.is_open)
         if (
             is_checked
@@ -76,7 +76,7 @@ class OriginPolicy:
         if (origin is None and not is_cross_site) or ANY in self.allowed_origins or origin in self.allowed_origins:
             return None
         if fetch_site == "same-origin":
-            return None  # behind a proxy with TLS or another name, only the browser can tell
+            return None  # behind a proxy with TLS or another name, only the browser can decide it
         if not is_cross_site and host is not None and origin == f"http://{host.lower().removesuffix(':80')}":
             return None
         whose = "another site" if origin is None else origin[:MAX_SHOWN]
@@ -86,13 +86,13 @@ class OriginPolicy:
         )
 
     def _lets_in(self, host: str | None, origin: str | None, fetch_site: str | None, is_open: bool) -> bool:
-        """Whether there is no `refusal`, which depends on `is_open` too: whether no key is needed."""
+        """Whether `refusal` is None. `is_open` (no key is needed) is in the cache's key: `refusal` depends on it."""
         return self.refusal(host, origin, fetch_site) is None
 
 
 @lru_cache(maxsize=64)
 def is_safe_host(host: str) -> bool:
-    """Whether a `Host` header is an address or a local name, so that no DNS server can make it lead elsewhere."""
+    """Whether a `Host` header is an address or a local name, which no DNS server can point to another address."""
     name = _host_name(host)
     if is_loopback_address(name) or name in _LOCAL_NAMES:
         return True
@@ -104,7 +104,7 @@ def is_safe_host(host: str) -> bool:
 
 
 def is_loopback_address(host: str) -> bool:
-    """Whether a server that listens there is reached from this machine only."""
+    """Whether only this machine can reach a server that listens on `host`."""
     name = host.lower()
     if name == "localhost" or name.endswith(".localhost") or _IPV4_LOOPBACK.fullmatch(name):
         return True
@@ -115,7 +115,7 @@ def is_loopback_address(host: str) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """The name without port and trailing dot, in small letters."""
+    """The name without port and trailing dot, in lower case."""
     name = host.lower()
     has_port = name.count(":") == 1 or name.startswith("[")  # else it is an IPv6 address without brackets
     return (_PORT.sub("", name) if has_port else name).removesuffix(".")

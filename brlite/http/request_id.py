@@ -1,6 +1,6 @@
-"""The ids of a request: our own, which the log has, and the client's `X-Request-Id`, which goes back to it.
+"""The ids of a request: our own, and the client's `X-Request-Id`, which is returned to it. The log has both.
 
-The log has both. Clients choose theirs: two requests may have the same one, so it is no key to anything here.
+Clients choose theirs, so two requests may have the same one: it does not identify a request here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def new_request_id() -> str:
 
 
 def request_ids() -> Iterator[str]:
-    """Ids like those of `new_request_id`, without end: one system call yields the randomness of 64 ids."""
+    """An endless iterator of ids like those of `new_request_id`: one system call gives the random bytes of 64 ids."""
     while True:
         random = os.urandom(ID_BYTES * IDS_AT_ONCE)
         for begin in range(0, len(random), ID_BYTES):
@@ -34,7 +34,7 @@ def request_ids() -> Iterator[str]:
 
 
 def client_request_id(sent: str | None) -> str | None:
-    """The id that a client sent, if it is harmless."""
+    """The id that a client sent, if its length and characters are allowed; else None."""
     return sent if sent is not None and _SAFE.fullmatch(sent) else None
 
 
@@ -47,5 +47,5 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 def shown_request_id(request: web.BaseRequest) -> str:
-    """The id in responses and for upstreams: the client's own `X-Request-Id` if that is harmless, else ours."""
+    """The id in responses and for upstreams: the client's `X-Request-Id` if that is allowed, else ours."""
     return client_request_id(request.headers.get(HEADER)) or request_id(request)

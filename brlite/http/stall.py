@@ -1,4 +1,4 @@
-"""Cuts a connection whose client has stopped reading. Knows no requests: it watches the bytes that wait to be sent."""
+"""Cuts a connection whose client has stopped reading. It watches the number of bytes that wait to be sent."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 
 class StallTimer:
-    """From `start` to `stop`, cut the connection once nothing has moved for `seconds`.
+    """Between `start` and `stop`, cuts the connection if the number of waiting bytes has not changed for `seconds`.
 
-    More bytes waiting than before count as movement too: they hide what the client took meanwhile, and writers that
-    wait for it add no more.
+    An increase counts as progress too, since it may hide that the client has read. Writers that wait for the client add
+    no bytes.
     """
 
     def __init__(self, transport: asyncio.Transport, seconds: float) -> None:
