@@ -1,7 +1,7 @@
-"""The front door: an aiohttp application over a table of models. `serve`, `proxy`, embedding and tests use this one.
+"""Builds the aiohttp application that serves a table of models. `serve`, `proxy`, embedding programs and tests use it.
 
-A request's model name leads to a local engine through `ModelTable`, or to an upstream through a `Forwarder`. No signal
-handlers and no logging set-up: the application can be mounted in another one as a sub-app.
+A request's model name selects a local engine in `ModelTable`, or an upstream through a `Forwarder`. It sets up neither
+signal handlers nor logging, so the application can be mounted in another one as a sub-app.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ ORIGIN_POLICY = web.AppKey("origin_policy", OriginPolicy)
 def create_app(
     models: EngineLoop | ModelTable | Config, config: Config | None = None, *, listens_on: str | None = None
 ) -> web.Application:
-    """An application that serves an engine under the config's model name, all models of a table, or those of a config.
+    """An application that serves one engine under the config's model name, the models of a table, or those of a config.
 
-    With a config alone, the application loads its models at startup, which raises their errors, and closes them at
-    cleanup. Other engines are closed by the caller. Requests for models of the config's upstreams are forwarded.
-    Run it with `handler_cancellation=True`, as `HttpServer` does; else the request of a client that disconnects runs
-    on. At shutdown running streams end with an error event. Reads files that the config names, such as the key file: if
-    that may take long, call it on another thread.
+    With only a config, the application loads its models at startup, which raises their errors, and closes them at
+    cleanup. The caller closes all other engines. Requests for models of the config's upstreams are forwarded.
+    Run it with `handler_cancellation=True`, as `HttpServer` does; else requests of disconnected clients continue.
+    At shutdown, running streams end with an error event. This function reads files that the config names, such as the
+    key file; if that may take long, call it on another thread.
 
-    Requests from pages of other sites are refused. `listens_on` is the address to be served at, None if unknown. On
-    loopback without keys only local host names are allowed; else `server.allowed_hosts` alone decides.
+    Requests from pages of other sites are refused. `listens_on` is the address that the server listens on, None if
+    unknown. On loopback without keys, only local host names and `server.allowed_hosts` are allowed. Else only
+    `server.allowed_hosts` restricts host names.
     """
     owned = models if isinstance(models, Config) else None
     if owned is not None and config is not None:
@@ -88,7 +89,7 @@ def create_app(
 
 
 async def _load_models(app: web.Application) -> AsyncIterator[None]:
-    """The models of the config are in memory, or come on demand, while the application runs."""
+    """Load the config's models at startup or on demand, and close them at cleanup."""
     from brlite.llm import EngineLoader
 
     config, models = app[CONFIG], app[MODELS]
@@ -98,7 +99,7 @@ async def _load_models(app: web.Application) -> AsyncIterator[None]:
 
 
 def fast_paths(app: web.Application) -> FastPaths:
-    """Makes the fast path of each connection of a `HttpServer`, which forwards requests without aiohttp."""
+    """The factory for the fast paths of an `HttpServer`'s connections, which forward requests without aiohttp."""
     config = app[CONFIG]
     policy = app[ORIGIN_POLICY]
     access_log = config.server.access_log
@@ -106,7 +107,7 @@ def fast_paths(app: web.Application) -> FastPaths:
 
 
 def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:
-    """Without upstreams too: they may come while the server runs."""
+    """Add the forwarder and its metrics. Also without upstreams, since a reload may add some."""
     scraper = Scraper(forwarder)
     app[FORWARDER] = forwarder
     app[MODELS].forwarded = Catalog(forwarder)

@@ -1,4 +1,4 @@
-"""Builds a model: files, tokenizer, backend, engine. The only file that knows both the engine and the backends.
+"""Builds a model: files, tokenizer, backend, engine. The only file that imports both the engine and the backends.
 
 `LLM` is offline inference without an event loop; `AsyncEngine` runs on the event loop of its caller.
 """
@@ -62,19 +62,19 @@ class Assembly(NamedTuple):
 
     @property
     def backends(self) -> list[Backend]:
-        """The backend, and the draft model's if there is one. Whoever has the assembly closes them."""
+        """The backend, and that of the draft model if there is one. The owner of the assembly closes them."""
         draft_model = self.engine.draft_model
         return [self.backend] if draft_model is None else [self.backend, draft_model.backend]
 
     def close(self) -> None:
-        """Free a model that nobody serves."""
+        """Free a model that is not being served."""
         self.engine.tokenizer.close()
         for backend in self.backends:
             backend.close()
 
 
 def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
-    """Load a model of the config, by default its first. Returns when its weights are loaded; any thread may call it.
+    """Load a model of the config, by default the first one. Returns when its weights are loaded. Thread-safe.
 
     `on_progress` gets the name of a stage and the fraction of it that is done. Raises `ModelError` or `ConfigError`.
     """
@@ -98,7 +98,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
 
 def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
-    """The sampling values of the model's files, for requests without their own. Values out of range are left out.
+    """The sampling defaults in the model's files, for requests without their own values. Invalid values are left out.
 
     The files of the default model have none; it gets the values of its model card.
     """
@@ -139,7 +139,7 @@ class ModelParts(NamedTuple):
 
 
 def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """A model that one of brlite's backends computes."""
+    """Load a model with one of brlite's own backends."""
     from brlite.backends.choose import load_backend
     from brlite.backends.draft import check_draft, load_draft
     from brlite.backends.sizes import settle_context
@@ -155,7 +155,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
         spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
         spec = settle_pooling(path, checkpoint.config, spec)
-        # Faults of the files are found before weights are read and torch is imported.
+        # Find errors in the files before reading weights and importing torch.
         model = check_model(checkpoint, spec)
         head = read_scoring_head(checkpoint, model)
         scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
@@ -172,7 +172,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
 
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """A model that an engine plugin computes. The tokenizer is the plugin's, else the one in the model's folder."""
+    """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
     from brlite.backends.plugins.slot_backend import SlotBackend
@@ -214,12 +214,12 @@ class AsyncEngine(EngineLoop):
     async def load(
         cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
     ) -> AsyncEngine:
-        """Load a model of the config on another thread and start its engine, which the caller closes."""
+        """Load a model of the config on another thread and start its engine. The caller closes the engine."""
         check_supported(config)
 
         def build() -> Assembly:
             assembly = build_engine(config, spec, on_progress)
-            if config.grammar.preload:  # now, since to read a vocabulary later would stop all streams
+            if config.grammar.preload:  # now: reading the vocabulary later would block all streams
                 (on_progress or _ignore)("reading the vocabulary for grammars", 0.0)
                 assembly.engine.compiler.prepare()
             return assembly
@@ -234,7 +234,7 @@ class AsyncEngine(EngineLoop):
     async def from_config(
         cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
     ) -> AsyncIterator[AsyncEngine]:
-        """Load a model of the config on another thread, serve while inside, and close at the end."""
+        """Load a model of the config on another thread. The engine runs inside the block and is closed at its end."""
         engine = await cls.load(config, spec, on_progress)
         try:
             yield engine
@@ -245,13 +245,13 @@ class AsyncEngine(EngineLoop):
 class LLM:
     """Offline inference: `LLM(model="org/name").generate(prompts, SamplingParams(max_tokens=70))`.
 
-    `model` is the name of a model on a hub, a folder or a `.gguf` file. `config_path` is a TOML or the manual's JSON;
-    `config` is a `Config` instead. With one of these, `model` replaces its first model. Without any of the three it is
-    the default model. Unless there is a `Config`, the environment variable BRLITE_ENGINE may name an engine.
+    `model` is the name of a model on a hub, a folder or a `.gguf` file. `config_path` is a TOML file or the manual's
+    JSON; `config` is a `Config` instead. With one of these, `model` replaces its first model. Without all three, the
+    default model is used. Unless a `Config` is given, the environment variable BRLITE_ENGINE may name an engine.
     Code from model folders is never run, even with `trust_remote_code`.
 
-    Any thread may call any method. Calls of `generate` run one after the other. `close` waits for the step that runs;
-    a `generate` on another thread then raises `EngineError`. A forked child cannot use its parent's model.
+    Any thread may call any method. Calls of `generate` run one after the other. `close` waits for the running step; a
+    `generate` on another thread then raises `EngineError`. A forked child cannot use its parent's model.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class LLM:
             logger.warning("%s", line)
         if trust_remote_code:
             logger.warning("trust_remote_code has no effect: brlite never runs code from a model folder")
-        # Offline a prompt may wait for as long as those before it take.
+        # Offline, a prompt may wait for those before it without a time limit.
         limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
         assembly = build_engine(msgspec.structs.replace(config, limits=limits))
         self._engine, self._backend, self._backends = assembly.engine, assembly.backend, assembly.backends
@@ -282,7 +282,7 @@ class LLM:
         self._turn = threading.Lock()
         self._generating_thread: int | None = None
         self._finalizer = weakref.finalize(self, close_dropped, "LLM", self._backends)
-        self._finalizer.atexit = False  # the end of the process gives everything back
+        self._finalizer.atexit = False  # at the end of the process the system frees everything
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -297,11 +297,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
 
-        Without `sampling_params` they are `get_default_sampling_params()`; given ones are used unchanged. Returns one
+        Without `sampling_params`, `get_default_sampling_params()` is used; given ones are used unchanged. Returns one
         finished output for each prompt, in order; the texts are `.outputs[i].text`. `on_finished` is called with the
-        number of a prompt, from 0, and its output as soon as it is finished. Raises `InvalidRequest` with the number of
-        a wrong prompt, before anything runs; `EngineError` if a step failed or the `LLM` is closed; `RuntimeError` if
-        it is called inside `on_finished`.
+        index of a prompt, from 0, and its output as soon as it is finished. Raises `InvalidRequest` with the index of
+        an invalid prompt, before any prompt runs; `EngineError` if a step failed or the `LLM` is closed; `RuntimeError`
+        if called inside `on_finished`.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -324,10 +324,10 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several. Each is a list of `{"role": …, "content": …}`, as in the field `messages`.
+        """Answer one or several conversations, lists of `{"role": …, "content": …}` as in the field `messages`.
 
-        The model's chat template makes the prompts. Returns one output for each conversation and raises as `generate`
-        does, also `InvalidRequest` for a model without a chat template.
+        The model's chat template makes the prompts. Returns one output for each conversation. Raises the errors of
+        `generate`, and `InvalidRequest` for a model without a chat template.
         """
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if is_one else messages
@@ -347,7 +347,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Embed prompts, given as texts or token ids. Returns one output for each, in order, with its `.embedding`.
 
-        An embedding is an array of float32; `list` and `numpy.asarray` convert it. Raises as `generate` does.
+        An embedding is an array of float32; `list` and `numpy.asarray` convert it. Raises the errors of `generate`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         pooling = pooling_params or PoolingParams()
@@ -366,7 +366,7 @@ class LLM:
         self._engine.check(self._request(prompt, params))
 
     def close(self) -> None:
-        """Free weights and cache after the step that runs. May be called twice, and inside `on_finished`."""
+        """Free weights and cache after the running step. May be called twice, and inside `on_finished`."""
         self._is_closed = True
         self._finalizer.detach()
         self.tokenizer.close()
@@ -426,13 +426,13 @@ class LLM:
             params=params if params.best_of is None else params.for_all_answers(),
             grammar=self._engine.compiler.compile_on_thread(params.structured),
             bad_words=self._engine.encode_bad_words(params),
-            group="generate",  # no turns between the requests of one call
+            group="generate",  # the requests of one call share one turn in the queue
             pooling=pooling,
         )
 
 
 class _Run:
-    """One call of `generate`: gives the engine requests while it has room, and collects their outputs."""
+    """One call of `generate`: queues at most one batch of requests in the engine, and collects their outputs."""
 
     def __init__(
         self,
@@ -442,7 +442,7 @@ class _Run:
         on_finished: Callable[[int, RequestOutput], object] | None,
         params: Sequence[SamplingParams] = (),
     ) -> None:
-        """`params` are the parameters as the caller gave them: their `best_of` is needed."""
+        """`params` are the caller's parameters, which still have `best_of`. Those of `requests` do not."""
         self._engine = engine
         self._backend = backend
         self._requests = requests
@@ -457,7 +457,7 @@ class _Run:
 
     def finish(self) -> list[RequestOutput]:
         waiting, draft_model = iter(self._requests), self._engine.draft_model
-        masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # starts with the first mask
+        masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # its thread starts with the first mask
         try:
             while self._error is None:
                 while len(self._engine.queued()) < self._engine.info.max_num_seqs and (request := next(waiting, None)):
@@ -470,14 +470,14 @@ class _Run:
                 if self._engine.guidance is not None:
                     masks.submit(self._engine.guidance.fill)
                 self._engine.update(self._backend.execute(batch))
-                # Not in `_receive`: the engine catches errors of its sinks, but those of `on_finished` must get out.
+                # Not in `_receive`: the engine catches errors of its sinks. `on_finished` must raise to the caller.
                 finished, self._finished = self._finished, []
                 if self._on_finished is not None:
                     for output in finished:
                         self._on_finished(self._numbers[output.request_id], output)
             raise self._error
         except BaseException as error:
-            # After any error, also Ctrl-C, the engine is empty for the next call.
+            # After any error, also Ctrl-C, empty the engine for the next call.
             self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
             raise
         finally:
@@ -515,7 +515,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None
 
 
 async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
-    """The bytes of a model's weights and KV cache. Downloads the model, on another thread, if it is not here."""
+    """The bytes of a model's weights and KV cache. If the model is not local, downloads it on another thread."""
     from brlite.backends.sizes import sizes_at
     from brlite.checkpoint.fetch import locate_model
 
@@ -533,7 +533,7 @@ class EngineLoader:
         self.config = config
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
-        """0 for a model of an engine plugin; None for others, which are measured when they are here."""
+        """0 for a model of an engine plugin; None for others: `measure` finds it once the files are local."""
         return 0 if self.config.engine.name is not None else None
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
@@ -547,7 +547,7 @@ class EngineLoader:
 
 
 async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
-    """Run `work` on a daemon thread. If the caller is cancelled, `drop` gets the result when there is one."""
+    """Run `work` on a daemon thread. If the caller is cancelled, `drop` is called with the later result, if any."""
 
     def drop_result(done: Future[T]) -> None:
         if done.exception() is None:
@@ -562,4 +562,4 @@ async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
 
 
 def _ignore(stage: str, fraction: float) -> None:
-    """The `on_progress` of callers that want none."""
+    """The default `on_progress`: does nothing."""

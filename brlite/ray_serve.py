@@ -1,8 +1,9 @@
-"""brlite on Ray Serve, several machines together: `serve run brlite.ray_serve:build config=brlite.toml`.
+"""brlite on Ray Serve, on several machines: `serve run brlite.ray_serve:build config=brlite.toml`.
 
-Ray places replicas, counts their requests, scales them and replaces dead ones. Each replica has a whole brlite server
-on a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. This file forwards
-requests to it and responses back, unread. `proxy_middlewares` gives errors of Serve's own HTTP proxy brlite's format.
+Ray places replicas, counts their requests, scales them and replaces dead ones. Each replica runs a complete brlite
+server on a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. This file
+forwards requests and responses without reading them. `proxy_middlewares` converts errors of Serve's own HTTP proxy to
+brlite's format.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from brlite.llm import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
-NAME = "brlite"  # of the deployment, by which a Serve config overrides its options
+NAME = "brlite"  # of the deployment; a Serve config overrides its options by this name
 LOOPBACK = "127.0.0.1"
-CLOSING_SECONDS = 5  # for a replica to close, after the grace time of its requests
-# Headers of one connection, not of the message; `expect` is handled, and the last three are set, by Serve's HTTP proxy.
+CLOSING_SECONDS = 5  # time for a replica to close after the grace period of its requests
+# Hop-by-hop headers. Serve's HTTP proxy also handles `expect`, and sets the last three itself.
 NOT_ASKED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"})
 NOT_ANSWERED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server", b"x-request-id"})
 MAX_TEXT = 2000
@@ -57,7 +58,7 @@ CUT_STREAM = "the replica that computed this stream is gone"
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The arguments of `build`. `config` is a file on the machine that builds, or its content as a table."""
+    """The arguments of `build`. `config` is a file on the machine that runs `build`, or its content as a table."""
 
     config: Text | dict[str, Any] = {}
     min_replicas: CountOrZero = 1
@@ -95,16 +96,16 @@ def build(arguments: Mapping[str, object]) -> serve.Application:
 
 
 class Replica:
-    """One copy of the server, in a process of Ray. It ends with the process, after its last request."""
+    """One server in a Ray process. It ends with the process, after its last request."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self._config = make_config(config, source="config")
         self._opened = AsyncExitStack()
-        # Serve calls this on the event loop that serves, and sends requests once a health check has passed.
+        # Serve calls this on the serving event loop. It sends requests only after a health check has passed.
         self._started = asyncio.ensure_future(self._start())
 
     async def check_health(self) -> None:
-        """Serve calls this first, where it waits until the model is loaded, and then every few seconds.
+        """Serve calls this at the start and then every few seconds. It waits until the model is loaded.
 
         If it raises, Serve replaces this replica.
         """
@@ -114,7 +115,7 @@ class Replica:
                 raise EngineError("the engine has died")
 
     async def __call__(self, request: Request) -> Response:
-        """Forward a request to the server, and its response back as it comes."""
+        """Forward a request to the server, and stream its response back."""
         headers, query = request.headers, request.url.query
         path = request.scope["path"].removeprefix(request.scope["root_path"])  # the application's route prefix
         try:
@@ -125,13 +126,13 @@ class Replica:
                 data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
                 allow_redirects=False,
             )
-        except aiohttp.ClientError as failure:  # the server has just stopped, or accepts no more connections
+        except aiohttp.ClientError as failure:  # the server has stopped, or accepts no more connections
             error = NotReady(f"this replica's server does not answer: {type(failure).__name__}", retry_after_seconds=1)
             return Response(
                 error_body(error, request.url.path), status_of(error).http, error_headers(error), "application/json"
             )
         response = StreamingResponse(_parts(answer), answer.status)
-        headers_sent = ((name.lower(), value) for name, value in answer.raw_headers)  # as ASGI wants them
+        headers_sent = ((name.lower(), value) for name, value in answer.raw_headers)  # ASGI requires lower case
         response.raw_headers = [(name, value) for name, value in headers_sent if name not in NOT_ANSWERED]
         return response
 
@@ -148,9 +149,9 @@ class Replica:
 
 
 def _session(config: Config) -> aiohttp.ClientSession:
-    """A client that adds no headers, sends any number of requests at once, and leaves time limits to the server."""
+    """A client that adds no headers, and limits neither the number of concurrent requests nor their time."""
     return aiohttp.ClientSession(
-        # Idle connections are closed here, before the server does: a request must not be sent on a closing connection.
+        # Close idle connections before the server does: a request must not be sent on a closing connection.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=config.limits.keepalive_seconds / 2),
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -160,7 +161,7 @@ def _session(config: Config) -> aiohttp.ClientSession:
 
 
 async def _parts(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body as it comes. If the client leaves, the connection is closed, and so the request ends."""
+    """Stream the body. If the client disconnects, the connection is closed, which ends the request."""
     async with answer:
         async for part in answer.content.iter_any():
             yield part
@@ -186,11 +187,11 @@ def proxy_middlewares() -> list[Middleware]:
 
 
 class ErrorEnvelope:
-    """An ASGI middleware that gives errors of Serve's own HTTP proxy brlite's JSON format.
+    """An ASGI middleware that converts errors of Serve's own HTTP proxy to brlite's JSON format.
 
     If no replica answers, Serve sends plain text (404, 408, 503). If a replica dies, Serve sends no response or cuts
-    the stream. The middleware sees the responses of all applications of a cluster, and changes only plain-text errors
-    and unfinished event streams.
+    the stream. The middleware gets the responses of all applications of a cluster, and changes only plain-text errors
+    and incomplete event streams.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -206,7 +207,7 @@ class ErrorEnvelope:
 
 
 class _ServeResponse:
-    """The response to one request, on its way to the client."""
+    """Forwards the response to one request, with its errors converted."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
@@ -219,7 +220,7 @@ class _ServeResponse:
         self._text = b""
 
     async def send(self, message: Message) -> None:
-        """Forward a message of the application, but hold plain-text errors and incomplete events."""
+        """Forward an ASGI message of the application, but buffer plain-text errors and incomplete events."""
         if message["type"] == "http.response.start":
             self._is_begun = True
             headers = {name.lower(): value for name, value in message["headers"]}
@@ -251,7 +252,7 @@ class _ServeResponse:
             await self._send({**message, "body": self._unfinished + body})
 
     async def end(self) -> None:
-        """After the application returned: send an error if it sent no response, and end a stream that it left open."""
+        """Call it when the application has returned. Sends an error if there was no response; ends an open stream."""
         if self._is_whole:
             return
         if not self._is_begun:

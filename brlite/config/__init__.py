@@ -1,1 +1,1 @@
-"""Configuration: the options, how files become them, and how they are checked and printed. First file: `options.py`."""
+"""Configuration: the options; reading, checking and printing them. First file: `options.py`."""

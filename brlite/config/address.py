@@ -1,4 +1,4 @@
-"""Where another server is: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. It connects to nothing."""
+"""Addresses of other servers: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. Opens no connections."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _HTTP = re.compile(
 )
 _UNIX = re.compile(r"unix:(?P<path>/[^\x00\s]+)")
 _VERSION = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
-API = "/v1"  # how the paths of requests begin
+API = "/v1"  # the prefix of request paths
 _PORTS = {"http": 80, "https": 443}
 
 
 class Address(NamedTuple):
-    """A server's place. `unix_path` is set for a Unix socket; `base_path` goes before the path of every request.
+    """A server's address. `unix_path` is set for a Unix socket. `base_path` goes before the path of every request.
 
-    `api_path` stands where requests' paths have `/v1`.
+    `api_path` replaces the prefix `/v1` of request paths.
     """
 
     host: str
@@ -29,23 +29,23 @@ class Address(NamedTuple):
     api_path: str = API
 
     def path(self, path: str) -> str:
-        """Where the server has what a request calls `path`."""
+        """The path on that server for the request path `path`."""
         if path.startswith(API + "/"):
             return self.base_path + self.api_path + path[len(API) :]
         return self.base_path + path
 
     @property
     def host_header(self) -> str:
-        """What the `Host` header says, the port only where it is not the scheme's own."""
+        """The value of the `Host` header. The port is included unless it is the scheme's default."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS["https" if self.is_tls else "http"] else f"{host}:{self.port}"
 
 
 def parse_address(url: str) -> Address | None:
-    """The address that a URL names, or None if it names none, as the manual's placeholders do.
+    """The address of a URL, or None if it has none, such as the manual's placeholders.
 
-    A path with a version in it, as clients' base URLs have, stands in place of `/v1` in requests' paths: `/v1` itself,
-    `/api/paas/v4`, `/v1beta/openai`. Any other path goes before `/v1`.
+    A path with a version, as in clients' base URLs, replaces `/v1` in request paths: `/v1` itself, `/api/paas/v4`,
+    `/v1beta/openai`. Any other path goes before `/v1`.
     """
     if unix := _UNIX.fullmatch(url):
         return Address("localhost", _PORTS["http"], unix_path=unix["path"])

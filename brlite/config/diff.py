@@ -1,4 +1,4 @@
-"""The differences between two configs, a line for each option. Keys are not shown."""
+"""The differences between two configs, one line for each option. API keys are not shown."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _options(path: str, old: msgspec.Struct, new: msgspec.Struct) -> Iterator[st
     for name in old.__struct_fields__:
         if getattr(old, name) == getattr(new, name):
             continue
-        if before[name] == after[name]:  # both are masks
+        if before[name] == after[name]:  # both are masked, though they differ
             yield f"{path}.{name}: another one"
         else:
             yield f"{path}.{name}: {show(before[name])} -> {show(after[name])}"

@@ -20,7 +20,7 @@ else:
 
 
 def read_text(path: Path) -> str:
-    """The text of a config file. Raises `ConfigError` where there is none or it is not UTF-8."""
+    """The text of a config file. Raises `ConfigError` if the file does not exist or is not UTF-8."""
     try:
         return read_text_file(path)
     except TextError as error:
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says, not yet checked. Raises `ConfigError` where it is no TOML."""
+    """The data of a TOML file, not checked yet. Raises `ConfigError` if it is not TOML."""
     try:
         data: dict[str, Any] = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
@@ -39,7 +39,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> Config:
-    """Read a `.toml` or the manual's `.json`. Raises a one-line `ConfigError` naming file, field, value and allowed."""
+    """Read a `.toml` or the manual's `.json`. Raises a one-line `ConfigError`: file, field, value, allowed values."""
     if path.suffix == ".toml":
         return make_config(read_toml(path), source=str(path))
     if path.suffix == ".json":

@@ -1,6 +1,6 @@
-"""Reads the manual's JSON config, exactly its 13 fields with their types, and translates it into a `Config`.
+"""Reads the manual's JSON config, exactly its 13 fields with their types, and converts it into a `Config`.
 
-`cached_dir` may be absent. Keys of `all_models` are not checked: the manual's own examples have placeholders there.
+`cached_dir` is optional. Keys of `all_models` are not checked, since the manual's own examples have placeholders there.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def load_seed_config(text: str, path: Path) -> Config:
-    """Read the manual's JSON, the text of the file `path`.
+    """Read the manual's JSON. `text` is the content of the file `path`.
 
     Raises a one-line `ConfigError` naming file, field, value and what is allowed.
     """
     try:
         data = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate must fail here, not when it is printed
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
@@ -70,9 +70,9 @@ def load_seed_config(text: str, path: Path) -> Config:
 
 
 def _weights_path(seed: SeedConfig) -> str | None:
-    """The model's path: `model_file` if it is a folder or a GGUF file, else `cached_dir`. None: it has only a name.
+    """The model's path: `model_file` if it is a folder or a GGUF file, else `cached_dir`. None if there is only a name.
 
-    A traced `.pt` has no config and no tokenizer: the model is the folder that has them, with the `.pt`'s weights.
+    A traced `.pt` has no config and no tokenizer: they are read from the folder, and the weights from the `.pt`.
     """
     file = expand_home(seed.model_file)
     if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):

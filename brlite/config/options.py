@@ -1,4 +1,4 @@
-"""The configuration: frozen structs with every option, its type, its range, its default and its text.
+"""The configuration: frozen structs with every option, its type, range, default and description.
 
 `docs/configuration.py` prints `brlite.toml` and docs/configuration.md from them. `load.py` reads TOML, or the manual's
 13-field JSON (`manual_json.py`). Limits that depend on the model are checked where the model is opened, not here.
@@ -32,7 +32,7 @@ DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
 TorchKernels = Literal["auto", "triton", "eager"]
-STEP_TOKENS = 128  # of a backend that prefers no other number
+STEP_TOKENS = 128  # default for backends without a preferred number
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 ToolParserName = Literal[
@@ -55,14 +55,14 @@ Forwarded = Literal["off", "append", "set"]
 
 
 def option(text: str, example: object = None) -> Meta:
-    """What an option does, as `brlite.toml` and docs/configuration.md print it, and a value where it has no default."""
+    """The description of an option for `brlite.toml` and docs/configuration.md, and an example if it has no default."""
     return Meta(description=text, examples=None if example is None else [example])
 
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# What its card recommends; its files do not say it. At 1.0 a model of that size writes near garbage.
+# From the model card; the model's files have no values. At temperature 1.0 a model of this size writes near garbage.
 DEFAULT_MODEL_SAMPLING: Mapping[str, float] = MappingProxyType({"temperature": 0.2, "top_p": 0.9})
-# Headers that no config can forward: of one hop only, keys, or set by brlite itself. A final * stands for any ending.
+# Headers that are never forwarded: hop-by-hop ones, keys, and those that brlite sets itself. A final * is a wildcard.
 _OF_ONE_HOP = "connection content-length keep-alive proxy-* te trailer transfer-encoding upgrade x-request-id"
 _KEYS = "api-key authorization cookie x-api-key x-goog-api-key"
 _CLIENT_ADDRESS = "forwarded x-forwarded-* x-real-ip"  # set by `proxy.forwarded`, never copied from a client
@@ -162,7 +162,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "restart"
 
     def step_tokens(self, preferred: int = STEP_TOKENS) -> int:
-        """The tokens of a step: those set, else those that a backend prefers."""
+        """The maximum number of tokens of a step: the option if set, else the backend's `preferred`."""
         return self.max_num_batched_tokens or preferred
 
 

@@ -1,7 +1,7 @@
 """The config of `brlite proxy`: a TOML, the manual's JSON files and `--upstream NAME=URL`, merged.
 
-Opens no connection. Servers of an `all_models` become upstreams; entries without an address, such as the
-manual's placeholders, stay in `proxy.all_models`, where `warnings.py` finds them.
+Opens no connections. Servers in `all_models` become upstreams. Entries without an address, such as the manual's
+placeholders, stay in `proxy.all_models`, and `warnings.py` reports them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMED_URL = re.compile(r"(?P<name>.+?)=(?P<url>(?:https?://|unix:).+)")
 
 
 class _Entry(NamedTuple):
-    """The server at `url` has the model, says a file or the command line (`source`)."""
+    """A server URL and its model. `source` is the file, or the command line, that contains this entry."""
 
     url: str
     model: str
@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
 
 def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> Config:
-    """The config of a proxy. Raises a one-line `ConfigError` for a contradiction, and if there is no server."""
+    """The config of a proxy. Raises a one-line `ConfigError` for a contradiction, or if there is no server."""
     if not files and not named_urls:
         raise ConfigError(
             "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
@@ -79,7 +79,7 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
 
 
 def _agreed(entries: Iterable[_Entry]) -> list[_Entry]:
-    """Each entry once. Raises `ConfigError` if two entries name different models for one address."""
+    """The entries without duplicates. Raises `ConfigError` if two entries name different models for one address."""
     seen: dict[Address | str, _Entry] = {}
     for entry in entries:
         other = seen.setdefault(entry.place, entry)

@@ -1,6 +1,6 @@
-"""Writes configs as TOML: a config with its keys masked, as `brlite check` prints it, and `brlite.toml` with all texts.
+"""Writes TOML: a config with masked keys, for `brlite check`, and `brlite.toml` with the descriptions of all options.
 
-The texts come from `options.py`; docs/configuration.md is made of the same tables.
+The descriptions come from `options.py`. docs/configuration.md is made from the same tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Option(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of options. `is_list`: there may be several. `is_there`: the default config has it."""
+    """A TOML table of options. `is_list`: it may occur several times. `is_there`: the default config has it."""
 
     name: str
     text: str
@@ -63,7 +63,7 @@ def option_tables() -> list[Table]:
 
 
 def default_toml() -> str:
-    """`brlite.toml`: every option with its default and its text."""
+    """The text of `brlite.toml`: every option with its default and its description."""
     sections = [HEAD]
     for table in option_tables():
         lines = [_commented(table.heading, table.text, is_on=table.is_there)]
@@ -76,7 +76,7 @@ def default_toml() -> str:
 
 
 def toml_schema() -> str:
-    """The JSON schema of a `.toml`, as JSON: for editors that complete and check what is typed."""
+    """The JSON Schema of a `.toml`, as JSON, for completion and checks in editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Config)}
     return json.dumps(schema, indent=2, ensure_ascii=False)
 
@@ -100,7 +100,7 @@ def _commented(line: str, text: str, *, is_on: bool) -> str:
 
 
 def render(config: Config) -> str:
-    """Every option with its value; those that have none are commented out."""
+    """The config as TOML: every option with its value. Options without a value are commented out."""
     sections = []
     for name in config.__struct_fields__:
         value = getattr(config, name)
@@ -113,7 +113,7 @@ def render(config: Config) -> str:
 
 
 def masked_options(table: msgspec.Struct) -> dict[str, object]:
-    """A table's options by name, with a mask where a key stands."""
+    """A table's options by name, with API keys masked."""
     options = msgspec.structs.asdict(table)
     if "keys" in options:
         options["keys"] = [MASK] * len(options["keys"])
@@ -142,5 +142,5 @@ def _value(value: object) -> str:
 
 
 def _string(text: str) -> str:
-    # TOML has the escapes of JSON, and requires one more, for DEL.
+    # TOML has JSON's escapes, and also requires one for DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

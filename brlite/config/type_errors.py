@@ -1,7 +1,7 @@
-"""Reads msgspec's errors and describes the types behind them, for config files and request bodies alike.
+"""Parses msgspec's errors and describes the types behind them, for config files and request bodies.
 
-msgspec names the field and the problem. It does not name the value, a range as a whole, or the values of a `Literal`,
-an enum or a union's tag: those are found here, by the path that the error names.
+msgspec names the field and the problem. It does not name the value, the whole range, or the allowed values of a
+`Literal`, an enum or a union's tag. This file finds them by the path in the error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import inspect
 
-# A key or a value of a mapping is called `[...]`. No real path has a backtick; the text of the problem may have some.
+# msgspec writes `[...]` for a key or value of a mapping. Real paths have no backtick; the problem's text may have some.
 _ERROR = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
@@ -28,9 +28,9 @@ _NAMES: dict[type[Any], str] = {
 
 
 class FieldProblem(NamedTuple):
-    """What is wrong at `path`, such as `model[0].devices`; the path of the whole is "". `problem` is msgspec's text.
+    """An error at `path`, such as `model[0].devices`; "" is the path of the whole value. `problem` is msgspec's text.
 
-    `unknown` names a field that the object at `path` has and its type lacks, `missing` one that it must have.
+    `unknown` is the name of a field that the type of the object at `path` lacks, `missing` that of a required one.
     """
 
     path: str
@@ -40,7 +40,7 @@ class FieldProblem(NamedTuple):
 
 
 def read_problem(error: msgspec.ValidationError) -> FieldProblem:
-    """The path and the problem in the text of an error."""
+    """Parse the path and the problem from the text of an error."""
     match = _ERROR.fullmatch(str(error))
     assert match is not None  # the pattern matches any text
     unknown, missing = (pattern.fullmatch(match["problem"]) for pattern in (_UNKNOWN, _MISSING))
@@ -48,19 +48,19 @@ def read_problem(error: msgspec.ValidationError) -> FieldProblem:
 
 
 def join_path(path: str, name: str) -> str:
-    """The path of the field `name` of what is at `path`."""
+    """The path of the field `name` in the object at `path`."""
     return f"{path}.{name}" if path else name
 
 
 def value_at(data: Any, path: str) -> Any:
-    """The value at a path through mappings and lists. Raises `LookupError` or `TypeError` where there is none."""
+    """The value at a path through mappings and lists. Raises `LookupError` or `TypeError` if there is none."""
     for step in _STEP.finditer(path):
         data = data[int(step["index"]) if step["index"] else step["name"]]
     return data
 
 
 def remove_at(data: Any, path: str) -> bool:
-    """Remove the value at a path from its mapping or list. False where there is none, or for the path of the whole."""
+    """Remove the value at a path from its mapping or list. False if there is none, or if the path is ""."""
     keys = [int(step["index"]) if step["index"] else step["name"] for step in _STEP.finditer(path)]
     try:
         for key in keys[:-1]:
@@ -72,9 +72,9 @@ def remove_at(data: Any, path: str) -> bool:
 
 
 def types_at(kind: object, path: str) -> list[inspect.Type]:
-    """The types that a value at `path` may have: none for a path that the type lacks, several through a union.
+    """The types that a value at `path` may have. Empty if the type has no such path; several if a union is on the path.
 
-    At the tag of a union of structs it is a `Literal` of the tags.
+    For the tag of a union of structs, it is a `Literal` of the tags.
     """
     kinds = [inspect.type_info(kind)]
     for step in _STEP.finditer(path):
@@ -95,7 +95,7 @@ def types_at(kind: object, path: str) -> list[inspect.Type]:
 
 
 def allowed_values(kinds: Iterable[inspect.Type]) -> list[str]:
-    """The values of those types that have a fixed set of them: `Literal` and enum."""
+    """The allowed values of those types that have a fixed set of values: `Literal` and enum."""
     values: list[str] = []
     for kind in _members(kinds):
         if isinstance(kind, inspect.LiteralType):
@@ -106,7 +106,7 @@ def allowed_values(kinds: Iterable[inspect.Type]) -> list[str]:
 
 
 def _members(kinds: Iterable[inspect.Type]) -> Iterator[inspect.Type]:
-    """The types, each member of a union by itself, without the texts that belong to them."""
+    """The types without their metadata, with unions replaced by their members."""
     for kind in map(bare, kinds):
         if isinstance(kind, inspect.UnionType):
             yield from _members(kind.types)
@@ -115,14 +115,14 @@ def _members(kinds: Iterable[inspect.Type]) -> Iterator[inspect.Type]:
 
 
 def bare(kind: inspect.Type) -> inspect.Type:
-    """A type without the texts that belong to it; of a struct or None, the struct."""
+    """A type without its metadata. For a union with exactly one struct, such as a struct or None, the struct."""
     kind = kind.type if isinstance(kind, inspect.Metadata) else kind
     structs = [each for each in getattr(kind, "types", ()) if isinstance(each, inspect.StructType)]
     return structs[0] if len(structs) == 1 else kind
 
 
 def describe(kind: inspect.Type) -> str:
-    """A type and its range in words, as the errors of configs and docs/configuration.md say them."""
+    """A type and its range in words, for errors of configs and for docs/configuration.md."""
     if isinstance(kind, inspect.Metadata):
         return str((kind.extra or {}).get("allowed") or describe(kind.type))
     if isinstance(kind, inspect.LiteralType):

@@ -1,7 +1,7 @@
-"""Checks plain data against a struct. An error is one line with the field, its value and what is allowed.
+"""Checks plain data against a struct. An error is one line with the field, its value and the allowed values.
 
-Ranges are in the struct's types. `make_config` also checks the fields of a config against each other. Files are read by
-`load.py` and `manual_json.py`.
+The struct's types contain the ranges. `make_config` also checks the fields of a config against each other. `load.py`
+and `manual_json.py` read the files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) 
 
 
 def show(value: object) -> str:
-    """`value` on one line, as JSON writes it, cut to a readable length."""
+    """`value` as JSON on one line, cut to a maximum length."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
@@ -61,7 +61,7 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     path = fault.path.removesuffix("[...]")
     try:
         value, (type_here,) = value_at(data, path), types_at(kind, path)
-    except (LookupError, TypeError, ValueError):  # a key that msgspec's error text cannot be parsed with
+    except (LookupError, TypeError, ValueError):  # a key of the data makes the path in msgspec's error ambiguous
         return fault.problem
     if fault.unknown is not None:
         allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
@@ -80,14 +80,14 @@ def _allowed(kind: inspect.Type) -> str:
 
 
 def make_config(data: Mapping[str, Any], *, source: str) -> Config:
-    """Check plain data against the structs and their fields against each other; `source` begins every error.
+    """Check plain data against the structs, and the fields against each other. Every error begins with `source`.
 
-    With upstreams and without `model` no default model is served.
+    If the data has upstreams and no `model`, no default model is served.
     """
     if data.get("upstream") and "model" not in data:
         data = {**data, "model": []}
     config = convert(data, Config, source=source)
-    for index, spec in enumerate(data.get("model", ())):  # else it would get the default name
+    for index, spec in enumerate(data.get("model", ())):  # a model with a path must not get the default name
         if "path" in spec and "name" not in spec:
             raise ConfigError(
                 f"{source}: model[{index}].name is missing: it is required beside path: requests name the model by it"
@@ -98,10 +98,10 @@ def make_config(data: Mapping[str, Any], *, source: str) -> Config:
 
 
 def find_problems(data: Mapping[str, Any]) -> list[str]:
-    """All errors that `make_config` would raise, at most `MAX_PROBLEMS`.
+    """All errors that `make_config` would raise one after the other, at most `MAX_PROBLEMS`.
 
-    An invalid field is removed before the next one is searched. Contradictions between fields are searched only if
-    every field is valid.
+    After each error the invalid field is removed and the check repeated. Contradictions between fields are checked only
+    if all fields are valid.
     """
     left = copy.deepcopy(dict(data))
     problems: list[str] = []
@@ -123,7 +123,7 @@ def find_problems(data: Mapping[str, Any]) -> list[str]:
 
 
 def override(config: Config, values: Mapping[str, object], *, source: str = "command line") -> Config:
-    """`config` with fields replaced by their path, such as `server.port` or `model[0].name`, and checked again."""
+    """`config` with some values replaced, checked again. Keys are paths such as `server.port` or `model[0].name`."""
     data = msgspec.to_builtins(config)
     for path, value in values.items():
         section, _, field = path.partition(".")
@@ -137,7 +137,7 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
 def model_override(model: str | None) -> dict[str, object]:
     """The values for `override` to serve one model: a name to download, or the path of a folder or `.gguf` file.
 
-    With a path, the name for requests is made from it.
+    With a path, the model's name in requests is derived from it.
     """
     if model is None:
         return {}

@@ -1,6 +1,7 @@
-"""Warnings about a valid config, and errors for what this version cannot serve. For `serve`, `check` and `LLM`.
+"""Warnings about a valid config, and errors for configs that this version cannot serve. For `serve`, `check` and `LLM`.
 
-Reads the config, the environment variable of the key and how many threads this process may use; no model, no network.
+Reads the config, environment variables and the limits of this process for threads and open files. Reads no model and
+does not use the network.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LOOPBACK = ("localhost", "::1")
 GIB = 2**30
 _TOGETHER = 'the models of load = "start" need together'
 
-# RFC 6454 §6.1, as browsers write it: file:// and extensions' origins too.
+# RFC 6454 §6.1, as browsers write it; includes file:// and the origins of extensions.
 _ORIGIN = re.compile(
     r"null|(?!http://[^:/]*:80\Z|https://[^:/]*:443\Z)[a-z][a-z0-9+.-]*://(?:[a-z0-9._~-]*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
 )
@@ -31,7 +32,7 @@ Warnings = Iterator[str]
 def check_supported(config: Config) -> None:
     """Raise a `ConfigError` for a valid config that this version cannot serve."""
     if config.engine.name is not None:
-        return  # an engine plugin reports itself what it cannot serve
+        return  # an engine plugin itself reports what it cannot serve
     shared = [index for index, spec in enumerate(config.model) if spec.tensor_parallel > 1]
     for index in shared[1:]:
         raise ConfigError(
@@ -42,9 +43,9 @@ def check_supported(config: Config) -> None:
 
 
 def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: Mapping[str, int]) -> None:
-    """Raise a `ConfigError` for models that `engine.memory_gib` can never hold. `num_bytes` has the sizes known so far.
+    """Raise a `ConfigError` for models that can never fit in `engine.memory_gib`. `num_bytes` has the known sizes.
 
-    One at a time must fit, and all of `load = "start"` together.
+    Each model must fit alone, and all models of `load = "start"` together.
     """
     first = [spec for spec in models if spec.load == "start"]
     for specs, who in (*(([spec], f"the model {spec.name} needs") for spec in models), (first, _TOGETHER)):
@@ -57,9 +58,9 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 
 
 def config_warnings(config: Config) -> list[str]:
-    """One line for each thing that an operator should know about this config."""
+    """The warnings about this config, one line each."""
     warnings = [text for rule in _RULES for text in rule(config)]
-    models = config.model if config.engine.name is None else ()  # an engine plugin reports itself what it cannot serve
+    models = config.model if config.engine.name is None else ()  # an engine plugin itself reports what it cannot serve
     for index, spec in enumerate(models):
         warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
     return warnings
@@ -75,7 +76,7 @@ def sent_variables(config: Config) -> list[str]:
 
 
 def metrics_notes(config: Config) -> list[str]:
-    """A line that says which key `/metrics` needs, if it needs one."""
+    """A line with the kind of key that `/metrics` needs; empty if it needs none."""
     if not _has_key(config) or not (config.server.metrics_need_key or config.key):
         return []
     which = "an operator's API key (admin = true)" if config.key else "an API key"
@@ -112,14 +113,14 @@ def _server(config: Config) -> Warnings:
 
 
 def needed_descriptors(config: Config) -> int:
-    """How many open files the config may need: one for each connection, one more for each forwarded request."""
+    """The number of open files that the config may need: one for each connection, one for each forwarded request."""
     num_connections = config.limits.max_connections
     models = _forwarded_models(config)
     return OWN_DESCRIPTORS + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
 
 
 def usable_connections(config: Config) -> int:
-    """How many connections can be served with the open files that the process may have."""
+    """The number of connections that the process's limit of open files allows."""
     limit = descriptor_limit()
     if needed_descriptors(config) <= limit:
         return config.limits.max_connections
@@ -161,7 +162,7 @@ def _upstreams(config: Config) -> Warnings:
 
 
 def _names(config: Config) -> Warnings:
-    """Names of models in aliases, fallbacks and keys that are not served."""
+    """Model names in aliases, fallbacks and keys that no served model has."""
     local, forwarded, aliases = _local_models(config), _forwarded_models(config), config.proxy.aliases
     for alias, model in aliases.items():
         if model not in local | forwarded:
@@ -186,7 +187,7 @@ def _engine(config: Config) -> Warnings:
     engine, default = config.engine, EngineConfig()
     if not config.model and engine != default:
         yield "engine: has no effect: no model is served here"
-    # More threads than can run at once wait for each other: on one core 4 take 36 to 90 times as long as 1.
+    # Threads beyond the available cores wait for each other: on one core, 4 threads take 36 to 90 times as long as 1.
     cpus = find_cpus()
     if config.model and engine.name is None and engine.threads > cpus.num_threads:
         yield (
@@ -237,7 +238,7 @@ def _weights(spec: ModelSpec) -> Warnings:
 
 
 def _manual_limits(spec: ModelSpec) -> Warnings:
-    """Values that brlite allows and the manual's engine does not: the config may be used with that engine again."""
+    """Values that brlite allows but the manual's engine does not. The config may later be used with that engine."""
     if not (spec.model_file or spec.serialize_file or spec.output_name):
         return
     if len(spec.devices) == 1 and spec.devices[0] != 0:
