@@ -286,7 +286,7 @@ async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.F
 
 
 def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: bool) -> None:
-    """Print a command to try. Not logged, so that new users see it at every log level."""
+    """Print a command to try. Printed, not logged: new users wait for it."""
     model = next((model for model in models if model.engine is not None), next(iter(models), None))
     if model is None:
         name, is_chat = next(iter(table)).model, True

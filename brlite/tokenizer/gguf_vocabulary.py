@@ -28,7 +28,8 @@ from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Tokenizer
 
 # A GGUF file names only some of its end tokens. These end a text or a turn, too, in any vocabulary that has them:
-# those of `_ENDS` whatever type the converter gave them, those of `_CONTROL_ENDS` only if they are control tokens.
+# those of `_ENDS`, which have no other use, whatever type the converter gave them; those of `_CONTROL_ENDS` only if
+# they are control tokens.
 _ENDS = (
     *(
         "<|endoftext|>",
