@@ -457,7 +457,7 @@ class _Run:
 
     def finish(self) -> list[RequestOutput]:
         waiting, draft_model = iter(self._requests), self._engine.draft_model
-        masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # its thread starts with the first mask
+        masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # the thread starts with the first mask
         try:
             while self._error is None:
                 while len(self._engine.queued()) < self._engine.info.max_num_seqs and (request := next(waiting, None)):

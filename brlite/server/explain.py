@@ -42,8 +42,8 @@ class ExplainedPrompt(Struct):
 
 
 class ExplainedValue(Struct):
-    """A value and where it is from: the request, the model's generation config, the parameter's default, or this
-    server's config and limits."""
+    """A value and its source: the request, the model's generation config, the parameter's default, or this server's
+    config and limits."""
 
     value: Any
     origin: Origin = field(name="from")
@@ -51,7 +51,7 @@ class ExplainedValue(Struct):
 
 
 class MemoryForecast(Struct):
-    """KV blocks: what the call takes at most, all its sequences whole, and what is there now."""
+    """KV blocks: all, those used now, and the maximum that the call needs, with all its sequences at full length."""
 
     block_size: int
     num_blocks: int
@@ -62,7 +62,7 @@ class MemoryForecast(Struct):
 
 
 class QueueForecast(Struct):
-    """Sequences now and of this call. Seconds are by the means of earlier requests; null without any."""
+    """Sequences now and of this call. Seconds are estimated from the means of earlier requests; null without any."""
 
     num_running: int
     num_waiting: int

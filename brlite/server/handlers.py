@@ -250,14 +250,14 @@ ROUTES = [
     *(web.get(path, handler) for path, handler in _GETS.items()),
     *(web.get(path, handler) for path, handler in _PROBES.items()),
     *(web.get(f"{path}/", handler) for path, handler in _PROBES.items()),
-    # Patterns come after the usual spellings, which aiohttp finds by a dict lookup.
+    # Patterns come after the usual spellings, which aiohttp looks up by their text.
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     *(web.delete(spellings(path), handler) for path, handler in _DELETES.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
 # The probes need no key and are answered even at the connection limit. The documentation needs no key, since browsers
-# send none; it does not mention this server's models. `HEAD /` needs no key for the same reason.
+# send none. Neither the documentation nor `HEAD /` shows this server's models.
 PROBES = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
 OPEN_PATHS = PROBES | {"/", "/openapi.json", "/docs"}
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})

@@ -184,7 +184,7 @@ class Recorder:
 
 
 class RecordingEncoder:
-    """An encoder whose bytes are kept."""
+    """An encoder that passes its bytes to a `Recorder`."""
 
     def __init__(self, encoder: ResponseEncoder, recorder: Recorder) -> None:
         self._encoder = encoder
