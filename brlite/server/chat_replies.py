@@ -27,7 +27,8 @@ MORE_PROPERTIES = frozenset(
     {"additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf"}
     | {"$ref", "$dynamicRef", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies"}
 )
-# Template variables that switch reasoning on or off. `reasoning_effort` sets one if the template lacks that variable.
+# Template variables that switch reasoning on or off. The request's `reasoning_effort` sets them if the template has no
+# variable of that name.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 NO_REASONING_EFFORTS = ("none", "minimal")
 

@@ -278,7 +278,7 @@ class OffsetCounter:
         """Add the bytes of the next token and return its offset. Parts of a character have the character's offset."""
         begun = self._partial + data[:1]
         text, _ = codecs.utf_8_decode(begun, "replace", False)
-        is_given_up = bool(self._partial and text) and text.encode() != begun  # the part before became a U+FFFD
+        is_given_up = bool(self._partial and text) and text.encode() != begun  # the part before became U+FFFD
         offset = self._end + is_given_up
         data = self._partial + data
         text, num_used = codecs.utf_8_decode(data, "replace", False)
