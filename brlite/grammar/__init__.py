@@ -1,5 +1,5 @@
-"""Turns a JSON schema, regular expression or grammar into masks of allowed tokens, and into tokens that are forced.
+"""Turns a JSON schema, regular expression or grammar into masks of allowed tokens, and into forced tokens.
 
-Knows the tokenizer, and neither requests nor the engine. llguidance is imported here only, when a vocabulary is read.
+Uses the tokenizer, but no requests and no engine. Only this package imports llguidance, when it reads a vocabulary.
 First file: `compiler.py`; `schema_walk.py` checks a schema before it is compiled.
 """

@@ -1,4 +1,4 @@
-"""Writes the grammar of an answer with reasoning before it or calls of functions in it, in Lark's notation.
+"""Writes the grammar of an answer with reasoning or function calls, in Lark's notation.
 
 In this grammar a special token is matched as a token, not as text, so free text cannot contain one. A lexeme marked
 `[lazy]` ends at the first occurrence of its mark. `compiler.py` compiles the grammar.
@@ -104,7 +104,7 @@ class AnswerWriter:
             self._lines.append(f"reasoning_text[lazy]: {_ANY} {json.dumps(reasoning.end)}")
         if not reasoning.begins_inside:
             self._lines.append(f"reasoning: ({begins}) {text} spaces")
-        elif all(map(self._is_token_first, reasoning.begins)):  # some models write it again where the prompt has it
+        elif all(map(self._is_token_first, reasoning.begins)):  # some models repeat that of the prompt
             self._lines.append(f"reasoning: ({begins})? {text} spaces")
         else:
             self._lines.append(f"reasoning: {text} spaces")
@@ -176,7 +176,7 @@ class AnswerWriter:
             else:
                 self._lines.append(f"{mark.upper()}: ({_ANY} {json.dumps(trigger)}){excluded}")
                 self._lines.append(f"{mark}[lazy]: {mark.upper()}")
-            if calls.is_leading:  # the trigger stands before calls that may also be written without it
+            if calls.is_leading:  # the trigger precedes calls that may also come without it
                 rest = "leading_calls"
             elif calls.opening:
                 rest = f"{self._literal(calls.opening.removeprefix(trigger))} call {self._more_calls(calls)}"
@@ -196,8 +196,7 @@ class AnswerWriter:
     def _parameters(self, index: int, schema: Mapping[str, Any], notation: ParameterNotation) -> str:
         """The properties of an object, written one by one in the schema's order.
 
-        The rules `rest_INDEX_N` are the properties from N on, after one that was written; `first_INDEX_N` are the same
-        where none was written before.
+        The rules `rest_INDEX_N` are the properties from N on if one was written before, `first_INDEX_N` if none was.
         """
         other = next((keyword for keyword in schema if keyword not in _OBJECT_KEYWORDS), None)
         if other is not None:
@@ -282,14 +281,14 @@ class AnswerWriter:
         return any(text.startswith(name) for name in self._special_texts)
 
     def _leading_literal(self, text: str) -> str:
-        """The text, behind white space or without. It is one lexeme: free text beside it is another, and longer."""
+        """The text, with or without white space before it, as one lexeme. Free text is another, longer lexeme."""
         if self._is_token_first(text):
             return f"spaces {self._literal(text)}"
         head = next((text[: text.index(name)] for name in self._special_texts if name in text), text)
         return f"/{SPACES}{_escaped(head)}/ {self._literal(text.removeprefix(head))}"
 
     def _literal(self, text: str) -> str:
-        """A text in Lark's notation, in which special tokens are tokens."""
+        """A text in Lark's notation, with special tokens as tokens."""
         found = [name for name in self._special_texts if name in text]
         if not found:
             return json.dumps(text) if text else ""
@@ -300,7 +299,7 @@ class AnswerWriter:
 
 
 def read_structural_tag(text: str) -> Calls:
-    """vLLM's structural tag: free text, and behind each trigger one of the parts that begin with it.
+    """vLLM's structural tag: free text in which each trigger begins one of the parts that start with it.
 
     Raises `PatternRefused` or `SchemaRefused`.
     """

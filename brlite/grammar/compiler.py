@@ -31,15 +31,15 @@ from brlite.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
+STACK_BYTES = 512 * 1024**2  # address space; only a deep schema uses much of it as memory
 NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
 # Without it llguidance 1.9.1 never returns from computing the forced tokens of /a+/ /a+/, which its lexer cannot split.
 NO_FORCING = '%llguidance {"no_forcing": true}\n'
-MAX_LEAVES_TRIED = 500  # to find the place of an error
-# The memory of a compiled grammar, measured on large ones. A full cache takes a fifth more, by fragmentation; that part
-# stops growing after some 2,000 grammars, and malloc_trim frees it.
+MAX_LEAVES_TRIED = 500  # subschemas that are compiled alone to find the place of an error
+# The memory of a compiled grammar, measured on large ones. A full cache takes 20 % more through fragmentation, which
+# stops growing after some 2,000 grammars; malloc_trim frees it.
 _BASE_BYTES, _BYTES_A_CHARACTER = 64 * 1024, 128
-_BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # of the first lexer: enough for long enums
+_BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # limit of llguidance's initial lexer: enough for long enums
 _SPECIAL_IN_PATTERNS = re.compile(r"[\\^$.|?*+()\[\]{}]")
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class GrammarCompiler:
             self._library = Library(self._tokenizer, self._vocab_size, self._config)
 
     def compile(self, wish: StructuredOutput) -> Grammar:
-        """The grammar of an answer, from the cache if it is there. Raises `InvalidRequest`, which names the fault."""
+        """The grammar of an answer, cached if possible. Raises `InvalidRequest` with the reason and its place."""
         key = msgspec.structs.replace(wish, param="structured")
         found = self._cache.get(key)
         if found is not None:
@@ -117,7 +117,7 @@ class GrammarCompiler:
             result: Grammar | str = self._library.compile(wish, num_bytes)
         except (SchemaRefused, PatternRefused) as error:
             result = str(error)
-        except ValueError as error:  # of llguidance or urllib: a lone surrogate, a malformed URL
+        except ValueError as error:  # from llguidance or urllib: a lone surrogate, a malformed URL
             result = _first_line(str(error))
         size = _BASE_BYTES + self._vocab_size // 8 + num_bytes * _BYTES_A_CHARACTER
         self._cache[wish] = result, size
@@ -131,7 +131,7 @@ class Library:
     """llguidance with one model's tokens."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, config: GrammarConfig) -> None:
-        """Takes as long as `GrammarCompiler.prepare` says."""
+        """Reads the vocabulary; for the time see `GrammarCompiler.prepare`."""
         import llguidance
 
         self._llguidance = llguidance
@@ -143,12 +143,12 @@ class Library:
         self._tokens = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_TokenSource(tokenizer, self._token_bytes)),
             n_vocab=vocab_size,
-            eos_token=list(tokenizer.eos_token_ids) or None,  # None: that of the source
+            eos_token=list(tokenizer.eos_token_ids) or None,  # None: that of `_TokenSource`
         )
         self._number_tokens = NumberTokens(self._token_bytes, -(-vocab_size // 32))
 
     def compile(self, wish: StructuredOutput, num_bytes: int) -> Grammar:
-        """Raises `SchemaRefused` or `PatternRefused`."""
+        """Compile `wish`. Raises `SchemaRefused` or `PatternRefused`."""
         overrides = self._json_options(wish.whitespace_pattern)
         is_json = wish.json_schema is not None or wish.json_object
         calls = wish.calls
@@ -224,7 +224,7 @@ class Library:
     # JSON
 
     def _json_options(self, whitespace_pattern: str | None) -> dict[str, Any]:
-        """All options of JSON. They override those that a schema has in `x-guidance`."""
+        """All JSON options of llguidance. They override a schema's `x-guidance`."""
         options: dict[str, Any] = {"lenient": True, "item_separator": ",", "key_separator": ":"}
         if whitespace_pattern is None:
             return options | {"whitespace_flexible": False}
@@ -250,7 +250,7 @@ class Library:
         """Refuse a schema with a keyword that llguidance ignores: it would not be enforced."""
         for warning in warnings:
             if warning.startswith("Unknown format"):
-                continue  # in a part of the schema that nothing refers to
+                continue  # in a part of the schema without a reference to it
             keywords = re.findall(r'"([^"]+)"', warning) or ["minProperties", "maxProperties"]
             places = [(label, at) for label, walked in schemas.items() for at in walked.with_keyword(*keywords)]
             label, at = places[0] if places else ("", "#")
@@ -335,7 +335,7 @@ def deep_stack() -> Iterator[None]:
 
 
 def _refused(label: str, pointer: str, reason: str) -> SchemaRefused | PatternRefused:
-    """The error for a place in the answer's schema or, with a `label`, in the schema of this tool's arguments."""
+    """The error for a place in the answer's schema or, with a `label`, in the schema of that tool's arguments."""
     refused = SchemaRefused(pointer, reason)
     return PatternRefused(f"{label}: {refused}") if label else refused
 

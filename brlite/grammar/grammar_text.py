@@ -1,7 +1,6 @@
-"""Counts what a grammar in Lark's or llama.cpp's notation (GBNF, EBNF) costs, before it is compiled.
+"""Estimates the cost of a grammar in Lark's or llama.cpp's notation (GBNF, EBNF) before it is compiled.
 
-Reads just enough of the notation to find rules, brackets, expressions and repetitions; whether the grammar is right is
-found when it is compiled.
+Reads just enough of the notation to find rules, brackets, expressions and repetitions. The compiler finds other errors.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import re
 from brlite.grammar.patterns import PatternRefused, pattern_size
 
 MAX_DEPTH = 100  # of brackets
-MAX_CONJUNCTIONS = 8  # Lark's `&`, in all: 20 patterns that one text must match took 1.8 s and 230 MB
-MAX_UNCLOSED = 16  # quotes, slashes and square brackets: for each the rest of the text is read in search of its end
+MAX_CONJUNCTIONS = 8  # Lark's `&`, in the whole grammar: a conjunction of 20 patterns took 1.8 s and 230 MB
+MAX_UNCLOSED = 16  # quotes, slashes and square brackets: for each the rest of the text is searched for its end
 
 _TOKENS = re.compile(
     r"""(?P<comment>(?://|\#)[^\n]*)
@@ -33,7 +32,7 @@ def is_gbnf(text: str) -> bool:
 
 
 def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
-    """Raise `PatternRefused` for more rules, or more repetitions and characters of expressions, than that."""
+    """Raise `PatternRefused` above `max_rules`, or above `max_repetitions` (with the characters of expressions)."""
     if text.lstrip().startswith("{"):
         raise PatternRefused("is JSON; allowed are Lark's notation and llama.cpp's")
     num_rules = num_repetitions = num_conjunctions = num_unclosed = depth = 0

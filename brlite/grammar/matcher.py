@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_DIGITS = 20  # of a JSON number, before its point and after it
 MAX_EXPONENT_DIGITS = 2
 MAX_TAIL = MAX_DIGITS + 4  # bytes of the answer that are kept, to find a long number at its end
-MAX_FORCED = 256  # forced tokens that are computed at a time
+MAX_FORCED = 256  # the most forced tokens that are computed at once
 TOO_COMPLEX = "the grammar became too complex to follow"
 _LONG_NUMBER = re.compile(rb"([0-9]{%d}|[0-9][eE][-+]?[0-9]{%d})\Z" % (MAX_DIGITS, MAX_EXPONENT_DIGITS))
 
@@ -44,7 +44,7 @@ class Matcher(Protocol):
 
     @property
     def forced(self) -> Sequence[int]:
-        """The next tokens, as far as the grammar allows one only. The mask allows the first of them alone."""
+        """The next tokens, as long as the grammar allows only one. The mask allows only the first of them."""
         ...
 
     def advance(self, token_ids: Sequence[int]) -> None:
@@ -62,8 +62,8 @@ class Matcher(Protocol):
 class NumberTokens:
     """Bounds the digits of JSON numbers, which a model may otherwise write without end.
 
-    A number is found by the digits at the end of the text. Digits in strings and free text are not bounded: there a
-    quote or a letter other than `e` may come next, which is not so inside a number.
+    A number is found by the digits at the end of the text. Digits in strings and free text are not bounded. There the
+    mask allows a quote or a letter other than `e` next, which it never does inside a number.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], row_words: int) -> None:
@@ -82,15 +82,15 @@ class NumberTokens:
         if _LONG_NUMBER.search(tail) is None or (row & self._text).any():
             return
         others = row & ~self.digits
-        if others.any():  # else the schema requires the digits: a constant, a bound
+        if others.any():  # else the schema allows only digits here: a constant, a bound
             row[:] = others
 
 
 class GuidedMatcher:
-    """A `Matcher` that uses llguidance's.
+    """A `Matcher` by llguidance.
 
-    A run of forced tokens is computed when it begins and then kept to its end. So an answer does not depend on how many
-    of its tokens a step adds.
+    A run of forced tokens is computed once, at its beginning, and kept to its end. So an answer does not depend on the
+    number of tokens that a step adds.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class GuidedMatcher:
             if forced:
                 forced.popleft()
             if self._inner.is_stopped():
-                rows[draw + 1 :] = -1  # the answer ends before these draws: what they give is dropped
+                rows[draw + 1 :] = -1  # the answer ends before these draws: their tokens are dropped
                 break
             if not forced:
                 forced.extend(self._next_forced())

@@ -1,7 +1,7 @@
-"""Checks regular expressions before they are compiled: their size, what they use. Rewrites some well-known ones.
+"""Checks regular expressions before they are compiled: their size and features. Rewrites some well-known ones.
 
 llguidance matches by derivatives, so it has no look-around, no backreferences and no word boundaries. The patterns with
-look-ahead that pydantic and zod print are replaced by patterns without, which match a part of the same texts.
+look-ahead that pydantic and zod write are replaced by patterns without it, which match a subset of the same texts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 MAX_GROUP_DEPTH = 100
 _MAX_SIZE = 10**12  # larger sizes are counted as this
 _REPETITION = re.compile(r"\{(\d{1,12})(?:,(\d{0,12}))?\}")
-_BRACED_ESCAPE = re.compile(r"\{[^}]*\}?")  # one that is never closed takes the rest, and is left to the compiler
+_BRACED_ESCAPE = re.compile(r"\{[^}]*\}?")  # the compiler reports one that is never closed
 
 _EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 _EMAIL_WITHOUT_LOOK_AHEAD = (
     r"^([A-Za-z0-9_'+\-]{1,64}\.){0,8}[A-Za-z0-9_'+\-]{0,63}[A-Za-z0-9_+-]"
     r"@([A-Za-z0-9][A-Za-z0-9\-]{0,62}\.){1,8}[A-Za-z]{2,24}$"
 )
-# pydantic's Decimal: any, with decimal places, with digits and decimal places, with digits.
+# pydantic's Decimal: without limits, with decimal_places, with max_digits and decimal_places, with max_digits.
 _DECIMAL_START = re.escape(r"^(?!^[-+.]*$)[+-]?0*")
 _DECIMALS = (
     re.compile(_DECIMAL_START + re.escape(r"\d*\.?\d*$")),
@@ -130,7 +130,7 @@ def _skip_escape(pattern: str, position: int) -> int:
 
 
 def _skip_class(pattern: str, position: int) -> int:
-    """Past `[...]`. A bracket that is never closed is left to the compiler."""
+    """The position after `[...]`. The compiler reports a bracket that is never closed."""
     position += 2 if pattern.startswith("[^", position) else 1
     depth = 1
     while position < len(pattern) and depth:

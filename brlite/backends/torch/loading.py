@@ -1,6 +1,6 @@
-"""Fills a decoder's parameters from a checkpoint, tensor by tensor. Knows no file formats and no requests.
+"""Fills a decoder's parameters from a checkpoint, tensor by tensor. The readers of file formats are in `checkpoint`.
 
-All names and shapes are checked before any data is read (`checked_model.py`); memory is the model plus one tensor.
+All names and shapes are checked before any data is read (`checked_model.py`). Peak memory: the model and one tensor.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def load_model(
 ) -> Decoder:
     """The decoder that the plan's checkpoint holds, in its precision, computing in `dtype` on `device`.
 
-    `rules` say in which form matrices are held. With a shard these are one rank's parameters, and `group` connects the
+    `rules` choose the form of the matrices. With a shard these are one rank's parameters, and `group` connects the
     ranks. Raises `ConfigError` if there is not enough memory.
     """
     config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
     is_int8 = plan.precision.has_int8_weights
     try:
         parameters = allocate_parameters(config, dtype, device, keeps_int8=rules.keeps_int8 and is_int8)
-    except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
+    except RuntimeError as error:  # torch's class when a CPU is out of memory
         size = weight_bytes(config, dtype.itemsize, keeps_int8=rules.keeps_int8 and is_int8) / 2**30
         raise ConfigError(f"the weights take {size:.1f} GiB, which is not there") from error
 
     for name, held in parameter_parts(plan.config, plan.shard).items() if plan.shard else ():
         if sum(map(len, held.rows)) < len(parameters.named[name]):
-            parameters.named[name].zero_()  # what pads a vocabulary, and biases that rank 0 adds
+            parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
     for target, tensor in placing(plan):
         values = torch.from_numpy(tensor.float32())
         # Every precision starts from bfloat16 weights, held in float32 or not.

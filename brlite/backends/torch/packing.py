@@ -1,7 +1,7 @@
 """Matrices in oneDNN's own layout as a pass over the plain model: steps of a few rows are a quarter faster.
 
-The two operators are torch's, but not among those it documents: a torch that lacks them, or whose packed product is
-not the plain one, keeps the plain matrices. The head stays plain, since a tied embedding is looked up in it.
+torch does not document the two operators. If they are missing, or if a packed product differs from the plain one, the
+matrices stay plain. The head stays plain too, since a tied embedding is looked up in it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PackedLinear(Linear):
 
 
 def can_pack(parameters: Parameters) -> bool:
-    """Whether this torch can pack the matrices, and multiplies by a layer's as by the plain ones."""
+    """Whether this torch can pack the matrices, and a packed layer gives the same products as a plain one."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
@@ -39,12 +39,12 @@ def can_pack(parameters: Parameters) -> bool:
                 if not (_pack(linear)(rows) - expected).abs().max() <= TOLERANCE * expected.abs().max():
                     return False
         return True
-    except RuntimeError:  # a type or a processor that oneDNN does not serve
+    except RuntimeError:  # a type or a processor that oneDNN does not support
         return False
 
 
 def pack_linears(parameters: Parameters) -> Parameters:
-    """The parameters with the layers' matrices packed, one at a time; `named` holds only the others from then on.
+    """The parameters with the layers' matrices packed, one at a time, and removed from `named`.
 
     The plain matrices are freed: `parameters` cannot be used any more.
     """

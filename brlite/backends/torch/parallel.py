@@ -55,7 +55,7 @@ class JoinedHead(Linear):
         return self.join(self.own(x).contiguous())
 
     def join(self, own: Tensor) -> Tensor:
-        """The logits of all ranks, of this one's."""
+        """The logits of all ranks, given this rank's."""
         parts = self.group.gather(own)
         return torch.cat([part[:, :size] for part, size in zip(parts, self.num_rows, strict=True)], dim=-1)
 

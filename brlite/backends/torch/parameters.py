@@ -11,7 +11,7 @@ from torch.nn import functional
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.network import build_network, list_parameters
 
-MAX_DEQUANTIZED = 2**26  # weights at a time: 128 MiB in bfloat16
+MAX_DEQUANTIZED = 2**26  # weights dequantized at a time: 128 MiB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Linear:
 class Int8Linear(Linear):
     """A matrix that stays int8 in memory: `weight` [outputs, groups · 32] and `scales` [outputs, groups].
 
-    It is dequantized anew for each product, some rows at a time; columns beyond its inputs hold zeros.
+    It is dequantized for each product, some rows at a time; columns beyond its inputs hold zeros.
     """
 
     scales: Tensor = field(kw_only=True)
@@ -49,10 +49,10 @@ class Int8Linear(Linear):
 
 @dataclass(frozen=True)
 class Parameters:
-    """All of a decoder. `named` holds every tensor once, `linears` those of each multiplication, by its name.
+    """A decoder's parameters. `named` holds every tensor once, `linears` the `Linear` of each multiplication by name.
 
-    With tied embeddings the head's weight is the embedding. Matrices that stay int8 have their scales in `named`, as
-    `scales_name` calls them. Matrices that were packed (`packing.py`) are no longer in `named`, but counted.
+    With tied embeddings the head's weight is the embedding. Matrices that stay int8 have their scales in `named`, by
+    `scales_name`. Packed matrices (`packing.py`) are no longer in `named`, but are counted.
     """
 
     named: dict[str, Tensor]
@@ -69,7 +69,7 @@ class Parameters:
 
 
 def scales_name(weight: str) -> str:
-    """What the scales of the int8 matrix `weight` are called."""
+    """The name of the scales of the int8 matrix `weight`."""
     return f"{weight}.scales"
 
 
@@ -78,7 +78,7 @@ def allocate_parameters(
 ) -> Parameters:
     """Memory for every parameter, not yet filled: norms in float32, the rest in `dtype`.
 
-    With `keeps_int8` the matrices of linear layers are `Int8Linear`s, but for a head that is the embedding too.
+    With `keeps_int8` the matrices of linear layers are `Int8Linear`s, except a head that is also the embedding.
     """
     named: dict[str, Tensor] = {}
     for name, parameter in list_parameters(config).items():

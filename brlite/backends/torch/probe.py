@@ -1,8 +1,8 @@
-"""Checks that a device computes right: a tiny model on it is compared with the same in float32 on the CPU.
+"""Checks that a device computes correctly: compares a tiny model on it with the same model in float32 on the CPU.
 
-The tiny model has the shape of the one that is to be served (its heads, biases, rotary positions, windows) and seeded
-weights. Operators that ran on the CPU instead are found by their warnings. torch's plugins warn once for each operator
-and process: an operator without a warning, or with an earlier one, is not found.
+The tiny model has the structure of the served one (its heads, biases, rotary positions, windows) and seeded weights.
+Operators that ran on the CPU instead are found by their warnings. torch's plugins warn once for each operator and
+process: an operator without a warning, or with an earlier one, is not found.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from brlite.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
-MAX_ERROR = 0.05  # of the logits' length: a cosine does not see that all of them are too large
-VOCAB_SIZE = 512  # more than a shortlist holds: the sampler's long way is taken too
+MAX_ERROR = 0.05  # relative to the logits' norm: a cosine does not show that all of them are too large
+VOCAB_SIZE = 512  # more than a shortlist holds, so that the sampler's path for whole rows is tested too
 HIDDEN_SIZE = 64
 MAX_LENGTH = 32
 BLOCK_SIZE = 4
-# Of two sequences each step's tokens: a prompt in two chunks beside another one, then one token of both, twice.
+# The tokens of two sequences in each step: a prompt in two chunks beside another one, then one token of both, twice.
 STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 14), (6, 7)), ((14, 15), (7, 8)))
 DRAWS = (
     SamplingParams(temperature=0.0),
@@ -55,7 +55,7 @@ DRAWS = (
     SamplingParams(temperature=1.0, top_k=300),
     SamplingParams(temperature=1.0),
 )
-NUM_EXACT_DRAWS = 2  # the others add up numbers, in an order that is the device's own
+NUM_EXACT_DRAWS = 2  # the other draws sum numbers, in an order that depends on the device
 
 PLAIN_CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE,
@@ -99,9 +99,9 @@ def probe_device(
     kv_dtype: KVDtype | None = None,
     kernels: TorchKernels = "auto",
 ) -> ProbeReport:
-    """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense.
+    """Compute a tiny model of `config`'s structure on `device`. Raises `ConfigError` if the results are wrong.
 
-    Keys and values are kept in `kv_dtype`, or else as `precision` says. `kernels` are those of `engine.torch_kernels`.
+    Keys and values are stored in `kv_dtype`, by default that of `precision`. `kernels` is `engine.torch_kernels`.
     """
     kv_dtype = kv_dtype or precision.kv
     began = time.monotonic()
@@ -112,15 +112,15 @@ def probe_device(
             found = _compute(tiny, device, dtype, precision, kv_dtype, kernels)
             is_drawn_right = not rules_for(device).samples or draws_right(found, ahead=rules_for(device).runs_ahead)
             found = found.cpu()
-        except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
+        except (RuntimeError, IndexError) as error:  # torch's classes for failures of operators, drivers and memory
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"{describe_device(device)} cannot compute a tiny model: {reason}") from error
-    # The least cosine of any row and the greatest error, as a part of the row's length. NaN where there is one.
+    # The least cosine of any row and the greatest error relative to the row's norm. NaN if there is one.
     cosines = functional.cosine_similarity(found, expected, dim=1)
     errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
     report = ProbeReport(float(cosines.amin()), float(errors.amax()), tuple(on_host))
     wrong = ""
-    if not (report.cosine >= MIN_COSINE and report.error <= MAX_ERROR):  # written so that a NaN does not pass
+    if not (report.cosine >= MIN_COSINE and report.error <= MAX_ERROR):  # false for NaN
         wrong = f"a tiny model has {report}; allowed are a cosine from {MIN_COSINE} and an error up to {MAX_ERROR:.0%}"
     elif not is_drawn_right:
         wrong = "from the same logits it draws other tokens than the CPU does"
@@ -132,7 +132,7 @@ def probe_device(
 
 
 def shrunk(config: ModelConfig) -> ModelConfig:
-    """A model of two layers that has all that `config` has: a layer of each kind, heads of the same size."""
+    """A model of two layers with the features of `config`: a layer of each kind, heads of the same size."""
     num_kv_heads = min(2, config.num_kv_heads)
     is_mixed = 0 < len(config.sliding_layers) < config.num_layers
     return msgspec.structs.replace(
@@ -171,7 +171,7 @@ def _compute(
                 for seq_id, ((start, end), table) in enumerate(zip(step, tables, strict=True))
             ]
             last = None
-            if step == STEPS[-1] and rules_for(device).runs_ahead:  # its tokens are taken from the step before
+            if step == STEPS[-1] and rules_for(device).runs_ahead:  # it takes its tokens from the previous step's draws
                 last = LastDraws(torch.tensor([run.token_ids[0] for run in reversed(runs)], device=device), (1, 0))
                 runs = [msgspec.structs.replace(run, token_ids=[0]) for run in runs]
             computed = steps.forward(runs, last)
@@ -198,10 +198,10 @@ def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, prec
 
 
 def draws_right(logits: Tensor, *, ahead: bool) -> bool:
-    """Whether the same tokens are drawn from `logits` where they are and on the host.
+    """Whether draws from `logits` on their device give the same tokens as on the host.
 
-    By the sampler, and with `ahead` also by the draws that do not wait for the device. The sampler's sums may be in
-    another order on a device: then any token will do.
+    Tests the sampler, and with `ahead` also the draws that do not wait for the device. Draws of the sampler that use
+    sums must only give a token: a device may add in another order.
     """
     found: list[list[list[int]]] = []
     with torch.inference_mode():
@@ -219,7 +219,7 @@ def draws_right(logits: Tensor, *, ahead: bool) -> bool:
 
 @contextmanager
 def _fallbacks() -> Iterator[list[str]]:
-    """A list that holds, at the end, the operators that torch warned of meanwhile. Other warnings are issued again."""
+    """Yields a list that is filled at exit with the operators that torch warned of. Other warnings are issued again."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

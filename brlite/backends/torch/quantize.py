@@ -1,8 +1,8 @@
 """int8 weights as a pass over the plain model: symmetric, one scale for each output row and 32 of its inputs.
 
 Every linear layer is quantized, the head included, and with it a tied embedding. Norms, biases and an embedding that
-is only looked up are not. In torch some devices keep int8 (`Int8Linear`), on the others, and for a tied embedding, the
-weights are held dequantized: the numbers of int8, not its memory.
+is only looked up are not. Some devices keep int8 (`Int8Linear`). On the others, and for a tied embedding, torch holds
+the dequantized weights: the values are those of int8, but memory is not saved.
 
 Native code quantizes by the same rules to the same bytes:
 
@@ -26,7 +26,7 @@ from brlite.backends.torch.parameters import Int8Linear, Parameters, scales_name
 from brlite.models.config import QUANTIZATION_GROUP
 
 ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantizing makes
-LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
+LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 drops
 
 
 class QuantizedWeight(NamedTuple):
@@ -37,23 +37,23 @@ class QuantizedWeight(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
-    """Round each weight to its group's nearest level. What is not finite makes the group's scale not finite too."""
+    """Round each weight to its group's nearest level. A weight that is not finite makes the scale not finite too."""
     groups = _grouped(weight.to(torch.bfloat16).float())  # [outputs, groups, 32]
     bits = (groups.abs().amax(dim=-1) / 127).view(torch.int32)
-    scales = ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)  # the least bfloat16 that is not below it
+    scales = ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)  # rounded up to a bfloat16
     divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     values = (groups / divisors).round_().to(torch.int8)
     return QuantizedWeight(values.flatten(1)[:, : weight.shape[1]].contiguous(), scales.to(torch.bfloat16))
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:
-    """The float32 matrix that `weight` stands for, exactly."""
+    """The exact float32 matrix of `weight`."""
     products = _grouped(weight.values.float()) * weight.scales.float().unsqueeze(-1)
     return products.flatten(1)[:, : weight.values.shape[1]]
 
 
 def quantize_linears_(parameters: Parameters) -> None:
-    """Replace the weights of all linear layers that are not kept in int8 by what int8 makes of them, in place."""
+    """Round the weights of all linear layers that are not kept in int8 to the values of int8, in place."""
     for linear in parameters.linears.values():
         if not isinstance(linear, Int8Linear):
             for rows in _row_blocks(linear.weight):
@@ -61,7 +61,7 @@ def quantize_linears_(parameters: Parameters) -> None:
 
 
 def store_rows_(parameters: Parameters, name: str, start: int, weights: Tensor) -> None:
-    """Write `weights` to rows `start` onwards of a parameter, quantized, on the host, where it is kept in int8."""
+    """Write `weights` to rows `start` onwards of a parameter. If it is kept in int8, quantize them on the host."""
     parameter, scales = parameters.named[name], parameters.named.get(scales_name(name))
     if scales is None:
         parameter[start : start + len(weights)].copy_(weights)

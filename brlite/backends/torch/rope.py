@@ -1,7 +1,7 @@
-"""Rotary positions in torch: the tables laid out like a head, and the turn itself. The angles are `rope_tables`'.
+"""Rotary positions in torch: tables in the layout of a head, and the rotation. `models/rope_tables.py` has the angles.
 
-A pair (a, b) turned by an angle is (a·cos - b·sin, b·cos + a·sin). The minus sign stands in the sine table, so that a
-turn is two products with the head and with its pairs swapped.
+A pair (a, b) rotated by an angle is (a·cos - b·sin, b·cos + a·sin). The sine table contains the minus sign, so that a
+rotation is head · cosines + (head with swapped pairs) · sines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RopeTables:
     interleaved: bool
 
     def at(self, positions: Tensor) -> RopeTables:
-        """The rows of `positions` [T], shaped [T, 1, rotary_dim] to go over heads."""
+        """The rows of `positions` [T], shaped [T, 1, rotary_dim] to broadcast over heads."""
         cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self.cos, self.sin))
         return RopeTables(cos, sin, self.interleaved)
 
@@ -41,7 +41,7 @@ def rope_tables(rope: RopeConfig, length: int, device: torch.device) -> RopeTabl
 
 
 def rotate_(heads: Tensor, tables: RopeTables) -> None:
-    """Turn `heads` [T, H, D] in place, computing in float32. Dimensions beyond the tables' width stay as they are."""
+    """Rotate `heads` [T, H, D] in place, computing in float32. Dimensions beyond the tables' width are unchanged."""
     rotary = heads[..., : tables.cos.shape[-1]]
     if tables.interleaved:
         swapped = rotary.reshape(*rotary.shape[:-1], -1, 2).flip(-1).flatten(-2)

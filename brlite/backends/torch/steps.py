@@ -1,6 +1,6 @@
-"""One step of a model in torch: runs of sequences in, hidden states and logits out. How it computes is the class's.
+"""One step of a model in torch: runs of sequences in, hidden states and logits out. `Steps` is the interface.
 
-`EagerSteps` calls torch's own operators one by one, on any device. `triton/steps.py` has the one of our kernels.
+`EagerSteps` calls torch's own operators one by one, on any device. `triton/steps.py` implements it with our kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from brlite.models.config import ModelConfig
 
 
 class Run(Protocol):
-    """A run of one sequence's tokens to compute, as `ScheduledSeq` says."""
+    """A run of one sequence's tokens to compute: fields of `ScheduledSeq`."""
 
     @property
     def start(self) -> int: ...
@@ -34,8 +34,8 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class ComputedStep:
-    """`hidden` [T, H], in which each run begins at its one of `first_rows`. `logits` are those of the first rows, where
-    they were computed as well."""
+    """`hidden` [T, H], with the first row of each run in `first_rows`. `logits` of the first rows of `hidden`, if they
+    were computed as well."""
 
     first_rows: list[int]
     hidden: Tensor
@@ -43,8 +43,8 @@ class ComputedStep:
 
 
 class LastDraws(NamedTuple):
-    """What the step before drew, `drawn` [R] int64 on the device. The first token of a run is `drawn[source]` where its
-    source is not -1."""
+    """The draws of the previous step, `drawn` [R] int64 on the device. The first token of a run is `drawn[source]` if
+    its source is not -1."""
 
     drawn: Tensor
     sources: Sequence[int]
@@ -61,15 +61,15 @@ class Steps(Protocol):
     is_batch_invariant: bool
 
     def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
-        """Compute the runs' tokens; store their keys and values. What the step before gave may be overwritten."""
+        """Compute the runs' tokens; store their keys and values. The previous step's result may be overwritten."""
         ...
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
-        """The vocabulary's logits [R, V] in float32 of some rows of `hidden`. They may be overwritten."""
+        """The vocabulary's logits [R, V] in float32 of some rows of `hidden`. The caller may overwrite them."""
         ...
 
     def normed(self, step: ComputedStep, rows: list[int]) -> Tensor:
-        """Some rows of `hidden` after the final norm, in float32: what the head reads."""
+        """The final norm of some rows of `hidden`, in float32: the input of the head."""
         ...
 
 

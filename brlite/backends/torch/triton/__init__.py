@@ -1,1 +1,1 @@
-"""Kernels for cards in Triton: an operation a file, named as its twin in C++ (`backends/native/src`)."""
+"""Triton kernels for cards: one operation per file, with the name of its C++ version (`backends/native/src`)."""

@@ -1,10 +1,10 @@
 """Attention over the paged cache, for prompt chunks and single tokens alike, with bits that do not depend on the batch.
 
-A row's keys are taken in splits of SPLIT positions, counted from position 0 of its sequence, and within a split in
-tiles of BLOCK_KEYS, with a softmax that is corrected on the way (Milakov and Gimelshein, arXiv 1805.02867). The results
-of the splits are merged in order. One program computes the rows of a tile over one split, which it writes for
-`merge_kernel` (single tokens: a long context is spread over the card), or over all of them, merging by itself.
-What a row does not see is an exact zero, so it does not matter which rows share its tile.
+A row's keys are read in splits of SPLIT positions, counted from position 0 of its sequence, and within a split in
+tiles of BLOCK_KEYS, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The results of the splits are
+merged in order. For single tokens one program computes a tile of rows over one split, and `merge_kernel` merges, so
+that a long context uses the whole card. For chunks one program computes all splits of a tile and merges them itself.
+Masked keys have a weight of exactly zero, so a row's result does not depend on the other rows of its tile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HeadsShape(NamedTuple):
 
 
 class LayerPages(NamedTuple):
-    """A layer's cache [blocks, block_size, Hk, D], with scales [blocks, block_size, Hk, 1] where it is int8."""
+    """A layer's cache [blocks, block_size, Hk, D], with scales [blocks, block_size, Hk, 1] if it is int8."""
 
     keys: Tensor
     values: Tensor
@@ -52,7 +52,7 @@ def tile_tokens(group_size: int) -> int:
 
 @triton.jit
 def _corrections(best, other_best):
-    """The maximum of two softmax sums, and what each is multiplied by to be relative to it."""
+    """The larger of two softmax maxima, and the factors that rescale both sums to it."""
     new_best = tl.maximum(best, other_best)
     reference = tl.where(new_best == float("-inf"), 0.0, new_best)
     return new_best, tl.exp2(best - reference), tl.exp2(other_best - reference)

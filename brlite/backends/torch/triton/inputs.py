@@ -1,4 +1,4 @@
-"""What a step reads, laid out in one array of int32, which goes to the card in one transfer.
+"""The inputs of a step in one array of int32, which is copied to the card in one transfer.
 
 Sequences of a single token come first, in the order that they were given, then the longer runs.
 """
@@ -20,7 +20,7 @@ Integers = npt.NDArray[np.int32]
 
 
 class Filler(NamedTuple):
-    """A `Run` that only fills a step up."""
+    """A `Run` that only pads a step."""
 
     start: int
     token_ids: list[int]
@@ -31,8 +31,8 @@ class StepInputs(NamedTuple):
     """Views of one array on the device. T rows, S sequences, of which the first `num_singles` are one token each.
 
     `token_ids`, `sources`, `positions` and `slots` are [T]; `starts`, `lengths` and `first_rows` [S]; `tables` [S, W].
-    Where a row's source is not -1, its token is that draw of the step before.
-    `single_tiles` and `tiles` are the sequence and the first token of each tile of rows that attention takes.
+    If a row's source is not -1, its token is the previous step's draw at that index.
+    `single_tiles` and `tiles` are the sequence and the first token of each tile of rows for attention.
     """
 
     token_ids: Tensor
@@ -57,12 +57,12 @@ class StepInputs(NamedTuple):
         return len(self.tiles[0])
 
     def num_splits(self, split: int) -> int:
-        """How many splits the longest context of the single tokens has."""
+        """The number of splits of the longest context of the single tokens."""
         return -(-self.max_context // split)
 
 
 class StepLayout(NamedTuple):
-    """The same as an array on the host, not yet transferred. `rows` is where each run's first token is."""
+    """The same in an array on the host, before the transfer. `rows` has the row of each run's first token."""
 
     array: Integers
     rows: list[int]
@@ -102,9 +102,9 @@ class StepLayout(NamedTuple):
 def lay_out(
     runs: Sequence[Run], block_size: int, tile_tokens: int, *, sources: Sequence[int] = (), table_width: int = 0
 ) -> StepLayout:
-    """The inputs of a step that computes `runs`. Tables are as wide as the longest, or `table_width`.
+    """The inputs of a step that computes `runs`. Tables have the width of the longest, or `table_width`.
 
-    `sources` are those of the first tokens of the first runs, as `Steps.forward` has them.
+    `sources` are those of the first tokens of the first runs, as in `LastDraws`.
     """
     lengths = np.array([len(run.token_ids) for run in runs], np.int32)
     order = np.argsort(lengths > 1, kind="stable")
@@ -145,5 +145,5 @@ def lay_out(
 
 
 def transfer(layout: StepLayout, device: torch.device) -> StepInputs:
-    """The inputs on the device, of an array of their own."""
+    """The inputs on the device, in a new array."""
     return layout.on(send(layout.array, device))

@@ -1,14 +1,12 @@
 """Matrix products whose bits do not depend on how many rows are multiplied: weights [N, K] times rows [M, K].
 
-The weights are the left operand of the matrix units and the rows the right one, so a tile always has 64 or 128 outputs
-and no work is lost on the missing rows of a small batch. The inputs are summed in segments, whose number depends on the
-shape of the matrix alone: where few programs would run, they are computed side by side and each is written (`parts`);
-where there are enough, a program computes and adds them one after the other. What reads the product adds the parts in
-that order.
-
-Int8 weights have a scale for each 32 inputs of an output; what is multiplied is level times scale, rounded to bfloat16.
-They are stored group after group, [K / 32, N, 8] words of four, so that what a program reads next lies together, and a
-word holds what a thread gives to the matrix units (`pack_words`).
+The weights are the left operand of the matrix units and the rows the right one, so a tile always has 64 or 128 outputs,
+and a small batch wastes no work. The inputs are summed in segments (split-K), whose number depends on the matrix's
+shape alone. If few programs would run, segments are computed in parallel and each sum is written (`parts`). Else one
+program computes and adds them in order. The kernel that reads the product adds the parts in the same order.
+Int8 weights have a scale for each 32 inputs of an output; the factor is level times scale, rounded to bfloat16. They
+are stored group after group, [K / 32, N, 8] words of four, so that a program's reads are contiguous. A word holds the
+weights that one thread gives to the matrix units (`pack_words`).
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from brlite.backends.torch.parameters import Int8Linear, Linear
 from brlite.backends.torch.triton.precision import DOT, scaled
 from brlite.models.config import QUANTIZATION_GROUP
 
-MAX_NARROW_ROWS = 128  # above this int8 weights are widened before a product
+MAX_NARROW_ROWS = 128  # with more rows, int8 weights are widened before the product
 MAX_PARTS = 8
-SEGMENT_STEP = 128  # a segment is a multiple of so many inputs
+SEGMENT_STEP = 128  # a segment is a multiple of this number of inputs
 _WANTED_PROGRAMS = 264  # two for each of a large card's multiprocessors
 _NARROW_TILE = 64
 _GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
@@ -36,7 +34,7 @@ _GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
 @dataclass(frozen=True)
 class Matrix:
     """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 8] words of int8
-    with `scales` [K / 32, N], bfloat16 numbers in float32: a load of two bytes a thread is not made ahead of time."""
+    with `scales` [K / 32, N], bfloat16 numbers in float32, since loads of two bytes a thread are not prefetched."""
 
     num_outputs: int
     num_inputs: int
@@ -46,7 +44,7 @@ class Matrix:
 
     @classmethod
     def of(cls, linear: Linear, num_inputs: int) -> Matrix:
-        """Takes the place of `linear`, whose weights are copied if they are int8."""
+        """The matrix of `linear`, and replaces it. Weights are copied if they are int8, else shared."""
         weight = linear.weight
         if not isinstance(linear, Int8Linear):
             return cls(len(weight), num_inputs, weight, None, linear.bias)
@@ -55,11 +53,11 @@ class Matrix:
 
     @property
     def stride(self) -> int:
-        """From one output to the next, or from one group to the next, in outputs."""
+        """The distance from one output to the next, or for int8 from one group to the next, in outputs."""
         return self.values.stride(0) if self.scales is None else self.scales.stride(0)
 
     def outputs_from(self, start: int) -> tuple[Tensor, Tensor | None]:
-        """Values and scales without the first outputs."""
+        """Values and scales of the outputs from `start` on."""
         if self.scales is None:
             return self.values[start:], None
         return self.values[:, start:], self.scales[:, start:]
@@ -77,14 +75,14 @@ def pack_words(levels: Tensor) -> Tensor:
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
-    """In how many segments the inputs of a matrix are summed."""
+    """The number of segments in which the inputs of a matrix are summed."""
     tiles = -(-num_outputs // _NARROW_TILE)
     wanted = min(MAX_PARTS, max(1, _WANTED_PROGRAMS // tiles))
     return -(-num_inputs // segment_size(num_inputs, wanted))
 
 
 def segment_size(num_inputs: int, parts: int) -> int:
-    """The inputs of a segment but the last, which may be shorter."""
+    """The number of inputs of a segment; the last one may be shorter."""
     return -(-num_inputs // (parts * SEGMENT_STEP)) * SEGMENT_STEP
 
 
@@ -272,7 +270,7 @@ def multiply(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def multiply_in_tiles(x: Tensor, matrix: Matrix, tile: Tile, *, is_split: bool) -> Tensor:
-    """The same in given tiles: with `is_split` the parts, where there are several, else their sum."""
+    """As `multiply`, with this tile: the parts with `is_split`, else their sum."""
     num_rows, num_inputs, num_outputs = len(x), matrix.num_inputs, matrix.num_outputs
     segments = num_parts(num_outputs, num_inputs)
     parts = segments if is_split else 1
@@ -288,7 +286,7 @@ def multiply_in_tiles(x: Tensor, matrix: Matrix, tile: Tile, *, is_split: bool) 
 
 
 def multiply_gated(x: Tensor, matrix: Matrix, tile: Tile | None = None) -> Tensor:
-    """silu(gate) times up, [M, N / 2] bfloat16; the outputs of the matrix are gate's and then up's."""
+    """silu(gate) times up, [M, N / 2] bfloat16; the outputs of the matrix are those of gate, then those of up."""
     num_rows, size = len(x), matrix.num_outputs // 2
     matrix = matrix if num_rows <= MAX_NARROW_ROWS else _widened(matrix)
     tile = tile or choose_tile(num_rows, matrix, is_gated=True)
@@ -303,7 +301,7 @@ def multiply_gated(x: Tensor, matrix: Matrix, tile: Tile | None = None) -> Tenso
 
 
 def _widened(matrix: Matrix) -> Matrix:
-    """An int8 matrix in bfloat16, for one product of many rows: widening each tile for each of them costs more."""
+    """An int8 matrix in bfloat16, for one product of many rows: to widen it again in each tile of rows costs more."""
     if matrix.scales is None:
         return matrix
     num_groups = len(matrix.values)
@@ -315,9 +313,9 @@ def _widened(matrix: Matrix) -> Matrix:
 
 
 class Tile(NamedTuple):
-    """What one program computes: `outputs` by `rows`, `inputs` at a time, of which `SEGMENT_STEP` is a multiple.
+    """The tile of one program: `outputs` by `rows`, `inputs` at a time; `SEGMENT_STEP` is a multiple of `inputs`.
 
-    It changes no bit of the result.
+    It does not change the result's bits.
     """
 
     outputs: int
@@ -341,15 +339,15 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Those of products of up to `max_rows` rows."""
+    """The tiles of products of up to `max_rows` rows."""
 
     max_rows: int
     plain: Tile
     gated: Tile
 
 
-# Chosen by the times of bench/card.py on an H200, but for 65 to 128 rows, where nothing was measured yet: the tile of
-# 64 rows grown by its rows, so that a matrix is read once (`bench/card.py --tiles` compares them).
+# Chosen by the times of bench/card.py on an H200. For 65 to 128 rows nothing was measured yet: this is the tile for 64
+# rows with more rows, so that a matrix is read once (`bench/card.py --tiles` compares tiles).
 TILES = (
     Tiles(16, Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 3, 4)),
     Tiles(32, Tile(64, 32, 128, 4, 4), Tile(64, 32, 128, 3, 4)),
@@ -360,7 +358,7 @@ TILES = (
 
 
 def choose_tile(num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
-    """The tile of a product of so many rows. Int8 weights of odd sizes are taken a group at a time."""
+    """The tile of a product of `num_rows` rows. Int8 weights of odd sizes are read one group at a time."""
     tiles = next(tiles for tiles in TILES if num_rows <= tiles.max_rows)
     tile = tiles.gated if is_gated else tiles.plain
     is_odd = matrix.scales is not None and matrix.num_inputs % 128 != 0

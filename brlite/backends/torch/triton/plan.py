@@ -1,7 +1,7 @@
-"""A network as launches of the kernels of this folder. `Decoder` is the same in plain torch.
+"""Compiles a network to launches of the kernels of this folder. `Decoder` is the same in plain torch.
 
-A product is not added to the residual stream, nor turned into heads, where it is computed, but by the kernel that reads
-it: that adds its parts in order. Nothing here waits for the device, so that a step can be captured as a graph.
+The kernel that reads a product, not the one that computes it, adds its parts in order, and adds them to the residual
+stream or makes heads of them. Nothing here waits for the device, so that a step can be captured as a graph.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class Product(NamedTuple):
 
 @dataclass
 class LaunchedStep:
-    """What all launches of a step share. `hidden` [T, H] float32 lacks `product`, which the next norm adds to it."""
+    """The data that a step's launches share. The next norm adds `product` to `hidden` [T, H] float32."""
 
     hidden: Tensor
     inputs: StepInputs
     product: Product | None = None
 
 
-# Takes what the launch before gave: activations [T, K] in bfloat16, or a product.
+# Its input is the output of the previous launch: activations [T, K] in bfloat16, or a product.
 Launch = Callable[[Tensor | Product, LaunchedStep], Tensor | Product]
 
 
 class TritonDecoder:
-    """A model and its cache, ready to run. Matrices must be in bfloat16 or int8, keys and values too."""
+    """A loaded model and its cache. Matrices, keys and values must be in bfloat16 or int8."""
 
     def __init__(self, config: ModelConfig, parameters: Parameters, cache: KVCache, *, max_length: int) -> None:
         self.config = config
@@ -77,7 +77,7 @@ class TritonDecoder:
         return total if self._join is None else self._join(total)
 
     def normed(self, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [R, H] that `forward` returned after the final norm: what the head reads."""
+        """The final norm of rows [R, H] that `forward` returned: the input of the head."""
         norm = self._network.norm
         return _add_norm(hidden, None, self.parameters.named[norm.weight.name], norm.epsilon, dtype)
 
@@ -89,7 +89,7 @@ class TritonDecoder:
         for operation in operations:
             match operation:
                 case Embed():
-                    pass  # a step begins with it
+                    pass  # `forward` looks it up at the start of a step
                 case Norm():
                     yield partial(_norm, named[operation.weight.name], operation.epsilon)
                 case Multiply(output="gate_up"):
@@ -113,7 +113,7 @@ class TritonDecoder:
                     raise NotImplementedError(f"the kernels for cards have no form of {operation} here")
 
     def _take(self, operation: Multiply) -> Matrix:
-        """The matrix of a product, or a rank's part of it. Int8 weights are laid out anew, and the others freed."""
+        """The matrix of a product, or a rank's part of it. Copies int8 weights to a new layout and frees the old."""
         name, linear = operation.weight.name, self.parameters.linears.pop(operation.name)
         own = linear.own if isinstance(linear, SummedLinear | JoinedHead) else linear
         matrix = Matrix.of(own, operation.weight.shape[1])
@@ -168,7 +168,7 @@ def _norm(weight: Tensor, epsilon: float, _: Tensor | Product, step: LaunchedSte
 def _add_norm(
     hidden: Tensor, product: Product | None, weight: Tensor | None, epsilon: float, dtype: torch.dtype
 ) -> Tensor:
-    """Add a product to `hidden`; return the norm of that in `dtype`, or with no weight something not written."""
+    """Add a product to `hidden`; return the norm of the sum in `dtype`. Without a weight the result is not written."""
     out = torch.empty_like(hidden, dtype=dtype)
     values, bias = product or (None, None)
     rows.add_norm_kernel[(len(hidden),)](
@@ -189,7 +189,7 @@ def _product(matrix: Matrix, x: Tensor | Product, _: LaunchedStep) -> Product:
 
 
 def _add(matrix: Matrix, group: Group | None, x: Tensor | Product, step: LaunchedStep) -> Tensor:
-    """With a group, the parts that the next norm adds up are the products of the ranks, in their order."""
+    """Leave a product for the next norm to add. With a group its parts are the ranks' products, in their order."""
     assert isinstance(x, Tensor)
     step.product = Product(multiply(x, matrix), matrix.bias)
     if group is not None:
@@ -199,7 +199,7 @@ def _add(matrix: Matrix, group: Group | None, x: Tensor | Product, step: Launche
 
 
 def _summed(parts: Tensor) -> Tensor:
-    """The parts of a product, which are overwritten, added up in order."""
+    """The sum of a product's parts, added in order. Overwrites them."""
     total = parts[0]
     for part in parts[1:]:
         total += part

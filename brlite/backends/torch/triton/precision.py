@@ -1,6 +1,6 @@
-"""The type that matrix units multiply in: bfloat16; under Triton's interpreter, which has no such product, float32.
+"""The type that matrix units multiply in: bfloat16; under Triton's interpreter, which has no bfloat16 product, float32.
 
-With `TRITON_INTERPRET=1` the kernels run as numpy on the CPU; so they are tested where there is no card.
+With `TRITON_INTERPRET=1` the kernels run as numpy on the CPU, to test them without a card.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 DOT = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)
 
 # Four levels in a register become two pairs of bfloat16. With b the bits of a level, 128 + (b & 127) and minus 128 or
-# 256 (by its sign) are bfloat16 numbers whose last bytes are b & 127 and b & 128; their sum is the level. Instructions
-# that convert are an eighth as fast.
+# 256 (by its sign) are bfloat16 numbers whose last bytes are b & 127 and b & 128; their sum is the level. Conversion
+# instructions run at an eighth of this rate.
 _WIDEN = tl.constexpr(
     """{
     .reg .b32 low, sign, a, b, c, d, one;
@@ -33,15 +33,15 @@ _WIDEN = tl.constexpr(
 
 @triton.jit
 def widen(levels):
-    """int8 as it is multiplied, exactly."""
+    """int8 levels in the type of the product, exactly."""
     if IS_INTERPRETED:
         return levels.to(DOT)
     return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r", [levels], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 # A word holds four weights as sign and magnitude, which become level times factor, rounded once. With m a magnitude,
-# 0x4300 | m are the bits of the bfloat16 number 128 + m, and (128 + m) · factor - 128 · factor is m · factor. Two
-# instructions a weight, in which no byte is moved.
+# 0x4300 | m are the bits of the bfloat16 number 128 + m, and (128 + m) · factor - 128 · factor is m · factor. This
+# takes two instructions per weight and moves no bytes.
 _SCALE_WORD = tl.constexpr(
     """{
     .reg .b32 factor, minus, low, high, sign, minus_zero;
@@ -76,8 +76,8 @@ def _scaled_byte(words, factors, SHIFT: tl.constexpr):
 
 @triton.jit
 def scaled(words, factors, SIZE: tl.constexpr):
-    """The weights [N, SIZE] of `words` [N, SIZE / 4], as `pack_words` makes them, times factors [N, 1] (bfloat16
-    numbers in float32), rounded to bfloat16, as it is multiplied."""
+    """The weights [N, SIZE] of `words` [N, SIZE / 4] of `pack_words`, times factors [N, 1] (bfloat16 numbers in
+    float32), rounded to bfloat16, in the type of the product."""
     if IS_INTERPRETED:
         first = _scaled_byte(words, factors, 0)
         second = _scaled_byte(words, factors, 16)

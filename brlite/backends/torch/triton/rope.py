@@ -1,6 +1,6 @@
-"""The heads of queries, keys and values after their product: normed, turned, and stored where attention reads them.
+"""Normalises and rotates the heads of queries and keys after their product, and stores keys and values in the cache.
 
-One program for each row and head. A head is read twice, in order and with its rotary pairs swapped.
+One program for each row and head. It reads a head twice, in order and with its rotary pairs swapped.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def _head(
 
 @triton.jit
 def _store(pages, scales, place, heads, dims, is_there, HEAD_DIM: tl.constexpr, IS_INT8: tl.constexpr):
-    """Write a key or value head to its place in the cache; in int8 with a scale of its own."""
+    """Write a key or value head to its place in the cache, in int8 with one scale for the head."""
     if IS_INT8:
-        is_nan = tl.max((heads != heads).to(tl.int32), axis=0) > 0  # the maximum of numbers passes over a NaN
+        is_nan = tl.max((heads != heads).to(tl.int32), axis=0) > 0  # the maximum of floats ignores NaN
         scale = tl.where(is_nan, float("nan"), tl.max(tl.abs(heads), axis=0) / 127)
         levels = heads / tl.maximum(scale, 1.1754944e-38) + _ROUND - _ROUND
         levels = tl.minimum(tl.maximum(levels, -127.0), 127.0)
-        levels = tl.where(levels == levels, levels, 0.0)  # a NaN has no int8: its head's scale carries it
+        levels = tl.where(levels == levels, levels, 0.0)  # int8 cannot hold a NaN: its head's scale is NaN
         tl.store(pages + place * HEAD_DIM + dims, levels.to(tl.int8), mask=is_there)
         tl.store(scales + place, scale)
     else:
@@ -77,7 +77,7 @@ def store_heads_kernel(
 ):
     """query [T, Hq, D] bfloat16, and the cache of a layer at `slots` [T], from qkv [parts, T, (Hq + 2 Hk) D] float32.
 
-    cos and sin [positions, ROTARY_DIM] are as `rope_tables` makes them; no head turns where ROTARY_DIM is 0.
+    cos and sin [positions, ROTARY_DIM] come from `rope_tables`; with a ROTARY_DIM of 0 no head is rotated.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""What is done to a row of the residual stream: a product is added to it, and its norm is taken."""
+"""Adds a product to the rows of the residual stream, and computes their norm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_norm_kernel(
 ):
     """hidden [M, H] float32 += the sum of product [parts, M, H], and bias; out [M, H] = its RMS norm times weight.
 
-    Without parts nothing is added, without a norm `out` is not written.
+    With no parts nothing is added; without `HAS_NORM` `out` is not written.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -56,12 +56,12 @@ def take_draws_kernel(token_ids, sources, drawn, num_rows, BLOCK: tl.constexpr):
 
 
 def take_draws(token_ids: Tensor, sources: Tensor, drawn: Tensor) -> None:
-    """Put what the step before drew in the place of the tokens that were not known yet."""
+    """Replace the tokens that were not known yet by the draws of the previous step."""
     take_draws_kernel[(triton.cdiv(len(token_ids), 256),)](token_ids, sources, drawn, len(token_ids), BLOCK=256)
 
 
 def try_kernel(device: torch.device) -> None:
-    """Compile and run a kernel. What Triton raises where it finds no compiler or driver is left to the caller."""
+    """Compile and run a kernel. Raises Triton's errors if there is no compiler or driver."""
     hidden, weight = (torch.ones((1, 16), device=device) for _ in range(2))
     add_norm_kernel[(1,)](
         *(hidden, None, None, weight, torch.empty_like(hidden), 1, 16, 0.0),

@@ -1,6 +1,6 @@
-"""Steps by the kernels of this folder. Steps of single tokens are replayed from graphs that are captured at the start.
+"""Steps by the kernels of this folder. Steps of single tokens replay CUDA graphs that are captured at the start.
 
-A graph has a fixed number of rows. A step of fewer rows is filled up with rows that write to a scratch block, which is
+A graph has a fixed number of rows. A step of fewer rows is padded with rows that write to a scratch block, which is
 never read.
 """
 
@@ -44,7 +44,7 @@ class StepGraph:
 
 
 class TritonSteps:
-    """`Steps` for CUDA cards. Call `capture` before the first step that is to be fast."""
+    """`Steps` for CUDA cards. Call `capture` before the first step; without it steps are correct but slower."""
 
     is_batch_invariant = True
 
@@ -91,9 +91,9 @@ class TritonSteps:
         sizes = [1 << power for power in range((min(max_rows, MAX_GRAPH_ROWS) - 1).bit_length() + 1)]
         pool = torch.cuda.graph_pool_handle()
         try:
-            for size in reversed(sizes):  # the largest first: the others find its memory in the pool
+            for size in reversed(sizes):  # the largest first: the others reuse its memory from the pool
                 self._graphs[size] = self._captured(size, pool)
-        except RuntimeError as error:  # all that torch says of drivers and memory
+        except RuntimeError as error:  # torch's class for errors of drivers and memory
             self._graphs.clear()
             return " ".join(str(error).split())[:300]
         logger.info("steps of up to %d rows were captured in %.1f s", sizes[-1], time.monotonic() - began)
@@ -102,7 +102,7 @@ class TritonSteps:
     def _captured(self, num_rows: int, pool: Any) -> StepGraph:
         layout = lay_out([self._filler] * num_rows, self.cache.block_size, 1, table_width=self._table_width)
         array = torch.from_numpy(layout.array).to(self.device)
-        # A graph is for every context: what a split beyond a row's own would compute, is left out when it runs.
+        # A graph has the splits of the longest context; at run time programs skip splits beyond a row's context.
         inputs = layout.on(array)._replace(max_context=self._max_length)
         self._decoder.logits(self._decoder.forward(inputs))  # kernels are compiled outside of the capture
         torch.cuda.synchronize(self.device)
