@@ -1,8 +1,9 @@
 """Walks a JSON schema before it is compiled: bounds its cost, refuses what cannot be enforced, rewrites some keywords.
 
-llguidance does not say where a fault is, and it cannot be stopped while it compiles. So the walk names the place, as a
-JSON pointer, and bounds everything that makes compiling slow. It follows references from the root; a subschema that
-nothing refers to is not checked. The schema is changed in place, and no part of it moves, so references stay valid.
+llguidance does not report the place of an error, and it cannot be interrupted while it compiles. So the walk names the
+place as a JSON pointer, and bounds everything that makes compiling slow. It follows references from the root; a
+subschema without a reference to it is not checked. The schema is changed in place, and no part of it moves, so
+references stay valid.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from urllib.parse import quote, unquote, urldefrag, urljoin
 
 from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
 
-EXACT = 2**53  # integers up to here are exact as doubles, which is how the library keeps numbers
+EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
-MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and the values that they list: 0.2 s
+MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
 MAX_WRITTEN = 256 * 1024  # characters that rewriting may add to a schema
 MAX_POINTER = 200  # characters of a JSON pointer in a message
@@ -62,7 +63,7 @@ class SchemaLimits(NamedTuple):
 
 
 class WalkedSchema(NamedTuple):
-    """A schema ready to be compiled, and its subschemas, among which the place of a compiler's error is found."""
+    """A schema ready to be compiled, and its subschemas, to find the place of a compiler's error."""
 
     schema: Any
     places: list[tuple[str, dict[str, Any]]]  # every subschema with its pointer
@@ -103,7 +104,7 @@ def walk_schema(schema: Any, limits: SchemaLimits) -> WalkedSchema:
 
 class _Walk:
     def __init__(self, root: Any, limits: SchemaLimits) -> None:
-        self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by identity, which `_root` keeps
+        self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by `id`, which stays valid as `_root` is referenced
         self._root = root
         self._limits = limits
         self._targets: dict[int, Any] = {}  # of each node with a `$ref`
@@ -173,7 +174,7 @@ class _Walk:
                 yield f"{pointer}/{keyword}/{_escape(name)}", child, depth
 
     def _drop_harmless(self, pointer: str, node: dict[str, Any]) -> None:
-        """Drop or rewrite keywords that llguidance does not know, if that does not change which values are valid."""
+        """Drop or rewrite keywords that llguidance does not support, if the same values stay valid."""
         if not isinstance(node.get("format", ""), str):
             raise SchemaRefused(f"{pointer}/format", "a format is a string")
         node["format"] = ASCII_FORMATS.get(node.get("format", ""), node.get("format"))
@@ -209,8 +210,7 @@ class _Walk:
             self._expand_unique_items(pointer, node)
 
     def _rewrite_property_names(self, node: dict[str, Any]) -> None:
-        """Drop or rewrite `propertyNames`: strings are all names; a pattern becomes `patternProperties`, an enum
-        `properties`."""
+        """Drop `propertyNames` of any string. Rewrite a pattern as `patternProperties`, an enum as `properties`."""
         names = node.get("propertyNames")
         if not isinstance(names, dict):
             return
@@ -232,7 +232,7 @@ class _Walk:
                 del node["propertyNames"]
 
     def _may_write(self, num_characters: int) -> bool:
-        """Whether rewriting may add so many characters to the schema. If so, they are counted."""
+        """Whether rewriting may add `num_characters` to the schema. If so, counts them."""
         is_allowed = self._num_written + num_characters <= MAX_WRITTEN
         self._num_written += num_characters if is_allowed else 0
         return is_allowed
@@ -307,7 +307,7 @@ class _Walk:
     # References
 
     def _find_anchors(self) -> None:
-        """Note the subschemas that `$id` and `$anchor` name, and the base address of references in each subschema."""
+        """Record the subschemas that `$id` and `$anchor` name, and the base URI of references in each subschema."""
         waiting: list[tuple[str, Any, str]] = [("#", self._root, "")]
         while waiting:
             pointer, node, base = waiting.pop()
@@ -326,7 +326,7 @@ class _Walk:
                 waiting += [(f"{pointer}/{index}", child, base) for index, child in enumerate(node)]
 
     def _resolve(self, pointer: str, node: dict[str, Any]) -> tuple[str, Any]:
-        """The pointer and the target of a node's `$ref`. Rewrites a reference that is not a valid URI as one."""
+        """The pointer and the target of a node's `$ref`. Rewrites a reference that is no valid URI to a valid one."""
         reference = node["$ref"]
         if not isinstance(reference, str):
             raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
@@ -352,7 +352,7 @@ class _Walk:
         return target_pointer, target
 
     def _followed(self, pointer: str, node: Any) -> Any:
-        """The schema that a reference leads to, up to ten references in a row; any other schema itself."""
+        """The target of a reference, after up to ten references in a row; any other schema itself."""
         for _ in range(10):
             if not (isinstance(node, dict) and "$ref" in node):
                 break
@@ -362,7 +362,7 @@ class _Walk:
     # Rewriting
 
     def _are_disjoint(self, pointer: str, alternatives: list[Any]) -> bool:
-        """Whether no value can match two alternatives: then oneOf means anyOf. False if that is not known."""
+        """Whether no value can match two alternatives, so that oneOf equals anyOf. False if that is not known."""
         nodes = [self._followed(pointer, alternative) for alternative in alternatives]
         if not all(isinstance(node, dict) for node in nodes):
             return False
@@ -386,7 +386,7 @@ class _Walk:
         )
 
     def _tags(self, pointer: str, node: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-        """The required properties of an object schema, each with the values that are listed for it."""
+        """The required properties of an object schema, each with its listed values."""
         schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
         self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
         return {name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {}
@@ -450,7 +450,7 @@ class _Walk:
             pending = left
 
     def _has_finite_value(self, node: dict[str, Any], is_finite: Callable[[Any], bool]) -> bool:
-        """Whether a finite value matches, as far as `is_finite` tells of the subschemas."""
+        """Whether a finite value matches, given `is_finite` for the subschemas."""
         if not is_finite(self._targets.get(id(node))) or not all(map(is_finite, node.get("allOf", []))):
             return False
         for keyword in ("anyOf", "oneOf"):
@@ -495,7 +495,7 @@ class _Walk:
 
 
 def _remainders(divisor: float) -> int:
-    """How many states the automaton of a divisor has: one for each remainder. Powers of ten need none."""
+    """The number of states of a divisor's automaton: one for each remainder. Powers of ten need none."""
     return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
 
 
@@ -522,8 +522,7 @@ def _names(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _values(node: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The values that a schema lists, by a text that is the same for values that are equal in JSON; None if it lists
-    none."""
+    """The values that a schema lists, by a text that is the same for equal JSON values; None if it lists none."""
     if isinstance(node.get("enum"), list):
         values = node["enum"]
     elif "const" in node:

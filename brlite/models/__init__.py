@@ -1,4 +1,4 @@
-"""What a model is, without torch: its config, its shards, and the families that translate its names.
+"""A model's description, without torch: its config, its shards, and the families that translate its names.
 
 First file: `config.py`.
 """

@@ -1,6 +1,6 @@
-"""The sizes and options of a decoder of the Llama shape. Has no tensors and imports no torch.
+"""The sizes and options of a decoder with Llama's architecture. Has no tensors and imports no torch.
 
-What it does with them is a list of operations (`network.py`).
+`network.py` makes the list of operations from them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FLOAT32_BYTES = 4
 BFLOAT16_BYTES = 2
 KV_SCALE_BYTES = FLOAT32_BYTES
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
-QUANTIZATION_GROUP = 32  # integer weights share a scale of 2 bytes for each so many inputs of an output row
-# With its scale, and its minimum or zero point.
+QUANTIZATION_GROUP = 32  # this many inputs of an output row share one scale of 2 bytes, in integer weights
+# Bytes of a group with its scale, and its minimum or zero point.
 GROUP_BYTES: dict[MatrixForm, int] = {"int8": 34, "int8_f16": 34, "int4": 18, "int4_min": 20, "int4_zero": 20}
 
 
@@ -46,8 +46,7 @@ class Llama3Scaling(msgspec.Struct, frozen=True):
 
 
 class YarnScaling(msgspec.Struct, frozen=True):
-    """Stretched like `Llama3Scaling` along a ramp over dimensions; cosines and sines are multiplied by
-    `attention_factor`."""
+    """Like `Llama3Scaling`, with a ramp over dimensions. Cosines and sines are multiplied by `attention_factor`."""
 
     factor: float
     original_positions: int
@@ -61,7 +60,7 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary positions. The first `rotary_dim` of each head turn: halves against each other, or neighbours where
+    """Rotary positions. The first `rotary_dim` of each head are rotated, in pairs of the two halves, or neighbours if
     `interleaved`."""
 
     rotary_dim: int
@@ -71,10 +70,10 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of one decoder. The activation is SiLU, norms are RMS norms: the family has no others.
+    """The config of one decoder. The activation is always SiLU, norms are always RMS norms.
 
-    With `qk_norm` each head of queries and keys is normalised before it turns. `sliding_layers` are the layers that
-    look back `sliding_window` tokens only, the current one included; in `nope_layers` no head turns.
+    With `qk_norm` each head of queries and keys is normalised before its rotation. `sliding_layers` attend to the last
+    `sliding_window` tokens only, the current one included. `nope_layers` have no rotary positions.
     """
 
     vocab_size: int
@@ -123,7 +122,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_context(self) -> int:
-        """The longest context the model is made for: dynamic and yarn scaling stretch the positions it names."""
+        """The longest context that the model supports, which dynamic and YaRN scaling extend."""
         scaling = self.rope.scaling
         if isinstance(scaling, DynamicScaling | YarnScaling):
             return max(self.max_position_embeddings, int(scaling.original_positions * scaling.factor))
@@ -135,12 +134,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.sliding_window if len(self.sliding_layers) == self.num_layers else None
 
     def window(self, layer: int) -> int | None:
-        """How many tokens `layer` looks back; None for all of them."""
+        """The sliding window of `layer` in tokens; None if it sees the whole context."""
         return self.sliding_window if layer in self.sliding_layers else None
 
 
 def cache_dtype(precision: Precision, dtype: Literal["auto", "float32", "bfloat16"]) -> KVDtype:
-    """What keys and values are kept in: int8 by the precision, float32 only where `engine.dtype` asks for it."""
+    """The type of keys and values: int8 if the precision has it, float32 only if `engine.dtype` is float32."""
     if precision.kv == "int8":
         return "int8"
     return "float32" if dtype == "float32" else "bfloat16"

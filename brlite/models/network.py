@@ -1,8 +1,8 @@
 """A decoder as data: its operations in order, each with the parameters that it reads. No tensors, no mathematics.
 
 Torch runs the list (`backends/torch/decoder.py`). Native code (`backends/native/plan.py`) and the kernels for CUDA
-cards (`backends/torch/triton/plan.py`) compile it and fuse some. Weights are allocated, divided among ranks and counted
-by the parameters that it names. A new branch of the network is one more operation here, with its form in each of them.
+cards (`backends/torch/triton/plan.py`) compile it and fuse some. Its parameters determine which weights are allocated,
+divided among ranks and counted. A new kind of layer needs one more operation here, and its code in each of the three.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import msgspec
 from brlite.models.config import BFLOAT16_BYTES, FLOAT32_BYTES, GROUP_BYTES, QUANTIZATION_GROUP, ModelConfig
 from brlite.models.precision import MatrixForm
 
-# What a rank holds of a parameter. Rows: those of its heads (q, k and v), its half of gate and of up, or of its tokens.
-# Inputs: the columns that meet its heads or its part of the MLP; of their bias, rank 0 has all.
+# A rank's part of a parameter. Rows: those of its heads (q, k and v), its part of gate and of up, or of its tokens.
+# Inputs: the columns for its heads or for its part of the MLP. Rank 0 has the whole bias of such a matrix.
 Sharding = Literal["whole", "qkv", "gate_up", "vocabulary", "head_inputs", "mlp_inputs", "summed_bias"]
 
 
 class Parameter(msgspec.Struct, frozen=True):
-    """One tensor of the decoder. `weights` is the precision that the model is served in; the others are fixed.
+    """One tensor of the decoder. The precision "weights" is the model's; the other precisions are fixed.
 
-    A matrix that `is_looked_up` is read by rows: an embedding, which is the head too if its precision is `weights`.
+    A matrix with `is_looked_up` is an embedding, read by rows. It is also the head if its precision is "weights".
     """
 
     name: str
@@ -42,7 +42,7 @@ class MatrixPart(NamedTuple):
 
 
 class Embed(msgspec.Struct, frozen=True):
-    """The residual stream [T, H] begins as the rows of `weight` that token ids [T] name."""
+    """The residual stream [T, H] begins as the rows of `weight` for token ids [T]."""
 
     weight: Parameter
 
@@ -55,8 +55,8 @@ class Norm(msgspec.Struct, frozen=True):
 
 
 class Multiply(msgspec.Struct, frozen=True):
-    """`weight` times what the operation before gave, and `bias`. `output` names the result; `hidden` is the residual
-    stream, to which it is added."""
+    """`weight` times the previous operation's result, plus `bias`. `output` names the result; if it is `hidden`, it is
+    added to the residual stream."""
 
     name: str
     weight: Parameter
@@ -65,7 +65,7 @@ class Multiply(msgspec.Struct, frozen=True):
 
 
 class HeadNorm(msgspec.Struct, frozen=True):
-    """Each head of queries and of keys as `Norm` does it, with weights [D]."""
+    """RMS norm of each head of queries and of keys, with weights [D]."""
 
     query: Parameter
     key: Parameter
@@ -73,7 +73,7 @@ class HeadNorm(msgspec.Struct, frozen=True):
 
 
 class Rotate(msgspec.Struct, frozen=True):
-    """The first `rotary_dim` of each head of queries and keys turn by their position."""
+    """Rotates the first `rotary_dim` of each head of queries and keys by its position."""
 
     rotary_dim: int
 
@@ -86,7 +86,7 @@ class Attend(msgspec.Struct, frozen=True):
 
 
 class Gate(msgspec.Struct, frozen=True):
-    """silu(gate) · up, where a row is gate and then up, `size` each."""
+    """silu(gate) · up. A row has gate, then up, `size` numbers each."""
 
     size: int
 
@@ -162,7 +162,7 @@ def list_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def parameter_dtype(name: str) -> Literal["float32", "bfloat16"]:
-    """The digits of a parameter that every precision keeps: all of a norm's, those of bfloat16 of the others."""
+    """The type that every precision rounds a parameter to first: float32 for norms, bfloat16 for others."""
     return "float32" if name.endswith("norm") else "bfloat16"
 
 
@@ -171,7 +171,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool = False) -> int:
-    """Bytes of all parameters as torch holds them: `bytes_per_weight` each, but for norms, or some matrices in int8."""
+    """Bytes of all parameters in torch: `bytes_per_weight` for each weight, except norms and matrices in int8."""
     total = 0
     for parameter in list_parameters(config).values():
         if keeps_int8 and parameter.precision == "weights" and not parameter.is_looked_up:
@@ -184,9 +184,9 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool
 
 
 def native_weight_bytes(parameters: Mapping[str, Parameter], parts: Mapping[str, tuple[MatrixPart, ...]]) -> int:
-    """Bytes of `parameters` as native code holds them: vectors in float32, matrices in their `parts`.
+    """Bytes of `parameters` in native code: vectors in float32, matrices in their `parts`.
 
-    A matrix without parts is an embedding that is only looked up, in bfloat16; a tied one is the head's, held once.
+    A matrix without parts is an embedding that is only looked up, in bfloat16. A tied embedding is held once, as head.
     """
     total = 0
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""The precisions that a model may be served in, and the forms that each gives to a model's matrices and its KV cache.
+"""The precisions that a model may be served in, with the forms of its matrices and its KV cache.
 
 Rounding is elsewhere: bfloat16 in `checkpoint/stored_tensor.py`; int8 in native code, and for torch in
 `backends/torch/quantize.py`.
@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-# The manual's three, which every backend has and a bundle may be made for.
+# The manual's three precisions. Every backend has them, and a bundle may be made for each.
 PrecisionName = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
-# auto: what the files hold.
+# auto: the precision of the files.
 PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8", "a_int8_w_int8"]
 
-# How a matrix is held. Those behind int8 have the digits of quantized files: codes of 8 or 4 bits, with scales (and
-# minimums, or zero points) in half precision; int8 is rounded here, with scales in bfloat16.
+# The form of a matrix in memory. int8 is rounded by us, with scales in bfloat16. The forms after it keep the codes of
+# quantized files: 8 or 4 bits, with scales (and minimums, or zero points) in half precision.
 MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
 INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero"})
 
 
 class Precision(NamedTuple):
-    """What a model's matrices are rounded to, and what its KV cache holds. Norms are float32 in each of them.
+    """The forms of a model's matrices and of its KV cache. Norms are always float32.
 
-    `stored` matrices keep the digits of a quantized file where the kernels have a form for them, else become int8.
+    `stored` matrices keep the codes of a quantized file if the kernels have a form for them, else become int8.
     With `has_int8_activations` the inputs of matrices are int8, with one scale for 32 inputs. Only native code has it.
     """
 
@@ -36,7 +36,7 @@ class Precision(NamedTuple):
 
     @property
     def weights_name(self) -> str:
-        """The name that packed weights have in files: precisions with the same weights share it."""
+        """The name in packed files; precisions with the same weights share it."""
         if self.weights == "stored":
             return "stored"
         return next(name for name, precision in PRECISIONS.items() if precision.weights == self.weights)

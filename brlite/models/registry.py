@@ -1,4 +1,4 @@
-"""The families of models that are supported, and which of them a config.json belongs to."""
+"""The supported families of models, and the choice of the family of a config.json."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM,
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config: by its architecture, with whatever head, or by `model_type` without one.
+    """The family of a Hugging Face config: by its architecture (with any head), or by `model_type` if it names none.
 
-    Names are compared whole. Raises `ModelError` with the known ones.
+    Whole names are compared. Raises `ModelError` with the known ones.
     """
     architectures = config.get("architectures") or ()
     if not isinstance(architectures, list | tuple):

@@ -1,7 +1,7 @@
 """The angles of rotary positions as cosines and sines, for torch and native code alike. Needs numpy only.
 
 Powers, cosines and sines are rounded from float64, so that they are the same on every machine; all else is float32,
-step by step as in transformers. What turns by these angles, and in which layout, is the business of others.
+step by step as in transformers. The backends apply the rotation, each in its own layout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tensor parallelism: which rows and columns of each parameter a rank holds. Numbers only; imports no torch.
+"""Tensor parallelism: the rows and columns of each parameter that a rank holds. Numbers only; imports no torch.
 
 Every rank has some query heads with their key heads, a part of the MLP and a part of the vocabulary. Parts are as even
-as they can be, rank 0's the smallest; a key head is held by several ranks where there are fewer of them than ranks.
+as possible, rank 0's is the smallest. With fewer key heads than ranks, several ranks hold the same key head.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from brlite.errors import ConfigError
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.network import Parameter, Sharding, list_parameters
 
-LANES = 16  # native kernels write so many columns at a time: where ranks write side by side, parts begin at multiples
+LANES = 16  # native kernels write 16 columns at a time, so ranks that write to shared rows begin at multiples
 
 
 class Shard(msgspec.Struct, frozen=True):
-    """Rank `rank` of the `size` that compute a model together.
+    """Rank `rank` of the `size` ranks that compute a model together.
 
-    With `sums` the ranks add up what `o` and `down` give, each holding some of their columns; without, each holds some
-    of their rows and the ranks join what they give: as many numbers, the same bits as of one rank, twice the meetings.
+    With `sums` each rank holds some columns of `o` and `down`, and the ranks add up their products. Without, each holds
+    some rows, and the ranks join their outputs: as many numbers, the same bits as with one rank, twice the barriers.
     """
 
     rank: int
@@ -30,21 +30,21 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class ShardSlice(NamedTuple):
-    """A rank's part of one parameter: ranges of its rows, in order, and of each row these columns (None: all)."""
+    """A rank's part of one parameter: ranges of its rows, in order, and the columns of each row (None: all)."""
 
     rows: tuple[range, ...]
     columns: range | None = None
 
 
 def check_num_ranks(config: ModelConfig, size: int) -> None:
-    """Raise `ConfigError` where a dimension has fewer units than there are ranks."""
+    """Raise `ConfigError` if a dimension has fewer units than there are ranks."""
     for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "neurons in a layer")):
         if size > count:
             raise ConfigError(f"tensor_parallel is {size}; the model has {count} {what}, and each rank needs one")
 
 
 def check_groups(config: ModelConfig, size: int) -> None:
-    """Where ranks sum, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
+    """With `sums`, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
     for shard in (Shard(rank, size) for rank in range(size)):
         for sharding, part in _parts(config, shard).items():
             first = part.columns.start if part.columns else 0
@@ -82,7 +82,7 @@ def head_ranges(config: ModelConfig, shard: Shard) -> tuple[range, range]:
 
 
 def mlp_range(config: ModelConfig, shard: Shard) -> range:
-    """The rank's part of the MLP: with sums whole groups of int8 weights, if there are enough for all."""
+    """The rank's part of the MLP. With `sums` it has whole groups of int8 weights, if there are enough for all."""
     if not shard.sums:
         return _even_range(config.intermediate_size, shard.rank, shard.size, LANES)
     has_enough = config.intermediate_size >= QUANTIZATION_GROUP * shard.size
@@ -90,7 +90,7 @@ def mlp_range(config: ModelConfig, shard: Shard) -> range:
 
 
 def hidden_range(config: ModelConfig, shard: Shard) -> range:
-    """Without sums, the part of the residual stream that the rank adds to."""
+    """Without `sums`, the part of the residual stream that the rank adds to."""
     return _even_range(config.hidden_size, shard.rank, shard.size, LANES)
 
 
@@ -120,7 +120,7 @@ def parameter_parts(config: ModelConfig, shard: Shard) -> dict[str, ShardSlice]:
 
 
 def _parts(config: ModelConfig, shard: Shard) -> dict[Sharding, ShardSlice]:
-    """What the rank holds of parameters that ranks share in these ways."""
+    """The rank's part of a parameter, for each `Sharding`."""
     size = config.head_dim
     heads, kv_heads = (range(part.start * size, part.stop * size) for part in head_ranges(config, shard))
     mlp, whole = mlp_range(config, shard), range(config.hidden_size)

@@ -15,12 +15,12 @@ from brlite.models.families.family import Family, WeightNames
 from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes
 
 WEIGHT_NAMES: WeightNames = {**llama.WEIGHT_NAMES, "qkv": "model.layers.{}.self_attn.W_pack"}
-ALIBI_HIDDEN_SIZE = 5120  # of both 13B models; their configs say nothing of positions, which is how they say ALiBi
+ALIBI_HIDDEN_SIZE = 5120  # of both 13B models, whose configs have no key for ALiBi
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values)
-    # Only the 7B models name `max_position_embeddings`; the 13B ones call the length they were made for otherwise.
+    # Only the 7B models have `max_position_embeddings`; the 13B ones have another key for their context.
     if "max_position_embeddings" not in reader or reader.positive_int("hidden_size") == ALIBI_HIDDEN_SIZE:
         raise ModelError(
             "model config: Baichuan 13B has ALiBi in place of rotary positions, which is not supported; Baichuan2 7B is"

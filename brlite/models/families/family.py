@@ -1,4 +1,4 @@
-"""`Family`: how an architecture's config and weight names become those of the one decoder. No network code here."""
+"""`Family`: translates an architecture's config and weight names to those of our decoder. No network code here."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import msgspec
 from brlite.models.config import ModelConfig
 from brlite.models.network import list_parameters, parameter_dtype
 
-# What a checkpoint calls each part of the network; a matrix whose parts are tensors of their own there has several
-# names. `{}` stands for the number of the layer.
+# The checkpoint's name of each parameter. A matrix that the checkpoint stores as several tensors has several names.
+# `{}` stands for the number of the layer.
 WeightNames = Mapping[str, str | tuple[str, ...]]
 
 
 class WeightTarget(msgspec.Struct, frozen=True):
     """Where a checkpoint's tensor goes: rows `start` onwards of the decoder's `parameter`. `shape` is the tensor's.
 
-    With `has_unit_rows` each row is scaled to length 1 on its way there.
+    With `has_unit_rows` each row is scaled to length 1 while loading.
     """
 
     parameter: str
@@ -28,16 +28,16 @@ class WeightTarget(msgspec.Struct, frozen=True):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """The precision that the tensor's numbers are rounded to first, before any int8."""
+        """The type that the tensor's numbers are rounded to, before any quantization to int8."""
         return parameter_dtype(self.parameter)
 
 
 class Family(msgspec.Struct, frozen=True):
     """How the models of one `model_type` are read.
 
-    `weight_names` name every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
-    `unit_rows` are the parameters whose rows are scaled to length 1. `aliases` are other architectures by which
-    configs call the same.
+    `weight_names` name every tensor that a checkpoint must have; names that end with `ignored_suffixes` may be there
+    too. `unit_rows` are the parameters whose rows are scaled to length 1. `aliases` are other names of the architecture
+    in configs.
     """
 
     model_type: str
@@ -56,7 +56,7 @@ class Family(msgspec.Struct, frozen=True):
 
     @property
     def scorer_architecture(self) -> str | None:
-        """The architecture's name with a head that scores: transformers' `…ForSequenceClassification`."""
+        """The architecture's name with a scoring head: transformers' `…ForSequenceClassification`."""
         base = self.base_architecture
         return None if base is None else f"{base.removesuffix('Model')}ForSequenceClassification"
 
@@ -69,7 +69,7 @@ class Family(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, read_config=read_config)
 
     def weight_targets(self, config: ModelConfig) -> dict[str, WeightTarget]:
-        """Every tensor a checkpoint must hold, by its name there."""
+        """The target of every tensor that a checkpoint must have, by its name there."""
         parts = {
             "qkv": (config.q_size, config.kv_size, config.kv_size),
             "gate_up": (config.intermediate_size, config.intermediate_size),

@@ -1,6 +1,6 @@
 """Reads the keys of a Hugging Face `config.json`, of old or new versions. Every error is a `ModelError` naming the key.
 
-What the keys mean for a given family is in that family's file.
+The file of each family interprets its own keys.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, R
 
 DEFAULT_THETA = 10_000.0
 MAX_SIZE = 2**31 - 1
-MIN_NUMBER, MAX_NUMBER = 1e-30, 1e15  # what is computed of them stays finite
-MAX_LAYERS = 4096  # every layer's tensors are named before they are looked for
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e15  # results computed from them stay finite
+MAX_LAYERS = 4096  # a bound for the list of names, which is made before tensors are read
 
 
 class ConfigReader:
@@ -42,7 +42,7 @@ class ConfigReader:
         return len(self._values)
 
     def value(self, key: str) -> Any:
-        """The value as it is, unchecked; None where there is none."""
+        """The unchecked value; None if there is none."""
         return self._values.get(key)
 
     def positive_int(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
@@ -76,7 +76,7 @@ class ConfigReader:
         return list(value)
 
     def section(self, key: str) -> ConfigReader:
-        """The mapping under `key`; an empty one where there is none."""
+        """The mapping under `key`; an empty one if there is none."""
         value = self._get(key, {})
         if not isinstance(value, Mapping):
             raise self.error(key, "an object", value)
@@ -95,7 +95,7 @@ class ConfigReader:
 
 
 def check_supported(reader: ConfigReader) -> None:
-    """Raise `ModelError` for what no family here can compute: other activations, weights packed by a quantizer."""
+    """Raise `ModelError` for features that no family supports: other activations, weights packed by a quantizer."""
     activation = reader.text("hidden_act", "silu")
     if activation != "silu":
         raise reader.error("hidden_act", "silu", activation)

@@ -18,7 +18,7 @@ CLASS_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = CLASS_DEFAULTS) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=class_defaults)
     check_supported(reader)
-    # The window stands in every config of this family; it counts only where switched on.
+    # Every config of this family has a window; it is used only if `use_sliding_window` is true.
     has_window = reader.flag("use_sliding_window", False) and values.get("sliding_window", DEFAULT_WINDOW) is not None
     return ModelConfig(
         **read_sizes(reader),
