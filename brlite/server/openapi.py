@@ -189,7 +189,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/models/load"): Operation("Load a model", (ModelAction,), ModelActionDone),
     ("post", "/models/unload"): Operation("Unload a model", (ModelAction,), ModelActionDone),
     ("get", "/props"): Operation("llama.cpp's numbers of a model", answer=ModelProps, query=("model",)),
-    ("get", "/slots"): Operation("What runs, as llama.cpp tells it", answer=list[SlotState], query=("model",)),
+    ("get", "/slots"): Operation("Running requests, as llama.cpp's slots", answer=list[SlotState], query=("model",)),
     ("get", "/load"): Operation("Requests in progress", answer=dict[str, int]),
     ("get", "/version"): Operation("The version", answer=dict[str, str]),
     ("get", "/health"): Operation("Is the process alive", answer=dict[str, str]),

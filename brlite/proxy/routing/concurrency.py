@@ -91,7 +91,7 @@ class ConcurrencyLimit:
         While requests wait, keys get slots in proportion to their weights. If another key fills the queue, its newest
         request is dropped.
         """
-        assert self.num_in_flight >= self._max_in_flight, "a place is free: on_turn would never be called"
+        assert self.num_in_flight >= self._max_in_flight, "a slot is free: on_turn would never be called"
         if weight != 1:
             self._weights[key] = weight
         elif self._weights:
