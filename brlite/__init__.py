@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from brlite.llm import LLM, AsyncEngine
     from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LLM",
     "AsyncEngine",

@@ -60,6 +60,16 @@ def test_an_index_shows_version_system_and_python(shown: Message) -> None:
     assert shown["Requires-Python"] == ">=3.10"
 
 
+def test_every_file_that_names_the_version_names_this_one() -> None:
+    named = {
+        "CITATION.cff": r"^version: (.+)$",
+        "deploy/kubernetes/kustomization.yaml": r'^ +newTag: "(.+)"$',
+    }
+    found = {file: re.findall(line, (ROOT / file).read_text(), re.MULTILINE) for file, line in named.items()}
+
+    assert found == {file: [brlite.__version__] for file in named}
+
+
 def test_what_is_imported_is_required_and_nothing_else(shown: Message) -> None:
     lines = shown.get_all("Requires-Dist", [])
     required = {NAME.match(line)[0] for line in lines if "extra ==" not in line}  # type: ignore[index]
