@@ -1,6 +1,6 @@
 """The sampling values that a model's files recommend: `generation_config.json`, or `general.sampling.*` of a GGUF file.
 
-They are returned as they stand in the file; `llm.py` checks them.
+They are returned as they stand in the file; `llm` checks them.
 """
 
 from __future__ import annotations

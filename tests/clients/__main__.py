@@ -53,8 +53,8 @@ CLIENTS = {
     "langchain-openai": Client(
         "langchain_openai_suite.py", ("langchain-openai==1.7.4", "langchain-tests==1.1.9"), needs_model=True
     ),
-    "langchain.js": Client("langchain_js.js", ("@langchain/openai@1.5.8", "@langchain/core@1.4.0", "zod@4.6.7")),
-    "ai": Client("ai_sdk.js", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7")),
+    "langchain.js": Client("langchain_js.js", ("@langchain/openai@1.6.0", "@langchain/core@1.4.0", "zod@4.6.7")),
+    "ai": Client("ai_sdk.js", ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")),
     "opencode": Client("opencode_agent.js", ("opencode-ai@1.18.33",)),
     "llama-index": Client(
         "llama_index_client.py",
@@ -62,7 +62,7 @@ CLIENTS = {
     ),
     "llm": Client("llm_cli.py", ("llm==0.36",)),
     "smolagents": Client("smolagents_client.py", ("smolagents[openai]==1.26.0",), needs_model=True),
-    "dspy": Client("dspy_client.py", ("dspy[numpy]==3.4.1", "litellm==1.108.7"), needs_model=True),
+    "dspy": Client("dspy_client.py", ("dspy[numpy]==3.4.1", "litellm==1.110.2"), needs_model=True),
     "litellm-proxy": Client("litellm_proxy.py", ("litellm[proxy]==1.108.7",)),
     "aider": Client("aider_agent.py", ("aider-chat==0.86.2",)),
     "lm-eval": Client("lm_eval_harness.py", ("lm-eval[api]==0.4.13",), needs_model=True),
@@ -113,13 +113,13 @@ def run_beside_server(kind: str, command: list[str]) -> int:
 
 
 def wait_ready(url: str, server: subprocess.Popen[bytes]) -> str:
-    """Wait until the server answers. Returns the name of its model."""
+    """Wait until the server takes requests: it lists its model before it has loaded it. Returns the model's name."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            with urllib.request.urlopen(f"{url}/ready"), urllib.request.urlopen(f"{url}/v1/models") as answer:
                 return str(json.load(answer)["data"][0]["id"])
-        except OSError:
+        except OSError:  # it does not listen yet, or answers 503
             time.sleep(0.2)
     raise RuntimeError("the server did not start")
 

@@ -1,12 +1,7 @@
-"""Builds a model: files, tokenizer, backend, engine. The only file that imports both the engine and the backends.
-
-`LLM` is offline inference without an event loop; `AsyncEngine` runs on the event loop of its caller.
-"""
+"""`LLM`: offline inference, without an event loop. Each call steps the engine until its outputs are complete."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import itertools
 import logging
 import math
@@ -14,232 +9,30 @@ import os
 import sys
 import threading
 import weakref
-from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import msgspec
 
 from brlite.config.load import load_config
-from brlite.config.options import (
-    DEFAULT_MODEL,
-    DEFAULT_MODEL_SAMPLING,
-    ENGINE_VARIABLE,
-    Config,
-    LimitsConfig,
-    ModelSpec,
-)
+from brlite.config.options import ENGINE_VARIABLE, Config
 from brlite.config.validation import engine_override, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine.admission import read_token_ids
-from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
-from brlite.engine.scoring import ScoringHead
-from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
-from brlite.process.waiting import start_daemon
+from brlite.errors import BrliteError, EngineError, InvalidRequest
+from brlite.llm.loading import build_engine
 from brlite.sampling_params import PoolingParams, SamplingParams
-from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
+from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-OnProgress = Callable[[str, float], None]
-
-
-class Assembly(NamedTuple):
-    """A loaded model: the engine decides what to compute, the backend computes it."""
-
-    engine: Engine
-    backend: Backend
-
-    @property
-    def backends(self) -> list[Backend]:
-        """The backend, and that of the draft model if there is one. The owner of the assembly closes them."""
-        draft_model = self.engine.draft_model
-        return [self.backend] if draft_model is None else [self.backend, draft_model.backend]
-
-    def close(self) -> None:
-        """Free a model that is not being served."""
-        self.engine.tokenizer.close()
-        for backend in self.backends:
-            backend.close()
-
-
-def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
-    """Load a model of the config, by default the first one. Returns when its weights are loaded. Thread-safe.
-
-    `on_progress` gets the name of a stage and the fraction of it that is done. Raises `ModelError` or `ConfigError`.
-    """
-    spec = spec or config.model[0]
-    load = _load_own if config.engine.name is None else _load_from_contract
-    tokenizer, backend, path, scoring_head, draft_backend = load(config, spec, on_progress or _ignore)
-    defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
-    for note in backend.info.notes:
-        logger.warning("model %s: %s", spec.name, note)
-    engine = Engine(
-        backend.info,
-        tokenizer,
-        config.engine,
-        config.limits,
-        grammar=config.grammar,
-        sampling_defaults=defaults,
-        scoring_head=scoring_head,
-        draft_backend=draft_backend,
-    )
-    return Assembly(engine, backend)
-
-
-def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
-    """The sampling defaults in the model's files, for requests without their own values. Invalid values are left out.
-
-    The files of the default model have none; it gets the values of its model card.
-    """
-    from brlite.checkpoint.generation_config import read_recommended_sampling
-
-    if spec.generation_config == "none":
-        return {}
-    recommended, source = read_recommended_sampling(path), "generation config"
-    if not recommended and (spec.name, spec.path) == (DEFAULT_MODEL, None):
-        recommended, source = dict(DEFAULT_MODEL_SAMPLING), "model card"
-    defaults: dict[str, Any] = {}
-    for name, value in recommended.items():
-        try:
-            defaults[name] = getattr(SamplingParams(**{name: value}), name)
-        except InvalidRequest as error:
-            logger.warning("model %s: its generation config is not used where %s", spec.name, error)
-    if defaults.get("top_k", 0) > vocab_size:
-        defaults["top_k"] = -1
-    if defaults:
-        values = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
-        logger.info(
-            'model %s: sampling defaults of its %s: %s (generation_config = "none" turns them off)',
-            spec.name,
-            source,
-            values,
-        )
-    return defaults
-
-
-class ModelParts(NamedTuple):
-    """The parts of a model. `path` is the path of its files, None if the engine has its own tokenizer."""
-
-    tokenizer: Tokenizer
-    backend: Backend
-    path: Path | None
-    scoring_head: ScoringHead | None = None
-    draft_backend: Backend | None = None
-
-
-def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """Load a model with one of brlite's own backends."""
-    from brlite.backends.choose import load_backend
-    from brlite.backends.draft import check_draft, load_draft
-    from brlite.backends.sizes import settle_context
-    from brlite.backends.torch.device import prepare_environment
-    from brlite.checkpoint import open_checkpoint
-    from brlite.checkpoint.checked_model import check_model
-    from brlite.checkpoint.fetch import locate_model
-    from brlite.checkpoint.pooling_config import settle_pooling
-    from brlite.checkpoint.scoring_head import read_scoring_head
-
-    prepare_environment()
-    path = locate_model(spec.name, spec.path, report)
-    with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
-        spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
-        spec = settle_pooling(path, checkpoint.config, spec)
-        # Find errors in the files before reading weights and importing torch.
-        model = check_model(checkpoint, spec)
-        head = read_scoring_head(checkpoint, model)
-        scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
-        report("reading the tokenizer", 0.0)
-        tokenizer = _load_tokenizer(path, spec, config.limits)
-        unless_loaded.callback(tokenizer.close)
-        _check_vocabulary(tokenizer, model.config.vocab_size, path)
-        check_draft(spec, config.engine, tokenizer)
-        backend = load_backend(checkpoint, model, spec, config.engine, report)
-        unless_loaded.callback(backend.close)
-        draft_backend = load_draft(spec, config.engine, backend.info, report)
-        unless_loaded.pop_all()
-        return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
-
-
-def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
-    from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
-    from brlite.backends.plugins.discovery import make_engine
-    from brlite.backends.plugins.slot_backend import SlotBackend
-    from brlite.checkpoint.fetch import default_sources, locate_model
-
-    assert config.engine.name is not None  # checked by build_engine
-    spec = with_static_context(spec)
-    engine = make_engine(config.engine.name)
-    if isinstance(engine, BringsTokenizer):
-        if spec.chat_template is not None:
-            logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
-        report(f"opening engine {config.engine.name}", 0.0)
-        return ModelParts(engine.tokenizer(), SlotBackend(engine, spec, config.engine), None)
-    path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
-    tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
-    report(f"opening engine {config.engine.name}", 0.0)
-    backend = SlotBackend(engine, spec, config.engine)
-    try:
-        _check_vocabulary(tokenizer, backend.info.vocab_size, path)
-    except ModelError:
-        backend.close()
-        raise
-    return ModelParts(tokenizer, backend, path)
-
-
-def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:
-    return load_tokenizer(
-        path,
-        chat_template=Path(spec.chat_template) if spec.chat_template else None,
-        template_limits=ChildLimits(limits.template_seconds, limits.template_memory_bytes),
-        control_tokens_in_text=spec.control_tokens_in_text,
-    )
-
-
-class AsyncEngine(EngineLoop):
-    """An engine for asyncio programs: `async with AsyncEngine.from_config(config) as engine: …`."""
-
-    @classmethod
-    async def load(
-        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
-    ) -> AsyncEngine:
-        """Load a model of the config on another thread and start its engine. The caller closes the engine."""
-        check_supported(config)
-
-        def build() -> Assembly:
-            assembly = build_engine(config, spec, on_progress)
-            if config.grammar.preload:  # now: reading the vocabulary later would block all streams
-                (on_progress or _ignore)("reading the vocabulary for grammars", 0.0)
-                assembly.engine.compiler.prepare()
-            return assembly
-
-        assembly = await _on_a_thread(build, Assembly.close)
-        engine = cls(assembly.engine, assembly.backend)
-        await engine.start()
-        return engine
-
-    @classmethod
-    @asynccontextmanager
-    async def from_config(
-        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
-    ) -> AsyncIterator[AsyncEngine]:
-        """Load a model of the config on another thread. The engine runs inside the block and is closed at its end."""
-        engine = await cls.load(config, spec, on_progress)
-        try:
-            yield engine
-        finally:
-            await engine.close()
 
 
 class LLM:
@@ -506,60 +299,3 @@ def _one_for_each(params: SamplingParams | Sequence[SamplingParams], num_prompts
             param="sampling_params",
         )
     return params
-
-
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
-    if highest >= vocab_size:
-        raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
-
-
-async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
-    """The bytes of a model's weights and KV cache. If the model is not local, downloads it on another thread."""
-    from brlite.backends.sizes import sizes_at
-    from brlite.checkpoint.fetch import locate_model
-
-    def measure() -> int:
-        path = locate_model(spec.name, spec.path, on_progress or _ignore)
-        return sizes_at(path, spec, config.engine).num_bytes
-
-    return await _on_a_thread(measure, lambda _: None)
-
-
-class EngineLoader:
-    """Loads the models of a config, for `server.model_manager`."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    async def known_bytes(self, spec: ModelSpec) -> int | None:
-        """0 for a model of an engine plugin; None for others: `measure` finds it once the files are local."""
-        return 0 if self.config.engine.name is not None else None
-
-    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        return await model_bytes(self.config, spec, report)
-
-    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
-        return await AsyncEngine.load(self.config, spec, report)
-
-    def settle(self) -> None:
-        gc.collect()
-
-
-async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
-    """Run `work` on a daemon thread. If the caller is cancelled, `drop` is called with the later result, if any."""
-
-    def drop_result(done: Future[T]) -> None:
-        if done.exception() is None:
-            drop(done.result())
-
-    done = start_daemon(work, "brlite-load")
-    try:
-        return await asyncio.wrap_future(done)
-    except asyncio.CancelledError:
-        done.add_done_callback(drop_result)
-        raise
-
-
-def _ignore(stage: str, fraction: float) -> None:
-    """The default `on_progress`: does nothing."""

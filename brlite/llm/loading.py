@@ -1,0 +1,186 @@
+"""Loads a model: files, tokenizer, backend, engine. The only file that imports both the engine and the backends."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brlite.config.options import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Config, LimitsConfig, ModelSpec
+from brlite.engine.backend import Backend
+from brlite.engine.engine import Engine
+from brlite.engine.scoring import ScoringHead
+from brlite.errors import InvalidRequest, ModelError
+from brlite.sampling_params import SamplingParams
+from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, float], None]
+
+
+class Assembly(NamedTuple):
+    """A loaded model: the engine decides what to compute, the backend computes it."""
+
+    engine: Engine
+    backend: Backend
+
+    @property
+    def backends(self) -> list[Backend]:
+        """The backend, and that of the draft model if there is one. The owner of the assembly closes them."""
+        draft_model = self.engine.draft_model
+        return [self.backend] if draft_model is None else [self.backend, draft_model.backend]
+
+    def close(self) -> None:
+        """Free a model that is not being served."""
+        self.engine.tokenizer.close()
+        for backend in self.backends:
+            backend.close()
+
+
+def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
+    """Load a model of the config, by default the first one. Returns when its weights are loaded. Thread-safe.
+
+    `on_progress` gets the name of a stage and the fraction of it that is done. Raises `ModelError` or `ConfigError`.
+    """
+    spec = spec or config.model[0]
+    load = _load_builtin if config.engine.name is None else _load_from_contract
+    tokenizer, backend, path, scoring_head, draft_backend = load(config, spec, on_progress or ignore_progress)
+    defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
+    for note in backend.info.notes:
+        logger.warning("model %s: %s", spec.name, note)
+    engine = Engine(
+        backend.info,
+        tokenizer,
+        config.engine,
+        config.limits,
+        grammar=config.grammar,
+        sampling_defaults=defaults,
+        scoring_head=scoring_head,
+        draft_backend=draft_backend,
+    )
+    return Assembly(engine, backend)
+
+
+def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    """The sampling defaults in the model's files, for requests without their own values. Invalid values are left out.
+
+    The files of the default model have none; it gets the values of its model card.
+    """
+    from brlite.checkpoint.generation_config import read_recommended_sampling
+
+    if spec.generation_config == "none":
+        return {}
+    recommended, source = read_recommended_sampling(path), "generation config"
+    if not recommended and (spec.name, spec.path) == (DEFAULT_MODEL, None):
+        recommended, source = dict(DEFAULT_MODEL_SAMPLING), "model card"
+    defaults: dict[str, Any] = {}
+    for name, value in recommended.items():
+        try:
+            defaults[name] = getattr(SamplingParams(**{name: value}), name)
+        except InvalidRequest as error:
+            logger.warning("model %s: its generation config is not used where %s", spec.name, error)
+    if defaults.get("top_k", 0) > vocab_size:
+        defaults["top_k"] = -1
+    if defaults:
+        values = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+        logger.info(
+            'model %s: sampling defaults of its %s: %s (generation_config = "none" turns them off)',
+            spec.name,
+            source,
+            values,
+        )
+    return defaults
+
+
+class ModelParts(NamedTuple):
+    """The parts of a model. `path` is the path of its files, None if the engine has its own tokenizer."""
+
+    tokenizer: Tokenizer
+    backend: Backend
+    path: Path | None
+    scoring_head: ScoringHead | None = None
+    draft_backend: Backend | None = None
+
+
+def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
+    """Load a model with one of brlite's own backends."""
+    from brlite.backends.choose import load_backend
+    from brlite.backends.draft import check_draft, load_draft
+    from brlite.backends.sizes import settle_context
+    from brlite.backends.torch.device import prepare_environment
+    from brlite.checkpoint import open_checkpoint
+    from brlite.checkpoint.checked_model import check_model
+    from brlite.checkpoint.fetch import locate_model
+    from brlite.checkpoint.pooling_config import settle_pooling
+    from brlite.checkpoint.scoring_head import read_scoring_head
+
+    prepare_environment()
+    path = locate_model(spec.name, spec.path, report)
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
+        spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
+        spec = settle_pooling(path, checkpoint.config, spec)
+        # Find errors in the files before reading weights and importing torch.
+        model = check_model(checkpoint, spec)
+        head = read_scoring_head(checkpoint, model)
+        scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
+        report("reading the tokenizer", 0.0)
+        tokenizer = _load_tokenizer(path, spec, config.limits)
+        unless_loaded.callback(tokenizer.close)
+        _check_vocabulary(tokenizer, model.config.vocab_size, path)
+        check_draft(spec, config.engine, tokenizer)
+        backend = load_backend(checkpoint, model, spec, config.engine, report)
+        unless_loaded.callback(backend.close)
+        draft_backend = load_draft(spec, config.engine, backend.info, report)
+        unless_loaded.pop_all()
+        return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
+
+
+def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
+    """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
+    from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
+    from brlite.backends.plugins.discovery import make_engine
+    from brlite.backends.plugins.slot_backend import SlotBackend
+    from brlite.checkpoint.fetch import default_sources, locate_model
+
+    assert config.engine.name is not None  # checked by build_engine
+    spec = with_static_context(spec)
+    engine = make_engine(config.engine.name)
+    if isinstance(engine, BringsTokenizer):
+        if spec.chat_template is not None:
+            logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
+        report(f"opening engine {config.engine.name}", 0.0)
+        return ModelParts(engine.tokenizer(), SlotBackend(engine, spec, config.engine), None)
+    path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
+    tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
+    report(f"opening engine {config.engine.name}", 0.0)
+    backend = SlotBackend(engine, spec, config.engine)
+    try:
+        _check_vocabulary(tokenizer, backend.info.vocab_size, path)
+    except ModelError:
+        backend.close()
+        raise
+    return ModelParts(tokenizer, backend, path)
+
+
+def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:
+    return load_tokenizer(
+        path,
+        chat_template=Path(spec.chat_template) if spec.chat_template else None,
+        template_limits=ChildLimits(limits.template_seconds, limits.template_memory_bytes),
+        control_tokens_in_text=spec.control_tokens_in_text,
+    )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
+    if highest >= vocab_size:
+        raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
+
+
+def ignore_progress(stage: str, fraction: float) -> None:
+    """The default `on_progress`: does nothing."""

@@ -1,0 +1,100 @@
+"""`AsyncEngine`: a model in the event loop of its caller; and the loader of a server's models."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from brlite.config.options import Config, ModelSpec
+from brlite.config.warnings import check_supported
+from brlite.engine.async_engine import EngineLoop
+from brlite.llm.loading import Assembly, OnProgress, build_engine, ignore_progress
+from brlite.process.waiting import start_daemon
+
+T = TypeVar("T")
+
+
+class AsyncEngine(EngineLoop):
+    """An engine for asyncio programs: `async with AsyncEngine.from_config(config) as engine: …`."""
+
+    @classmethod
+    async def load(
+        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
+    ) -> AsyncEngine:
+        """Load a model of the config on another thread and start its engine. The caller closes the engine."""
+        check_supported(config)
+
+        def build() -> Assembly:
+            assembly = build_engine(config, spec, on_progress)
+            if config.grammar.preload:  # now: reading the vocabulary later would block all streams
+                (on_progress or ignore_progress)("reading the vocabulary for grammars", 0.0)
+                assembly.engine.compiler.prepare()
+            return assembly
+
+        assembly = await _on_a_thread(build, Assembly.close)
+        engine = cls(assembly.engine, assembly.backend)
+        await engine.start()
+        return engine
+
+    @classmethod
+    @asynccontextmanager
+    async def from_config(
+        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
+    ) -> AsyncIterator[AsyncEngine]:
+        """Load a model of the config on another thread. The engine runs inside the block and is closed at its end."""
+        engine = await cls.load(config, spec, on_progress)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
+    """The bytes of a model's weights and KV cache. If the model is not local, downloads it on another thread."""
+    from brlite.backends.sizes import sizes_at
+    from brlite.checkpoint.fetch import locate_model
+
+    def measure() -> int:
+        path = locate_model(spec.name, spec.path, on_progress or ignore_progress)
+        return sizes_at(path, spec, config.engine).num_bytes
+
+    return await _on_a_thread(measure, lambda _: None)
+
+
+class EngineLoader:
+    """Loads the models of a config, for `server.model_manager`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        """0 for a model of an engine plugin; None for others: `measure` finds it once the files are local."""
+        return 0 if self.config.engine.name is not None else None
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        return await model_bytes(self.config, spec, report)
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        return await AsyncEngine.load(self.config, spec, report)
+
+    def settle(self) -> None:
+        gc.collect()
+
+
+async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
+    """Run `work` on a daemon thread. If the caller is cancelled, `drop` is called with the later result, if any."""
+
+    def drop_result(done: Future[T]) -> None:
+        if done.exception() is None:
+            drop(done.result())
+
+    done = start_daemon(work, "brlite-load")
+    try:
+        return await asyncio.wrap_future(done)
+    except asyncio.CancelledError:
+        done.add_done_callback(drop_result)
+        raise
