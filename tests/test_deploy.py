@@ -289,10 +289,22 @@ def test_every_systemd_unit_gives_running_streams_their_grace() -> None:
     assert units
 
     for unit in units:
-        parser = configparser.ConfigParser(interpolation=None)
+        parser = configparser.ConfigParser(interpolation=None, strict=False)  # an option may come again
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         parser.read(unit)
         assert float(parser["Service"]["TimeoutStopSec"]) >= Config().server.drain_seconds + CLOSING_SECONDS, unit
+
+
+def test_pods_and_units_keep_the_models_of_a_hub_in_a_folder_that_they_may_write() -> None:
+    serving = container(DEPLOYMENTS["brlite"])
+    pod_variables = {variable["name"]: variable.get("value") for variable in serving["env"]}
+    unit = (DEPLOY / "systemd" / "brlite.service").read_text(encoding="utf-8")
+    unit_variables = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.MULTILINE))
+
+    assert pod_variables["BRLITE_CACHE"] in {mount["mountPath"] for mount in serving["volumeMounts"]}
+    assert unit_variables["BRLITE_CACHE"] == "/var/cache/" + re.findall(r"^CacheDirectory=(.*)$", unit, re.MULTILINE)[0]
+    for variables in (pod_variables, unit_variables):
+        assert Path(variables["HF_HOME"]).parent == Path(variables["BRLITE_CACHE"])
 
 
 def test_the_docs_of_docker_name_enough_time() -> None:

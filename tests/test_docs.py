@@ -52,8 +52,9 @@ NOT_RUN_HERE = {
     "README-3": "it is the command that runs this test",
     "README-4": "the models would be downloaded",
     "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
-    "deployment-1": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
+    "deployment-1": "needs systemd, and root",
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
+    "deployment-3": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "devices-1": "needs a card; `.ci/run` runs the check with --device cpu",
     "http-api-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "installation-1": "the same command as README-1",
@@ -165,6 +166,13 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
     rows = table("http-api", "## Sampling parameters")
 
     assert {name for row in rows for name in row.split("`, `")} == fields
+
+
+def test_the_environment_variables_are_those_of_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
+    section = PAGES["cli"].split("## Environment variables", 1)[1]
+
+    assert set(re.findall(r"`(BRLITE_\w+)`", section)) == set(re.findall(r'"(BRLITE_[A-Z_]+)"', code))
 
 
 def test_the_toys_options_are_those_of_the_code() -> None:

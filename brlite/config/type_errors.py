@@ -140,5 +140,5 @@ def describe(kind: inspect.Type) -> str:
     name = _NAMES.get(type(kind), "something else")
     low, above, high = (getattr(kind, bound, None) for bound in ("ge", "gt", "le"))
     if low is not None:
-        return f"{name} from {low:.12g} to {high:.12g}" if high is not None else f"{name} of at least {low:.12g}"
-    return name if above is None else f"{name} above {above:.12g}, at most {high:.12g}"
+        return f"{name} from {low:.15g} to {high:.15g}" if high is not None else f"{name} of at least {low:.15g}"
+    return name if above is None else f"{name} above {above:.15g}, at most {high:.15g}"

@@ -1,15 +1,18 @@
 """The manual's set-up for several models: a service of each, and an nginx before them that looks at no request.
 
 nginx is Debian's, its configuration the manual's, word for word but for the addresses. Whichever service it picks, the
-one that has the model answers.
+one that has the model answers. The last test has the configuration of docs/deployment.md, with TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,10 +21,11 @@ from pathlib import Path
 
 import openai
 import pytest
-from aiohttp import HttpVersion10
+from aiohttp import ClientSession, HttpVersion10
 
 from tests.limits import PATIENCE_SECONDS
-from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, start_as_in_the_manual
+from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, served, start_as_in_the_manual
+from tests.proxy.test_tls import MAKE_CERTIFICATE
 
 Connect = Callable[..., openai.AsyncOpenAI]
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -65,21 +69,33 @@ MODELS = ("a", "b")
 NUM_FOR_EACH = 6  # of one kind to one model: nginx takes turns, so each service gets three of them
 
 
+DOCS_CONF = re.search(
+    r"```nginx\n(.*?)```", (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
 @contextmanager
 def nginx_before(folder: Path, *urls: str) -> Iterator[str]:
     """The address of an nginx before two services, while inside."""
-    program = shutil.which("nginx", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/usr/local/sbin")))
-    if program is None:
-        pytest.skip("nginx is not installed; on Debian: apt-get install nginx")
     port, conf = free_port(), MANUALS_CONF
     for number, url in enumerate(urls, 1):
         conf = conf.replace(f"host_ip{number}:port{number}", url.removeprefix("http://"))
-    (folder / "brvllm.conf").write_text(conf.replace("port3;", f"127.0.0.1:{port};"))
+    with nginx(folder, conf.replace("port3;", f"127.0.0.1:{port};"), port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def nginx(folder: Path, conf: str, port: int) -> Iterator[None]:
+    """An nginx with the `server` of `conf`, which listens to `port`, while inside. Its files are in `folder`."""
+    program = shutil.which("nginx", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/usr/local/sbin")))
+    if program is None:
+        pytest.skip("nginx is not installed; on Debian: apt-get install nginx")
+    (folder / "brvllm.conf").write_text(conf)
     (folder / "nginx.conf").write_text(OWN_CONF)
     process = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf"])
     try:
         wait_listening(port, process)
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
         process.terminate()
         process.wait(timeout=PATIENCE_SECONDS)
@@ -130,6 +146,13 @@ def services(folder: Path) -> Iterator[tuple[Service, Service]]:
 def url(folder: Path, services: tuple[Service, Service]) -> Iterator[str]:
     with nginx_before(folder, *(service.url for service in services)) as url:
         yield url
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """The `cert.pem` of `localhost`, with its `key.pem` beside it."""
+    subprocess.run(MAKE_CERTIFICATE, cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path / "cert.pem"
 
 
 @pytest.fixture
@@ -270,6 +293,38 @@ async def test_placeholders_for_an_address_are_warned_about_and_never_dialled(tm
     warnings = [line for line in services[0].log.splitlines() if " WARNING " in line]
     assert len(warnings) == 2
     assert all(url in line for url, line in zip(placeholders, warnings, strict=True))
+
+
+async def test_the_nginx_of_the_docs_has_tls_and_forwards_a_stream_event_by_event(
+    tmp_path: Path, certificate: Path
+) -> None:
+    assert DOCS_CONF is not None
+    port, conf = free_port(), DOCS_CONF[1]
+    foreign, toml = Gated("c"), '[server]\nport = {port}\n\n[[upstream]]\nurl = "{url}"\nmodels = ["c"]\n'
+    async with foreign.listening() as address:
+        with served(tmp_path, "brlite", toml, url=address) as service:
+            for theirs, ours in {
+                "listen 443": f"listen 127.0.0.1:{port}",
+                "/etc/ssl/llm.pem": str(certificate),
+                "/etc/ssl/llm.key": str(certificate.with_name("key.pem")),
+                "http://127.0.0.1:8000": service.url,
+            }.items():
+                assert theirs in conf
+                conf = conf.replace(theirs, ours)
+            trusted = ssl.create_default_context(cafile=str(certificate))
+            body = {"model": "c", "prompt": "Hi", "stream": True}
+            received = []
+            with nginx(tmp_path, conf, port):
+                async with (
+                    ClientSession() as session,
+                    session.post(f"https://localhost:{port}/v1/completions", json=body, ssl=trusted) as answer,
+                ):
+                    async for line in answer.content:
+                        if line.startswith(b"data: {"):
+                            received.append(json.loads(line[6:])["choices"][0]["text"])
+                            foreign.gate.release()
+
+    assert received == GATED
 
 
 async def refusal(client: openai.AsyncOpenAI, model: str) -> openai.APIStatusError:
