@@ -14,16 +14,16 @@ from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
 from brlite.backends.torch.device import computes_on_cpu, require_torch
 from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.bundle import bundled_weights
+from brlite.checkpoint.bundle import BundleCheckpoint, bundled_weights
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.placing import LoadPlan, describe_precision
-from brlite.checkpoint.progress import OnProgress, Progress
+from brlite.checkpoint.progress import OnProgress
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
 from brlite.models.config import ModelConfig
-from brlite.models.precision import Precision
+from brlite.models.precision import WEIGHTS_NAMES, Precision
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_backend(
         spec=spec,
         engine=engine,
         num_threads=engine.threads or cpus.num_threads,
-        progress=Progress(on_progress, "reading the weights"),
+        on_progress=on_progress,
     )
     if engine.backend == "torch":
         check_activations(model.precision, 'engine.backend is "torch"')
@@ -67,7 +67,7 @@ def load_backend(
     if obstacle is None:
         from brlite.backends.native.library import load_library
 
-        plan.progress._replace(stage="preparing the native kernels").report(0.0)
+        plan.report(0.0, "preparing the native kernels")
         try:
             library = load_library()
         except NativeUnavailable as error:
@@ -110,14 +110,14 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     logger.info("model %s: precision %s", spec.name, describe_precision(plan.model, spec, is_native=True))
     if spec.serialize_file:
         packed_file = expand_home(spec.serialize_file)
-    elif spec.path is None or not expand_home(spec.path).exists():  # then the path is a name on a hub
-        name = f"{spec.name.replace('/', '--')}.{plan.precision.weights_name}.brlite"
+    elif spec.path is None or not os.path.exists(os.path.expanduser(spec.path)):  # then the path is a name on a hub
+        name = f"{spec.name.replace('/', '--')}.{WEIGHTS_NAMES[plan.precision.weights]}.brlite"
         packed_file = default_cache() / "packed" / name
     if spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_native_ranks
 
         return load_native_ranks(library, msgspec.structs.replace(plan, packed_file=packed_file))
-    if not spec.serialize_file:
+    if not spec.serialize_file and isinstance(plan.checkpoint, BundleCheckpoint):
         packed_file = bundled_weights(plan.checkpoint.path, spec.precision) or packed_file
     from brlite.backends.native.backend import NativeBackend
 
@@ -136,7 +136,7 @@ def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
         notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
     plan = msgspec.structs.replace(plan, notes=notes)
     logger.info("model %s: precision %s", plan.spec.name, describe_precision(plan.model, plan.spec, is_native=False))
-    plan.progress._replace(stage="starting torch").report(0.0)
+    plan.report(0.0, "starting torch")
     if plan.spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_torch_ranks
 

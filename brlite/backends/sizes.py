@@ -156,7 +156,7 @@ def measure(
     is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
     dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
     kv_dtype = cache_dtype(precision, engine.dtype)
-    is_int8 = precision.has_int8_weights
+    is_int8 = precision.weights == "int8"
     if is_int8 and not is_native:
         check_groups(config, spec.tensor_parallel)
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)

@@ -24,7 +24,7 @@ from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.models.precision import PRECISIONS, PrecisionName, PrecisionOption
+from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, PrecisionName, PrecisionOption
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
@@ -102,7 +102,7 @@ def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]
 
 def packed_name(precision: PrecisionOption) -> str:
     """The file of a bundle that holds the packed weights. All int8 precisions have the same."""
-    return f"packed.{PRECISIONS[precision].weights_name}{PACKED_SUFFIX}"
+    return f"packed.{WEIGHTS_NAMES[PRECISIONS[precision].weights]}{PACKED_SUFFIX}"
 
 
 def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:

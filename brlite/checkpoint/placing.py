@@ -12,7 +12,7 @@ import msgspec
 from brlite.checkpoint.checked_model import CheckedModel, quantized_formats
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.gguf_codes import CODINGS
-from brlite.checkpoint.progress import Progress
+from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import FOLDER_FORMS
 from brlite.checkpoint.stored_tensor import F32, PLAIN_FORMATS, StoredTensor
 from brlite.config.options import EngineConfig, ModelSpec
@@ -37,7 +37,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int = 1
     shard: Shard | None = None
     packed_file: Path | None = None
-    progress: Progress = Progress()
+    on_progress: OnProgress | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -55,18 +55,18 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.model.precision
 
     @property
-    def matrix_parts(self) -> Mapping[str, tuple[MatrixPart, ...]]:
-        """The forms in which native code holds matrices, of a shard as its rank holds them."""
-        return matrix_parts(self.model, self.shard)
-
-    @property
     def precision_name(self) -> str:
         """The spec's precision, or what it comes to in native code where the file's digits are kept."""
         if self.precision.weights != "stored":
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
-        forms = {part.form for parts in self.matrix_parts.values() for part in parts}
+        forms = {part.form for parts in matrix_parts(self.model, self.shard).values() for part in parts}
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
         return f"{activations}_w_int4" if forms & INT4_FORMS else f"{activations}_w_int8"
+
+    def report(self, fraction: float, stage: str = "reading the weights") -> None:
+        """Report the fraction of `stage` that is done: 0 to 1."""
+        if self.on_progress is not None:
+            self.on_progress(stage, fraction)
 
 
 NOT_QUANTIZED = F32.name
@@ -92,7 +92,7 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
             yield target, placed
             del placed
             num_placed += math.prod(target.shape)
-            plan.progress.report(num_placed / total)
+            plan.report(num_placed / total)
         del tensor  # whose bytes may be in memory, before the next one is read
 
 
@@ -119,7 +119,7 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
     """The parts of every matrix that native code multiplies by, or looks up in its quantized form; by its name."""
     parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
     if model.precision.weights != "stored":
-        rounded: MatrixForm = "int8" if model.precision.has_int8_weights else "bfloat16"
+        rounded: MatrixForm = "int8" if model.precision.weights == "int8" else "bfloat16"
         matrices = {name: parameter for name, parameter in parameters.items() if parameter.precision == "weights"}
         return {name: (MatrixPart(rounded, parameter.shape[0]),) for name, parameter in matrices.items()}
     found: dict[str, list[tuple[int, MatrixPart]]] = {}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from brlite.process.machine import show_bytes
 
@@ -21,17 +20,6 @@ POLL_SECONDS = 0.2
 LINE_SECONDS = 10.0
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
 SIZED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-class Progress(NamedTuple):
-    """Reports the fraction of `stage` that is done to a callback, if there is one."""
-
-    on_progress: OnProgress | None = None
-    stage: str = ""
-
-    def report(self, fraction: float) -> None:
-        if self.on_progress is not None:
-            self.on_progress(self.stage, fraction)
 
 
 def ignore_progress(stage: str, fraction: float) -> None:

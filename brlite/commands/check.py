@@ -158,7 +158,7 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     yield f"  context   {sizes.context} tokens{limit}"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
     yield f"  precision {sizes.precision}"
-    if spec.precision != "auto" and PRECISIONS[spec.precision].has_int8_weights and sizes.dtype != "int8":
+    if spec.precision != "auto" and PRECISIONS[spec.precision].weights == "int8" and sizes.dtype != "int8":
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"

@@ -18,10 +18,9 @@ import numpy as np
 
 from brlite.backends.native.abi import INT8, LANES
 from brlite.backends.native.layout import packed_layout
-from brlite.backends.native.loading import LAYOUT_VERSION
 from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_packed_file_key
 from brlite.backends.native.packed_weights import PackedFile, Packing
-from brlite.backends.native.packer import PackingThreads
+from brlite.backends.native.packer import LAYOUT_VERSION, PackingThreads
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import (
     IDENTITY_CHARACTERS,
@@ -52,7 +51,7 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
-from brlite.models.precision import Precision
+from brlite.models.precision import WEIGHTS_NAMES, Precision
 from brlite.process.machine import physical_cores
 
 SHARD_BYTES = 2 * 10**9
@@ -82,7 +81,7 @@ class BundlePlan(NamedTuple):
 
 def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision) -> Packing:
     layout = packed_layout(library, model.parameters, matrix_parts(model._replace(precision=precision)))
-    key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
+    key = PackedFileKey(LAYOUT_VERSION, WEIGHTS_NAMES[precision.weights], NO_IDENTITY, layout.num_bytes)
     return Packing(library, layout, key)
 
 

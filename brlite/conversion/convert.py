@@ -209,7 +209,7 @@ def _checks(
     yield f"vocabulary   {rows} rows, {tokenizer.vocab_size} tokens"
     given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
     yield f"name         {plan.draft.model}{given}"
-    is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
+    is_int8 = PRECISIONS[plan.draft.precision].weights == "int8"
     rounding = "int8 is compared with bfloat16 while it is packed" if is_int8 else "bfloat16, no int8"
     widened = quantized_formats(plan.model.formats)
     kept = f"; {', '.join(widened)} are widened: serve the model itself to keep its size" if widened else ""

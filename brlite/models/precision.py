@@ -30,17 +30,6 @@ class Precision(NamedTuple):
     kv: Literal["bfloat16", "int8"]
     has_int8_activations: bool = False
 
-    @property
-    def has_int8_weights(self) -> bool:
-        return self.weights == "int8"
-
-    @property
-    def weights_name(self) -> str:
-        """The name in packed files; precisions with the same weights share it."""
-        if self.weights == "stored":
-            return "stored"
-        return next(name for name, precision in PRECISIONS.items() if precision.weights == self.weights)
-
 
 PRECISIONS: dict[PrecisionOption, Precision] = {
     "bf16": Precision("bfloat16", "bfloat16"),
@@ -48,3 +37,5 @@ PRECISIONS: dict[PrecisionOption, Precision] = {
     "a_bf16_w_int8_kv_int8": Precision("int8", "int8"),
     "a_int8_w_int8": Precision("int8", "bfloat16", has_int8_activations=True),
 }
+# `Precision.weights` → its name in packed files, which all precisions with these weights share.
+WEIGHTS_NAMES = {"bfloat16": "bf16", "int8": "a_bf16_w_int8", "stored": "stored"}

@@ -18,7 +18,7 @@ import pytest
 from brlite.backends.native.abi import INT4, INT4_MIN, INT4_ZERO, INT8, INT8_F16
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
-from brlite.backends.native.loading import load_weights
+from brlite.backends.native.packer import load_weights
 from brlite.backends.sizes import sizes_at
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.placing import KEPT_FORMS

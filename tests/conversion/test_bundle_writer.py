@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.loading import load_weights
 from brlite.backends.native.packed_file import read_packed_file_key
+from brlite.backends.native.packer import load_weights
 from brlite.backends.torch.loading import load_model
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import (

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from brlite.backends.native.library import find_library, load_library
-from brlite.backends.native.loading import load_weights
+from brlite.backends.native.packer import load_weights
 from brlite.checkpoint import open_checkpoint
 from brlite.commands.cli import main
 from brlite.config.options import ModelSpec

@@ -20,7 +20,7 @@ from tests.tiny_models import write_tiny_model
 
 
 def journey() -> Journey:
-    """The load until six tensors are packed, without `process/machine.py`, which has a call for each core and mount."""
+    """The load until six tensors are packed. `process/machine.py` is left out: a call for each core and mount."""
     with TemporaryDirectory() as folder:
         path = write_tiny_model(Path(folder))
         spec = ModelSpec(name="tiny", path=str(path), precision="a_bf16_w_int8", build_seq=32, build_batch=1)
@@ -40,16 +40,13 @@ def puts(calls: Sequence[Call]) -> list[int]:
 
 @pytest.mark.skipif(find_library() is None, reason="the native library is not built")
 def test_a_weight_is_packed_in_few_calls():
-    calls = journey().calls
+    # Without `files/`: a library in the cache folder, rather than the installed one, takes its path and its owner.
+    calls = [call for call in journey().calls if not call.file.startswith("files/")]
     begins = puts(calls)
-    load = next(index for index, call in enumerate(calls) if call.function == "NativeBackend.__init__")
-    packed = next(index for index in range(begins[0] + 1, len(calls)) if calls[index].depth <= calls[begins[0]].depth)
-    chosen, first = Journey(calls[:load]), Journey(calls[load:packed])
+    first = Journey(calls[: begins[1]])
     further = [Journey(calls[begin:end]) for begin, end in pairwise(begins[1:])]  # from one `put` to the next
 
-    assert len(chosen.calls) <= 25  # 20 with the installed library; 5 more where the cache folder has it
-    assert len(chosen.files) <= 10
-    assert len(first.calls) <= 31
-    assert len(first.files) <= 10
+    assert len(first.calls) <= 40  # 39 with the installed library; the last two of them fetch the second tensor
+    assert len(first.files) <= 11
     assert max(len(tensor.calls) for tensor in further) <= 8
     assert max(len(tensor.files) for tensor in further) <= 3

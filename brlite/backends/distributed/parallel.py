@@ -47,7 +47,7 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
     size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(plan.checkpoint)
     if place is not None and place.size != size:
         raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE is {place.size}")
-    if plan.precision.has_int8_weights:
+    if plan.precision.weights == "int8":
         check_groups(plan.config, size)
     ranks = await_ranks(place) if place else start_local(size)
 

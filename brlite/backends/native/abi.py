@@ -187,24 +187,3 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_last_time": ((c_void_p, c_void_p), None),
     "brlite_draw_rows": ((c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p), c_int32),
 }
-
-
-def declare(library: ctypes.CDLL) -> None:
-    """Set the ctypes types of every function. Raises OSError, as loading does, if the library lacks one."""
-    for name, (takes, gives) in FUNCTIONS.items():
-        try:
-            function = getattr(library, name)
-        except AttributeError as error:
-            raise OSError(f"{library._name} has no function {name}") from error
-        function.argtypes, function.restype = takes, gives
-
-
-def check(library: ctypes.CDLL) -> None:
-    """Raise OSError, as loading does, if the version or the structs of a declared library differ from those above."""
-    version = library.brlite_abi_version()
-    if version != ABI_VERSION:
-        raise OSError(f"{library._name} has interface version {version}; this brlite speaks version {ABI_VERSION}")
-    for number, struct in enumerate(STRUCTS):
-        size = library.brlite_struct_size(number)
-        if size != ctypes.sizeof(struct):
-            raise OSError(f"{library._name} holds {struct.__name__} in {size} bytes, not {ctypes.sizeof(struct)}")

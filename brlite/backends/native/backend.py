@@ -22,7 +22,7 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.loading import LoadedWeights, load_weights
+from brlite.backends.native.packer import LoadedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows
 from brlite.backends.pooling import pooled_result

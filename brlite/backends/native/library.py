@@ -68,19 +68,37 @@ def load_library(
 def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
     """As `load_library`, but returns None instead of compiling."""
     sources = fingerprint()
-    kept = _kept(cache, sources)
-    for path in (*sorted(installed.glob(INSTALLED)), kept):
+    for found in (*sorted(installed.glob(INSTALLED)), None):
+        path = found or _kept(cache, sources)
         if os.path.exists(path):  # False, too, where the folder may not be read
             try:
                 # Checked before loading, since loading runs its constructors. An installed library is trusted like the
                 # Python code beside it.
-                if path == kept and (stranger := why_untrusted(path)):
+                if found is None and (stranger := why_untrusted(path)):
                     logger.warning("native library %s is not used: %s", path, stranger)
-                    continue
-                return _checked(path, sources)
+                else:
+                    return _checked(path, sources)
             except OSError as error:
                 logger.info("native library %s is not used: %s", path, error)
     return None
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Set the ctypes types of every function. Raises OSError, as loading does, if the interface differs from `abi.py`:
+    a function is missing, or the version or the size of a struct is another."""
+    for name, (takes, gives) in abi.FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise OSError(f"{library._name} has no function {name}") from error
+        function.argtypes, function.restype = takes, gives
+    version = library.brlite_abi_version()
+    if version != abi.ABI_VERSION:
+        raise OSError(f"{library._name} has interface version {version}; this brlite speaks version {abi.ABI_VERSION}")
+    for number, struct in enumerate(abi.STRUCTS):
+        size = library.brlite_struct_size(number)
+        if size != ctypes.sizeof(struct):
+            raise OSError(f"{library._name} holds {struct.__name__} in {size} bytes, not {ctypes.sizeof(struct)}")
 
 
 def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:
@@ -124,6 +142,5 @@ def _checked(path: Path, sources: str) -> NativeLibrary:
         own.argtypes, own.restype = (), ctypes.c_char_p
     if own is None or own().decode() != sources:
         raise OSError("it was built from other sources")
-    abi.declare(functions)
-    abi.check(functions)
+    declare(functions)
     return NativeLibrary(functions, path, best_isa(functions, os.environ.get(ISA_VARIABLE, "")))

@@ -1,23 +1,39 @@
-"""The packed weights of a decoder: in memory, filled tensor by tensor, or in a mapped packed file."""
+"""Loads packed weights: maps a matching packed file, else packs the checkpoint's tensors and writes a packed file."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from brlite.backends.native.layout import CODED_FORMATS, Layout, PackedTensor
+from brlite.backends.native.layout import CODED_FORMATS, Layout, PackedTensor, packed_layout
 from brlite.backends.native.memory import NativeMemory
-from brlite.backends.native.packed_file import MappedPackedFile
+from brlite.backends.native.packed_file import (
+    MappedPackedFile,
+    PackedFileError,
+    PackedFileKey,
+    checksums,
+    write_packed_file,
+)
+from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
 from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
+from brlite.files.ownership import why_untrusted
+from brlite.files.temporary import sweep
 from brlite.models.families.family import WeightTarget
+from brlite.models.precision import WEIGHTS_NAMES
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LAYOUT_VERSION = 2  # raised by every change that packs the same weights into other bytes
 ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs
 
 
@@ -145,3 +161,71 @@ class Packer:
             None if offsets is None else offsets.ctypes.data,
             *(first, len(codes), packed.num_inputs, self._address + packed.offset),
         )
+
+
+class LoadedWeights(NamedTuple):
+    """Packed weights, and a hash of their content."""
+
+    weights: PackedWeights
+    content_hash: str
+
+
+def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
+    """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision."""
+    layout = packed_layout(library, plan.parameters, matrix_parts(plan.model, plan.shard))
+    part = f" {plan.shard.rank} of {plan.shard.size}" if plan.shard else ""
+    key = PackedFileKey(
+        LAYOUT_VERSION, WEIGHTS_NAMES[plan.precision.weights], plan.checkpoint.identity + part, layout.num_bytes
+    )
+    file = _trusted(plan.packed_file, plan.checkpoint.path)
+    if file is not None:
+        sweep(file.parent, f"{file.name}.")
+        try:
+            with PackingThreads(plan.num_threads) as pool:
+                mapped = MappedPackedFile(file, key, library, pool, plan.report)
+        except FileNotFoundError:
+            logger.debug("%s: there is no packed file yet", file)
+        except PackedFileError as error:
+            logger.warning("%s is not used: %s%s", file, error, "; it is made anew" if error.is_ours else "")
+            file = file if error.is_ours else None
+        else:
+            return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+    memory = NativeMemory(library, layout.num_bytes, "the weights")
+    try:
+        # Its threads end before the memory that they write to is released.
+        with PackingThreads(plan.num_threads) as pool:
+            packer = Packer(library, layout, memory, pool)
+            for target, tensor in placing(plan):
+                packer.put(target, tensor)
+            sums = checksums(library, memory.address, memory.num_bytes, pool)
+        if file is not None:
+            try:
+                write_packed_file(file, key, memory, sums)
+                logger.info("packed weights are kept in %s (%d MB)", file, memory.num_bytes // 10**6)
+            except OSError as error:
+                logger.warning("%s: the packed weights cannot be saved: %s", file, error.strerror)
+    except BaseException:
+        memory.close()
+        raise
+    return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
+
+
+def _trusted(file: Path | None, model: Path) -> Path | None:
+    """`file`, or None if another user could have written it; then it is neither read nor written.
+
+    Packed weights in the model's own folder are trusted like the model.
+    """
+    if file is None or file.parent == model:
+        return file
+    try:
+        stranger = why_untrusted(file if file.exists() else file.parent) if file.parent.exists() else None
+    except OSError:
+        return file  # reading or writing it will report the error
+    if stranger:
+        logger.warning("%s is not used, since another user could have written it: %s", file, stranger)
+        return None
+    return file
+
+
+def _content_hash(sums: list[int]) -> str:
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

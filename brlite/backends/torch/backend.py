@@ -115,7 +115,7 @@ class TorchBackend:
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         decoder = load_model(plan, dtype, device, rules, group)
         if rules.has_triton:
-            plan.progress._replace(stage="compiling kernels and capturing steps").report(0.0)
+            plan.report(0.0, "compiling kernels and capturing steps")
         steps, notes = choose_steps(
             decoder,
             _allocate_cache(decoder, plan),
@@ -307,7 +307,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
     spec, engine, config, cache = plan.spec, plan.engine, steps.config, steps.cache
     dtype = str(steps.dtype).removeprefix("torch.")
     notes = [*plan.notes, *step_notes]
-    if plan.precision.has_int8_weights and not rules_for(steps.device).keeps_int8:
+    if plan.precision.weights == "int8" and not rules_for(steps.device).keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)

@@ -30,7 +30,7 @@ def load_model(
     ranks. Raises `ConfigError` if there is not enough memory.
     """
     config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
-    is_int8 = plan.precision.has_int8_weights
+    is_int8 = plan.precision.weights == "int8"
     try:
         parameters = allocate_parameters(config, dtype, device, keeps_int8=rules.keeps_int8 and is_int8)
     except RuntimeError as error:  # torch's class when a CPU is out of memory

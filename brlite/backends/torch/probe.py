@@ -185,7 +185,7 @@ def _compute(
 
 
 def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Decoder:
-    is_int8 = precision.has_int8_weights
+    is_int8 = precision.weights == "int8"
     parameters = allocate_parameters(config, dtype, device, keeps_int8=is_int8 and rules_for(device).keeps_int8)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list_parameters(config).items():

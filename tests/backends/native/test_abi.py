@@ -11,7 +11,7 @@ import pytest
 
 from brlite.backends.native import abi
 from brlite.backends.native.build import SOURCES
-from brlite.backends.native.library import NativeLibrary
+from brlite.backends.native.library import NativeLibrary, declare
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.sampling_params import SamplingParams
 
@@ -27,11 +27,11 @@ CONSTANTS = {
 
 
 def fake_library(*, version: int = abi.ABI_VERSION, larger: type[ctypes.Structure] | None = None) -> Any:
-    """A library that has this version, and one struct larger than it should be."""
+    """A library that has every function, this version, and one struct larger than it should be."""
     sizes = [ctypes.sizeof(struct) + 8 * (struct is larger) for struct in abi.STRUCTS]
-    return SimpleNamespace(
-        _name="fake.so", brlite_abi_version=lambda: version, brlite_struct_size=lambda number: sizes[number]
-    )
+    functions: dict[str, Any] = {name: lambda: 0 for name in abi.FUNCTIONS}  # a function each: their types are set
+    functions |= {"brlite_abi_version": lambda: version, "brlite_struct_size": lambda number: sizes[number]}
+    return SimpleNamespace(_name="fake.so", **functions)
 
 
 def declared_fields(struct: type[ctypes.Structure]) -> list[str]:
@@ -79,21 +79,21 @@ def test_choices_are_numbered_as_in_the_header(enum: str, names: list[str]) -> N
 
 
 def test_the_library_is_as_declared(native_library: NativeLibrary) -> None:
-    abi.check(native_library.functions)
+    declare(native_library.functions)
 
 
 def test_another_version_is_refused() -> None:
     with pytest.raises(
         OSError, match=rf"fake\.so has interface version 99; this brlite speaks version {abi.ABI_VERSION}"
     ):
-        abi.check(fake_library(version=99))
+        declare(fake_library(version=99))
 
 
 def test_a_struct_of_another_size_is_refused() -> None:
     with pytest.raises(OSError, match=r"holds NativeSpan in 32 bytes, not 24"):
-        abi.check(fake_library(larger=abi.NativeSpan))
+        declare(fake_library(larger=abi.NativeSpan))
 
 
 def test_a_library_that_lacks_a_function_is_refused() -> None:
     with pytest.raises(OSError, match="has no function brlite_abi_version"):
-        abi.declare(ctypes.CDLL(None))
+        declare(ctypes.CDLL(None))

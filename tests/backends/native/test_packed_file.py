@@ -15,7 +15,6 @@ import torch
 
 from brlite.backends.native import abi
 from brlite.backends.native.library import load_library
-from brlite.backends.native.loading import LoadedWeights, load_weights
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import (
     MappedPackedFile,
@@ -24,6 +23,7 @@ from brlite.backends.native.packed_file import (
     checksums,
     write_packed_file,
 )
+from brlite.backends.native.packer import LoadedWeights, load_weights
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import ModelSpec

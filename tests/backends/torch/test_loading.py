@@ -10,7 +10,6 @@ import torch
 
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.loading import load_model
-from brlite.checkpoint.progress import Progress
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
@@ -68,8 +67,9 @@ def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() ->
 def test_progress_grows_to_one() -> None:
     seen: list[float] = []
 
-    progress = Progress(lambda stage, fraction: seen.append(fraction))
-    plan = make_plan(TensorCheckpoint.tiny(), ModelSpec(build_seq=8), progress=progress)
+    plan = make_plan(
+        TensorCheckpoint.tiny(), ModelSpec(build_seq=8), on_progress=lambda stage, fraction: seen.append(fraction)
+    )
 
     load_model(plan, torch.bfloat16, torch.device("cpu"))
 
