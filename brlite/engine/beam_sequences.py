@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import msgspec
@@ -24,12 +24,14 @@ class BeamSequences:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         vocab_size: int,
+        seq_ids: Iterator[int],
         add_sequence: Callable[[RequestState], Sequence],
     ) -> None:
-        """`add_sequence` makes a new sequence of a request's prompt, and does not queue it."""
+        """`add_sequence` makes a new sequence of a request's prompt, with one of `seq_ids`, and does not queue it."""
         self._scheduler = scheduler
         self._eos_token_ids = tokenizer.eos_token_ids
         self._vocab_size = vocab_size
+        self._seq_ids = seq_ids
         self._add_sequence = add_sequence
 
     def begin(self, state: RequestState) -> Sequence:
@@ -54,8 +56,9 @@ class BeamSequences:
         """Continue a request's beams once the best tokens after each of them are known.
 
         Until then, beams whose tokens are known release their place and blocks, so that two searches never deadlock.
-        The first continuation of a beam stays in its sequence. The others get new sequences, which find the full blocks
-        in the prefix cache.
+        The first continuation of a beam stays in its sequence. The others get the sequences of beams that are not
+        continued, which share the blocks of the prompt already. If those are too few, they get new sequences, which
+        find the full blocks in the prefix cache.
         """
         if not search.is_complete:
             for seq in state.sequences:
@@ -67,23 +70,31 @@ class BeamSequences:
             self.end(state, search, now)
             return
         parents = {seq.seq_id: seq for seq in state.sequences}
+        continued = {seq_id for seq_id, _ in continuations}
+        unused = [seq for seq_id, seq in parents.items() if seq_id not in continued]
+        unused = [seq for seq in unused if seq.status is SequenceStatus.RUNNING]
         state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
         for seq_id, hypothesis in continuations:
-            seq = parents[seq_id]
-            if seq.status is SequenceStatus.RUNNING and seq_id not in beams:
+            seq = parent = parents[seq_id]
+            is_running = parent.status is SequenceStatus.RUNNING
+            if is_running and seq_id not in beams:
                 seq.append(hypothesis.token_ids[-1], now)
                 state.sequences.append(seq)
+            elif is_running and unused:
+                seq = unused.pop()
+                seq.seq_id = next(self._seq_ids)  # for backends it is another sequence
+                seq.token_ids[seq.num_prompt_tokens :] = hypothesis.token_ids
+                self._scheduler.fork(seq, parent)
+                state.sequences.append(seq)
             else:
-                digests = seq.block_digests
                 seq = self._add_sequence(state)
                 seq.token_ids += hypothesis.token_ids
-                seq.block_digests = list(digests)
+                seq.block_digests = parent.block_digests.copy()
                 added.append(seq)
             beams[seq.seq_id] = hypothesis
         search.go_on(beams)
-        for seq_id, seq in parents.items():
-            if seq_id not in beams:
-                self._scheduler.finish(seq)
+        for seq in unused:
+            self._scheduler.finish(seq)
         self._scheduler.add_siblings(added)
 
     def end(self, state: RequestState, search: BeamSearch, now: float) -> None:

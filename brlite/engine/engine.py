@@ -107,14 +107,14 @@ class Engine:
             pace=self._pace,
             draft_model=self.draft_model,
         )
-        self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._add_sequence)
+        self._seq_ids = itertools.count()
+        self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
         self._queued: dict[str, RequestState] = {}  # those with completions that have not begun
         self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
-        self._seq_ids = itertools.count()
         self._private_salt = secrets.token_bytes(16)
 
     @property
@@ -366,6 +366,7 @@ class Engine:
             detokenizer=detokenizer,
             counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,
+            block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
             repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
         )

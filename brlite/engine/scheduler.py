@@ -93,6 +93,10 @@ class Scheduler:
         if not seq.num_in_flight_tokens:
             self._blocks.release(seq)
 
+    def fork(self, seq: Sequence, parent: Sequence) -> None:
+        """Give a running sequence, which now has a continuation of `parent`, the parent's computed blocks."""
+        self._blocks.fork(seq, parent)
+
     def end_step(self, runs: list[tuple[Sequence, int]]) -> None:
         """Note that the step with these runs has ended. Call it before the step's result is used."""
         for seq, num_tokens in runs:
@@ -142,8 +146,9 @@ class Scheduler:
         for seq in prompts:
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # After a preemption blocks are scarce: a sequence admitted now would be preempted next.
-        while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
-            prompts.append(self._admit(scheduled, budget))
+        while budget > 0 and num_preemptions == self.num_preemptions and (matched := self._match_next()) is not None:
+            prompts.append(self._admit(matched))
+            scheduled[prompts[-1]] = min(prompts[-1].num_left, budget)
             budget -= scheduled[prompts[-1]]
         for seq in prompts:  # give long prompts the tokens that shorter ones left over
             if seq in scheduled:
@@ -159,8 +164,7 @@ class Scheduler:
         if self._pace is None or not num_answers:
             return self._max_num_batched_tokens
         start = max((seq.num_scheduled_tokens for seq in prompts), default=0)
-        if self._can_admit() and self.waiting.next is not None:
-            start = max(start, len(self._match(self.waiting.next)) * self._blocks.block_size)
+        start = max(start, len(self._match_next() or ()) * self._blocks.block_size)
         num_chunk_tokens = self._pace.num_chunk_tokens(start, num_answers)
         if num_chunk_tokens is None:
             return self._max_num_batched_tokens
@@ -177,7 +181,7 @@ class Scheduler:
         after = self.running[self.running.index(seq) + 1 :]
         is_shorter_after = any(1 < other.num_left < num_left for other in after)
         new = self.waiting.next
-        is_shorter_new = new is not None and new.num_tokens < num_left and self._can_admit()
+        is_shorter_new = new is not None and new.num_tokens < num_left and self._match_next() is not None
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
@@ -233,7 +237,7 @@ class Scheduler:
         model.release_stopped()
         num_seqs = len(self.running)
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in self.running)
-        if not is_decoding or num_seqs > self._max_draft_seqs or self._can_admit():
+        if not is_decoding or num_seqs > self._max_draft_seqs or self._match_next() is not None:
             return None
         forecast, wanted = StepForecast(num_seqs), list[tuple[Sequence, int]]()
         budget = self._max_num_batched_tokens - num_seqs
@@ -267,24 +271,28 @@ class Scheduler:
             return num_guesses
         return min(limit, TRIAL_GUESSES) if model.is_trial_due(catch_up_cost + TRIAL_GUESSES * cost) else 0
 
-    def _can_admit(self) -> bool:
-        """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
+    def _match_next(self) -> list[int] | None:
+        """The cached blocks that the next waiting sequence can share; None if it lacks a place or blocks.
+
+        A sequence needs blocks for all the tokens it has. Without a waiting sequence it is None.
+        """
         seq = self.waiting.next
         if seq is None or len(self.running) >= self._max_num_seqs:
-            return False
-        return self._blocks.num_missing(self._match(seq), seq.num_tokens) <= self._blocks.num_free
+            return None
+        # A request that needs a result of each prompt token can share no blocks.
+        is_whole = seq.wants_prompt_logprobs or seq.state.pooling == "mean"
+        matched = [] if is_whole else self._blocks.match_prefix(seq)
+        return matched if self._blocks.num_missing(matched, seq.num_tokens) <= self._blocks.num_free else None
 
-    def _admit(self, scheduled: dict[Sequence, int], budget: int) -> Sequence:
-        """Start the next waiting sequence with all the blocks it needs so far, and schedule what fits the budget."""
+    def _admit(self, matched: list[int]) -> Sequence:
+        """Start the next waiting sequence with all the blocks it needs so far: those `matched`, and new ones."""
         seq = self.waiting.next
-        if seq is None:
-            raise LookupError("no sequence waits")
+        assert seq is not None, "the blocks were matched for it"
         self.waiting.take(seq)
-        self._blocks.share(seq, self._match(seq))
+        self._blocks.share(seq, matched)
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
-        scheduled[seq] = min(seq.num_left, budget)
         return seq
 
     def _free_place(self) -> None:
@@ -309,7 +317,7 @@ class Scheduler:
         if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
         priority, latest = self.waiting.next.state.request.priority, _latest_of_last_class(self.running)
-        if latest.state.request.priority > priority and not self._can_admit():
+        if latest.state.request.priority > priority and self._match_next() is None:
             return latest, next(iter(self.waiting.tenants)), None
         if len(self.running) < self._max_num_seqs:
             return None
@@ -330,12 +338,6 @@ class Scheduler:
             if num_running > 1 and new_group is not None:
                 return [seq for seq in mates if seq.state.request.group == group][-1], tenant, new_group
         return None
-
-    def _match(self, seq: Sequence) -> list[int]:
-        """The cached blocks that the sequence can share: none if its request needs a result of each prompt token."""
-        if seq.wants_prompt_logprobs or seq.state.pooling == "mean":
-            return []
-        return self._blocks.match_prefix(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """Preempt a running sequence: free its blocks. The caller queues it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -230,3 +231,36 @@ def test_a_search_has_no_more_beams_than_the_server_allows(make_driver: MakeDriv
 
     with pytest.raises(InvalidRequest, match="best_of must be at most 3 on this server, got 4"):
         driver.submit("x", use_beam_search=True, best_of=4)
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_step_of_a_search_costs_the_same_behind_a_prompt_of_any_length(prefix_caching: bool) -> None:
+    """Counts the lines of the block manager that run in steps with splits, which walk no chain of blocks."""
+
+    def num_lines(num_blocks: int) -> int:
+        driver = Driver(
+            budget=4096, num_blocks=2000, block_size=4, max_model_len=4096, engine={"prefix_caching": prefix_caching}
+        )
+        driver.submit([97 + i % 5 for i in range(4 * num_blocks)], use_beam_search=True, best_of=4, max_tokens=40)
+        for _ in range(3):  # the prompt, then the first split, which makes the beams
+            driver.step()
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith("block_manager.py"):
+                return None
+            lines += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            for _ in range(12):
+                driver.begin()
+                driver.end()
+        finally:
+            sys.settrace(None)
+        driver.finish()
+        return lines
+
+    assert num_lines(900) == num_lines(30)

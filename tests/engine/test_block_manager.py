@@ -118,3 +118,40 @@ def test_a_lost_block_is_noticed() -> None:
         blocks.check_integrity([])
 
     blocks.check_integrity([seq])
+
+
+def test_a_second_lookup_finds_what_the_first_found_unless_a_block_was_reused() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=SIZE)
+    blocks.release(computed(blocks, [1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    seq = make_sequence([1, 2, 3, 4, 5, 6, 7, 8, 9, 9])
+    first, second = blocks.match_prefix(seq), blocks.match_prefix(seq)
+
+    blocks.grow(make_sequence([0] * 12), 12)  # takes the two empty blocks and the last one that was released
+
+    assert first == second
+    assert blocks.match_prefix(seq) == first[:1]
+
+
+def test_a_digest_that_collides_with_the_last_lookup_does_not_match_other_tokens() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=SIZE)
+    seq = computed(blocks, [1, 2, 3, 4, 5])
+    impostor = make_sequence([9, 9, 9, 9, 5])
+    impostor.block_digests = list(seq.block_digests)
+
+    assert blocks.match_prefix(seq) == seq.block_table[:1]
+    assert blocks.match_prefix(impostor) == []
+
+
+def test_a_fork_shares_the_full_blocks_of_its_parent_and_frees_its_own() -> None:
+    blocks = BlockManager(num_blocks=6, block_size=SIZE)
+    parent = computed(blocks, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    seq = computed(blocks, [1, 2, 3, 4, 0, 0, 0, 0, 0])
+    seq.token_ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+    blocks.fork(seq, parent)
+
+    assert seq.block_table == parent.block_table[:2]
+    assert seq.num_computed_tokens == 8
+    assert blocks.num_used == 3
+    blocks.check_integrity([seq, parent])
+    assert computed(blocks, seq.token_ids).block_table[:2] == parent.block_table[:2]
