@@ -40,7 +40,7 @@ TENSOR_PATTERN = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<k
 ROPE_FREQS = "rope_freqs.weight"
 
 SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
-# llama.cpp keeps the result of Llama 3's rope scaling, not its parameters; every published Llama 3 uses these.
+# Every published Llama 3 uses these.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -180,7 +180,18 @@ def _rope_scaling(
     if rope_freqs is not None and max(rope_freqs, default=1.0) != 1.0:
         if kind != "none":
             raise ModelError(f"{ROPE_FREQS} and rope scaling of type {excerpt(kind)} cannot be combined")
-        return _llama3_scaling(config, rope_freqs)
+        # llama.cpp keeps the result of Llama 3's scaling, not its parameters: find the factor, and compute it again.
+        if not all(0 < divisor < math.inf for divisor in rope_freqs):
+            raise ModelError(f"{ROPE_FREQS} must hold finite divisors above 0")
+        factor = round(max(rope_freqs), 3)
+        same = len(rope_freqs) == -(-config["head_dim"] // 2) and all(  # before a list of the claimed length is made
+            math.isclose(a, b, rel_tol=1e-3)
+            for a, b in zip(llama3_divisors(factor, config["head_dim"], config["rope_theta"]), rope_freqs, strict=True)
+        )
+        if not same:
+            found = f"does not hold Llama 3's rope scaling with factor {factor:g}; no other is known"
+            raise ModelError(f"{ROPE_FREQS} {found}")
+        return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
     if kind == "none":
         return None
     factor = metadata.number("rope.scaling.factor", metadata.values.get(f"{metadata.architecture}.rope.scale_linear"))
@@ -192,16 +203,3 @@ def _rope_scaling(
             if metadata.has(f"rope.scaling.yarn_{name}"):
                 scaling[name] = metadata.number(f"rope.scaling.yarn_{name}")
     return scaling
-
-
-def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict[str, Any]:
-    if not all(0 < divisor < math.inf for divisor in rope_freqs):
-        raise ModelError(f"{ROPE_FREQS} must hold finite divisors above 0")
-    factor = round(max(rope_freqs), 3)
-    same = len(rope_freqs) == -(-config["head_dim"] // 2) and all(  # before a list of the claimed length is made
-        math.isclose(a, b, rel_tol=1e-3)
-        for a, b in zip(llama3_divisors(factor, config["head_dim"], config["rope_theta"]), rope_freqs, strict=True)
-    )
-    if not same:
-        raise ModelError(f"{ROPE_FREQS} does not hold Llama 3's rope scaling with factor {factor:g}; no other is known")
-    return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}

@@ -73,7 +73,15 @@ class QuantizedMatrix(ABC):
     def __init__(self, name: str, quantization: Quantization, entries: Mapping[str, TensorEntry]) -> None:
         self.name, self.quantization = name, quantization
         self.num_bits = quantization.num_bits
-        self._check_types(entries)
+        scales = sorted(entries.keys() & set(SCALES))
+        optional = {*SCALES} if scales else set()
+        optional |= set() if quantization.has_act_order else {"g_idx", "weight_g_idx"}
+        optional |= {"weight_zero_point"} if quantization.is_symmetric else set()
+        missing = sorted(part for part in self.tensors if part not in entries and part not in optional)
+        if missing:
+            raise ModelError(f"{excerpt(name)} is quantized, but has no {' and no '.join(missing)}")
+        if len(scales) > 1:
+            raise ModelError(f"{excerpt(name)} must have one of {' and '.join(scales)}")
         stored = entries[next(iter(self.tensors))].shape
         if len(stored) != 2 or 0 in stored:
             raise ModelError(f"{excerpt(name)} must be a matrix, not of shape {excerpt(list(stored))}")
@@ -83,26 +91,14 @@ class QuantizedMatrix(ABC):
         allowed: dict[str, list[Shape]] = {"g_idx": [(inputs,)], "weight_g_idx": [(inputs,)]}
         allowed |= self.allowed_shapes(outputs, inputs)
         for part, entry in entries.items():
+            if entry.dtype not in self.tensors[part]:
+                found, dtypes = excerpt(entry.dtype), " or ".join(self.tensors[part])
+                raise ModelError(f"{part} of {excerpt(name)} has dtype {found}; allowed are {dtypes}")
             if entry.shape not in allowed.get(part, [entry.shape]):
                 wanted = " or ".join(str(list(shape)) for shape in allowed[part])
                 found = excerpt(list(entry.shape))
                 raise ModelError(f"{part} of {excerpt(name)} has shape {found}; its layout wants {wanted}")
         self.format = self.find_format()
-
-    def _check_types(self, entries: Mapping[str, TensorEntry]) -> None:
-        scales = sorted(entries.keys() & set(SCALES))
-        optional = {*SCALES} if scales else set()
-        optional |= set() if self.quantization.has_act_order else {"g_idx", "weight_g_idx"}
-        optional |= {"weight_zero_point"} if self.quantization.is_symmetric else set()
-        missing = sorted(part for part in self.tensors if part not in entries and part not in optional)
-        if missing:
-            raise ModelError(f"{excerpt(self.name)} is quantized, but has no {' and no '.join(missing)}")
-        if len(scales) > 1:
-            raise ModelError(f"{excerpt(self.name)} must have one of {' and '.join(scales)}")
-        for part, entry in entries.items():
-            if entry.dtype not in self.tensors[part]:
-                found, allowed = excerpt(entry.dtype), " or ".join(self.tensors[part])
-                raise ModelError(f"{part} of {excerpt(self.name)} has dtype {found}; allowed are {allowed}")
 
     @abstractmethod
     def find_shape(self, rows: int, columns: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from brlite.checkpoint.stored_tensor import (
     tensors_in_files,
 )
 from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_names
-from brlite.checkpoint.traced_pickle import Record, Storage, TensorValue, read_pickle, walk_tensors
+from brlite.checkpoint.traced_pickle import Record, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
@@ -99,7 +99,7 @@ class TracedArchive:
         num_elements = math.prod(shape)
         in_order = [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
         steps = zip(shape, value.strides, in_order, strict=True)
-        if num_elements and any(size > 1 and stride != wanted for size, stride, wanted in steps):
+        if num_elements and any(size > 1 and stride != step for size, stride, step in steps):
             raise ModelError(
                 f"{self.file}: {excerpt(name)} of shape {excerpt(shape)} has strides {excerpt(value.strides)}, "
                 "but its rows must follow each other; convert the model's own folder"
@@ -107,8 +107,21 @@ class TracedArchive:
         if value.offset + num_elements > storage.num_elements:
             raise ModelError(f"{self.file}: {excerpt(name)} reaches beyond its storage {excerpt(storage.key)}")
         stored_as = PLAIN_FORMATS[storage.dtype]
-        begin = self._data_start(stream, storage) + value.offset * stored_as.block_bytes
-        return TensorLocation(name, stored_as, shape, begin)
+        wanted = storage.num_elements * stored_as.block_bytes
+        info = self._members.get(f"{self._prefix}data/{storage.key}")
+        if info is None:
+            raise ModelError(f"{self.file}: the numbers of storage {excerpt(storage.key)} are missing")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size < wanted:
+            raise ModelError(f"{self.file}: storage {excerpt(storage.key)} must have {wanted} plain bytes")
+        stream.seek(info.header_offset)
+        header = stream.read(LOCAL_HEADER.size)
+        if len(header) < LOCAL_HEADER.size or not header.startswith(SIGNATURE):
+            raise ModelError(f"{self.file}: broken at byte {info.header_offset}: storage {excerpt(storage.key)}")
+        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        start: int = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if start + wanted > self.num_bytes:
+            raise ModelError(f"{self.file}: cut short: storage {excerpt(storage.key)} ends at byte {start + wanted}")
+        return TensorLocation(name, stored_as, shape, start + value.offset * stored_as.block_bytes)
 
     def _read(self, path: str, max_bytes: int) -> bytes:
         info = self._members.get(self._prefix + path)
@@ -124,23 +137,6 @@ class TracedArchive:
                 return member.read(max_bytes)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error
-
-    def _data_start(self, stream: BufferedReader, storage: Storage) -> int:
-        info = self._members.get(f"{self._prefix}data/{storage.key}")
-        if info is None:
-            raise ModelError(f"{self.file}: the numbers of storage {excerpt(storage.key)} are missing")
-        wanted = storage.num_elements * PLAIN_FORMATS[storage.dtype].block_bytes
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size < wanted:
-            raise ModelError(f"{self.file}: storage {excerpt(storage.key)} must have {wanted} plain bytes")
-        stream.seek(info.header_offset)
-        header = stream.read(LOCAL_HEADER.size)
-        if len(header) < LOCAL_HEADER.size or not header.startswith(SIGNATURE):
-            raise ModelError(f"{self.file}: broken at byte {info.header_offset}: storage {excerpt(storage.key)}")
-        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
-        begin: int = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
-        if begin + wanted > self.num_bytes:
-            raise ModelError(f"{self.file}: cut short: storage {excerpt(storage.key)} ends at byte {begin + wanted}")
-        return begin
 
 
 class TracedCheckpoint:

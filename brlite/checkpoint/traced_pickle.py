@@ -181,16 +181,13 @@ def _new_object(kind: Any, arguments: Any) -> Record:
 
 def _call(function: Any, arguments: Any) -> Any:
     name = function.name if isinstance(function, Global) else excerpt(function)
-    if name == "torch._utils _rebuild_tensor_v2":
-        return _tensor(*arguments[:4])
     if name == "collections OrderedDict" and arguments == ():
         return {}
     if name in WRAPPERS:
         return arguments[0]
-    raise _Refused(f"calls {excerpt(name)}")
-
-
-def _tensor(storage: object, offset: object, shape: object, strides: object) -> TensorValue:
+    if name != "torch._utils _rebuild_tensor_v2":
+        raise _Refused(f"calls {excerpt(name)}")
+    storage, offset, shape, strides = arguments[:4]
     if not isinstance(storage, Storage):
         raise _Refused(f"has a tensor of {excerpt(storage)}")
     for numbers in ((offset,), shape, strides):
@@ -198,7 +195,6 @@ def _tensor(storage: object, offset: object, shape: object, strides: object) -> 
             raise _Refused(f"has the impossible size {excerpt(numbers)}")
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise _Refused(f"has the impossible size {excerpt(numbers)}")
-    value = TensorValue(storage, offset, shape, strides)  # type: ignore[arg-type]  # checked above
-    if len(value.shape) != len(value.strides):
+    if len(shape) != len(strides):
         raise _Refused(f"has a tensor of shape {excerpt(shape)} and strides {excerpt(strides)}")
-    return value
+    return TensorValue(storage, offset, shape, strides)

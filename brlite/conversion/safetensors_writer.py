@@ -103,8 +103,16 @@ class ShardWriter:
 
     def put(self, tensor: PlannedTensor, values: Float32) -> None:
         """Begin to write the next tensor. `values` must not change until `wait` returns."""
+
+        def write() -> None:
+            flat = values.reshape(-1)
+            for start in range(0, len(flat), CHUNK_ELEMENTS):
+                chunk = flat[start : start + CHUNK_ELEMENTS]
+                stored = to_bfloat16(chunk) if tensor.dtype == "BF16" else chunk
+                self._write(stored.view(np.uint8).data)
+
         self.wait()
-        self._written = self._thread.submit(self._write_tensor, tensor, values)
+        self._written = self._thread.submit(write)
 
     def wait(self) -> None:
         """Wait until every tensor is written; the system may still hold it in its page cache."""
@@ -115,13 +123,6 @@ class ShardWriter:
         self.wait()
         self._file.publish()
         return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
-
-    def _write_tensor(self, tensor: PlannedTensor, values: Float32) -> None:
-        flat = values.reshape(-1)
-        for start in range(0, len(flat), CHUNK_ELEMENTS):
-            chunk = flat[start : start + CHUNK_ELEMENTS]
-            stored = to_bfloat16(chunk) if tensor.dtype == "BF16" else chunk
-            self._write(stored.view(np.uint8).data)
 
     def _write(self, data: Buffer) -> None:
         self._digest.update(data)

@@ -24,24 +24,18 @@ def why_untrusted(path: Path) -> str | None:
         return None
     real = path.resolve()
     for place in dict.fromkeys((real,) if real.is_dir() else (path.parent, real.parent, real)):
-        if reason := _writer(place, os.stat(place)):
-            return reason
-    return None
-
-
-def _writer(place: Path, status: os.stat_result) -> str | None:
-    if status.st_uid not in (0, os.geteuid()):
-        try:
-            name = pwd.getpwuid(status.st_uid).pw_name
-        except KeyError:
-            name = str(status.st_uid)
-        return f"{place} belongs to the user {name}"
-    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
-        return None
-    if status.st_mode & stat.S_IWOTH:
-        return f"{place} can be written by every user"
-    if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
-        return f"{place} can be written by its group"
+        status = os.stat(place)
+        if status.st_uid not in (0, os.geteuid()):
+            try:
+                name = pwd.getpwuid(status.st_uid).pw_name
+            except KeyError:
+                name = str(status.st_uid)
+            return f"{place} belongs to the user {name}"
+        is_sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_mode & stat.S_IWOTH and not is_sticky:
+            return f"{place} can be written by every user"
+        if status.st_mode & stat.S_IWGRP and not is_sticky and not _is_own_group(status.st_gid):
+            return f"{place} can be written by its group"
     return None
 
 

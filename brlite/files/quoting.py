@@ -56,13 +56,8 @@ def _shown(value: object, depth: int) -> str:
         return f"a number of {int(value.bit_length() / BITS_PER_DIGIT) + 1} digits"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
-    if isinstance(value, list | tuple | dict):
-        return _container(value, depth)
-    return type(value).__name__
-
-
-def _container(value: list[object] | tuple[object, ...] | dict[object, object], depth: int) -> str:
-    """The first items of a container, or dots if it is nested too deeply."""
+    if not isinstance(value, list | tuple | dict):
+        return type(value).__name__
     left, right = "()" if isinstance(value, tuple) else "{}" if isinstance(value, dict) else "[]"
     if depth == 0:
         return f"{left}…{right}" if value else left + right

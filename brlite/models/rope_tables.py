@@ -71,17 +71,16 @@ def _llama3(frequencies: Float32, rope: RopeConfig) -> Float32:
 def _yarn(frequencies: Float32, rope: RopeConfig) -> Float32:
     scaling = rope.scaling
     assert isinstance(scaling, YarnScaling)
-    low, high = (_yarn_dimension(rope, scaling, turns) for turns in (scaling.beta_fast, scaling.beta_slow))
+    # The pairs, as real numbers, that rotate `beta_fast` and `beta_slow` times within the original context.
+    low, high = (
+        rope.rotary_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     ramp = (np.arange(rope.rotary_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     return _blend(frequencies, frequencies / scaling.factor, ramp)
-
-
-def _yarn_dimension(rope: RopeConfig, scaling: YarnScaling, turns: float) -> float:
-    """The index of the pair, as a real number, that rotates `turns` times within the original context."""
-    return rope.rotary_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
 def _blend(at_zero: Float32, at_one: Float32, position: Float32) -> Float32:

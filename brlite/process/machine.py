@@ -59,7 +59,11 @@ def find_cpus(root: Path = ROOT, affinity: frozenset[int] | None = None) -> Cpus
 
     Quotas are those of the process's cgroup and of all cgroups above it, rounded down. The result is at least 1.
     """
-    online = _online_cpus(root)
+    cpus: set[int] = set()  # online, from a list such as `0-3,8`
+    for first, _, last in (part.partition("-") for part in _read(root / "sys/devices/system/cpu/online").split(",")):
+        if first.strip().isdecimal():
+            cpus.update(range(int(first), int(last or first) + 1))
+    online = frozenset(cpus or range(os.cpu_count() or 1))
     if affinity is None:
         affinity = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
     cores = len({_core_of(cpu, root) for cpu in online})
@@ -199,15 +203,6 @@ def _mounts(root: Path, controller: str, version: int) -> list[tuple[PurePosixPa
             mounts.append((PurePosixPath(top), root / point.lstrip("/")))
     usual = root / CGROUPS if version == 2 else root / CGROUPS / controller
     return mounts or [(PurePosixPath("/"), usual)]
-
-
-def _online_cpus(root: Path) -> frozenset[int]:
-    """The numbers of the online CPUs, from a list such as `0-3,8`."""
-    cpus: set[int] = set()
-    for first, _, last in (part.partition("-") for part in _read(root / "sys/devices/system/cpu/online").split(",")):
-        if first.strip().isdecimal():
-            cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus or range(os.cpu_count() or 1))
 
 
 def _core_of(cpu: int, root: Path) -> tuple[str, str]:

@@ -122,25 +122,19 @@ class QueuedStream(io.TextIOBase):
                 if self._num_unreported and (data.endswith(b"\n") or not data):
                     data += b"%d lines are missing here: they could not be written in time\n" % self._num_unreported
                     self._num_unreported = 0
-            num_written = _write(self._descriptor, data)
+            num_written = 0
+            while num_written < len(data):  # without a time limit
+                try:
+                    num_written += os.write(self._descriptor, data[num_written:])
+                except BlockingIOError:  # another process has made the open file non-blocking
+                    select.select((), (self._descriptor,), ())
+                except (OSError, ValueError):
+                    break
             if num_written < len(data):
                 with self._changed:
                     self._drop(data[num_written:])
                     if self._is_finished:
                         return
-
-
-def _write(descriptor: int, data: bytes) -> int:
-    """Write all data, without a time limit. Returns the number of bytes written, less than all after an error."""
-    done = 0
-    while done < len(data):
-        try:
-            done += os.write(descriptor, data[done:])
-        except BlockingIOError:  # another process has made the open file non-blocking
-            select.select((), (descriptor,), ())
-        except (OSError, ValueError):
-            break
-    return done
 
 
 @contextmanager

@@ -57,17 +57,11 @@ def leave_process_1() -> None:
     while True:  # until the child ends
         caught = signal.sigwaitinfo(signals)
         if caught.si_signo == signal.SIGCHLD:
-            _reap_all(child)
+            pid = -1
+            while pid != 0:  # reap all ended children
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == child:
+                    code = os.waitstatus_to_exitcode(status)
+                    os._exit(code if code >= 0 else 128 - code)
         elif caught.si_code <= 0:  # sent by a process; a terminal sends its signals to the child as well
             os.kill(child, caught.si_signo)
-
-
-def _reap_all(child: int) -> None:
-    """Reap all ended children. If `child` is one of them, exit with its status."""
-    while True:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
-        if pid == 0:
-            return

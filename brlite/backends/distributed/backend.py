@@ -120,11 +120,12 @@ class ParallelBackend:
 
     def close(self) -> None:
         """End the ranks and release rank 0's memory, after the running step if there is one."""
-        self._guard.close(self._give_back)
 
-    def _give_back(self) -> None:
-        self._ranks.close(at_once=self._lost is not None)
-        self._model.close()
+        def release() -> None:
+            self._ranks.close(at_once=self._lost is not None)
+            self._model.close()
+
+        self._guard.close(release)
 
     def _note_lost(self, error: BackendLost) -> None:
         """Another rank has ended: abort the running step. If rank 0 failed by itself, that is reported."""

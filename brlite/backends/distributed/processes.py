@@ -162,27 +162,23 @@ def start_local(size: int, pass_fds: Sequence[int] = ()) -> Ranks:
     members: list[Member] = []
     try:
         for rank in range(1, size):
-            members.append(_start(rank, pass_fds))
+            ours, theirs = socket.socketpair()
+            with theirs:
+                level = logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
+                command = [*python_module("brlite"), "worker", "--channel", str(theirs.fileno())]
+                process = subprocess.Popen(
+                    [*command, "--log-level", level],
+                    env=child_environment(),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), *pass_fds),
+                    start_new_session=True,
+                )
+            logger.debug("rank %d is process %d", rank, process.pid)
+            members.append(Member(rank, Channel(ours), process))
     except OSError as error:
         Ranks(members).close()
         raise EngineError(f"rank {len(members) + 1} cannot be started: {error.strerror}") from error
     return Ranks(members)
-
-
-def _start(rank: int, pass_fds: Sequence[int]) -> Member:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        level = logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
-        command = [*python_module("brlite"), "worker", "--channel", str(theirs.fileno())]
-        process = subprocess.Popen(
-            [*command, "--log-level", level],
-            env=child_environment(),
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), *pass_fds),
-            start_new_session=True,
-        )
-    logger.debug("rank %d is process %d", rank, process.pid)
-    return Member(rank, Channel(ours), process)
 
 
 def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = None) -> BackendLost | ConfigError | None:

@@ -41,28 +41,23 @@ def run(channel: Channel) -> int:
     watch = threading.Thread(target=_end_with, args=(channel.stream,), name="brlite-rank-0", daemon=True)
     watch.start()
     try:
-        _follow(channel)
+        model = load_rank(_receive(channel, Setup))
+        channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
+        model.join(_receive(channel, Join).place)
+        channel.send(Joined())
+        while isinstance(message := channel.receive(), Compute):
+            model.follow(read_work(message))
+        model.close()  # not after an error: leaving a broken process group may take for ever
     except ChannelClosed:
         return EXIT_LOST
     except BaseException as error:
         is_foreseen = isinstance(error, BrliteError)
         logger.debug("this rank ends", exc_info=error)
         with suppress(ChannelClosed):
-            message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
-            channel.send(Failed(message, is_foreseen, is_consequence=isinstance(error, RankGone)))
+            reason = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            channel.send(Failed(reason, is_foreseen, is_consequence=isinstance(error, RankGone)))
         return EXIT_LOST
     return 0
-
-
-def _follow(channel: Channel) -> None:
-    setup = _receive(channel, Setup)
-    model = load_rank(setup)
-    channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
-    model.join(_receive(channel, Join).place)
-    channel.send(Joined())
-    while isinstance(message := channel.receive(), Compute):
-        model.follow(read_work(message))
-    model.close()  # not after an error: leaving a broken process group may take for ever
 
 
 def _receive(channel: Channel, kind: type[M]) -> M:

@@ -22,7 +22,12 @@ class OneThread:
     def __init__(self, name: str) -> None:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.is_stopped = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+        def run() -> None:
+            while (work := self._work.get()) is not None:
+                work()
+
+        self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> T:
@@ -46,7 +51,3 @@ class OneThread:
             self.is_stopped = True
             self._work.put(None)
             self._thread.join()
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()

@@ -112,15 +112,15 @@ class SlotBackend:
 
     def close(self) -> None:
         """Close the engine and end its thread, after the step under way if there is one. May be called twice."""
-        self._guard.close(self._give_back)
 
-    def _give_back(self) -> None:
-        if self._thread.is_stopped:
-            return
-        try:
-            self._thread.call(self._engine.close)
-        finally:
-            self._thread.stop()
+        def release() -> None:
+            if not self._thread.is_stopped:
+                try:
+                    self._thread.call(self._engine.close)
+                finally:
+                    self._thread.stop()
+
+        self._guard.close(release)
 
     def _take(self, seq: ScheduledSeq) -> SlotWork:
         """Turn a sequence's tokens into rows. At position 0 the slot is emptied first: its last sequence has ended."""
@@ -152,9 +152,15 @@ class SlotBackend:
         concerned = {each.slot: each for each in work}
         padded = with_every_slot(rows, self._capabilities)
         try:
-            logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
+            shape = len(padded), self._capabilities.vocab_size
+            found = self._thread.call(lambda: self._engine.step(padded))
+            logits = self._checked(found, "logits", self._capabilities.logits_dtype, shape)
+            hidden: Sequence[Logits] | Logits = ()
             pooled = [row.slot for row in rows if concerned[row.slot].seq.pooling is not None]
-            hidden = self._hidden_states(pooled)
+            if pooled:
+                shape = len(pooled), self._capabilities.hidden_size
+                found = self._thread.call(lambda: self._engine.hidden_states(pooled))  # type: ignore[attr-defined]
+                hidden = self._checked(found, "hidden states", "float32", shape)
         except BackendLost:
             raise
         except Exception as error:  # an engine is other people's code: any exception ends these rows only
@@ -170,23 +176,13 @@ class SlotBackend:
         for number, state in zip(pooled, hidden, strict=True):
             concerned[number].hidden.append(state)
 
-    def _hidden_states(self, slots: list[int]) -> npt.NDArray[np.float32]:
-        """The hidden states [N, H] of these slots. Raises `EngineError` for an array of another type or shape."""
-        if not slots:
-            return np.empty((0, 0), np.float32)
-        shape = (len(slots), self._capabilities.hidden_size)
-        hidden = self._thread.call(lambda: self._engine.hidden_states(slots))  # type: ignore[attr-defined]
-        if not isinstance(hidden, np.ndarray) or hidden.shape != shape or hidden.dtype != np.float32:
-            raise EngineError(f"engine {self._capabilities.name} gave no hidden states of float32 {shape}")
-        return hidden
-
-    def _checked(self, logits: object, num_rows: int) -> Logits:
-        """Logits [R, V] as float32. Raises `EngineError` for another type or shape than the engine promised."""
-        shape, dtype = (num_rows, self._capabilities.vocab_size), self._capabilities.logits_dtype
-        if not isinstance(logits, np.ndarray) or logits.shape != shape or logits.dtype != dtype:
-            found = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
-            raise EngineError(f"engine {self._capabilities.name} gave {found} for logits; promised are {dtype} {shape}")
-        return np.ascontiguousarray(logits, np.float32)
+    def _checked(self, array: object, what: str, dtype: str, shape: tuple[int, int]) -> Logits:
+        """The engine's array as float32. Raises `EngineError` for another type or shape than the engine promised."""
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            name = self._capabilities.name
+            raise EngineError(f"engine {name} gave {found} for {what}; promised are {dtype} {shape}")
+        return np.ascontiguousarray(array, np.float32)
 
     def _release(self, number: int, *, is_certain: bool = False) -> None:
         """Empty a slot. The engine is called if the slot holds tokens, or with `is_certain` in any case."""

@@ -20,20 +20,15 @@ def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = C
     check_supported(reader)
     # Every config of this family has a window; it is used only if `use_sliding_window` is true.
     has_window = reader.flag("use_sliding_window", False) and values.get("sliding_window", DEFAULT_WINDOW) is not None
+    num_full = values.get("max_window_layers", DEFAULT_FULL_LAYERS)  # the lowest layers, which have no window; may be 0
+    if has_window and (type(num_full) is not int or num_full < 0):
+        raise reader.error("max_window_layers", "an integer of at least 0", num_full)
     return ModelConfig(
         **read_sizes(reader),
         qkv_bias=True,
         sliding_window=reader.positive_int("sliding_window", DEFAULT_WINDOW) if has_window else None,
-        sliding_layers=read_sliding_layers(reader, first=_num_full_layers(values)) if has_window else (),
+        sliding_layers=read_sliding_layers(reader, first=num_full) if has_window else (),
     )
-
-
-def _num_full_layers(values: Mapping[str, Any]) -> int:
-    """How many of the lowest layers have no sliding window; 0 is allowed."""
-    count = values.get("max_window_layers", DEFAULT_FULL_LAYERS)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ConfigReader(values).error("max_window_layers", "an integer of at least 0", count)
-    return count
 
 
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_config, WEIGHT_NAMES)

@@ -26,18 +26,15 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     if reader.flag("use_sliding_window", False):
         raise reader.error("use_sliding_window", "false", True)
     config = llama.read_config(values, CLASS_DEFAULTS)
-    return msgspec.structs.replace(config, nope_layers=_nope_layers(reader, values, config.num_layers))
-
-
-def _nope_layers(reader: ConfigReader, values: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The layers without rotary positions: those with 0 in `no_rope_layers`, else the last of each interval."""
-    flags = values.get("no_rope_layers")
+    num_layers, flags = config.num_layers, values.get("no_rope_layers")
+    # The layers without rotary positions: those with 0 in `no_rope_layers`, else the last of each interval.
     if flags is None:
         interval = reader.positive_int("no_rope_layer_interval", DEFAULT_INTERVAL)
-        return tuple(range(interval - 1, num_layers, interval))
+        return msgspec.structs.replace(config, nope_layers=tuple(range(interval - 1, num_layers, interval)))
     if not isinstance(flags, list) or len(flags) != num_layers or any(flag not in (0, 1) for flag in flags):
         raise reader.error("no_rope_layers", f"a list of {num_layers} zeros and ones", flags)
-    return tuple(layer for layer, flag in enumerate(flags) if flag == 0)
+    nope_layers = tuple(layer for layer, flag in enumerate(flags) if flag == 0)
+    return msgspec.structs.replace(config, nope_layers=nope_layers)
 
 
 SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read_config, llama.WEIGHT_NAMES)
