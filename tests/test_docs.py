@@ -59,6 +59,8 @@ NOT_RUN_HERE = {
     "http-api-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "installation-1": "the same command as README-1",
     "installation-2": "it builds in fresh venvs for minutes, and ends with a request to the wheel's own server",
+    "installation-3": "it fetches all wheels; deploy/docker/Containerfile has the same step",
+    "installation-4": "it needs those wheels",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
 }

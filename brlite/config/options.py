@@ -75,8 +75,10 @@ ENGINE_VARIABLE = "BRLITE_ENGINE"
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how the HTTP server listens."""
 
-    host: Annotated[Word, option('"0.0.0.0" listens on all addresses: set an API key then')] = "127.0.0.1"
-    port: Annotated[Port, option("0 takes a free port")] = 8000
+    host: Annotated[Word, option('the address to listen on; "0.0.0.0" is all of them: set an API key then')] = (
+        "127.0.0.1"
+    )
+    port: Annotated[Port, option("the port of the API and of /metrics; 0: a free one")] = 8000
     cors_origins: Annotated[
         tuple[Word, ...],
         option('origins of web pages that may use the server: ["https://app.example.com"]; ["*"] allows all'),
@@ -94,7 +96,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = False
     drain_seconds: Annotated[SecondsOrZero, option("time for running requests to finish after SIGTERM")] = 30.0
     access_log: Annotated[bool, option("one log line a request, without its content")] = True
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("debug, info, warning, error")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        option("the least important lines that are logged: debug, info, warning, error"),
+    ] = "info"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,13 +119,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: Annotated[
         Word, option("cpu, cuda, supa (Biren cards), or one of several such as cuda:1; auto: supa, else cuda, else cpu")
     ] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("auto, float32, bfloat16")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        option("numbers of torch: float32 (on CPUs in place of native kernels), bfloat16; auto: what is fast there"),
+    ] = "auto"
     torch_kernels: Annotated[
         TorchKernels,
         option("on a CUDA card: triton (our kernels), eager (torch's operators), or auto: triton where it can be used"),
     ] = "auto"
     threads: Annotated[
-        int, Meta(ge=0, le=1024), option("0: one for each physical core, within CPU affinity and quotas")
+        int,
+        Meta(ge=0, le=1024),
+        option("threads that compute; 0: one for each physical core, within CPU affinity and quotas"),
     ] = 0
     adaptive_threads: Annotated[
         bool, option("steps take fewer threads while other programs use the cores; the answers are the same")
@@ -132,7 +142,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 0
     max_step_seconds: Annotated[
         SecondsOrZero,
-        option("while answers run, a step takes as much of prompts as fits this time, at least 16 tokens; 0: no bound"),
+        option("while answers run, a step computes the prompt tokens that fit this time, at least 16; 0: no bound"),
     ] = 0.2
     prefix_caching: Annotated[bool, option("reuse the KV cache of equal prompt beginnings")] = True
     share_prefix_cache: Annotated[
@@ -154,7 +164,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: Annotated[
         float,
         Meta(gt=0, le=1),
-        option("part of a card's memory that weights and KV cache may take, with what others hold there"),
+        option("share of a card's memory for weights and KV cache, including what other processes hold there"),
     ] = 0.9
     on_rank_failure: Annotated[
         Literal["restart", "exit"],
@@ -236,7 +246,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = "auto"
     generation_config: Annotated[
         Literal["model", "none"],
-        option("model: sampling values of the model's generation_config.json, for requests without them; none: not"),
+        option("model: requests without sampling values get those of generation_config.json; none: they do not"),
     ] = "model"
     pooling: Annotated[
         Literal["auto", "last", "mean", "none"],
@@ -257,10 +267,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     serialize_file: Annotated[
         str, option('file for the packed weights; "": only those of downloaded models are kept, in the cache folder')
     ] = ""
-    input_name: Annotated[str, option("of br-vllm-serving; for engine plugins only, `brlite check` shows it")] = (
-        "input_ids.1"
-    )
-    output_name: Annotated[str, option("of br-vllm-serving; for engine plugins only, `brlite check` shows it")] = ""
+    input_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = "input_ids.1"
+    output_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = ""
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -376,10 +384,10 @@ class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_subschemas: Annotated[Count, option("schemas inside one schema, those behind references included")] = 10_000
     max_properties: Annotated[Count, option("properties of one object")] = 1000
     max_optional_properties: Annotated[Count, option("those of them that are not required")] = 400
-    max_references: Annotated[Count, option("`$ref` inside the target of `$ref`, this many deep")] = 200
+    max_references: Annotated[Count, option("depth of `$ref` inside the target of another `$ref`")] = 200
     max_repetitions: Annotated[
         Count,
-        option("characters of all patterns, repetitions like {1,100} written out, and all `multipleOf`"),
+        option("characters of all patterns, repetitions like {1,100} written out; `multipleOf` counts, too"),
     ] = 10_000
     max_joint_patterns: Annotated[Count, option("patterns that one string must match at once, by allOf")] = 3
     max_rules: Annotated[Count, option("rules of a grammar")] = 500
@@ -411,7 +419,7 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     key: Annotated[Word | None, option("the key itself", "sk-2")] = None
     env: Annotated[Word | None, option("or the environment variable that holds it", "TEAM_A_KEY")] = None
     models: Annotated[tuple[Text, ...], option("models that it may use; []: all", ["my-model"])] = ()
-    requests_per_minute: Annotated[CountOrZero, option("0: no limit")] = 0
+    requests_per_minute: Annotated[CountOrZero, option("requests in a minute; 0: no limit")] = 0
     tokens_per_minute: Annotated[CountOrZero, option("prompts and answers together; 0: no limit")] = 0
     max_concurrent: Annotated[CountOrZero, option("requests at once; 0: no limit")] = 0
     weight: Annotated[
@@ -440,13 +448,14 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     all_models: Annotated[
         dict[str, str], option("br-vllm-serving's table, URL → model name: which server serves which model")
     ] = {}
-    aliases: Annotated[dict[str, Text], option("further model name → model")] = {}
+    aliases: Annotated[dict[str, Text], option("another name → the model that it means")] = {}
     fallbacks: Annotated[
         dict[str, tuple[Text, ...]],
         option('model → models used when none of its servers can be reached: { a = ["b", "c"] }'),
     ] = {}
     choice: Annotated[
-        Choice, option("how one of a model's servers is chosen: least_loaded, round_robin, prefix (its cache), sticky")
+        Choice,
+        option("how one of a model's servers is chosen: least_loaded, round_robin, prefix, sticky (docs/proxy.md)"),
     ] = "least_loaded"
     sticky_header: Annotated[
         Word, option('with choice = "sticky", requests with the same value go to the same server')
@@ -488,7 +497,7 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     eject_failures: Annotated[Count, option("failed requests in a row that eject an upstream")] = 5
     eject_seconds: Annotated[
         Seconds,
-        option("first ejection time; doubles up to 120 s while probes fail. The last upstream is never ejected"),
+        option("first ejection time; doubles up to 120 s while probes fail; if all are ejected, each is tried in turn"),
     ] = 10.0
 
 
