@@ -99,6 +99,11 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         return self._engine.stats
 
+    @property
+    def has_failed_draft_model(self) -> bool:
+        """Whether it had a draft model that raised an error and is not used any more."""
+        return self._draft_model is not None and self._draft_model.is_off
+
     def continue_stats(self, stats: EngineStats) -> None:
         """Continue the counters of an engine that served the same model before. Call it before the first request."""
         self._engine.continue_stats(stats)

@@ -201,6 +201,7 @@ class Engine:
         """Store the draft model's guesses. The next step verifies them."""
         assert self.draft_model is not None, "it made the plan"
         self.draft_model.take_in(plan, guesses, self._clock())
+        self.stats.draft_model_failures += guesses is None
 
     def schedule_ahead(self) -> Batch | None:
         """Decide the step after the one under way; None if that one must end first, by `update` or `fail`.

@@ -99,6 +99,8 @@ class EngineStats:
         self.drafts = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
+        self.accepted_by_position: Counter[int] = Counter()  # 0: the first guess of a draft
+        self.draft_model_failures = 0
         self.step_failures = 0
         self.host_draws = 0  # tokens that the host drew while a device that runs ahead waited
         self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
@@ -148,6 +150,7 @@ class EngineStats:
         self.drafts += 1
         self.draft_tokens += num_tokens
         self.accepted_tokens += num_accepted
+        self.accepted_by_position.update(range(num_accepted))
 
     def note_finished(self, state: RequestState, now: float, reason: str) -> None:
         """Record the end of a request. Latencies only of completed requests; aborts and errors are only counted."""

@@ -150,7 +150,8 @@ async def load(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Readiness: 200 if new requests are accepted, else 503.
 
-    With an accepted key, also the state of each model that the key may use, and the number of its upstreams.
+    With an accepted key, also the state of each model that the key may use, and the number of its upstreams. A draft
+    model that has failed is named there; its model is ready all the same.
     """
     models, key = request.app[MODELS], shown_api_key(request)
     is_ready = models.takes_requests
@@ -165,6 +166,7 @@ async def ready(request: web.Request) -> web.Response:
                     if model.status == "loading"
                     else {}
                 ),
+                **({"draft_model": "failed"} if model.engine and model.engine.has_failed_draft_model else {}),
             }
             for model in models
             if key.may_use(model.name)

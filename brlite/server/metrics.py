@@ -135,6 +135,7 @@ OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step
 OWN_COUNTERS = [
     Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
     Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
+    Series("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),
     Series("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
 ]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
@@ -263,12 +264,19 @@ class EngineCollector(Collector):
         sources = CounterMetricFamily(
             "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", labels=(*V1_LABELS, "source")
         )
+        accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Tokens guessed right, by their place in the draft.",
+            labels=(*V1_LABELS, "position"),
+        )
         for values, stats in self._each(V1_LABELS):
             waiting.add_metric([*values, "capacity"], stats.num_waiting)
             waiting.add_metric([*values, "deferred"], 0)
             sources.add_metric([*values, "local_compute"], stats.prompt_tokens - stats.cached_prompt_tokens)
             sources.add_metric([*values, "local_cache_hit"], stats.cached_prompt_tokens)
             sources.add_metric([*values, "external_kv_transfer"], 0)
+            for position, num_accepted in sorted(stats.accepted_by_position.items()):
+                accepted.add_metric([*values, str(position)], num_accepted)
         sleep = GaugeMetricFamily(
             "vllm:engine_sleep_state",
             "awake while the model is loaded, else discard_all.",
@@ -279,7 +287,7 @@ class EngineCollector(Collector):
             sleep.add_metric([model.name, "0", "awake"], is_loaded)
             sleep.add_metric([model.name, "0", "weights_offloaded"], 0)
             sleep.add_metric([model.name, "0", "discard_all"], not is_loaded)
-        yield from (waiting, sources, sleep)
+        yield from (waiting, sources, accepted, sleep)
 
     def _backends(self) -> Metric:
         labels = ("model_name", "backend", "device", "dtype", "precision")

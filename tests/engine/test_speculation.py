@@ -147,6 +147,9 @@ def test_guesses_and_how_many_were_right_are_counted(make_driver: MakeDriver) ->
     assert stats.drafts == sum(batch.seqs[0].num_draft_tokens > 0 for batch in batches)
     assert stats.accepted_tokens == 200 - len(batches)
     assert 0 < stats.accepted_tokens < stats.draft_tokens
+    by_position = [stats.accepted_by_position[position] for position in range(len(stats.accepted_by_position))]
+    assert sum(by_position) == stats.accepted_tokens
+    assert by_position == sorted(by_position, reverse=True)
     assert stats.generation_tokens == 200
 
 

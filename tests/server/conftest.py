@@ -78,6 +78,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
             tokenizer: ByteTokenizer | None = None,
             sampling_defaults: dict[str, Any] | None = None,
             scoring_head: ScoringHead | None = None,
+            draft_backend: FakeBackend | None = None,
             **backend_options: Any,
         ) -> Client:
             backend = FakeBackend(**backend_options)
@@ -89,6 +90,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
                 settings.limits,
                 sampling_defaults=sampling_defaults,
                 scoring_head=scoring_head,
+                draft_backend=draft_backend,
             )
             async_engine = await stack.enter_async_context(EngineLoop(engine, backend))
             app = create_app(async_engine, settings)

@@ -11,10 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from brlite.app import create_app
 from brlite.config.options import Config, LimitsConfig, ModelSpec
+from brlite.engine.backend import ScheduledSeq
 from brlite.engine.stats import RATE_SECONDS, Rate
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
-from tests.server.conftest import Client
+from tests.fakes import FakeBackend
+from tests.server.conftest import MODEL, Client
 
 # vLLM 0.4.0.post1, as it was seen on the wire: name, type, and the bounds its buckets must have.
 SEED_FAMILIES = {
@@ -151,7 +153,27 @@ async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
         for name in ("drafts", "draft_tokens", "accepted_tokens")
     )
     assert 0 < num_drafts < num_accepted == num_guessed
+    by_position = families["vllm:spec_decode_num_accepted_tokens_per_pos"]
+    assert value(by_position, "_total", position="0") == num_drafts
+    assert sum(sample.value for sample in by_position.samples if sample.name.endswith("_total")) == num_accepted
     assert value(families["vllm:time_per_output_token_seconds"], "_count") == 23
+
+
+async def test_a_draft_model_that_failed_is_counted_and_named_by_ready(
+    make_client: Callable[..., Awaitable[Client]],
+) -> None:
+    def fault(seq: ScheduledSeq) -> str | None:
+        raise RuntimeError("no memory")
+
+    client = await make_client(max_draft_tokens=7, draft_backend=FakeBackend(fault=fault))
+    await client.chat("hello", max_tokens=24)
+
+    families = await scrape(client)
+    status, answer = await client.get("/ready")
+
+    assert value(families["brlite:draft_model_failures"], "_total") == 1
+    assert status == 200
+    assert answer["models"] == [{"model": MODEL, "status": "ready", "draft_model": "failed"}]
 
 
 async def test_series_are_there_at_zero_while_the_model_loads() -> None:
