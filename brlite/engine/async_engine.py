@@ -108,6 +108,10 @@ class EngineLoop:
         """Continue the counters of an engine that served the same model before. Call it before the first request."""
         self._engine.continue_stats(stats)
 
+    def longest_waits(self) -> dict[int, float]:
+        """As `Engine.longest_waits`."""
+        return self._engine.longest_waits()
+
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call `on_lost` after the backend was lost and all requests have ended. No step runs after that."""
         self._on_lost = on_lost

@@ -158,6 +158,7 @@ class Engine:
             seed=secrets.randbits(64) if seed is None else seed % 2**64,
             arrival_time=self._clock(),
             cache_root=self._cache_root(request),
+            priority=request.priority,
             pooling=None if pooling is None else pooling.pooling or ("mean" if self.info.pooling == "mean" else "last"),
         )
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
@@ -218,7 +219,7 @@ class Engine:
         return batch
 
     def _decide(self) -> Batch | None:
-        runs, start = self._scheduler.schedule(), self._clock()
+        runs, start = self._scheduler.schedule(self._clock()), self._clock()
         for seq, _ in runs:
             if seq.is_started:
                 continue
@@ -309,6 +310,15 @@ class Engine:
             self.draft_model.check_integrity()
         self.check_idle()
 
+    def longest_waits(self) -> dict[int, float]:
+        """For each `priority` of requests, the seconds that its longest waiting sequence has waited, 0 without one."""
+        now, waits = self._clock(), dict[int, float]()
+        for state in self._requests.values():
+            waiting = [seq.waiting_since for seq in state.sequences if seq.status is SequenceStatus.WAITING]
+            priority = state.request.priority
+            waits[priority] = max(waits.get(priority, 0.0), now - min(waiting, default=now))
+        return waits
+
     def queued(self) -> list[RequestState]:
         """The requests that count towards `max_waiting`: a body with many prompts counts as one."""
         states = self._queued.values()
@@ -326,11 +336,11 @@ class Engine:
         counts = Counter(state.request.tenant for state in queued)
         longest, num_longest = counts.most_common(1)[0]
         waiting = [state for state in reversed(queued) if not state.is_started]
-        last = max(waiting, key=lambda state: state.request.priority, default=None)
+        last = max(waiting, key=lambda state: state.priority, default=None)
         newest = next((each for each in waiting if each.request.tenant == longest), None)
         text = f"{len(queued)} requests are waiting; this server queues at most {most}, shared by key"
         full = QueueFull(text, retry_after_seconds=self._retry_after_seconds())
-        if last is not None and last.request.priority > request.priority:
+        if last is not None and last.priority > request.priority:
             newest = last
         elif newest is None or num_longest <= counts[request.tenant] + 1:
             raise full
@@ -367,6 +377,7 @@ class Engine:
             detokenizer=detokenizer,
             counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,
+            waiting_since=self._clock(),
             block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
             repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
@@ -517,6 +528,7 @@ class Engine:
             if not is_exempt and state.arrival_time < now - limit:
                 message = f"the request waited in the queue for more than {limit:g} seconds"
                 self._end_with_error(state, QueueTimeout(message, retry_after_seconds=self._retry_after_seconds()))
+        self.stats.promotions += self._scheduler.promote(now - limit)
 
     def _end_with_error(self, state: RequestState, error: BrliteError) -> None:
         if self._requests.pop(state.request.request_id, None) is None:

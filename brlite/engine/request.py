@@ -143,6 +143,7 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
     is_started: bool = False
+    waiting_since: float = 0.0
     drafter: NgramDrafter | None = None
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
@@ -214,6 +215,7 @@ class RequestState:
     seed: int
     arrival_time: float
     cache_root: bytes
+    priority: int  # the request's own, until it has waited too long
     sequences: list[Sequence] = field(default_factory=list)
     num_started: int = 0
     scheduled_time: float | None = None

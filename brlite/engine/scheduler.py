@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from itertools import islice
+from itertools import islice, takewhile
 
 from brlite.engine.backend import Batch, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.bad_words import completing_tokens
@@ -33,6 +33,7 @@ class Scheduler:
     head of the queue to be computed again. Sequences with the highest `priority` number are stopped first.
 
     Preemption for classes: a waiting sequence that lacks a place or blocks gets those of a class with a higher number.
+    A request that has begun never waits for ever: see `promote`.
 
     Preemption for places: if all places are taken, the next tenant without a place gets one from a tenant with several.
     Within a tenant the same holds for groups. So 64 prompts of one request delay another request by one step.
@@ -61,6 +62,7 @@ class Scheduler:
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._begun_waiting: dict[Sequence, None] = {}  # of requests that have begun; those that wait longest first
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -68,6 +70,7 @@ class Scheduler:
         self._max_draft_seqs = max_draft_seqs
         self._pace = pace
         self._draft_model = draft_model
+        self._now = 0.0  # the time of the last `schedule`
 
     @property
     def is_empty(self) -> bool:
@@ -82,6 +85,7 @@ class Scheduler:
         """Queue the further completions of a cached prompt, before the other sequences of their group."""
         for seq in reversed(seqs):
             self.waiting.add(seq, is_first=True)
+            self._begun_waiting[seq] = None
 
     def finish(self, seq: Sequence) -> None:
         """End a running or waiting sequence. Frees its blocks, after the step under way if that writes to them."""
@@ -89,9 +93,26 @@ class Scheduler:
             self.running.remove(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
+            self._begun_waiting.pop(seq, None)
         seq.status = SequenceStatus.FINISHED
         if not seq.num_in_flight_tokens:
             self._blocks.release(seq)
+
+    def promote(self, before: float) -> int:
+        """Move requests that have begun, and have waited since `before`, to the first class. Returns their number.
+
+        The first class is that of the lowest `priority` that runs or waits. Without this, a preempted request would
+        wait for as long as requests of earlier classes arrive.
+        """
+        overdue = list(takewhile(lambda seq: seq.waiting_since < before, self._begun_waiting))
+        if not overdue:
+            return 0
+        candidates = self.running if self.waiting.next is None else [*self.running, self.waiting.next]
+        first = min(seq.state.priority for seq in candidates)
+        states = dict.fromkeys(seq.state for seq in overdue if seq.state.priority > first)
+        for state in states:
+            self.waiting.change_class(state, first)
+        return len(states)
 
     def fork(self, seq: Sequence, parent: Sequence) -> None:
         """Give a running sequence, which now has a continuation of `parent`, the parent's computed blocks."""
@@ -120,9 +141,13 @@ class Scheduler:
         )
         return num_missing <= self._blocks.num_free and self._next_to_replace() is None
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step, each with the number of its tokens to compute. They hold the blocks."""
+    def schedule(self, now: float) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step, each with the number of its tokens to compute. They hold the blocks.
+
+        Sequences that are preempted wait since `now`.
+        """
         scheduled: dict[Sequence, int] = {}
+        self._now = now
         self._free_place()
         decoding, prompts = list[Sequence](), list[Sequence]()
         for seq in self.running:
@@ -289,6 +314,7 @@ class Scheduler:
         seq = self.waiting.next
         assert seq is not None, "the blocks were matched for it"
         self.waiting.take(seq)
+        self._begun_waiting.pop(seq, None)
         self._blocks.share(seq, matched)
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
@@ -316,12 +342,12 @@ class Scheduler:
         """
         if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
-        priority, latest = self.waiting.next.state.request.priority, _latest_of_last_class(self.running)
-        if latest.state.request.priority > priority and self._match_next() is None:
+        priority, latest = self.waiting.next.state.priority, _latest_of_last_class(self.running)
+        if latest.state.priority > priority and self._match_next() is None:
             return latest, next(iter(self.waiting.tenants)), None
         if len(self.running) < self._max_num_seqs:
             return None
-        running = [seq for seq in self.running if seq.state.request.priority == priority]
+        running = [seq for seq in self.running if seq.state.priority == priority]
         if not running:
             return None
         tenants = Counter(seq.state.request.tenant for seq in running)
@@ -344,6 +370,8 @@ class Scheduler:
         self.running.remove(seq)
         self._blocks.release(seq)
         seq.status = SequenceStatus.WAITING
+        seq.waiting_since = self._now
+        self._begun_waiting[seq] = None
         self.num_preemptions += 1
 
 
@@ -381,7 +409,7 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
 
 def _latest_of_last_class(running: list[Sequence]) -> Sequence:
     """The sequence to preempt first: the latest of those with the highest `priority` number."""
-    return max(reversed(running), key=lambda seq: seq.state.request.priority)
+    return max(reversed(running), key=lambda seq: seq.state.priority)
 
 
 def _depends_on_result(seq: Sequence) -> bool:

@@ -96,6 +96,7 @@ class EngineStats:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.preemptions = 0
+        self.promotions = 0
         self.drafts = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0

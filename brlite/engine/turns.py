@@ -12,7 +12,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from brlite.engine.request import Sequence
+from brlite.engine.request import RequestState, Sequence, SequenceStatus
 
 Group = OrderedDict[Sequence, None]
 Tenants = OrderedDict[str, OrderedDict[str, Group]]
@@ -66,8 +66,8 @@ class TurnQueue:
     @property
     def next(self) -> Sequence | None:
         """The sequence whose turn it is."""
-        returned = min(self._returned, key=lambda seq: seq.state.request.priority, default=None)
-        if returned is not None and (not self._priorities or returned.state.request.priority <= self._priorities[0]):
+        returned = min(self._returned, key=lambda seq: seq.state.priority, default=None)
+        if returned is not None and (not self._priorities or returned.state.priority <= self._priorities[0]):
             return returned
         if not self._priorities:
             return None
@@ -77,10 +77,11 @@ class TurnQueue:
     def add(self, seq: Sequence, *, is_first: bool = False) -> None:
         """Queue a sequence as the last of its group, or as its first."""
         request = seq.state.request
-        tenants = self._classes.get(request.priority)
+        priority = seq.state.priority
+        tenants = self._classes.get(priority)
         if tenants is None:
-            tenants = self._classes[request.priority] = OrderedDict()
-            insort(self._priorities, request.priority)
+            tenants = self._classes[priority] = OrderedDict()
+            insort(self._priorities, priority)
         group = tenants.setdefault(request.tenant, OrderedDict()).setdefault(request.group, OrderedDict())
         group[seq] = None
         if is_first:
@@ -100,7 +101,7 @@ class TurnQueue:
         is_turn = seq not in self._returned
         self.remove(seq)
         request = seq.state.request
-        tenants = self._classes.get(request.priority, OrderedDict())
+        tenants = self._classes.get(seq.state.priority, OrderedDict())
         groups = tenants.get(request.tenant)
         if is_turn:
             self._num_in_a_row = self._num_in_a_row + 1 if request.tenant == self._last else 1
@@ -117,8 +118,8 @@ class TurnQueue:
         if seq in self._returned:
             del self._returned[seq]
             return
-        request = seq.state.request
-        tenants = self._classes[request.priority]
+        request, priority = seq.state.request, seq.state.priority
+        tenants = self._classes[priority]
         groups = tenants[request.tenant]
         del groups[request.group][seq]
         self._num_waiting -= 1
@@ -127,5 +128,14 @@ class TurnQueue:
         if not groups:
             del tenants[request.tenant]
         if not tenants:
-            del self._classes[request.priority]
-            self._priorities.remove(request.priority)
+            del self._classes[priority]
+            self._priorities.remove(priority)
+
+    def change_class(self, state: RequestState, priority: int) -> None:
+        """Move a request's waiting sequences to another class, and give it the next turn there."""
+        waiting = [seq for seq in state.sequences if seq.status is SequenceStatus.WAITING and seq not in self._returned]
+        for seq in waiting:
+            self.remove(seq)
+        state.priority = priority
+        for seq in reversed(waiting):
+            self.add(seq, is_first=True)

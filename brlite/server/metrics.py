@@ -135,6 +135,7 @@ OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step
 OWN_COUNTERS = [
     Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
     Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
+    Series("brlite:promotions", "Requests moved to the first class: they waited too long.", lambda s: s.promotions),
     Series("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),
     Series("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
 ]
@@ -190,6 +191,7 @@ class EngineCollector(Collector):
         yield from self._traits(CounterMetricFamily, MODEL_COUNTERS)
         yield from self._traits(GaugeMetricFamily, MODEL_GAUGES)
         yield self._backends()
+        yield self._waits()
 
     def _each(self, labels: tuple[str, ...]) -> Iterator[tuple[list[str], EngineStats]]:
         for model in self._models:
@@ -288,6 +290,17 @@ class EngineCollector(Collector):
             sleep.add_metric([model.name, "0", "weights_offloaded"], 0)
             sleep.add_metric([model.name, "0", "discard_all"], not is_loaded)
         yield from (waiting, sources, accepted, sleep)
+
+    def _waits(self) -> Metric:
+        family = GaugeMetricFamily(
+            "brlite:longest_wait_seconds",
+            "How long the longest waiting request of a priority has waited.",
+            labels=(*SEED_LABELS, "priority"),
+        )
+        for name, engine in self._engines():
+            for priority, seconds in {0: 0.0, **engine.longest_waits()}.items():
+                family.add_metric([name, str(priority)], seconds)
+        return family
 
     def _backends(self) -> Metric:
         labels = ("model_name", "backend", "device", "dtype", "precision")

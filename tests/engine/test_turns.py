@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from brlite.config.options import LimitsConfig
-from brlite.errors import QueueFull
+from brlite.errors import QueueFull, QueueTimeout
 from tests.engine.conftest import Driver
 from tests.fakes import reference_tokens
 
@@ -251,3 +251,43 @@ def test_a_full_queue_loses_the_newest_request_of_the_last_class(make_driver: Ma
         driver.submit("behind", max_tokens=1, priority=1)
 
     assert isinstance(driver.errors[behind[-1]], QueueFull)
+
+
+def step_beside_busy_class(driver: Driver, num_steps: int) -> None:
+    """Steps in which requests of class 0 always wait: each takes a place for two steps."""
+    for _ in range(num_steps):
+        for _ in range(4 - len(driver.engine.queued())):
+            driver.submit("busy", max_tokens=2, tenant="busy")
+        driver.step()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_preempted_request_continues_after_the_longest_wait_however_busy_an_earlier_class_is(
+    make_driver: MakeDriver, n: int
+) -> None:
+    limits = LimitsConfig(max_waiting=64, max_wait_seconds=30)
+    driver = make_driver(num_blocks=64, max_num_seqs=2, max_model_len=64, budget=64, limits=limits)
+    behind = driver.submit("behind", max_tokens=6, n=n, priority=5, tenant="batch")
+    driver.step()
+
+    step_beside_busy_class(driver, 30)
+    is_finished_before, wait = behind in driver.finished, driver.engine.longest_waits()[5]
+    step_beside_busy_class(driver, 60)
+
+    assert not is_finished_before
+    assert 29 <= wait <= 30
+    assert behind in driver.finished
+    assert driver.engine.stats.promotions == 1
+    assert [driver.token_ids(behind, index) for index in range(n)] == n * [reference_tokens(b"behind", 6)]
+
+
+def test_a_request_that_has_not_begun_waits_for_earlier_classes_and_then_is_refused(make_driver: MakeDriver) -> None:
+    limits = LimitsConfig(max_waiting=64, max_wait_seconds=30)
+    driver = make_driver(num_blocks=64, max_num_seqs=2, max_model_len=64, budget=64, limits=limits)
+    step_beside_busy_class(driver, 2)
+    behind = driver.submit("behind", max_tokens=6, priority=5, tenant="batch")
+
+    step_beside_busy_class(driver, 33)
+
+    assert isinstance(driver.errors[behind], QueueTimeout)
+    assert driver.engine.stats.promotions == 0

@@ -138,6 +138,7 @@ async def test_a_request_moves_the_numbers(client: Client) -> None:
     assert value(families["vllm:num_requests_running"]) == 0
     assert value(families["vllm:prompt_tokens_by_source"], "_total", source="local_compute") == 11
     assert value(families["vllm:engine_sleep_state"], sleep_state="awake") == 1
+    assert value(families["brlite:longest_wait_seconds"], priority="0") == 0
 
 
 async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
