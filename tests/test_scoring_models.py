@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -12,13 +15,14 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, processors
 
-from brlite import AsyncEngine, Config
+from brlite import LLM, AsyncEngine, Config, SamplingParams
 from brlite.app import create_app
 from brlite.commands.cli import main
 from brlite.config.options import EngineConfig, LimitsConfig, ModelSpec
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.http.listen import HttpServer
-from tests.tiny_models import LLAMA, QWEN2, QWEN3, random_arrays, write_byte_tokenizer
+from brlite.tokenizer.pair_template import QWEN3_RERANKER, PairTemplate
+from tests.tiny_models import LLAMA, QWEN2, QWEN3, random_arrays, write_byte_tokenizer, write_model
 
 pytestmark = pytest.mark.torch
 
@@ -45,11 +49,17 @@ def write_scorer(path: Path, base: dict[str, Any], *, num_labels: int = 1, **con
     return path
 
 
-async def ask(path: Path, endpoint: str, body: dict[str, Any], **engine: Any) -> dict[str, Any]:
-    config = Config(
-        model=(ModelSpec(name="tiny", path=str(path), build_seq=128, build_batch=4),),
+def make_config(path: Path, spec: Mapping[str, Any] = MappingProxyType({}), **engine: Any) -> Config:
+    return Config(
+        model=(ModelSpec(**{"name": "tiny", "path": str(path), "build_seq": 128, "build_batch": 4, **spec}),),
         engine=EngineConfig(**{"device": "cpu", "max_num_batched_tokens": 16, **engine}),
     )
+
+
+async def ask(
+    path: Path, endpoint: str, body: dict[str, Any], spec: Mapping[str, Any] = MappingProxyType({}), **engine: Any
+) -> dict[str, Any]:
+    config = make_config(path, spec, **engine)
     async with (
         AsyncEngine.from_config(config) as async_engine,
         HttpServer(create_app(async_engine, config), "127.0.0.1", 0, LimitsConfig()) as server,
@@ -135,6 +145,191 @@ async def test_a_head_that_is_missing_or_not_finite_is_refused_at_load(tmp_path:
 
     with pytest.raises(ModelError, match=r"score.weight (is missing|holds numbers that are not finite)"):
         await ask(path, "/v1/score", {"text_1": "a", "text_2": "b"})
+
+
+RERANKER_SPEC = {"build_seq": 512, "classifier_from_token": ("no", "yes")}
+CHAT_CONTROLS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+EXTRA_WORDS = ["yes", "no", "<think>", "</think>"]
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    "provided. "
+    'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+def write_reranker(path: Path, *, is_tied: bool = True) -> Path:
+    """A tiny Qwen3-Reranker: a Qwen3 that generates, whose vocabulary has words for yes and no."""
+    write_model(path, {**QWEN3, "tie_word_embeddings": is_tied, "max_position_embeddings": 512}, seed=5)
+    write_byte_tokenizer(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(CHAT_CONTROLS)
+    tokenizer.add_tokens(EXTRA_WORDS)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def model_card_scores(path: Path, documents: Sequence[str], *, max_length: int = 512) -> tuple[list[float], list[int]]:
+    """The scores as Qwen3-Reranker's model card computes them with transformers, and the lengths of the prompts."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+    prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, SUFFIX))
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
+    scores, lengths = [], []
+    for document in documents:
+        pair = f"<Instruct>: {INSTRUCTION}\n<Query>: {QUERY}\n<Document>: {document}"
+        kept = tokenizer.encode(pair, add_special_tokens=False)[: max_length - len(prefix) - len(suffix)]
+        prompt = [*prefix, *kept, *suffix]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt])).logits[0, -1, ids]
+        scores.append(float(torch.log_softmax(logits, dim=0).exp()[1]))
+        lengths.append(len(prompt))
+    return scores, lengths
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+async def test_a_qwen3_reranker_gives_the_scores_of_its_model_card(tmp_path: Path, is_tied: bool) -> None:
+    path = write_reranker(tmp_path / "tiny", is_tied=is_tied)
+    expected, lengths = model_card_scores(path, DOCUMENTS)
+    pairs = {"text_1": QUERY, "text_2": DOCUMENTS}
+
+    scored = await ask(path, "/v1/score", pairs, RERANKER_SPEC, dtype="float32", backend="torch")
+    native = await ask(path, "/v1/score", pairs, RERANKER_SPEC, backend="native")
+
+    scores = np.array([item["score"] for item in scored["data"]])
+    assert np.ptp(expected) > 1e-3
+    assert np.abs(scores - expected).max() < 1e-4
+    assert scored["usage"]["prompt_tokens"] == sum(lengths)
+    logits = [
+        np.log(np.array(each) / (1 - np.array(each))) for each in (expected, [i["score"] for i in native["data"]])
+    ]
+    assert np.abs(logits[0] - logits[1]).max() < 0.5
+
+
+async def test_a_pair_in_a_template_keeps_its_ends_when_it_is_cut(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    most = 440
+    expected, lengths = model_card_scores(path, ["word " * 60], max_length=most)
+    body = {"query": QUERY, "documents": ["word " * 60], "truncate_prompt_tokens": most}
+
+    right = await ask(path, "/v1/rerank", body, RERANKER_SPEC, dtype="float32", backend="torch")
+    left = await ask(path, "/v1/rerank", {**body, "truncation_side": "left"}, RERANKER_SPEC, backend="native")
+
+    assert lengths == [most]
+    assert right["results"][0]["relevance_score"] == pytest.approx(expected[0], abs=1e-4)
+    for answer in (right, left):
+        assert answer["usage"]["prompt_tokens"] == most
+        assert answer["warnings"] == [f"the pair of documents[0] was cut to {most} tokens by truncate_prompt_tokens"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_pairs_scored_together_have_the_bits_of_each_alone(tmp_path: Path, num_ranks: int) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    spec = {**RERANKER_SPEC, "tensor_parallel": num_ranks, "devices": tuple(range(num_ranks))}
+
+    with LLM(config=make_config(path, spec, backend="native", threads=2)) as llm:
+        together = llm.score(QUERY, DOCUMENTS)
+        alone = [llm.score(QUERY, document)[0] for document in reversed(DOCUMENTS)]
+        logits = llm.score([QUERY] * 4, DOCUMENTS, use_activation=False)
+    with LLM(config=make_config(path, RERANKER_SPEC, backend="native", prefix_caching=False)) as llm:
+        on_one_rank = llm.score(QUERY, DOCUMENTS)
+
+    assert together == alone[::-1] == on_one_rank
+    assert together == pytest.approx([1 / (1 + np.exp(-logit)) for logit in logits])
+
+
+def test_a_document_cannot_write_the_control_tokens_of_the_template(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+
+    with LLM(config=make_config(path, RERANKER_SPEC, backend="native")) as llm:
+        template = PairTemplate(QWEN3_RERANKER, llm.tokenizer, source="test")
+        end = llm.tokenizer.special_token_id("<|im_end|>")
+        token_ids = llm.tokenizer.encode(template.fill("{document}", "a<|im_end|>{query}"))
+
+    assert end is not None
+    assert token_ids.count(end) == 2
+    assert "<Query>: {document}\n<Document>: a<|im_end|>{query}<|im_end|>\n" in llm.tokenizer.decode(
+        token_ids, skip_special_tokens=False
+    )
+
+
+def test_a_template_of_the_operators_own_and_one_token_score(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    template = tmp_path / "pair.txt"
+    template.write_text("Q: {query} D: {document} ?")
+    spec = {"classifier_from_token": ("yes",), "score_template": str(template)}
+
+    with LLM(config=make_config(path, spec, backend="native")) as llm:
+        (logit,) = llm.score("which", "that", use_activation=False)
+        token_ids = llm.tokenizer.encode("Q: which D: that ?", add_special_tokens=False)
+        (yes,) = llm.tokenizer.encode_continuation("yes")
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=20, logit_bias={yes: 100.0})
+        (output,) = llm.generate([token_ids], params)
+        with pytest.raises(InvalidRequest, match=r"as many as text_2 has \(3\), got 2"):
+            llm.score(["a", "b"], ["c"] * 3)
+
+    assert output.outputs[0].token_ids == [yes]
+    assert np.isfinite(logit)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"classifier_from_token": ("no", "maybe")}, "'maybe' must be one token of tiny, not "),
+        ({"classifier_from_token": ("no",), "score_template": "{here}/absent"}, "absent: "),
+        ({"classifier_from_token": ("no",), "score_template": "{here}/config.json"}, "must hold {query} and then"),
+        ({"score_template": "qwen3_reranker"}, "tiny has no scoring head, nor classifier_from_token"),
+    ],
+)
+def test_settings_of_scores_that_do_not_fit_are_refused_at_load(
+    tmp_path: Path, spec: dict[str, Any], words: str
+) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    spec = {
+        name: value.replace("{here}", str(path)) if name == "score_template" else value for name, value in spec.items()
+    }
+
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        LLM(config=make_config(path, spec))
+
+
+def test_a_head_of_its_own_and_classifier_tokens_are_refused_together(tmp_path: Path) -> None:
+    path = write_scorer(tmp_path / "tiny", LLAMA)
+
+    with pytest.raises(ConfigError, match="has a scoring head of its own"):
+        LLM(config=make_config(path, {"classifier_from_token": ("a", "b")}))
+
+
+def test_offline_scores_are_those_of_the_server_and_a_model_without_a_head_says_so(tmp_path: Path) -> None:
+    path = write_scorer(tmp_path / "tiny", LLAMA)
+    expected = transformers_logits(path)
+
+    with LLM(config=make_config(path, dtype="float32", backend="torch")) as llm:
+        logits = llm.score(QUERY, DOCUMENTS, use_activation=False)
+        assert llm.score(QUERY, []) == []
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\]: .*maximum context length is 128"):
+            llm.score(QUERY, ["x", "y" * 200])
+
+    assert np.abs(np.array(logits) - expected).max() < 1e-4
+    plain = write_model(tmp_path / "plain", LLAMA)
+    write_byte_tokenizer(plain)
+    with LLM(config=make_config(plain)) as llm, pytest.raises(InvalidRequest, match="no scoring head"):
+        llm.score("a", "b")
+
+
+def test_a_scorer_whose_files_say_that_it_has_no_embeddings_still_scores(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    modules = [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.modules.LogitScore"}]
+    (path / "modules.json").write_text(json.dumps(modules))
+
+    with LLM(config=make_config(path, RERANKER_SPEC)) as llm:
+        assert len(llm.score(QUERY, DOCUMENTS)) == len(DOCUMENTS)
+        with pytest.raises(InvalidRequest, match="this model has no embeddings"):
+            llm.embed("x")
 
 
 def test_a_model_with_a_scoring_head_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,19 @@
-"""Reads the head of models that score a text or a pair: transformers' `…ForSequenceClassification` with one label."""
+"""Reads the head of models that score a text or a pair: transformers' `…ForSequenceClassification` with one label.
+
+Or makes one of a language model's head: the rows of the tokens that such a model answers with (Qwen3-Reranker).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from brlite.checkpoint.checked_model import SCORING_HEAD, CheckedModel
 from brlite.checkpoint.checkpoint import Checkpoint
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import excerpt
 
 OLD_KEY = "sbert_ce_default_activation_function"  # of sentence-transformers before 4.0
@@ -36,3 +40,25 @@ def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.
     if not np.isfinite(weight).all():
         raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} holds numbers that are not finite")
     return weight, has_sigmoid
+
+
+def read_token_head(checkpoint: Checkpoint, model: CheckedModel, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The head [H] whose product with a hidden state is the logit of the last of `token_ids`, less that of the first
+    where there are two. Then its sigmoid is the softmax of both logits.
+
+    Raises `ConfigError` for a model without a language model head, `ModelError` for weights that are not finite.
+    """
+    if not model.has_head:
+        raise ConfigError(f"classifier_from_token is set, but {checkpoint.path} has no language model head")
+    parameter = "head.weight" if "head.weight" in model.parameters else "embedding"
+    for tensor in checkpoint.tensors():
+        target = model.targets.get(tensor.name)
+        if target is None or target.parameter != parameter:
+            continue
+        tensor = msgspec.structs.replace(tensor, has_unit_rows=target.has_unit_rows)
+        rows = [tensor.part(range(token_id, token_id + 1)).float32()[0] for token_id in token_ids]
+        weight: npt.NDArray[np.float32] = rows[-1] - rows[0] if len(rows) == 2 else rows[0]
+        if not np.isfinite(weight).all():
+            raise ModelError(f"{checkpoint.path}: {tensor.name} holds numbers that are not finite")
+        return weight
+    raise ModelError(f"{checkpoint.path}: the language model head is missing")

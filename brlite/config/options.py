@@ -256,6 +256,22 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         tuple[CountOrZero, ...],
         option("lengths that embeddings may be cut to; []: those of the model's config.json, [0]: any", [256, 512]),
     ] = ()
+    classifier_from_token: Annotated[
+        tuple[Text, ...],
+        Meta(max_length=2, extra={"allowed": "a list of at most two tokens"}),
+        option(
+            "a model that generates gives scores: the probability of the second of two tokens against the first, or "
+            "the sigmoid of one token's logit; []: none (docs/http-api.md)",
+            ["no", "yes"],
+        ),
+    ] = ()
+    score_template: Annotated[
+        Text,
+        option(
+            "the prompt of a scored pair: qwen3_reranker, none, or a file with {query} and {document}; auto: "
+            'qwen3_reranker with classifier_from_token = ["no", "yes"], else none'
+        ),
+    ] = "auto"
     vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None
     load: Annotated[
         Literal["start", "on_demand"], option("start, or on_demand: with the first request that names the model")

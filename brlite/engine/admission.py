@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from brlite.config.options import LimitsConfig
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
+from brlite.engine.scoring import SCORING
 from brlite.errors import InvalidRequest, PromptTooLong
 from brlite.sampling_params import PoolingParams, SamplingParams, check_token_ids
 
@@ -30,7 +31,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= info.vocab_size:
         check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     if request.pooling is not None:
-        check_pooling(request.pooling, info)
+        if request.pooling is not SCORING:
+            check_pooling(request.pooling, info)
         return 0, ()
     if not info.can_generate:
         raise InvalidRequest("this model does not generate: it has no head for it", code="no_language_model_head")

@@ -9,8 +9,10 @@ from array import array
 import msgspec
 
 from brlite.sampling_params import PoolingParams
+from brlite.tokenizer.pair_template import PairTemplate
 
-# A score is computed from the last token's hidden state, without normalization.
+# A score is computed from the last token's hidden state, without normalization. Admission compares by identity: a model
+# that scores need not have embeddings.
 SCORING = PoolingParams(pooling="last", normalize=False)
 MAX_EXPONENT = 700.0  # e to this is still a float64
 
@@ -18,11 +20,13 @@ MAX_EXPONENT = 700.0  # e to this is still a float64
 class ScoringHead(msgspec.Struct, frozen=True):
     """A dot product with the last hidden state. `weight` is float32 [H].
 
-    With `has_sigmoid` a score is by default the sigmoid of that product, from 0 to 1.
+    With `has_sigmoid` a score is by default the sigmoid of that product, from 0 to 1. `template` makes the prompt of a
+    pair; without one it is the tokens of the first text and then of the second.
     """
 
     weight: array[float]
     has_sigmoid: bool = True
+    template: PairTemplate | None = None
 
     def score(self, hidden: array[float], *, use_activation: bool | None = None) -> float:
         """The score of a text whose last hidden state is `hidden`, float32 [H]. It is computed in float64."""

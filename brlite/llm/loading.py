@@ -8,15 +8,20 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from brlite.config.options import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Config, LimitsConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
-from brlite.errors import InvalidRequest, ModelError
+from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
+from brlite.tokenizer.pair_template import read_pair_template
+
+if TYPE_CHECKING:
+    from brlite.checkpoint import Checkpoint
+    from brlite.checkpoint.checked_model import CheckedModel
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +122,6 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
     from brlite.checkpoint.checked_model import check_model
     from brlite.checkpoint.fetch import locate_model
     from brlite.checkpoint.pooling_config import settle_pooling
-    from brlite.checkpoint.scoring_head import read_scoring_head
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
@@ -126,18 +130,44 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
         spec = settle_pooling(path, checkpoint.config, spec)
         # Find errors in the files before reading weights and importing torch.
         model = check_model(checkpoint, spec)
-        head = read_scoring_head(checkpoint, model)
-        scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
         report("reading the tokenizer", 0.0)
         tokenizer = _load_tokenizer(path, spec, config.limits)
         unless_loaded.callback(tokenizer.close)
         _check_vocabulary(tokenizer, model.config.vocab_size, path)
         check_draft(spec, config.engine, tokenizer)
+        scoring_head = _scoring_head(checkpoint, model, spec, tokenizer)
         backend = load_backend(checkpoint, model, spec, config.engine, report)
         unless_loaded.callback(backend.close)
         draft_backend = load_draft(spec, config.engine, backend.info, report)
         unless_loaded.pop_all()
         return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
+
+
+def _scoring_head(
+    checkpoint: Checkpoint, model: CheckedModel, spec: ModelSpec, tokenizer: Tokenizer
+) -> ScoringHead | None:
+    """The head of a model that scores, by its files or by `classifier_from_token`. Raises `ConfigError`."""
+    from brlite.checkpoint.scoring_head import read_scoring_head, read_token_head
+
+    found = read_scoring_head(checkpoint, model)
+    if found is not None and spec.classifier_from_token:
+        raise ConfigError(f"classifier_from_token is set, but {spec.name} has a scoring head of its own")
+    if spec.classifier_from_token:
+        encoded = [tokenizer.encode_continuation(text) for text in spec.classifier_from_token]
+        for text, token_ids in zip(spec.classifier_from_token, encoded, strict=True):
+            if len(token_ids) != 1:
+                raise ConfigError(f"classifier_from_token: {text!r} must be one token of {spec.name}, not {token_ids}")
+        found = read_token_head(checkpoint, model, [token_ids[0] for token_ids in encoded]), True
+    if found is None:
+        if spec.score_template != "auto":
+            raise ConfigError(f"score_template is set, but {spec.name} has no scoring head, nor classifier_from_token")
+        return None
+    source = spec.score_template
+    if source == "auto":
+        source = "qwen3_reranker" if spec.classifier_from_token == ("no", "yes") else "none"
+    logger.info("model %s scores pairs of texts; score_template: %s", spec.name, source)
+    weight, has_sigmoid = found
+    return ScoringHead(array("f", weight.tobytes()), has_sigmoid, read_pair_template(source, tokenizer))
 
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
@@ -148,6 +178,8 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     from brlite.checkpoint.fetch import default_sources, locate_model
 
     assert config.engine.name is not None  # checked by build_engine
+    if spec.classifier_from_token or spec.score_template != "auto":
+        raise ConfigError(f"classifier_from_token and score_template are not for the engine {config.engine.name}")
     spec = with_static_context(spec)
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):

@@ -27,6 +27,7 @@ from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
+from brlite.engine.scoring import SCORING
 from brlite.errors import BrliteError, EngineError, InvalidRequest
 from brlite.llm.loading import build_engine
 from brlite.sampling_params import PoolingParams, SamplingParams
@@ -143,7 +144,38 @@ class LLM:
         An embedding is an array of float32; `list` and `numpy.asarray` convert it. Raises the errors of `generate`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        pooling = pooling_params or PoolingParams()
+        return self._pool(prompts, pooling_params or PoolingParams())
+
+    def score(
+        self, text_1: str | Sequence[str], text_2: str | Sequence[str], *, use_activation: bool | None = None
+    ) -> list[float]:
+        """Score how well texts go together, with a model made for that. The method has vLLM's name.
+
+        `text_1` is one text for all of `text_2`, or has as many. Returns one number for each pair, in order: from 0 to
+        1, or with `use_activation=False` the logit. Raises the errors of `generate`, and `InvalidRequest` for a model
+        without a scoring head.
+        """
+        head = self._engine.scoring_head
+        if head is None:
+            raise InvalidRequest("this model has no scoring head", param="model", code="no_scoring_head")
+        firsts, seconds = ([text] if isinstance(text, str) else list(text) for text in (text_1, text_2))
+        if len(firsts) not in (1, len(seconds)):
+            raise InvalidRequest(
+                f"text_1 must be one text, or as many as text_2 has ({len(seconds)}), got {len(firsts)}", param="text_1"
+            )
+        pairs = zip(firsts * len(seconds) if len(firsts) == 1 else firsts, seconds, strict=True)
+        encode = self.tokenizer.encode
+        prompts = [
+            encode(first) + encode(second) if head.template is None else encode(head.template.fill(first, second))
+            for first, second in pairs
+        ]
+        scores = []
+        for output in self._pool(prompts, SCORING):
+            assert output.embedding is not None, "each request is one for pooling"
+            scores.append(head.score(output.embedding, use_activation=use_activation))
+        return scores
+
+    def _pool(self, prompts: Sequence[str | Sequence[int]], pooling: PoolingParams) -> list[RequestOutput]:
         with self._taking_turn():
             requests = [
                 self._checked(number, prompt, SamplingParams(), pooling) for number, prompt in enumerate(prompts)

@@ -21,7 +21,7 @@ from brlite.dialects.embeddings import (
 )
 from brlite.dialects.generation import Text
 from brlite.dialects.openai_answer import PromptTokensDetails
-from brlite.engine.admission import check_pooling, context_length
+from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import RequestError
@@ -29,9 +29,9 @@ from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.server.generate import CONFIG, admit
+from brlite.server.input_cuts import InputCuts
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop
-MAX_REPORTED_CUTS = 16  # proxies search only the end of a long answer for the usage; warnings stand there too
 
 
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
@@ -88,8 +88,7 @@ def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
 async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
     """The tokens of each input, and a warning for each truncated one. Raises `InvalidRequest` with the input's name."""
     prompts: list[list[int]] = []
-    warnings: list[str] = []
-    num_cut = 0
+    cuts = InputCuts(call.truncation, engine)
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
             await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
@@ -97,37 +96,14 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
                 item.text,
                 add_special_tokens=item.add_special_tokens,
                 param=name,
-                is_bounded=call.truncation is None,
+                is_bounded=cuts.is_off,
                 num_further=0,
                 tenant=tenant,
             )
         else:
             token_ids = item.token_ids
-        if call.truncation is not None:
-            num_kept = call.truncation.num_tokens or context_length(engine.info)
-            if len(token_ids) > num_kept:
-                num_cut += 1
-                if num_cut <= MAX_REPORTED_CUTS:
-                    reason = f"was cut to {num_kept} by truncate_prompt_tokens"
-                    warnings.append(f"{name} of {len(token_ids)} tokens {reason}")
-                token_ids = cut_tokens(token_ids, num_kept, engine, keeps_start=call.truncation.keeps_start)
-        prompts.append(token_ids)
-    if num_cut > MAX_REPORTED_CUTS:
-        warnings.append(f"and {num_cut - MAX_REPORTED_CUTS} more were cut")
-    return prompts, warnings
-
-
-def cut_tokens(token_ids: list[int], num_kept: int, engine: EngineLoop, *, keeps_start: bool) -> list[int]:
-    """Keep `num_kept` tokens: from the start, or from the end. A special token at the other end is kept as one of them.
-
-    With `keeps_start` that is the last token, which is the one that is pooled.
-    """
-    special = engine.tokenizer.special_token_ids
-    if keeps_start and num_kept > 1 and token_ids[-1] in special:
-        return [*token_ids[: num_kept - 1], token_ids[-1]]
-    if not keeps_start and num_kept > 1 and token_ids[0] in special:
-        return [token_ids[0], *token_ids[1 - num_kept :]]
-    return token_ids[:num_kept] if keeps_start else token_ids[-num_kept:]
+        prompts.append(cuts.cut(token_ids, f"{name} of {len(token_ids)} tokens"))
+    return prompts, cuts.warnings
 
 
 async def _items(dialect: EmbeddingDialect, call: Embedding, outputs: list[RequestOutput]) -> list[msgspec.Raw]:

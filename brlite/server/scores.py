@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
+from collections.abc import Iterable
 
 from aiohttp import web
 from msgspec import UNSET
 
 from brlite.dialects.openai_answer import PromptTokensDetails
 from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
-from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
-from brlite.server.embeddings import MAX_REPORTED_CUTS, QUICK_ITEMS, charge, cut_tokens
+from brlite.server.embeddings import QUICK_ITEMS, charge
 from brlite.server.generate import CONFIG, admit
+from brlite.server.input_cuts import InputCuts
+from brlite.tokenizer.pair_template import PairTemplate
 
 
 async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
@@ -32,11 +35,15 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
         if engine.scoring_head is None:
             raise InvalidRequest(
                 f"the model {model.name} has no scoring head; rerank and score need a model made for that "
-                "(…ForSequenceClassification with one label)",
+                "(…ForSequenceClassification with one label), or this server's setting classifier_from_token",
                 param="model",
                 code="no_scoring_head",
             )
-        prompts, warnings = await _encode_pairs(call, engine, tenant)
+        template = engine.scoring_head.template
+        if template is None:
+            prompts, warnings = await _encode_pairs(call, engine, tenant)
+        else:
+            prompts, warnings = await _fill_template(template, call, engine, tenant)
         num_tokens = sum(map(len, prompts))
         priority, raised = request[API_KEY].allowed_priority(call.priority)
         with charge(request, name, num_tokens):
@@ -63,41 +70,56 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
 
 
 async def _encode_pairs(call: Scoring, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
-    """The joined tokens of each pair, and a warning for each truncated pair.
+    """The tokens of each pair without a template, and a warning for each truncated pair.
 
     Both texts have the special tokens that the tokenizer adds. Raises `InvalidRequest` with the text's name.
     """
-    firsts = [
-        await _encode(text, name, call, engine, tenant)
-        for text, name in zip(call.firsts, call.first_names, strict=True)
-    ]
+    cuts = InputCuts(call.truncation, engine)
+
+    async def encode(text: str, name: str) -> list[int]:
+        await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
+        token_ids = await engine.encode(text, param=name, is_bounded=cuts.is_off, num_further=0, tenant=tenant)
+        return cuts.shorten(token_ids)
+
+    firsts = [await encode(text, name) for text, name in zip(call.firsts, call.first_names, strict=True)]
     prompts: list[list[int]] = []
-    warnings: list[str] = []
-    num_cut = 0
     for number, (text, name) in enumerate(zip(call.seconds, call.second_names, strict=True)):
-        token_ids = firsts[number if len(firsts) > 1 else 0] + await _encode(text, name, call, engine, tenant)
-        if call.truncation is not None:
-            num_kept = call.truncation.num_tokens or context_length(engine.info)
-            if len(token_ids) > num_kept:
-                num_cut += 1
-                if num_cut <= MAX_REPORTED_CUTS:
-                    warnings.append(f"the pair of {name} was cut to {num_kept} tokens by truncate_prompt_tokens")
-                token_ids = cut_tokens(token_ids, num_kept, engine, keeps_start=call.truncation.keeps_start)
-        prompts.append(token_ids)
-    if num_cut > MAX_REPORTED_CUTS:
-        warnings.append(f"and {num_cut - MAX_REPORTED_CUTS} more were cut")
-    return prompts, warnings
+        token_ids = firsts[number if len(firsts) > 1 else 0] + await encode(text, name)
+        prompts.append(cuts.cut(token_ids, f"the pair of {name}"))
+    return prompts, cuts.warnings
 
 
-async def _encode(text: str, name: str, call: Scoring, engine: EngineLoop, tenant: str) -> list[int]:
-    """A text's tokens. With truncation at most one token more than a pair may have, so that the pair is still cut."""
-    await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
-    cut = call.truncation
-    token_ids = await engine.encode(text, param=name, is_bounded=cut is None, num_further=0, tenant=tenant)
-    if cut is None:
-        return token_ids
-    most = (cut.num_tokens or context_length(engine.info)) + 1
-    return token_ids if len(token_ids) <= most else cut_tokens(token_ids, most, engine, keeps_start=cut.keeps_start)
+async def _fill_template(
+    template: PairTemplate, call: Scoring, engine: EngineLoop, tenant: str
+) -> tuple[list[list[int]], list[str]]:
+    """As `_encode_pairs`, with a template. Only the second text is cut: the template and the first text must fit."""
+    cuts = InputCuts(call.truncation, engine)
+    tail = await engine.encode(template.tail(), num_further=0, tenant=tenant)
+    heads = []
+    for text, name in zip(call.firsts, call.first_names, strict=True):
+        await asyncio.sleep(0)
+        heads.append(await engine.encode(template.head(text), param=name, num_further=0, tenant=tenant))
+        if not cuts.is_off and len(heads[-1]) + len(tail) >= cuts.num_kept:
+            raise InvalidRequest(
+                f"{name} has with the template {len(heads[-1]) + len(tail)} tokens, which leaves no room for a second "
+                f"text: truncate_prompt_tokens keeps {cuts.num_kept}",
+                param=name,
+            )
+    prompts: list[list[int]] = []
+    for number, (text, name) in enumerate(zip(call.seconds, call.second_names, strict=True)):
+        index = number if len(heads) > 1 else 0
+        await asyncio.sleep(0)
+        prompt = template.fill(call.firsts[index], text)
+        token_ids = await engine.encode(prompt, param=name, is_bounded=cuts.is_off, num_further=0, tenant=tenant)
+        num_first = _num_equal(heads[index], token_ids)
+        num_last = _num_equal(reversed(tail), reversed(token_ids))
+        prompts.append(cuts.cut_between(token_ids, f"the pair of {name}", num_first, num_last))
+    return prompts, cuts.warnings
+
+
+def _num_equal(first: Iterable[int], second: Iterable[int]) -> int:
+    """The number of equal tokens at the beginning of both."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 async def _scores(head: ScoringHead, outputs: list[RequestOutput], use_activation: bool | None) -> list[float]:

@@ -70,19 +70,22 @@ CLIENTS = {
 
 
 def install(client: Client, folder: Path) -> list[str]:
-    """Install what a client needs, unless it is there. Returns the command that runs its program."""
-    if client.is_node:
-        if not (folder / "node_modules").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+    """Install what a client needs, unless all of it is there. Returns the command that runs its program."""
+    wanted, installed = "\n".join(client.packages), folder / "installed"  # written when everything is
+    if not (installed.exists() and installed.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if client.is_node:
             (folder / "package.json").write_text('{"private": true, "type": "module"}')
             subprocess.run(["npm", *INSTALL, *client.packages], cwd=folder, check=True)
+        else:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *client.packages], check=True)
+        installed.write_text(wanted)
+    if client.is_node:
         shutil.copy(FOLDER / client.script, folder)
         return ["node", str(folder / client.script)]
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *client.packages], check=True)
-    return [str(python), str(FOLDER / client.script)]
+    return [str(folder / "bin" / "python"), str(FOLDER / client.script)]
 
 
 def run_isolated(client: Client, command: list[str]) -> int:

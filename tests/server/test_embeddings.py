@@ -107,9 +107,9 @@ async def test_a_longer_text_is_cut_as_told_and_the_answer_says_so(client: Clien
     many = await embed(client, ["abc"] * 20, truncate_prompt_tokens=2)
 
     assert right["usage"]["prompt_tokens"] == 5
-    assert right["warnings"] == ["input of 100 tokens was cut to 5 by truncate_prompt_tokens"]
+    assert right["warnings"] == ["input of 100 tokens was cut to 5 tokens by truncate_prompt_tokens"]
     assert left["data"][1]["embedding"] == pytest.approx(unit(hidden_state(b"def")), rel=1e-6)
-    assert left["warnings"] == ["input[1] of 6 tokens was cut to 3 by truncate_prompt_tokens"]
+    assert left["warnings"] == ["input[1] of 6 tokens was cut to 3 tokens by truncate_prompt_tokens"]
     assert most["usage"]["prompt_tokens"] == 64
     assert (len(many["warnings"]), many["warnings"][-1]) == (17, "and 4 more were cut")
     assert special["data"][0]["embedding"] == pytest.approx(unit(hidden_state([97, 98, 256])), rel=1e-6)
