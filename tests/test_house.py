@@ -370,5 +370,6 @@ asyncio.run(load())
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    unused = {"torch", "tqdm", "huggingface_hub", "transformers", "tokenizers", "jinja2", "brlite.backends.sizes"}
+    unused = {"torch", "tqdm", "huggingface_hub", "transformers", "tokenizers", "jinja2", "sentencepiece", "gguf"}
+    unused |= {"llguidance", "brlite.backends.sizes", "brlite.checkpoint.fetch", "brlite.conversion"}
     assert unused.isdisjoint(result.stdout.split())

@@ -13,8 +13,9 @@ import pytest
 from brlite.config.options import Config, EngineConfig, GrammarConfig, ModelSpec
 from brlite.errors import InvalidRequest
 from brlite.llm import LLM, AsyncEngine
+from brlite.llm.serving import SMALL_VOCABULARY
 from brlite.sampling_params import SamplingParams, StructuredOutput
-from tests.tiny_models import write_byte_tokenizer, write_tiny_model
+from tests.tiny_models import TINY_CONFIGS, VOCAB_SIZE, write_byte_tokenizer, write_model, write_tiny_model
 
 SCHEMA = {
     "type": "object",
@@ -127,12 +128,18 @@ def test_tokens_that_meet_none_of_the_grammar_end_their_answer_alone(folder: Pat
     assert caught.value.param == "allowed_token_ids"
 
 
-@pytest.mark.parametrize("preload", [True, False])
-async def test_a_server_reads_the_vocabulary_when_it_loads_a_model(folder: Path, preload: bool):
-    settings = msgspec.structs.replace(config(folder, ENGINES["toy"]), grammar=GrammarConfig(preload=preload))
+@pytest.mark.parametrize(("num_words", "preload"), [(0, True), (SMALL_VOCABULARY, True), (SMALL_VOCABULARY, False)])
+async def test_a_large_vocabulary_is_read_when_a_server_loads_the_model(tmp_path: Path, num_words: int, preload: bool):
+    write_model(tmp_path, {**TINY_CONFIGS["llama"], "vocab_size": VOCAB_SIZE + num_words})
+    write_byte_tokenizer(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({f"word{index}": len(vocabulary) + index for index in range(num_words)})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = msgspec.structs.replace(config(tmp_path, ENGINES["native"]), grammar=GrammarConfig(preload=preload))
 
     async with AsyncEngine.from_config(settings) as engine:
-        assert (engine._engine.compiler._library is not None) == preload
+        assert (engine._engine.compiler._library is not None) == (preload and num_words > 0)
 
 
 async def test_an_embedded_engine_streams_structured_and_free_answers_side_by_side(folder: Path):

@@ -205,11 +205,11 @@ class ModelLoader:
 
 def _import_loading(*, is_builtin: bool) -> None:
     """Import the modules that load models. Call it on a thread: half a second of file reads would block the loop."""
-    import brlite.checkpoint.fetch
     import brlite.llm
 
     if is_builtin:
-        import brlite.backends.sizes  # noqa: F401
+        import brlite.backends.sizes
+        import brlite.checkpoint.fetch  # noqa: F401
     if sys.stderr.isatty():  # only then there is a bar
         from tqdm import tqdm
 
@@ -226,7 +226,7 @@ def _trim() -> None:
 @contextmanager
 def _shown(report: OnProgress) -> Iterator[OnProgress]:
     """Passes progress from the loading thread to `report`, on the loop, and to the terminal."""
-    from brlite.checkpoint.fetch import progress_bar
+    from brlite.checkpoint.progress import progress_bar
 
     loop = asyncio.get_running_loop()
     with progress_bar() as draw:

@@ -410,7 +410,10 @@ class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_lexer_states: Annotated[Count, option("states that a grammar in use may need, 1 to 2 kB each")] = 20_000
     cache_bytes: Annotated[CountOrZero, option("memory for compiled grammars, kept for later requests")] = 64 * 1024**2
     preload: Annotated[
-        bool, option("true: vocabularies are read when a server loads a model; false: with the first grammar")
+        bool,
+        option(
+            "true: vocabularies above 1024 tokens are read as a server loads a model; false: with the first grammar"
+        ),
     ] = True
 
 

@@ -175,7 +175,6 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
     from brlite.backends.plugins.slot_backend import SlotBackend
-    from brlite.checkpoint.fetch import default_sources, locate_model
 
     assert config.engine.name is not None  # checked by build_engine
     if spec.classifier_from_token or spec.score_template != "auto":
@@ -187,6 +186,8 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
             logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
         report(f"opening engine {config.engine.name}", 0.0)
         return ModelParts(engine.tokenizer(), SlotBackend(engine, spec, config.engine), None)
+    from brlite.checkpoint.fetch import default_sources, locate_model
+
     path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
     tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
     report(f"opening engine {config.engine.name}", 0.0)

@@ -16,6 +16,8 @@ from brlite.llm.loading import Assembly, OnProgress, build_engine, ignore_progre
 from brlite.process.waiting import start_daemon
 
 T = TypeVar("T")
+# Up to here the vocabulary is read with the first grammar, in some 50 ms and 4 MB: most is the import of llguidance.
+SMALL_VOCABULARY = 1024
 
 
 class AsyncEngine(EngineLoop):
@@ -30,7 +32,8 @@ class AsyncEngine(EngineLoop):
 
         def build() -> Assembly:
             assembly = build_engine(config, spec, on_progress)
-            if config.grammar.preload:  # now: reading the vocabulary later would block all streams
+            # Now: reading a large vocabulary later would block all streams.
+            if config.grammar.preload and assembly.engine.tokenizer.vocab_size > SMALL_VOCABULARY:
                 (on_progress or ignore_progress)("reading the vocabulary for grammars", 0.0)
                 assembly.engine.compiler.prepare()
             return assembly
