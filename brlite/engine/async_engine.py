@@ -126,10 +126,16 @@ class EngineLoop:
             if self.is_running and self._closing is None:
                 return
             raise EngineError("the engine has stopped and cannot be started again; load the model anew")
-        self._loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
+        engine = weakref.ref(self)  # a backend outlives an engine that is dropped, so it must not hold it
+
+        def lose(error: BackendLost) -> None:  # on the backend's thread
+            if (alive := engine()) is not None:
+                with suppress(RuntimeError):  # the loop is closed: nothing waits in it
+                    loop.call_soon_threadsafe(alive._lose, error)
+
         if isinstance(self._backend, CanBeLost):
-            # The backend outlives an engine that is dropped, so it must not hold it.
-            self._backend.watch(functools.partial(_call_soon, weakref.ref(self), self._loop))
+            self._backend.watch(lose)
         self._task = asyncio.create_task(self._run(), name="brlite-engine")
         self.is_running = True
         self._task.add_done_callback(self._on_stopped)
@@ -141,7 +147,15 @@ class EngineLoop:
         If the loop that it was started in is closed, it may be called in any other loop.
         """
         if self._loop is not None and self._loop.is_closed():
-            self._close_without_loop()
+            # No task is left to end; `Backend.close` waits for a step under way.
+            self._finalizer.detach()
+            self._engine.end_all(NotReady("the event loop of the engine is closed"))
+            for backend in self._backends:
+                backend.close()
+            self._thread.shutdown(wait=False)
+            self._masks.shutdown(wait=False)
+            self._encoder.close()
+            self._compiler.close()
             return
         self._check_loop()
         if self._closing is None:
@@ -417,17 +431,6 @@ class EngineLoop:
                 f"loop is {running!r}. Load an engine in each loop (each asyncio.run), or serve from one"
             )
 
-    def _close_without_loop(self) -> None:
-        """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
-        self._finalizer.detach()
-        self._engine.end_all(NotReady("the event loop of the engine is closed"))
-        for backend in self._backends:
-            backend.close()
-        self._thread.shutdown(wait=False)
-        self._masks.shutdown(wait=False)
-        self._encoder.close()
-        self._compiler.close()
-
     async def _close(self) -> None:
         self._finalizer.detach()
         self._encoder.close()
@@ -477,7 +480,14 @@ class EngineLoop:
                 self._engine.take_drafts(plan, guesses)
             self._begin(self._engine.schedule())
         if not self._begun:
-            await self._rest()
+            if not self._engine.has_work:
+                try:
+                    self._engine.check_idle()
+                except EngineError as error:
+                    logger.error("the engine lost track of its blocks: %s", error)
+                self._idle.set()
+            self._wake.clear()
+            await self._wake.wait()
             return
         if self._launch is not None:
             self._begin(self._engine.schedule_ahead())
@@ -508,14 +518,14 @@ class EngineLoop:
         self._begun.append(BegunStep(batch, guidance, filling, launched))
 
     async def _result(self, step: BegunStep) -> StepResult:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, step)
+        def compute() -> StepResult:
+            """On the step thread: compute one step, and advance the grammars by its tokens."""
+            result = self._backend.execute(step.batch) if step.launched is None else step.launched.result()()
+            if step.guidance is not None:
+                step.guidance.advance(result)
+            return result
 
-    def _compute(self, step: BegunStep) -> StepResult:
-        """On the step thread: compute one step, and advance the grammars by its tokens."""
-        result = self._backend.execute(step.batch) if step.launched is None else step.launched.result()()
-        if step.guidance is not None:
-            step.guidance.advance(result)
-        return result
+        return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. If it failed, end all requests with an error: no step will run again."""
@@ -535,17 +545,6 @@ class EngineLoop:
     def _lose(self, error: BackendLost) -> None:
         self._lost = error
         self._wake.set()
-
-    async def _rest(self) -> None:
-        """Nothing to compute: check that no block was lost, and sleep until a request comes."""
-        if not self._engine.has_work:
-            try:
-                self._engine.check_idle()
-            except EngineError as error:
-                logger.error("the engine lost track of its blocks: %s", error)
-            self._idle.set()
-        self._wake.clear()
-        await self._wake.wait()
 
 
 class OutputStream:
@@ -576,11 +575,3 @@ class OutputStream:
         if self._error is not None:
             self._ready.set()
         return output
-
-
-def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
-    """On the backend's thread: schedule a call in the loop that handles the loss of the backend."""
-    alive = engine()
-    if alive is not None:
-        with suppress(RuntimeError):  # the loop is closed: nothing waits in it
-            loop.call_soon_threadsafe(alive._lose, error)

@@ -118,7 +118,14 @@ class BeamSearch:
             if len(beams) == self.width:
                 break
         self._ended = sorted(self._ended, key=self._score, reverse=True)[: self.width]
-        if self._is_over(beams):
+        is_over = not beams
+        if beams and len(self._ended) == self.width:
+            best, penalty = beams[0].hypothesis, self._params.length_penalty
+            is_hopeful = self._params.early_stopping == "never" and penalty > 0
+            length = self._max_tokens if is_hopeful else len(best.token_ids)
+            is_better = best.logprob / length**penalty > self._score(self._ended[-1])
+            is_over = self._params.early_stopping is True or not is_better
+        if is_over:
             self._beams, beams = {}, []
         return beams
 
@@ -159,13 +166,3 @@ class BeamSearch:
 
     def _score(self, hypothesis: Hypothesis) -> float:
         return float(hypothesis.logprob / len(hypothesis.token_ids) ** self._params.length_penalty)
-
-    def _is_over(self, beams: list[Continuation]) -> bool:
-        if not beams or len(self._ended) < self.width:
-            return not beams
-        if self._params.early_stopping is True:
-            return True
-        best, penalty = beams[0].hypothesis, self._params.length_penalty
-        is_hopeful = self._params.early_stopping == "never" and penalty > 0
-        length = self._max_tokens if is_hopeful else len(best.token_ids)
-        return bool(best.logprob / length**penalty <= self._score(self._ended[-1]))

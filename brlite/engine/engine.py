@@ -2,7 +2,8 @@
 
 Owns all state of requests and blocks, on one thread. It does not compute: the caller of `schedule` runs the batch on a
 backend, on any thread, and passes the result to `update`, or the error to `fail`. Before that, `schedule_ahead` may
-decide one more batch. `scheduler.py` chooses the sequences of a step, `beam_sequences.py` continues beams.
+decide one more batch. `request_queue.py` bounds what waits, `scheduler.py` chooses the sequences of a step,
+`beam_sequences.py` continues beams.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import secrets
 import time
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from operator import itemgetter
@@ -42,17 +43,16 @@ from brlite.engine.request import (
     make_counts,
     sibling_seed,
 )
+from brlite.engine.request_queue import RequestQueue
 from brlite.engine.scheduler import Scheduler, make_batch
 from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
-from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
+from brlite.errors import BrliteError, EngineError, InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRY_AFTER_SECONDS = 60
 
 
 class Step(NamedTuple):
@@ -111,7 +111,7 @@ class Engine:
         self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
-        self._queued: dict[str, RequestState] = {}  # those with completions that have not begun
+        self._queue = RequestQueue(limits, info.max_num_seqs, lambda: self.stats.e2e_latency.mean(1.0))
         self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
@@ -147,8 +147,10 @@ class Engine:
             request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if not request.is_exempt_from_queue_timeout and len(self._queued) >= self.limits.max_waiting:
-            self._make_room(request)
+        if not request.is_exempt_from_queue_timeout and len(self._queue) >= self.limits.max_waiting:
+            displaced = self._queue.make_room(request)
+            if displaced is not None:
+                self._end_with_error(*displaced)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
@@ -163,7 +165,7 @@ class Engine:
         )
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
         seq = self._beams.begin(state) if request.params.use_beam_search else self._add_sequence(state)
-        self._requests[request.request_id] = self._queued[request.request_id] = state
+        self._requests[request.request_id] = self._queue[request.request_id] = state
         self._scheduler.add(seq)
 
     def encode_bad_words(self, params: SamplingParams) -> tuple[TokenIds, ...] | None:
@@ -227,7 +229,7 @@ class Engine:
             seq.is_started = True
             state.num_started += 1
             if not state.is_queued:
-                self._queued.pop(state.request.request_id, None)
+                self._queue.pop(state.request.request_id, None)
             if state.scheduled_time is None:
                 state.scheduled_time = start
                 state.num_cached_tokens = seq.num_computed_tokens
@@ -321,30 +323,7 @@ class Engine:
 
     def queued(self) -> list[RequestState]:
         """The requests that count towards `max_waiting`: a body with many prompts counts as one."""
-        states = self._queued.values()
-        return [each for each in states if not (each.is_aborted or each.request.is_exempt_from_queue_timeout)]
-
-    def _make_room(self, request: Request) -> None:
-        """If the queue is full, end one waiting request with `QueueFull` in favour of the new one.
-
-        That is the newest request of the lowest class, if the new one's class comes before it. Else it is the newest
-        of the tenant with most requests: tenants share the queue equally. Raises `QueueFull` if neither applies.
-        """
-        queued, most = self.queued(), self.limits.max_waiting
-        if len(queued) < most:
-            return
-        counts = Counter(state.request.tenant for state in queued)
-        longest, num_longest = counts.most_common(1)[0]
-        waiting = [state for state in reversed(queued) if not state.is_started]
-        last = max(waiting, key=lambda state: state.priority, default=None)
-        newest = next((each for each in waiting if each.request.tenant == longest), None)
-        text = f"{len(queued)} requests are waiting; this server queues at most {most}, shared by key"
-        full = QueueFull(text, retry_after_seconds=self._retry_after_seconds())
-        if last is not None and last.priority > request.priority:
-            newest = last
-        elif newest is None or num_longest <= counts[request.tenant] + 1:
-            raise full
-        self._end_with_error(newest, full)
+        return self._queue.counted()
 
     def _cache_root(self, request: Request) -> bytes:
         """The digest that a prompt's block digests start from. Prompts with different salts never share a block."""
@@ -404,8 +383,13 @@ class Engine:
                 self._finish_prompt(state, now)
             self._end_as_error(seq, reason)
             return
-        if state.pooling is not None:
-            self._take_in_hidden(seq, result, now)
+        if state.pooling is not None:  # each chunk gives the sum of hidden states so far, the last one the embedding
+            seq.hidden_total = result.hidden_total
+            if result.embedding:
+                state.embedding = array("f", result.embedding)
+                state.prompt_done_time = now
+                self.stats.note_prompt_done(state, now)
+                self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
         if result.tokens and state.prompt_done_time is None:
             self._finish_prompt(state, now)
         if seq.draft_token_ids:
@@ -417,17 +401,6 @@ class Engine:
             self.stats.note_tokens(1, None)
         elif result.tokens:
             self._append_all(seq, result.tokens, now)
-
-    def _take_in_hidden(self, seq: Sequence, result: SeqResult, now: float) -> None:
-        """Store the sum of hidden states after a prompt's chunk. The last chunk gives the embedding and ends it."""
-        seq.hidden_total = result.hidden_total
-        if not result.embedding:
-            return
-        state = seq.state
-        state.embedding = array("f", result.embedding)
-        state.prompt_done_time = now
-        self.stats.note_prompt_done(state, now)
-        self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
         """The prompt is computed and cached: queue the request's other completions."""
@@ -493,7 +466,7 @@ class Engine:
         output = state.take_output()
         if output.finished:
             del self._requests[state.request.request_id]
-            self._queued.pop(state.request.request_id, None)
+            self._queue.pop(state.request.request_id, None)
             now, reason = self._clock(), "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
             self.stats.note_finished(state, now, reason)
             output.times = state.times(now)
@@ -522,27 +495,19 @@ class Engine:
             self._deliver(state)
 
     def _end_overdue(self) -> None:
-        limit, now = self.limits.max_wait_seconds, self._clock()
-        for state in list(self._queued.values()):
-            is_exempt = state.is_started or state.request.is_exempt_from_queue_timeout
-            if not is_exempt and state.arrival_time < now - limit:
-                message = f"the request waited in the queue for more than {limit:g} seconds"
-                self._end_with_error(state, QueueTimeout(message, retry_after_seconds=self._retry_after_seconds()))
-        self.stats.promotions += self._scheduler.promote(now - limit)
+        now = self._clock()
+        for state, error in self._queue.overdue(now):
+            self._end_with_error(state, error)
+        self.stats.promotions += self._scheduler.promote(now - self.limits.max_wait_seconds)
 
     def _end_with_error(self, state: RequestState, error: BrliteError) -> None:
         if self._requests.pop(state.request.request_id, None) is None:
             return
-        self._queued.pop(state.request.request_id, None)
+        self._queue.pop(state.request.request_id, None)
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")
         self._send(state, error)
-
-    def _retry_after_seconds(self) -> int:
-        """Time until a queued request is likely to start, from the mean time of the requests that ended."""
-        num_rounds = 1 + len(self.queued()) / self.info.max_num_seqs
-        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(self.stats.e2e_latency.mean(1.0) * num_rounds)))
 
     def _set_gauges(self) -> None:
         self.stats.num_running = len({seq.state for seq in self._scheduler.running})

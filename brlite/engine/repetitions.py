@@ -81,12 +81,11 @@ class Repetitions:
             token_id = self._token_ids[place + 1]
             if length >= max(params.dry_allowed_length, longest.get(token_id, 0)) and not self._breaks(token_id):
                 longest[token_id] = length
-        return array("i", longest).tobytes(), array("f", map(self._cost, longest.values())).tobytes()
-
-    def _cost(self, length: int) -> float:
-        params = self._params
-        exponent = (length - params.dry_allowed_length) * math.log(params.dry_base)
-        return float(math.exp(min(math.log(params.dry_multiplier) + exponent, math.log(MAX_COST))))
+        costs = array("f")
+        for length in longest.values():
+            exponent = (length - params.dry_allowed_length) * math.log(params.dry_base)
+            costs.append(math.exp(min(math.log(params.dry_multiplier) + exponent, math.log(MAX_COST))))
+        return array("i", longest).tobytes(), costs.tobytes()
 
     def _breaks(self, token_id: int) -> bool:
         """Whether the token has a sequence breaker in its text."""

@@ -133,8 +133,15 @@ class Scheduler:
         """
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
-        if any(_depends_on_result(seq) for seq in self.running):
-            return False
+        for seq in self.running:
+            if not seq.is_being_drawn:
+                if seq.num_in_flight_tokens and seq.state.pooling == "mean":
+                    return False
+                continue
+            is_windowed = isinstance(seq.counts, WindowCounts)  # other counts grow by the token: the backend counts it
+            has_other = seq.matcher is not None or seq.repetitions is not None or bool(seq.state.request.bad_words)
+            if (is_windowed or has_other) and not seq.ends_with_step:
+                return False
         num_missing = sum(
             max(0, self._blocks.num_blocks_for(seq.num_scheduled_tokens + seq.num_left) - len(seq.block_table))
             for seq in self.running
@@ -385,7 +392,35 @@ def make_batch(
     scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...], masks: TokenMasks | None = None
 ) -> Batch:
     """The scheduled sequences as a `Batch`, plain data for a backend."""
-    return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled], masks)
+    seqs = []
+    for seq, num_tokens in scheduled:
+        token_ids, drafts, start = seq.token_ids, seq.draft_token_ids, seq.num_scheduled_tokens
+        end, is_whole = start + num_tokens, start + num_tokens >= len(token_ids)
+        is_being_drawn = start == len(token_ids)
+        params, pooling, pooling_input = seq.state.request.params, seq.state.request.pooling, None
+        if seq.state.pooling == "mean":
+            total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
+            pooling_input = PoolingInput(num_tokens, total, pooling if is_whole else None, len(token_ids))
+        elif pooling is not None and is_whole:
+            pooling_input = PoolingInput(1, params=pooling)
+        is_drawn = is_whole and pooling is None
+        seqs.append(
+            ScheduledSeq(
+                seq_id=seq.seq_id,
+                start=start,
+                token_ids=[0] if is_being_drawn else token_ids[start:end] + drafts,
+                block_table=seq.block_table.copy(),
+                sampling=_sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids) if is_drawn else None,
+                prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
+                if seq.wants_prompt_logprobs
+                else [],
+                num_prompt_logprobs=params.prompt_logprobs or 0,
+                num_draft_tokens=len(drafts),
+                pooling=pooling_input,
+                takes_last_draw=is_being_drawn,
+            )
+        )
+    return Batch(seqs, masks)
 
 
 def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
@@ -410,44 +445,6 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
 def _latest_of_last_class(running: list[Sequence]) -> Sequence:
     """The sequence to preempt first: the latest of those with the highest `priority` number."""
     return max(reversed(running), key=lambda seq: seq.state.priority)
-
-
-def _depends_on_result(seq: Sequence) -> bool:
-    """Whether a sequence's next run needs more from the step under way than the drawn token as its input."""
-    if not seq.is_being_drawn:
-        return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
-    is_windowed = isinstance(seq.counts, WindowCounts)  # other counts grow by the token, which the backend counts
-    has_other = seq.matcher is not None or seq.repetitions is not None
-    takes_token = has_other or is_windowed or bool(seq.state.request.bad_words)
-    return takes_token and not seq.ends_with_step
-
-
-def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
-    start = seq.num_scheduled_tokens
-    end, is_being_drawn = start + num_tokens, start == len(seq.token_ids)
-    position = end - seq.num_prompt_tokens
-    targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
-    pooling = seq.state.pooling
-    return ScheduledSeq(
-        seq_id=seq.seq_id,
-        start=start,
-        token_ids=[0] if is_being_drawn else seq.token_ids[start:end] + seq.draft_token_ids,
-        block_table=list(seq.block_table),
-        sampling=_sampling_input(seq, position, eos_token_ids) if end >= seq.num_tokens and pooling is None else None,
-        prompt_targets=targets,
-        num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
-        num_draft_tokens=len(seq.draft_token_ids),
-        pooling=_pooling_input(seq, start, end) if pooling is not None else None,
-        takes_last_draw=is_being_drawn,
-    )
-
-
-def _pooling_input(seq: Sequence, start: int, end: int) -> PoolingInput | None:
-    params = seq.state.request.pooling if end == seq.num_tokens else None
-    if seq.state.pooling == "mean":
-        total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
-        return PoolingInput(end - start, total, params, seq.num_tokens)
-    return None if params is None else PoolingInput(1, params=params)
 
 
 def _sampling_input(seq: Sequence, position: int, eos_token_ids: tuple[int, ...]) -> SamplingInput:
