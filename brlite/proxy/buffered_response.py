@@ -46,27 +46,26 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
 def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope | None:
     """Check a complete response to a request to `path`. None: it is sent unchanged.
 
-    Raises `UpstreamError` if a client cannot use it.
+    An envelope is for a refusal that is not JSON, such as a proxy's page for 413. Raises `UpstreamError` for a response
+    that a client cannot use.
     """
     status, kind = head.status, head.content_type
     if status in BODYLESS or b"content-encoding" in head.fields:
         return None
     if 300 <= status < 400:
         raise UpstreamError(f"The upstream answered {status}: redirects are not followed.")
-    if head.may_be_json or status >= 400:
-        try:
-            _JSON.decode(payload)
-            payload.isascii() or payload.decode()
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return _in_our_envelope(head, payload, path)
-    elif kind in PAGES:
-        raise UpstreamError(f"The upstream answered {status} with a page in place of JSON.")
-    return None
+    if not head.may_be_json and status < 400:
+        if kind in PAGES:
+            raise UpstreamError(f"The upstream answered {status} with a page in place of JSON.")
+        return None
+    try:
+        _JSON.decode(payload)
+        payload.isascii() or payload.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    else:
+        return None
 
-
-def _in_our_envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
-    """An envelope for a refusal that is not JSON, such as a proxy's page for 413. Raises `UpstreamError` for others."""
-    status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
         raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
     lines = b"Content-Type: application/json; charset=utf-8\r\n"

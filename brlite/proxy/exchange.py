@@ -159,16 +159,13 @@ class Exchange:
         self.state = QUEUED
         self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
         try:
-            self._waiting = limit.wait(key.tenant, Waiter(self._turn_came, self._end_with), key.weight)
+            self._waiting = limit.wait(key.tenant, Waiter(self._try_next, self._end_with), key.weight)
         except RequestError as error:
             self._downstream.refuse(error)
             self._close(status_of(error).http)
 
-    def _turn_came(self) -> None:
-        self.state = TRYING
-        self._try_next()
-
     def _try_next(self) -> None:
+        self.state = TRYING
         now = self._forwarder.loop.time()
         route = self.route
         if route.fallbacks and not route.is_available(now, self._tried):

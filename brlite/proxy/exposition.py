@@ -120,8 +120,14 @@ class _Reader:
             self._homes.update(dict.fromkeys((name + suffix for suffix in SUFFIXES.get(family.kind, ("",))), family))
         elif line and not line.startswith("#"):
             name, labels, value = _parts(line)
+            if (added := self._label) is not None:
+                names, free_name = {label.name for label in labels}, added.name
+                while free_name in names:  # a label of the same name becomes `exported_…`
+                    free_name = f"exported_{free_name}"
+                kept = [label._replace(name=free_name) if label.name == added.name else label for label in labels]
+                line = sample(name, [*kept, added], value)
             home = self._homes.get(name) or self._family(name)
-            home.samples.append(line if self._label is None else sample(name, _with(self._label, labels), value))
+            home.samples.append(line)
 
     def _family(self, name: str) -> MetricFamily:
         family = self.families.get(name)
@@ -156,12 +162,3 @@ def _found(match: re.Match[str] | None) -> re.Match[str]:
     if match is None:
         raise ValueError
     return match
-
-
-def _with(added: Label, labels: list[Label]) -> list[Label]:
-    """The labels and `added`; a label of the same name is renamed to `exported_…`."""
-    names = {label.name for label in labels}
-    free_name = added.name
-    while free_name in names:
-        free_name = f"exported_{free_name}"
-    return [*(label._replace(name=free_name) if label.name == added.name else label for label in labels), added]

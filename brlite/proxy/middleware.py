@@ -110,10 +110,25 @@ class ResponseDownstream:
             await self._wait()
         if self._error is not None:
             raise self._error
-        assert self._response is not None
-        if isinstance(self._response, web.Response):
-            return self._response
-        return await self._send(self._response)
+        response = self._response
+        assert response is not None
+        if isinstance(response, web.Response):
+            return response
+        await response.prepare(self._request)
+        while self._parts or not self._is_over:
+            data, self._parts, self._num_waiting = b"".join(self._parts), [], 0
+            if data:
+                await response.write(data)
+                exchange.resume()
+            else:
+                await self._wait()
+        if self._is_cut:
+            response.force_close()
+            if self._request.transport is not None:
+                reset(self._request.transport)
+            return response
+        await response.write_eof()
+        return response
 
     def begin(self, status: int, lines: bytes, length: int | None) -> None:
         response = web.StreamResponse(status=status, headers=self._headers(lines))
@@ -128,7 +143,7 @@ class ResponseDownstream:
 
     def write(self, data: bytes) -> None:
         if not data:
-            return  # with an empty part `_send` would wait for more, even after the end
+            return  # with an empty part `respond` would wait for more, even after the end
         self._parts.append(data)
         self._num_waiting += len(data)
         if self._num_waiting > BACKLOG_BYTES and self._exchange is not None:
@@ -155,24 +170,6 @@ class ResponseDownstream:
     async def _wait(self) -> None:
         await self._changed.wait()
         self._changed.clear()
-
-    async def _send(self, response: web.StreamResponse) -> web.StreamResponse:
-        await response.prepare(self._request)
-        while self._parts or not self._is_over:
-            data, self._parts, self._num_waiting = b"".join(self._parts), [], 0
-            if data:
-                await response.write(data)
-                assert self._exchange is not None
-                self._exchange.resume()
-            else:
-                await self._wait()
-        if self._is_cut:
-            response.force_close()
-            if self._request.transport is not None:
-                reset(self._request.transport)
-            return response
-        await response.write_eof()
-        return response
 
 
 def _wire_path(request: web.Request) -> bytes:

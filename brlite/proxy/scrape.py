@@ -59,17 +59,13 @@ class Scraper:
         if which != ALL and which not in upstreams:
             allowed = ", ".join([ALL, *upstreams])
             raise InvalidRequest(f"No upstream is called `{which[:200]}`; allowed: {allowed}", param="upstream")
-        tasks = [self._scraping(each) for each in (upstreams.values() if which == ALL else [upstreams[which]])]
+        loop, chosen = asyncio.get_running_loop(), upstreams.values() if which == ALL else [upstreams[which]]
+        for each in chosen:
+            if each not in self._tasks:  # else another caller has begun it
+                self._tasks[each] = loop.create_task(self._scrape(each), name=f"brlite-scrape-{each.name}")
+        tasks = [self._tasks[each] for each in chosen]
         await asyncio.wait(tasks)  # if it is cancelled, the tasks go on for other callers
         return await asyncio.to_thread(joined, own, [task.result() for task in tasks])
-
-    def _scraping(self, upstream: Upstream) -> asyncio.Task[Scrape]:
-        task = self._tasks.get(upstream)
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._scrape(upstream), name=f"brlite-scrape-{upstream.name}")
-            self._tasks[upstream] = task
-            task.add_done_callback(lambda _: self._tasks.pop(upstream))
-        return task
 
     async def _scrape(self, upstream: Upstream) -> Scrape:
         try:
@@ -78,6 +74,8 @@ class Scraper:
             families = await asyncio.to_thread(read_exposition, body.decode(), Label.of(LABEL, upstream.name))
         except (UpstreamError, BadExposition, UnicodeDecodeError) as error:
             return Scrape(upstream.name, {}, printable(str(error)))
+        finally:
+            del self._tasks[upstream]
         return Scrape(upstream.name, families)
 
 

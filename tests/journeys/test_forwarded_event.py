@@ -43,5 +43,5 @@ async def relay() -> Journey:
 def test_an_event_is_relayed_in_few_calls():
     relayed = journey()
 
-    assert len(relayed.calls) <= 9
+    assert len(relayed.calls) <= 7
     assert len(relayed.files) <= 5

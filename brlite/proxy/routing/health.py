@@ -150,18 +150,24 @@ class _Check:
                 await asyncio.sleep(delay(self._terms.seconds, self._count.is_settled, random.random()))
 
     async def _check(self, client: UpstreamClient) -> None:
+        upstream, path, failure = self._upstream, self._upstream.config.health_path, None
         try:
-            failure = await self._failure(client)
+            status = await client.status(path)
+            if status in NO_SUCH_PATH and not self._has_said_no_path:
+                self._has_said_no_path = True
+                text = "upstream %s has no %s (it answers %d): any answer counts as healthy"
+                logger.info(text, upstream.name, path, status)
+            if not is_well(status):
+                failure = _Failure(f"answered {status} to GET {path}", may_be_ending=status == UNAVAILABLE)
         except UpstreamError as error:
             cause = getattr(error.__cause__, "os_error", error.__cause__)
             if isinstance(cause, OSError) and is_own_fault(cause):
                 if not self._has_said_own_fault:
-                    logger.warning("upstream %s cannot be checked: %s", self._upstream.name, error)
+                    logger.warning("upstream %s cannot be checked: %s", upstream.name, error)
                 self._has_said_own_fault = True
                 return
             failure = _Failure(str(error), may_be_ending=not isinstance(error, UpstreamTimeout))
         self._has_said_own_fault = False
-        upstream = self._upstream
         if self._count.note(failure is None):
             upstream.is_healthy = self._count.is_healthy
             if failure is None:
@@ -177,18 +183,6 @@ class _Check:
         if failure is None and self._num_until_list <= 0:
             self._num_until_list = CHECKS_PER_LIST
             await self._read_list(client)
-
-    async def _failure(self, client: UpstreamClient) -> _Failure | None:
-        """What its answer shows to be wrong; None if it is healthy. Raises `UpstreamError` without an answer."""
-        path = self._upstream.config.health_path
-        status = await client.status(path)
-        if status in NO_SUCH_PATH and not self._has_said_no_path:
-            self._has_said_no_path = True
-            text = "upstream %s has no %s (it answers %d): any answer counts as healthy"
-            logger.info(text, self._upstream.name, path, status)
-        if is_well(status):
-            return None
-        return _Failure(f"answered {status} to GET {path}", may_be_ending=status == UNAVAILABLE)
 
     async def _read_list(self, client: UpstreamClient) -> None:
         """Note the upstream's list of models. An upstream without a list is healthy, too."""

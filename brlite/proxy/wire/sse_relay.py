@@ -146,9 +146,13 @@ class SseRelay:
         try:
             chunks = self._chunks
             if chunks is not None and not self._held and not self.is_within_event and chunks.is_at_boundary:
-                if text := _only_data(data):
-                    self._check_data(text)
-                    return data
+                if plain := _PLAIN_CHUNK.match(data):  # as nearly all chunks: one event of one data line
+                    begin = plain.end()
+                    event_end = plain.end(1) + int(plain[1], 16)  # without the empty line after the event
+                    is_only_one = begin < event_end == data.find(b"\n", begin) == data.find(b"\r", begin) - 2
+                    if is_only_one and data[event_end:] == b"\n\n\r\n":
+                        self._check_data(data[begin:event_end])
+                        return data
                 while end := self._whole_chunk(data, whole):
                     whole = end
                 if whole == len(data):
@@ -225,21 +229,16 @@ class SseRelay:
         if len(held) > self._max_event_bytes or self.is_within_event:
             if not self.is_within_event and not _LONG_EVENT.match(held):
                 return self._framed(events) + self._break(BrokenStream("it contains bytes that are no event"))
-            events += self._part_of_long_event()
+            # Relay what cannot be a part of its end.
+            self.is_within_event = self._has_unseen = True
+            size = max(0, len(held) - MAX_MARK_BYTES)
+            self.num_data_bytes += size
+            events += bytes(held[:size])
+            del held[:size]
         out = self._framed(events)
         if misframed is not None:
             return out + self._break(misframed)
         return out + self._finish() if self._body.is_done else out
-
-    def _part_of_long_event(self) -> bytes:
-        """Take the bytes of an incomplete event that cannot be a part of its end."""
-        held = self._held
-        self.is_within_event = self._has_unseen = True
-        size = max(0, len(held) - MAX_MARK_BYTES)
-        self.num_data_bytes += size
-        part = bytes(held[:size])
-        del held[:size]
-        return part
 
     def _framed(self, events: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
@@ -329,14 +328,3 @@ class SseRelay:
                 self._has_finished[choice.index] = True
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
-
-
-def _only_data(data: bytes) -> bytes | None:
-    """The data of a chunk with one event of one data line, as in nearly all chunks. None for other chunks."""
-    plain = _PLAIN_CHUNK.match(data)
-    if plain is None:
-        return None
-    begin = plain.end()
-    end = plain.end(1) + int(plain[1], 16)  # of the event, without the empty line after it
-    is_plain = data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2 and data[end:] == b"\n\n\r\n"
-    return data[begin:end] if is_plain else None
