@@ -1,7 +1,7 @@
-"""A folder of PyTorch's `.bin` files, in one or in shards. They are mapped and read with `weights_only`.
+"""Reads a folder of PyTorch's `.bin` files, one file or several shards. They are mapped, with `weights_only`.
 
-The only reader that needs torch, since the format is torch's own. Runs no code from a file: whatever is more than
-tensors in a dict is refused.
+The only reader that needs torch, since the format is torch's own. Runs no code from a file: anything but a dict of
+tensors is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
 class BinCheckpoint:
-    """Implements `Checkpoint`. The table of every shard is read when it is opened, its tensors only when asked for."""
+    """Implements `Checkpoint`. Opening it reads the table of every shard; tensors are read one at a time."""
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         self.path = path
@@ -32,7 +32,7 @@ class BinCheckpoint:
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, str] = {}
-        tables: dict[Path, bytes] = {}  # this format has no header: names, types and shapes stand for it
+        tables: dict[Path, bytes] = {}  # instead of the header that this format lacks: names, types and shapes
         for file in files:
             rows = []
             for name, tensor in load_shard(file).items():
@@ -56,7 +56,7 @@ class BinCheckpoint:
             for name, tensor in load_shard(file).items():
                 data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
                 yield tensor_in_memory(name, FORMATS[tensor.dtype], tuple(tensor.shape), data)
-                del data  # which is a copy of its own where the tensor's rows do not follow each other
+                del data  # a copy if the tensor was not contiguous
 
     def close(self) -> None:
         """Nothing is kept open between two shards."""
@@ -76,7 +76,7 @@ def load_shard(file: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file}: {excerpt(compressed[0])} is compressed, as torch never does")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    # A broken pickle can make torch's restricted reader raise nearly any type; each of them means the same here.
+    # For a broken pickle torch's restricted reader raises nearly any type of exception.
     except Exception as error:
         raise ModelError(f"{file}: torch refuses it: {reason(error)}") from error
     if not isinstance(content, dict):

@@ -1,12 +1,12 @@
-"""The bundle: a folder that `brlite convert` writes. It is a checkpoint, with a packed file that needs no packing.
+"""Reads bundles: folders that `brlite convert` writes. A bundle is a checkpoint with a packed file beside its weights.
 
     brlite-manifest.json        written last: model, precision, names, the size and sha256 of every file
     config.json …               the model's config, generation config, tokenizer and chat template, copied
     model-….safetensors         the weights in Hugging Face's names: matrices in bfloat16, vectors in float32
     packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start
 
-torch, other precisions, ranks and other programs read the safetensors. The packed file is a second form of them for
-one precision of native kernels; where it is missing or damaged, the safetensors are packed again.
+torch, other precisions, ranks and other programs read the safetensors. The packed file holds the same weights for
+native kernels in one precision. If it is missing or damaged, the safetensors are packed again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `brlite-manifest.json`. `source` is the identity of the checkpoint that the bundle was made from.
 
-    `input_name` and `output_name` are for configs that want them: those of the traced file, or the defaults.
+    `input_name` and `output_name` are for the manual's configs: the names of the traced file, or the defaults.
     """
 
     format: str
@@ -57,7 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleCheckpoint(SafetensorsCheckpoint):
-    """Implements `Checkpoint`. Its identity depends on content alone: that of a copied or moved bundle is the same."""
+    """Implements `Checkpoint`. Its identity depends on content alone: a copied or moved bundle keeps it."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
@@ -75,7 +75,7 @@ class BundleCheckpoint(SafetensorsCheckpoint):
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether this is a bundle, whole or not."""
+    """Whether `path` is a bundle, finished or not."""
     return exists(path / MANIFEST_FILE) or exists(path / PROGRESS_FILE)
 
 
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_progress(folder: Path) -> Manifest | None:
-    """The manifest of a bundle with the files that are finished so far; None where there is none."""
+    """The manifest with the files that are finished so far, of a finished bundle too; None without one."""
     for name in (PROGRESS_FILE, MANIFEST_FILE):
         if exists(folder / name):
             return _read(folder / name)
@@ -95,20 +95,20 @@ def read_progress(folder: Path) -> Manifest | None:
 
 
 def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]) -> str:
-    """Changes with the config and with any byte of the weights, and with nothing else."""
+    """A digest that changes with the config and with any byte of the weights, and with nothing else."""
     content = [config, sorted((name, record.sha256) for name, record in weights.items())]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
 
 
 def packed_name(precision: PrecisionOption) -> str:
-    """The file of a bundle that holds the packed weights. All int8 precisions have the same."""
+    """The name of a bundle's file of packed weights. All precisions with int8 weights share one."""
     return f"packed.{WEIGHTS_NAMES[PRECISIONS[precision].weights]}{PACKED_SUFFIX}"
 
 
 def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
-    """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle.
+    """A bundle's file of packed weights for a precision; None if it has none, or `folder` is no bundle.
 
-    A bundle's own weights are bfloat16, so that is what `auto` means.
+    `auto` means bf16: a bundle's own weights are bfloat16.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return None

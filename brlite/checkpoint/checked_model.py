@@ -28,10 +28,11 @@ MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
 class CheckedModel(NamedTuple):
-    """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere.
+    """What was found in a checkpoint: the config, the decoder's parameters, and where each of its tensors goes.
 
-    `formats` name what each tensor is stored as, by which the spec's precision was settled. A model without `has_head`
-    gives embeddings only, and with `has_scoring_head` scores: then the tensor `SCORING_HEAD` is among the ignored ones.
+    `targets` has the tensors that the decoder uses, `ignored` the others. `formats` has the name of each tensor's
+    `Format`; with `auto`, the precision depends on them. A model without `has_head` makes embeddings only. One with
+    `has_scoring_head` makes scores; its tensor `SCORING_HEAD` is among the ignored ones.
     """
 
     config: ModelConfig
@@ -45,13 +46,15 @@ class CheckedModel(NamedTuple):
 
 
 def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
-    """Raise `ModelError` for missing, misshapen or unknown tensors, `ConfigError` for a spec beyond the model."""
+    """Check a model. Raises `ModelError` for missing, misshapen or unknown tensors, and what `check_spec` raises."""
     family = find_family(checkpoint.config)
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
     targets = family.weight_targets(config)
     if not any(name in checkpoint.shapes() for name in targets if name.startswith(BODY)):
-        targets = {name.removeprefix(BODY): target for name, target in targets.items()}  # so are embedding models saved
+        targets = {
+            name.removeprefix(BODY): target for name, target in targets.items()
+        }  # embedding models are saved without this prefix
     architecture = (checkpoint.config.get("architectures") or ("",))[0]
     has_scoring_head = architecture == family.scorer_architecture
     has_head = architecture != family.base_architecture and not has_scoring_head
@@ -71,7 +74,7 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
 
 
 def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:
-    """What a precision means for a checkpoint whose tensors have these formats."""
+    """The precision that `option` means for a checkpoint with these formats."""
     precision = PRECISIONS["bf16" if option == "auto" else option]
     if (option == "auto" or precision.has_int8_activations) and quantized_formats(formats):
         return precision._replace(weights="stored")
@@ -79,13 +82,13 @@ def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Pre
 
 
 def quantized_formats(formats: Mapping[str, str]) -> list[str]:
-    """The formats of quantized tensors, the most frequent first."""
+    """The names of the quantized formats among them, the most frequent first."""
     names = [name for name in formats.values() if name not in PLAIN_FORMATS]
     return sorted(set(names), key=lambda name: (-names.count(name), name))
 
 
 def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
-    """Raise `ConfigError` where `spec` asks for more than the model has: context, vocabulary or ranks."""
+    """Raise `ConfigError` if `spec` does not fit the model: its context, its vocabulary, its number of heads."""
     if spec.build_seq > config.max_context:
         raise ConfigError(f"build_seq is {spec.build_seq}; {spec.name} allows at most {config.max_context} positions")
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
@@ -96,7 +99,7 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
 def _check_tensors(
     checkpoint: Checkpoint, targets: Mapping[str, WeightTarget], family: Family, config: ModelConfig
 ) -> set[str]:
-    """The names that the decoder does not use. Raises `ModelError` for other names or shapes than the targets'."""
+    """The names of the tensors that the decoder does not use. Raises `ModelError` as `check_model` does."""
     path, shapes = checkpoint.path, checkpoint.shapes()
     missing = [name for name in targets if name not in shapes]
     if missing:

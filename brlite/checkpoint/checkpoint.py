@@ -25,7 +25,7 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of `config.json`; for GGUF the metadata in the same keys."""
+        """The content of `config.json`; for GGUF, the metadata under the same keys."""
         ...
 
     @property
@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
 
     @property
     def identity(self) -> str:
-        """A digest that changes with the files or the config, so that packed weights are used for these only."""
+        """A digest that changes with the files or the config. Packed weights are used only for the same identity."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -47,18 +47,18 @@ class Checkpoint(Protocol):
         ...
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Every tensor once, in the order of the data. Each can be read until the next one is asked for."""
+        """Yields every tensor once, in the order of the data. Each can be read until the next one is taken."""
         ...
 
     def close(self) -> None:
-        """Close files and mappings. Nothing is called afterwards."""
+        """Close files and mappings. No other method may be called afterwards."""
         ...
 
 
 def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -> str:
     """A short hex digest that changes with the config, any file's name, size or mtime, and any byte of its header.
 
-    Folders do not count: a model that is moved stays itself.
+    The folder does not count: a model that is moved keeps its identity.
     """
     files = []
     for file, header in headers.items():

@@ -1,6 +1,6 @@
-"""Fetches a model from a hub into the hub's cache folder, once its config has shown that it can be served.
+"""Fetches a model from a hub into the hub's cache folder. Checks the config before it fetches the weights.
 
-Only configs, tokenizers and weights are fetched, never code. `transfer.py` moves the bytes.
+Fetches configs, tokenizers and weights, never code. `transfer.py` moves the bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from brlite.process.waiting import start_daemon
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = (2**18, 2**22, 2**26)  # of a GGUF file, until its header is whole
+HEADER_BYTES = (2**18, 2**22, 2**26)  # how much of a GGUF file is fetched until its header is complete
 
 
 class Download:
-    """One model of a hub. Raises `ModelError` where the hub must not be asked."""
+    """The download of one model. Raises `ModelError` in offline mode."""
 
     def __init__(self, hub: Hub, name: ModelName, on_progress: OnProgress, retries: Retries = DEFAULT_RETRIES) -> None:
         self._hub = hub
@@ -49,9 +49,9 @@ class Download:
     def run(self, reach_seconds: float, *, is_for_plugin: bool = False) -> Path:
         """Fetch what is missing, and return the model's folder or GGUF file.
 
-        A hub that does not list its files within `reach_seconds` counts as unreachable; the download itself has no
-        such limit. Refuses an architecture that cannot be served before its weights are fetched, unless the model is
-        for an engine plugin, which may know others. Raises `ModelError`.
+        A hub that does not list its files within `reach_seconds` counts as unreachable; the download has no such limit.
+        An architecture that cannot be served is refused before its weights are fetched, unless the model is for an
+        engine plugin, which may support others. Raises `ModelError`.
         """
         name, repository = self._name, self._repository
         listing = self._list_files(reach_seconds)
@@ -109,7 +109,7 @@ class Download:
         transfer.fetch(list(missing.values()))
 
     def _check_architecture(self, wanted: Sequence[HubFile]) -> None:
-        """Raise what makes the model one that cannot be served. Reads config.json, or the header of the GGUF file."""
+        """Raise an error if the model cannot be served. Reads its config.json, or the header of its GGUF file."""
         if any(file.name in BIN_FILES for file in wanted) and find_spec("torch") is None:
             raise MissingExtra("a model in PyTorch's .bin files", "torch", ModuleNotFoundError(name="torch"))
         gguf = next((file for file in wanted if file.name.lower().endswith(".gguf")), None)
@@ -128,7 +128,7 @@ class Download:
                 self._check_gguf(gguf, folder / Path(gguf.name).name)
 
     def _check_gguf(self, file: HubFile, copy: Path) -> None:
-        """Fetch as much of a GGUF file as its header takes, and check that. `copy` gets it, with a hole behind."""
+        """Fetch the header of a GGUF file and check it. `copy` gets the header, and a hole of the file's size."""
         from brlite.checkpoint.gguf_checkpoint import checked_tensors
         from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
         from brlite.checkpoint.gguf_header import read_gguf_header

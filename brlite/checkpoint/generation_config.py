@@ -1,6 +1,6 @@
 """The sampling values that a model's files recommend: `generation_config.json`, or `general.sampling.*` of a GGUF file.
 
-They are returned as they stand in the file; `llm` checks them.
+They are returned unchecked; `llm.py` checks them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def read_recommended_sampling(path: Path) -> dict[str, Any]:
-    """The values by the names of `GGUF_KEYS`; empty if the model names none. Null is none.
+    """The values by the names of `GGUF_KEYS`; empty if the files have none. A null counts as none.
 
     Raises `ModelError` for a file that cannot be read.
     """

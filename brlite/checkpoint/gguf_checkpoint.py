@@ -1,6 +1,6 @@
-"""A GGUF file as a Hugging Face checkpoint: its tensors as they are stored, in Hugging Face's names and order of rows.
+"""Reads a GGUF file as a checkpoint: its tensors as they are stored, with Hugging Face's names and order of rows.
 
-The `gguf` package dequantizes them when float32 is asked for; `gguf_codes.py` keeps their digits.
+The `gguf` package dequantizes tensors to float32; `gguf_codes.py` unpacks the formats whose codes are kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from brlite.files.quoting import excerpt
 
 
 class GgufCheckpoint:
-    """Implements `Checkpoint`. A tensor is read when it is asked for, dequantized or as it is stored."""
+    """Implements `Checkpoint`. A tensor is read only when its numbers or its codes are needed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +73,7 @@ def _module(name: str) -> str:
 
 
 def checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
-    """The table of tensors in the order of the data, once each lies within the file and is of a type we can read."""
+    """The table of tensors in the order of the data. Raises `ModelError` for one that cannot be read."""
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise ModelError("one part of a split GGUF; merge the parts into one file first")
     formats = {
@@ -101,7 +101,7 @@ def checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
 
 
 def _format(type_id: int, name: str) -> Format:
-    """The format of GGML's type `type_id`, which tensor `name` has."""
+    """The format for GGML's type `type_id`. Errors name the tensor `name`, which has this type."""
     try:
         kind = gguf.GGMLQuantizationType(type_id)
     except ValueError:
@@ -110,7 +110,7 @@ def _format(type_id: int, name: str) -> Format:
         return PLAIN_FORMATS[kind.name]
     block_elements, block_bytes = map(int, gguf.GGML_QUANT_SIZES[kind])
     try:
-        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)  # one block: only doing it tells
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)  # the package lists no types: try one block
     except NotImplementedError:
         raise ModelError(f"tensor {excerpt(name)} is of type {kind.name}, which cannot be dequantized") from None
     coding = CODINGS.get(kind.name)

@@ -1,7 +1,7 @@
-"""GGML's quantized blocks taken apart into codes, scales and minimums, where groups of 32 hold all digits of a weight.
+"""Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes native code can keep.
 
-A weight of the file is scale · code + minimum: `CODINGS` says in which form native code multiplies by it. Formats that
-are not listed, such as Q6_K with its groups of 16, are dequantized and rounded to int8 anew.
+A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as native
+kernels have it. All others, such as Q6_K with its groups of 16, are dequantized and then rounded to int8.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ IQ4_NL_VALUES = np.array(
 
 
 class Coding(NamedTuple):
-    """The form of a format's matrices, the bytes of a block, and how blocks [R, N, block_bytes] become codes."""
+    """The form of a format's matrices, the bytes of a block, and what unpacks blocks [R, N, block_bytes]."""
 
     form: MatrixForm
     block_bytes: int
-    take_apart: Callable[[Bytes], Coded]
+    unpack: Callable[[Bytes], Coded]
 
     def decode(self, data: Bytes) -> Coded:
-        """The codes of rows [R, B], as the file has them."""
-        return self.take_apart(data.reshape(len(data), -1, self.block_bytes))
+        """The codes, scales and minimums of rows [R, B] of the file."""
+        return self.unpack(data.reshape(len(data), -1, self.block_bytes))
 
 
 def _nibbles(data: Bytes) -> Bytes:
-    """The codes [..., 32] of 16 bytes: low halves, then high halves."""
+    """The 4-bit codes [..., 32] of 16 bytes: the low halves of all bytes, then the high halves."""
     return np.concatenate([data & 15, data >> 4], axis=-1)
 
 
 def _coded(codes: Bytes, scales: Bytes, minimums: Bytes | None = None) -> Coded:
-    """Blocks [R, N, ...] as rows. Scales and minimums are bytes of half precision."""
+    """Join the blocks [R, N, ...] of each row. Scales and minimums are the bytes of half-precision numbers."""
     rows = np.ascontiguousarray(codes).reshape(len(codes), -1)
     halves = [
         np.ascontiguousarray(data).view("<u2").reshape(len(data), -1) for data in (scales, minimums) if data is not None
@@ -47,9 +47,9 @@ def _coded(codes: Bytes, scales: Bytes, minimums: Bytes | None = None) -> Coded:
 
 
 def _q4_k(blocks: Bytes) -> Coded:
-    """Super-blocks of 8 groups, whose scales and minimums are integers of 6 bits times a number in half precision.
+    """A super-block has 8 groups. Their scales and minimums are 6-bit integers times a half-precision number.
 
-    The products are rounded to half precision: to 11 bits of up to 17.
+    These products have up to 17 bits. They are rounded to half precision, which has 11.
     """
     super_scale, super_minimum = (blocks[..., i : i + 2].copy().view("<f2").astype(np.float32) for i in (0, 2))
     low, middle, high = (blocks[..., i : i + 4] for i in (4, 8, 12))
@@ -65,12 +65,12 @@ def _q4_k(blocks: Bytes) -> Coded:
 
 
 def _q5_0(blocks: Bytes) -> Coded:
-    """The fifth bits of 32 codes are the bits of 4 bytes."""
+    """A code has 5 bits. The fifth bits of a block's 32 codes are in 4 bytes of their own."""
     fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
     return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
 
 
-# The layouts of blocks are those of llama.cpp, ggml-common.h.
+# A block's layout is defined in llama.cpp, ggml-common.h.
 CODINGS: dict[str, Coding] = {
     "Q4_0": Coding("int4", 18, lambda blocks: _coded(_nibbles(blocks[..., 2:]), blocks[..., :2])),
     "Q4_1": Coding("int4_min", 20, lambda blocks: _coded(_nibbles(blocks[..., 4:]), blocks[..., :2], blocks[..., 2:4])),

@@ -1,6 +1,6 @@
 """Translates GGUF's metadata into a Hugging Face `config.json`, and GGUF's tensor names into parameter names.
 
-Reads no files and no tensor data. Metadata that a `config.json` cannot express are refused, not dropped. Keys and names
+Reads no files and no tensor data. Metadata that a `config.json` cannot express is refused, not dropped. Keys and names
 are those of the GGUF specification and of llama.cpp (gguf-py/gguf/constants.py).
 """
 
@@ -131,7 +131,7 @@ def hugging_face_config(
         is_mistral = metadata.architecture == "llama"
         config |= window | (MISTRAL if is_mistral else {"use_sliding_window": True, "max_window_layers": 0})
     pooling = metadata.values.get(f"{metadata.architecture}.pooling_type", 0)
-    if pooling != 0:  # which is none of llama.cpp's poolings
+    if pooling != 0:  # 0 is no pooling in llama.cpp
         config["pooling_type"] = pooling
     if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
         config["is_causal"] = False
@@ -140,7 +140,7 @@ def hugging_face_config(
 
 
 def llama3_divisors(factor: float, head_dim: int, rope_theta: float) -> list[float]:
-    """What Llama 3 divides each rope frequency by: nothing for short waves, `factor` for long ones, smooth between."""
+    """What Llama 3 divides each rope frequency by: 1 for short waves, `factor` for long ones, smooth in between."""
     low, high = LLAMA3_SCALING["low_freq_factor"], LLAMA3_SCALING["high_freq_factor"]
     divisors = []
     for i in range(0, head_dim, 2):
@@ -169,7 +169,7 @@ def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
 def _rope_scaling(
     metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Sequence[float] | None
 ) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json; None where nothing is scaled."""
+    """The `rope_scaling` of config.json; None for a model without it."""
     prefix = f"{metadata.architecture}.rope.scaling."
     unknown = [key for key in metadata.values if key.startswith(prefix) and key[len(prefix) :] not in SCALING_KEYS]
     if unknown:

@@ -1,7 +1,7 @@
 """The header of a GGUF file (github.com/ggml-org/ggml, docs/gguf.md): metadata and the table of tensors. Reads no data.
 
 The `gguf` package's own reader makes numpy arrays of every string and number: 3 s for a vocabulary of 49k tokens,
-where this takes 0.1 s. It also trusts the file's counts; this one never reads or allocates beyond the file's size.
+where this one takes 0.1 s. It also trusts the file's counts; this one never reads or allocates beyond the file's size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 
 NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-# Sampling parameters that a file recommends: our name and its key.
+# A sampling parameter → the key under which a file recommends a value.
 GGUF_KEYS = {
     "temperature": "general.sampling.temp",
     "top_p": "general.sampling.top_p",
@@ -57,7 +57,7 @@ class GgufHeader(NamedTuple):
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises `ModelError`, naming the file, if it is truncated or no GGUF."""
+    """Read the header of a GGUF file. Raises `ModelError` if the file is truncated or of another kind."""
     check_model_file(file, "GGUF")
     try:
         with file.open("rb") as stream:
@@ -76,7 +76,7 @@ class _Broken(ValueError):
 
 
 class _Cursor:
-    """A place in the header. Every read is checked against the file's size first."""
+    """A position in the header. Every read is checked against the file's size first."""
 
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data = data
@@ -97,7 +97,7 @@ class _Cursor:
         return struct.unpack_from(f"<{count}{code}", self.data, begin)
 
     def array(self, code: str, count: int) -> array[Any]:
-        """As `numbers`, in as many bytes as the file has: a list of bytes would take 17 times as many."""
+        """As `numbers`, but an `array`, as large as in the file. A list of bytes would take 17 times as much."""
         begin = self.take(struct.calcsize("<" + code) * count)
         values: array[Any] = array("B" if code == "?" else code)
         values.frombytes(self.data[begin : self.position])
@@ -114,7 +114,7 @@ class _Cursor:
         return self.data[begin : begin + num_bytes].decode()
 
     def strings(self, count: int) -> list[str]:
-        """As `string`, `count` times. Written out because a vocabulary has hundreds of thousands: 4 times as fast."""
+        """`count` strings. 4 times as fast as calling `string`: a vocabulary has hundreds of thousands of them."""
         data, position, size = self.data, self.position, len(self.data)
         read_length = struct.Struct("<Q").unpack_from
         texts = []
@@ -129,7 +129,7 @@ class _Cursor:
         return texts
 
     def value(self) -> Any:
-        """A value of the metadata: its type, then what it is."""
+        """A value of the metadata. Its type comes first."""
         type_id = self.number("I")
         if type_id in NUMBER_FORMATS:
             return self.number(NUMBER_FORMATS[type_id])
@@ -150,17 +150,17 @@ class _Cursor:
         num_dimensions = self.number("I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise _Broken(f"tensor {excerpt(name)} has {num_dimensions} dimensions; allowed are 1 to {MAX_DIMENSIONS}")
-        shape = self.numbers("Q", num_dimensions)[::-1]  # GGUF counts from the innermost dimension
+        shape = self.numbers("Q", num_dimensions)[::-1]  # GGUF lists the innermost dimension first
         return GgufTensor(name, self.number("I"), shape, self.number("Q"))
 
     def header(self) -> GgufHeader:
-        """All that stands behind the magic number."""
+        """Everything after the magic number."""
         version = self.number("I")
         if version not in VERSIONS:
             raise _Broken(f"version {version} (allowed are {VERSIONS[0]} and {VERSIONS[1]}, little-endian)")
         num_tensors, num_metadata = self.numbers("Q", 2)
         metadata: dict[str, Any] = {}
-        for _ in range(num_metadata):  # each takes some bytes, so that the file's end bounds them
+        for _ in range(num_metadata):  # each takes some bytes, so the file's size bounds their number
             key = self.string()
             metadata[key] = self.value()
         tensors = [self.tensor() for _ in range(num_tensors)]

@@ -1,7 +1,7 @@
-"""The hubs that models come from: addresses, file lists, and the models that their cache folders hold already.
+"""The hubs of models: their addresses, their lists of files, and the models that their cache folders hold already.
 
-Hugging Face's library gives its settings (endpoint, token, cache folder, offline mode, time limits); the requests are
-ours, the same for both hubs. `download.py` fetches the files.
+The settings (endpoint, token, cache folder, offline mode, time limits) come from Hugging Face's library. The requests
+are brlite's own, the same for both hubs. `download.py` fetches the files.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from brlite.files.quoting import excerpt
 
 logger = logging.getLogger(__name__)
 
-REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # the library's own: how long the hub may take to tell what there is
-SHORT_REACH_SECONDS = 3.0  # where another source could serve the model, and the variable is not set
+REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # of Hugging Face's library: seconds that the hub may take to list files
+SHORT_REACH_SECONDS = 3.0  # if another source may have the model, and the variable is not set
 MODELSCOPE_MAIN = "master"
 
 T = TypeVar("T")
 
 
 class NotHere(ModelError):
-    """A source does not have the model, and nothing is wrong with it."""
+    """A source does not have the model. It is no failure of the source."""
 
 
 class RepositoryListing(NamedTuple):
@@ -48,7 +48,7 @@ class RepositoryListing(NamedTuple):
 
 
 class Hub(Protocol):
-    """What is needed of a hub."""
+    """A hub of models."""
 
     @property
     def title(self) -> str: ...
@@ -63,7 +63,7 @@ class Hub(Protocol):
         ...
 
     def address(self) -> HubAddress:
-        """Where to ask. Raises `ModelError` where the hub must not be asked."""
+        """Where to send requests. Raises `ModelError` in offline mode."""
         ...
 
     def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing: ...
@@ -72,7 +72,7 @@ class Hub(Protocol):
 
 
 class HuggingFaceHub:
-    """Implements `Hub` for huggingface.co, and for mirrors named by HF_ENDPOINT."""
+    """Implements `Hub` for huggingface.co, or the mirror that HF_ENDPOINT names."""
 
     title = "the Hugging Face hub"
     cache_variable = "HF_HOME"
@@ -111,7 +111,7 @@ class HuggingFaceHub:
 
 
 class ModelScopeHub:
-    """Implements `Hub` for modelscope.cn or what MODELSCOPE_DOMAIN names. Its models are in brlite's own cache."""
+    """Implements `Hub` for modelscope.cn, or for MODELSCOPE_DOMAIN. Its models are in brlite's own cache."""
 
     title = "ModelScope"
     cache_variable = "BRLITE_CACHE"
@@ -139,7 +139,7 @@ class ModelScopeHub:
                 raise ModelError(f"{address.title} answers: {excerpt(answer.get('Message'))}")
             entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
             files = [HubFile(str(file["Path"]), int(file["Size"]), file.get("Sha256") or None) for file in entries]
-        # It names no commit of the whole: what the files are names it.
+        # The list names no commit. A hash of the files' names and contents serves as one.
         digest = hashlib.sha256(repr(sorted((file.name, file.key) for file in files)).encode())
         return RepositoryListing(digest.hexdigest()[:40], files)
 
@@ -149,12 +149,12 @@ class ModelScopeHub:
 
 
 def hub_of(name: ModelName) -> Hub:
-    """The hub that a name means."""
+    """The hub of a model's name."""
     return ModelScopeHub() if name.hub == "modelscope" else HuggingFaceHub()
 
 
 def check_online() -> None:
-    """Raise `ModelError` in the offline mode of Hugging Face's library, which counts for all hubs."""
+    """Raise `ModelError` in the offline mode of Hugging Face's library. It applies to all hubs."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -162,7 +162,7 @@ def check_online() -> None:
 
 
 def reach_limit(*, has_other_source: bool) -> float:
-    """Seconds to wait for the hub's first answer: by HF_HUB_ETAG_TIMEOUT, else 10, or 3 with another source."""
+    """Seconds to wait for the hub's list of files: HF_HUB_ETAG_TIMEOUT, else 10, or 3 with another source."""
     from huggingface_hub import constants
 
     is_told = REACH_VARIABLE in os.environ
@@ -170,10 +170,10 @@ def reach_limit(*, has_other_source: bool) -> float:
 
 
 def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> Path:
-    """A model that is in the hub's cache folder already: its folder or GGUF file. Raises `ModelError` if none is.
+    """The folder or GGUF file of a model that is in the hub's cache. Raises `NotHere` or another `ModelError`.
 
-    A name without a quantization is the GGUF file that the hub's list made of it. As the last resort, where the hub
-    cannot be asked, it is whatever GGUF file is there.
+    A name without a quantization means the GGUF file that was chosen from the hub's list when it was downloaded. With
+    `is_last_resort` (the hub cannot be reached) it means any GGUF file that is there.
     """
     repository = Repository(hub.cache(), name.repository)
     snapshot = repository.snapshot(name.revision)
@@ -193,7 +193,7 @@ def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> P
 
 
 def model_in(snapshot: Path, quantization: str | None) -> Path:
-    """The model in a snapshot's folder: the folder, or one GGUF file of it. Raises `ModelError` if there is none."""
+    """The model in a snapshot: its folder, or one GGUF file of it. Raises `ModelError` if there is none."""
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     chosen = choose_files(names, quantization)
     return snapshot / chosen[0] if chosen[0].lower().endswith(".gguf") else snapshot
@@ -201,7 +201,7 @@ def model_in(snapshot: Path, quantization: str | None) -> Path:
 
 @contextmanager
 def _shape_checked(address: HubAddress) -> Iterator[None]:
-    """Turn what a JSON of another shape raises into `ModelError`."""
+    """Raise `ModelError` for the exceptions that reading JSON of an unexpected shape raises."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:

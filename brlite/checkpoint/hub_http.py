@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class HubAddress(NamedTuple):
-    """Where a hub is and how it is spoken of. `token` is "" without one; `token_variable` is where it comes from."""
+    """Where a hub is, and its name for messages. `token` may be ""; `token_variable` is the variable that sets it."""
 
     title: str
     endpoint: str
@@ -38,7 +38,7 @@ class HubAddress(NamedTuple):
 
 
 class Retries(NamedTuple):
-    """The most tries of a request, and the waits between them, in seconds."""
+    """How many tries a request has, and the waits between them, in seconds."""
 
     most: int = 5
     first_wait: float = 0.5
@@ -73,7 +73,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def get(hub: HubAddress, url: str, repository: str, *, span: tuple[int, int] | None = None) -> Any:
-    """The response to one GET, to be read and closed. `span` asks for the bytes from one up to before the other.
+    """The response to one GET. The caller reads and closes it. `span` asks for bytes [begin, end) of the file only.
 
     Raises `PassingFailure` or `ModelError`.
     """
@@ -122,9 +122,9 @@ def get_json(hub: HubAddress, url: str, repository: str) -> Any:
 
 
 def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None = None) -> T:
-    """Do `work`, and again after a `PassingFailure`; `until` is a time of `time.monotonic`.
+    """Call `work`, and again after a `PassingFailure`, until `until`, a time of `time.monotonic`.
 
-    Raises `ModelError` for the last failure.
+    Raises `ModelError` with the last failure's text.
     """
     for number in range(retries.most):
         try:
@@ -138,14 +138,14 @@ def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None 
 
 
 def wait_before(number: int, failure: PassingFailure, retries: Retries) -> float | None:
-    """How many seconds to wait after failure `number` (from 0) in a row; None: give up."""
+    """The seconds to wait after failure `number` in a row, counted from 0. None: do not try again."""
     if number + 1 >= retries.most or (failure.retry_after or 0) > retries.most_retry_after:
         return None
     return max(failure.retry_after or 0.0, min(retries.most_wait, retries.first_wait * 2.0**number))
 
 
 def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) -> Exception:
-    """The error for a status: what it means for the user, in one line."""
+    """The exception for an HTTP status. Its text, one line, tells the user what to do."""
     headers = error.headers
     code = headers.get("X-Error-Code", "")
     has_token = "the token of" if hub.token else "set"
@@ -165,7 +165,7 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
         return ModelError(f"there is no {repository}" if code != "EntryNotFound" else f"{repository} lacks that file")
     text = one_line(headers.get("X-Error-Message") or error.reason or "", MAX_EXCERPT)
     if error.code in TRANSIENT_STATUSES:
-        value = (headers.get("Retry-After") or "").strip()  # its other form, a date, is not used by hubs
+        value = (headers.get("Retry-After") or "").strip()  # hubs do not send its other form, a date
         retry_after = float(value) if value.isdecimal() and len(value) < 8 else None
         hint = f"; it wants no request for {retry_after:.0f} s" if retry_after else ""
         return PassingFailure(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}{hint}", retry_after)

@@ -1,7 +1,7 @@
-"""Finds out what a file really is, where it is not what its name says; and reads a model's small text files.
+"""Recognizes files that are not what their names say, and reads a model's small text files.
 
-Downloads and copies can leave git-lfs pointers, login pages, dangling links, empty and compressed files in place of a
-model's. `KINDS` lists them all by their first bytes; every reader of model files checks it first.
+A download or a copy may leave a git-lfs pointer, a login page, a dangling link, an empty or a compressed file in place
+of a model file. `KINDS` lists these by their first bytes. Every reader of model files checks this first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from brlite.files.text_file import TextError, decode_text
 from brlite.process.machine import show_bytes
 
 HEAD_BYTES = 512
-MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; those of large vocabularies have 30 MB
-MAX_JSON_BYTES = 16 * 2**20  # parsed in up to 22 times their size; the largest are indexes of shards, of some MB
+MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; large vocabularies take 30 MB
+MAX_JSON_BYTES = 16 * 2**20  # parsing takes up to 22 times as much; the largest, indexes of shards, have some MB
 FETCH_AGAIN = "fetch it again"
 
 
 class Kind(NamedTuple):
-    """A kind of file: its first bytes, and the text of the error where another kind is expected."""
+    """A kind of file: how it begins, and the text of the error if another kind is expected."""
 
     name: str
     begins: bytes | Callable[[bytes], bool]
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 _PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error")
-# What hubs and mirrors answer in place of a file.
+# What hubs and mirrors send in place of a file.
 _MESSAGES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model")
 _OLD_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
 
@@ -103,7 +103,7 @@ def check_model_file(path: Path, *wanted: str) -> None:
 def describe_file(path: Path, *wanted: str) -> str | None:
     """What the file is instead of the `wanted` kinds, and what to do about it; None for a wanted or unknown kind."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not hold the start
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe that has no writer must not block
         try:
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode):
@@ -122,7 +122,7 @@ def describe_file(path: Path, *wanted: str) -> str | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether a folder lists the name. True for a dangling link, too, which the reader then reports."""
+    """Whether a folder lists the name. Also True for a dangling link: the reader then reports it."""
     return os.path.lexists(path)
 
 

@@ -1,6 +1,6 @@
-"""Names of models: `[modelscope:]user/repo[:QUANT][@revision]`, and which of a repository's files a name means.
+"""Parses names of models, `[modelscope:]user/repo[:QUANT][@revision]`, and chooses the repository's files they mean.
 
-No network; the disk is only asked whether a path exists.
+Uses no network. On the disk it only checks whether a path exists.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FULL_NAME = re.compile(
 )
 PATH_STARTS = ("/", ".", "~")
 DEFAULT_QUANTIZATION = "Q4_K_M"
-# Of a file name: Q4_K_M, IQ3_XXS, Q8_0, UD-Q4_K_XL, BF16.
+# The quantization in a file name: Q4_K_M, IQ3_XXS, Q8_0, UD-Q4_K_XL, BF16.
 QUANTIZATION = re.compile(
     r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_(?:\d|k|s|m|l|xl|xs|xxs|nl))*|tq\d_\d|bf16|f16|fp16|f32|mxfp4))(?![a-z0-9])",
     re.I,
 )
-NO_MODELS = ("mmproj", "imatrix")  # GGUF files of other kinds, which lie beside models
+NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
 MAX_CHOICES = 12
 
 COMPANION_FILES = (
@@ -58,7 +58,7 @@ BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model
 
 
 class ModelName(NamedTuple):
-    """A name, taken apart. Without `revision` the repository's main branch is meant."""
+    """The parts of a name. Without `revision` it means the repository's main branch."""
 
     hub: HubName
     repository: str
@@ -72,9 +72,9 @@ class ModelName(NamedTuple):
 
 
 def parse_model_name(text: str) -> ModelName:
-    """Take a name apart. Its hub is that of its prefix, else that of BRLITE_HUB, else Hugging Face.
+    """Parse a name. The hub is that of the prefix, else that of BRLITE_HUB, else Hugging Face.
 
-    Raises `ModelError` for what is no name.
+    Raises `ModelError` for a text that is no name.
     """
     match = FULL_NAME.fullmatch(text)
     if match is None or ".." in text:
@@ -96,23 +96,23 @@ def default_hub() -> HubName:
 
 
 def is_model_name(text: str) -> bool:
-    """Whether this can be the name of a model on a hub."""
+    """Whether `text` has the form of a model's name on a hub."""
     return FULL_NAME.fullmatch(text) is not None and ".." not in text
 
 
 def may_be_a_name(path: str) -> bool:
-    """Whether what stands where a path may stand can be a model's name on a hub, too."""
+    """Whether a text given as a path can also be a model's name on a hub."""
     return not path.startswith(PATH_STARTS) and "/" in path and is_model_name(path)
 
 
 def check_path(path: str) -> None:
-    """Raise `ModelError` for a path where nothing is and that can be no name."""
+    """Raise `ModelError` if nothing exists at `path`, and it cannot be a model's name either."""
     if not (given := expand_home(path)).exists() and not may_be_a_name(path):
         raise ModelError(f"model path {given} does not exist")
 
 
 def check_name(name: str) -> None:
-    """Raise `ModelError` unless this can be a model's plain name: `model` or `organisation/model`."""
+    """Raise `ModelError` unless `name` has the form of a plain name: `model` or `organisation/model`."""
     if not PLAIN_NAME.fullmatch(name) or ".." in name:
         raise ModelError(f"{excerpt(name)} is not a model name such as organisation/model")
 
@@ -120,8 +120,8 @@ def check_name(name: str) -> None:
 def choose_files(names: Sequence[str], quantization: str | None = None) -> list[str]:
     """The files of a repository that make up the model.
 
-    Config, tokenizer and safetensors; `.bin` where there are no safetensors; one GGUF file where there is neither or
-    `quantization` names it. Raises `ModelError` with the choices where more than one file could be meant.
+    Config, tokenizer and safetensors; without safetensors, the `.bin` files; without either, or with a `quantization`,
+    one GGUF file. Raises `ModelError` with the choices if several GGUF files fit.
     """
     if quantization is None:
         for weights in (SAFETENSORS_FILES, BIN_FILES):
@@ -152,13 +152,13 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
 
 
 def quantization_of(file_name: str) -> str | None:
-    """The quantization that a GGUF file's name tells, in capitals."""
+    """The quantization in a GGUF file's name, in capitals; None if it has none."""
     found = QUANTIZATION.findall(PurePosixPath(file_name).name.removesuffix(".gguf"))
     return str(found[-1]).upper() if found else None
 
 
 def _is_meant(file_name: str, wanted: str) -> bool:
-    """Whether a file is of that quantization, or has that name. Part of a quantization does not count as one."""
+    """Whether a file has the name or the quantization `wanted`. Q4_K does not mean Q4_K_M."""
     base, wanted = PurePosixPath(file_name).name.lower(), wanted.lower()
     if wanted.endswith(".gguf"):
         return base == wanted

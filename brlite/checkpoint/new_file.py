@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written under another name, forced to the disk, then renamed.
+"""Writes files that appear complete or not at all: under a temporary name, then synced to the disk and renamed.
 
-All of it raises `OSError` where the disk does.
+All functions raise `OSError` if the disk fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`LoadPlan`, what a backend loads, and `placing`, which gives it a checkpoint's tensors one at a time with targets."""
+"""`LoadPlan`: what a backend loads. `placing`: a checkpoint's tensors, one at a time, each with its target."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from brlite.models.shards import LANES, Shard, parameter_parts, rank_parameters
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All that a backend needs to load a model, decided before any weight is read.
 
-    `checkpoint` is open and `model` is what was checked of it. With a `shard` one rank's part is loaded. `packed_file`
-    is where the packed weights of native code are, or will be written. `notes` go to the backend's `info`.
+    `checkpoint` is open, and `check_model` has made `model` of it. With a `shard` one rank's part is loaded. Native
+    code maps `packed_file`, or writes it if it is missing. `notes` are added to those of the backend's `info`.
     """
 
     checkpoint: Checkpoint
@@ -42,12 +42,12 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def config(self) -> ModelConfig:
-        """The whole model's, also of a shard."""
+        """The config of the whole model, also with a shard."""
         return self.model.config
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
-        """The decoder's parameters, of a shard as its rank holds them."""
+        """The decoder's parameters; with a shard, the rank's parts of them."""
         return self.model.parameters if self.shard is None else rank_parameters(self.model.config, self.shard)
 
     @property
@@ -56,7 +56,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def precision_name(self) -> str:
-        """The spec's precision, or what it comes to in native code where the file's digits are kept."""
+        """The spec's precision; where native code keeps the codes of quantized files, the precision that they have."""
         if self.precision.weights != "stored":
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         forms = {part.form for parts in matrix_parts(self.model, self.shard).values() for part in parts}
@@ -64,22 +64,22 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return f"{activations}_w_int4" if forms & INT4_FORMS else f"{activations}_w_int8"
 
     def report(self, fraction: float, stage: str = "reading the weights") -> None:
-        """Report the fraction of `stage` that is done: 0 to 1."""
+        """Report which fraction of `stage` is done, 0 to 1, if there is a callback."""
         if self.on_progress is not None:
             self.on_progress(stage, fraction)
 
 
 NOT_QUANTIZED = F32.name
-# The form that keeps a format's digits; other formats have none.
+# A quantized format → the form in memory that keeps its codes. Other formats are not listed.
 KEPT_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
 def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
-    """Every tensor of the checkpoint that has a target, with it. Nothing of it has been read yet.
+    """Yields every tensor of the checkpoint that the model uses, with its target. Its bytes have not been read yet.
 
-    For a shard only what its rank holds comes, in parts, with their targets in the rank's own parameters. The fraction
-    that is done is reported each time the caller comes back for more.
+    With a shard, yields only the parts that the rank holds, with their targets in the rank's own parameters. Reports
+    the fraction that is done after each of them.
     """
     targets = held_targets(plan.model, plan.shard)
     total = sum(math.prod(target.shape) for parts in targets.values() for _, target in parts)
@@ -93,11 +93,11 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
             del placed
             num_placed += math.prod(target.shape)
             plan.report(num_placed / total)
-        del tensor  # whose bytes may be in memory, before the next one is read
+        del tensor  # its bytes may be in memory: free them before the next one is read
 
 
 def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tuple[StoredPart, WeightTarget]]]:
-    """By the checkpoint's names: what a rank holds of each tensor, and where that goes in the rank's own parameters."""
+    """For each tensor of the checkpoint: the parts that a rank holds, each with its target in the rank's parameters."""
     if shard is None:
         return {name: [(None, target)] for name, target in model.targets.items()}
     slices = parameter_parts(model.config, shard)
@@ -116,7 +116,7 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
 
 
 def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
-    """The parts of every matrix that native code multiplies by, or looks up in its quantized form; by its name."""
+    """For each matrix that native code multiplies by, or keeps quantized for look-up: its parts, each of one form."""
     parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
     if model.precision.weights != "stored":
         rounded: MatrixForm = "int8" if model.precision.weights == "int8" else "bfloat16"
@@ -137,7 +137,7 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
 
 
 def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool) -> str:
-    """In which precision `spec` is served, and what decided that: for each format of the file, what becomes of it."""
+    """For the log: the precision that is served, what decided it, and what becomes of each quantized format."""
     if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
@@ -160,7 +160,7 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool)
 
 
 def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """The checkpoint's matrices that native code holds in panels, by format; and those that become int8 on any rank."""
+    """By format: the checkpoint's matrices that native code holds in panels, and those that become int8 on any rank."""
     matrices: dict[str, set[str]] = {}
     rounded: dict[str, set[str]] = {}
     for shard in (Shard(rank, num_ranks, sums=False) for rank in range(num_ranks)) if num_ranks > 1 else (None,):
@@ -181,7 +181,7 @@ def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set
 
 
 def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:
-    """Neighbours of one form as one. All are int8 where a border lies within a panel."""
+    """Join neighbours of one form. If a border lies within a panel, which has one form, the whole matrix is int8."""
     joined: list[MatrixPart] = []
     for part in parts:
         if joined and joined[-1].form == part.form:

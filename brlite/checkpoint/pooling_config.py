@@ -1,7 +1,7 @@
-"""How a model's embeddings are made, by its files: sentence-transformers' beside the weights, or GGUF metadata.
+"""Reads from a model's files how its embeddings are made: from sentence-transformers' files, or from GGUF metadata.
 
-`1_Pooling/config.json` names the pooling and `modules.json` what else is done; `config.json` says whether embeddings
-may be cut (Matryoshka), in the words that vLLM reads. A bundle has no folders: there the first file has another name.
+`1_Pooling/config.json` names the pooling, `modules.json` the other steps. `config.json` says whether embeddings may be
+shortened (Matryoshka), with the keys that vLLM reads. A bundle has no folders: its first file has another name.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from brlite.files.quoting import excerpt
 logger = logging.getLogger(__name__)
 
 POOLING_FILE, BUNDLED_POOLING_FILE, MODULES_FILE = "1_Pooling/config.json", "pooling_config.json", "modules.json"
-KNOWN_MODULES = (
-    "Transformer",
-    "Pooling",
-    "Normalize",
-)  # a vector of length 1 is what requests get unless they say else
+KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # brlite normalizes by default
 SUPPORTED: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
-FLAG = "pooling_mode_"  # before 5.0: one flag a mode
+FLAG = "pooling_mode_"  # in versions before 5.0: a flag for each mode
 FLAG_MODES = {"lasttoken": "lasttoken", "mean_tokens": "mean"}
 GGUF_MODES = {1: "mean", 3: "lasttoken"}
 
 
 def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> ModelSpec:
-    """The spec with what it leaves to the model's files. An unsupported kind turns embeddings off, which the log says.
+    """The spec, with pooling and dimensions from the model's files where it has none. An unsupported kind of pooling
+    turns embeddings off, with a warning in the log.
 
     Raises `ModelError` for a file that cannot be read.
     """
@@ -42,7 +39,7 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
         mode = _read_mode(path, config)
         pooling = SUPPORTED.get(mode, "none")
         if mode not in SUPPORTED:
-            reason = "its files ask for %s; set pooling to have last or mean"
+            reason = "its files ask for %s, which is not supported; set pooling to last or mean"
             logger.warning("model %s: embeddings are refused: " + reason, spec.name, mode)
     if not sizes:
         sizes = (0,) if config.get("is_matryoshka") is True else ()
@@ -53,7 +50,7 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
 
 
 def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
-    """The mode in sentence-transformers' word, or what else stands in the way, in words. "lasttoken" is the default."""
+    """The mode as sentence-transformers names it, by default "lasttoken"; or, in words, what is not supported."""
     if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
         return "attention in both directions"
     if "pooling_type" in config:  # of a GGUF file

@@ -60,7 +60,7 @@ def progress_bar() -> Iterator[OnProgress]:
                 if (stage, total) != (bar.desc, bar.total):
                     bar.unit, bar.unit_scale = unit, bool(unit)
                     bar.reset(total)
-                    bar.initial = bar.n = fraction * total  # the rate is that of what comes from now on
+                    bar.initial = bar.n = fraction * total  # so that the rate counts only what comes from now on
                     bar.set_description_str(stage, refresh=False)
                 bar.update(fraction * total - bar.n)
 
@@ -68,7 +68,7 @@ def progress_bar() -> Iterator[OnProgress]:
 
 
 class ProgressLines:
-    """Progress where there is no terminal: a line about a stage of known size every `seconds`."""
+    """Progress without a terminal: every `seconds`, a line about a stage of known size."""
 
     def __init__(self, seconds: float = LINE_SECONDS) -> None:
         self._seconds = seconds
@@ -97,7 +97,7 @@ class ProgressLines:
 
 @contextmanager
 def byte_bar(num_bytes: int, stage: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal with rate and time left. The callback gets the number of bytes just done, from any thread."""
+    """A bar on a terminal with rate and time left. Its callback takes the number of bytes just done, on any thread."""
     from tqdm import tqdm
 
     lock = threading.Lock()
@@ -116,7 +116,7 @@ def byte_bar(num_bytes: int, stage: str) -> Iterator[Callable[[int], None]]:
 def growth_reported(folder: Path, num_bytes: int, stage: str, on_progress: OnProgress) -> Iterator[None]:
     """While the body runs, report the size of `folder` as a fraction of `num_bytes`; 1.0 once the body has succeeded.
 
-    For downloaders whose own progress cannot be read: all of them write files.
+    For downloaders that report no progress: they write files, too.
     """
     done = threading.Event()
 

@@ -21,7 +21,7 @@ METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8")
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 ZERO_POINTS, ACT_ORDER = " with zero points", " in act-order"
 
-# The form that keeps a format's digits, by the format's name. All others are rounded to int8, as FP8 is.
+# A format's name → the form in memory that keeps its codes. Other formats, such as FP8, are rounded to int8.
 FOLDER_FORMS: dict[str, MatrixForm] = {
     "GPTQ 4-bit": "int4",
     f"GPTQ 4-bit{ZERO_POINTS}": "int4_zero",
@@ -34,10 +34,11 @@ FOLDER_FORMS: dict[str, MatrixForm] = {
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
-    """How the matrices of a folder are quantized. A matrix without the tensors of the method's layouts is not.
+    """How the matrices of a folder are quantized. A matrix that lacks the tensors of the method's layouts is plain.
 
-    `group_size` inputs of a row share a scale, or all of them where it is 0. A zero point is stored `zero_point_bias`
-    below its value. Scales of FP8 are for blocks of `block_rows` times `group_size`, if their shape says no other.
+    `group_size` inputs of a row share a scale; 0: all inputs of the row. The file stores a zero point minus
+    `zero_point_bias`. A scale of FP8 is for a block of `block_rows` x `group_size`, unless the scales' shape shows that
+    it is for a row or for the whole matrix.
     """
 
     method: Literal["GPTQ", "AWQ", "compressed-tensors", "FP8"]
@@ -79,14 +80,14 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model when nothing of it is quantized."""
+    """The config of the same model without quantization."""
     return {key: value for key, value in config.items() if key != SECTION}
 
 
 def _gptq(section: ConfigReader) -> Quantization:
     checkpoint_format = _choose(section, "checkpoint_format", ("gptq", "gptq_v2"), section.text("format", "gptq"))
     if "dynamic" in section and not all(name.startswith("-") for name in section.section("dynamic")):
-        raise section.error("dynamic", "of modules that are left out (-:…)", "other settings for some modules")
+        raise section.error("dynamic", "a list of modules that are left out (-:…)", "other settings for some modules")
     if section.flag("is_marlin_format", False):
         raise section.error("is_marlin_format", "false", True)
     group_size = _group_size(section)
@@ -134,14 +135,14 @@ def _compressed_group(weights: ConfigReader) -> Quantization:
 
 
 def _group_size(section: ConfigReader) -> int:
-    """0 for a whole row, which is written as -1."""
+    """The inputs that share a scale; 0 for a whole row, which the config writes as -1."""
     if section.value("group_size") == -1:
         return 0
     return section.positive_int("group_size")
 
 
 def _fp8(section: ConfigReader, key: str) -> Quantization:
-    """With the rows and columns of a block at `key`. compressed-tensors writes "128x128", too."""
+    """FP8 with the block that `key` gives: [rows, columns] or "128x128", by default 128 x 128."""
     value = section.value(key)
     sizes = (128, 128) if value is None else value.split("x") if isinstance(value, str) else value
     try:

@@ -1,6 +1,6 @@
-"""A folder of safetensors whose matrices a tool has quantized, as a plain checkpoint: one tensor for each matrix.
+"""Reads a folder of safetensors with quantized matrices as a plain checkpoint: one tensor for each matrix.
 
-How they are stored is in `quantized_matrix.py`. Nothing is read before it is asked for, and then one matrix at a time.
+`quantized_matrix.py` has the layouts of the matrices. Reads one matrix at a time, and nothing ahead.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from brlite.files.quoting import excerpt, reason
 logger = logging.getLogger(__name__)
 
 INTEGER_TYPES = {"I32": "<i4", "I64": "<i8", "I8": "i1", "F8_E4M3": "u1"}  # in numpy; floats become float32
-# Scales and zero points of activations, attention and KV caches: brlite quantizes none of those by them.
+# Scales and zero points of activations, attention and KV caches. brlite does not use them.
 UNUSED_SUFFIXES = tuple(
     f".{of}_{part}" for of in ("input", "output", "q", "k", "v") for part in ("scale", "zero_point")
 )
 
 
 class QuantizedCheckpoint:
-    """Implements `Checkpoint`. All headers are checked when it is opened. `config` is that of the plain model."""
+    """Implements `Checkpoint`. Opening it checks all headers. `config` is that of the plain model."""
 
     def __init__(self, path: Path, files: tuple[Path, ...], config: Mapping[str, Any]) -> None:
         self.path = path
@@ -119,7 +119,7 @@ def _read_array(stream: BufferedReader, entry: TensorEntry) -> Array:
 def _find_matrices(
     quantization: Quantization, entries: Mapping[str, TensorEntry]
 ) -> dict[str, tuple[QuantizedMatrix, dict[str, TensorEntry]]]:
-    """The quantized matrices with their tensors, by the name of the tensor that holds the codes."""
+    """Each quantized matrix with the headers of its tensors, by the name of the tensor that holds its codes."""
     found: dict[str, tuple[QuantizedMatrix, dict[str, TensorEntry]]] = {}
     for layout in LAYOUTS[quantization.method]:
         (codes, dtypes), *_ = layout.tensors.items()

@@ -1,7 +1,7 @@
-"""A quantized matrix of a safetensors folder: codes, scales and zero points, in the order of a plain weight's rows.
+"""Unpacks the quantized matrices of a safetensors folder into the rows of a plain weight. Reads no files.
 
-A weight is (code - zero point) * scale. Each tool stores these three in its own layout: a class here is the layout of
-AutoGPTQ, of AutoAWQ, of compressed-tensors (`pack-quantized`, `int-quantized`) or of DeepSeek's FP8. Reads no files.
+A weight is (code - zero point) * scale. Each tool stores these three in its own layout. A class here is the layout of
+AutoGPTQ, of AutoAWQ, of compressed-tensors (`pack-quantized`, `int-quantized`) or of DeepSeek's FP8.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from brlite.models.config import QUANTIZATION_GROUP
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
-PartTypes = Mapping[str, tuple[str, ...]]  # the end of a tensor's name → its allowed types
+PartTypes = Mapping[str, tuple[str, ...]]  # last part of a tensor's name → its allowed types
 
 FLOATS = tuple(PLAIN_FORMATS)
 INTEGERS = ("I32", "I64")
-SCALES = ("scales", "weight_scale", "weight_scale_inv")  # a matrix has one; weights are multiplied by any of them
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the code of each of 8 neighbours is
+SCALES = ("scales", "weight_scale", "weight_scale_inv")  # a matrix has one of them; codes are multiplied by it
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in a 32-bit word of each of 8 neighbouring codes
 BLOCK = np.dtype([("codes", "u1", QUANTIZATION_GROUP), ("scale", "<f4"), ("zero_point", "<i4")])
 MAX_HALF = 65504.0
 MAX_SCALE = 2.0**119  # any code is below 512: its product with this scale is finite in single precision
@@ -51,24 +51,27 @@ _MAGNITUDE[_BYTES & 127 == 127] = np.nan
 E4M3_VALUES: Float32 = np.where(_BYTES >= 128, -_MAGNITUDE, _MAGNITUDE).astype(np.float32)
 
 
-class Digits(NamedTuple):
-    """A matrix [R, C] taken apart: codes of some rows, scales [R or 1, G], and zero points that broadcast to [R, G]."""
+class UnpackedMatrix(NamedTuple):
+    """A matrix [R, C] with G groups a row: `codes_of` gives the codes of some rows. Scales are [R or 1, G].
+
+    Zero points broadcast to [R, G]. None: all are in the middle of the codes' range.
+    """
 
     codes_of: Callable[[slice], Bytes]
     scales: Float32
-    zero_points: npt.NDArray[np.int16] | None = None  # None: all are half of the codes' range
+    zero_points: npt.NDArray[np.int16] | None = None
 
 
 class QuantizedMatrix(ABC):
-    """One matrix, by the headers of its tensors. `shape` is [outputs, inputs], `name` that of the plain weight.
+    """One matrix. It knows the headers of its tensors. `shape` is [outputs, inputs], `name` that of the plain weight.
 
-    Raises `ModelError` where a tensor is missing, or has another type or shape than the layout wants.
+    Raises `ModelError` if a tensor is missing, or has another type or shape than its layout wants.
     """
 
     tensors: ClassVar[PartTypes]
-    """The matrix's tensors. The first holds the codes: a module that has it is quantized."""
+    """The tensors of this layout. The first one holds the codes: a module that has it is quantized."""
     code_values: ClassVar[Float32 | None] = None
-    """The number of each code, where codes are no integers."""
+    """The number that each code stands for; None where codes are integers."""
 
     def __init__(self, name: str, quantization: Quantization, entries: Mapping[str, TensorEntry]) -> None:
         self.name, self.quantization = name, quantization
@@ -106,14 +109,14 @@ class QuantizedMatrix(ABC):
 
     @abstractmethod
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
-        """What shapes the other tensors may have."""
+        """The shapes that each of the other tensors may have."""
 
     @abstractmethod
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
-        """The digits, from the content of the tensors. Raises `ModelError` where numbers contradict the headers."""
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
+        """Unpack the content of the tensors. Raises `ModelError` if it contradicts the headers."""
 
     def find_format(self) -> Format:
-        """One that keeps the digits if its name is among `FOLDER_FORMS`, else plain float32."""
+        """The format of the matrix. It has `decode` if native code can keep the codes: if `FOLDER_FORMS` lists it."""
         quantization = self.quantization
         name = f"{quantization.method} {self.num_bits}-bit"
         name += "" if quantization.is_symmetric else ZERO_POINTS
@@ -128,7 +131,7 @@ class QuantizedMatrix(ABC):
             blocks = np.ascontiguousarray(data).view(BLOCK)
             codes = np.ascontiguousarray(blocks["codes"]).reshape(len(data), -1)
             scales, zero_points = (blocks[part].astype("<f2").view(np.uint16) for part in ("scale", "zero_point"))
-            if form == "int8_f16":  # whose zero points are 128
+            if form == "int8_f16":  # all zero points are 128: code - 128 as int8 in two's complement
                 return Coded(codes ^ np.uint8(128), scales)
             return Coded(codes, scales, zero_points)
 
@@ -142,14 +145,13 @@ class QuantizedMatrix(ABC):
         return Format(name, QUANTIZATION_GROUP, BLOCK.itemsize, widen, decode)
 
     def tensor(self, arrays: Mapping[str, Array]) -> StoredTensor:
-        """The matrix, from the content of its tensors, whose floats are float32.
+        """The matrix as a tensor. `arrays` are the contents of its tensors, floats as float32.
 
-        Rows are taken apart when they are read, on any thread.
-
-        Raises `ModelError` where numbers contradict the config, or have no form.
+        Rows are unpacked when they are read, on any thread. Raises `ModelError` for numbers that contradict the config,
+        are not finite, or that the format cannot hold.
         """
         outputs, inputs = self.shape
-        codes_of, scales, zero_points = self.take_apart(arrays)
+        codes_of, scales, zero_points = self.unpack(arrays)
         middle = 1 << (self.num_bits - 1)
         if zero_points is None:
             zero_points = np.full((1, 1), middle, np.int16)
@@ -159,8 +161,8 @@ class QuantizedMatrix(ABC):
         zero_points = np.broadcast_to(zero_points, scales.shape)
         if not (np.abs(scales) <= MAX_SCALE).all():
             raise ModelError(f"{excerpt(self.name)} has a scale that is not finite, or makes its weights so")
-        keeps_digits = self.format.decode is not None
-        if keeps_digits and np.abs(scales).max(initial=0.0) > MAX_HALF:
+        keeps_codes = self.format.decode is not None
+        if keeps_codes and np.abs(scales).max(initial=0.0) > MAX_HALF:
             raise ModelError(f"{excerpt(self.name)} has a scale beyond half precision ({MAX_HALF:g})")
         groups = self._groups(arrays, scales.shape[1])
         row_bytes = inputs // self.format.block_elements * self.format.block_bytes
@@ -168,7 +170,7 @@ class QuantizedMatrix(ABC):
         def read(begin: int, num_bytes: int) -> Bytes:
             rows = slice(begin // row_bytes, (begin + num_bytes) // row_bytes)
             codes = codes_of(rows)
-            if keeps_digits:
+            if keeps_codes:
                 blocks = np.empty((len(codes), inputs // QUANTIZATION_GROUP), BLOCK)
                 blocks["codes"] = codes.reshape(*blocks.shape, QUANTIZATION_GROUP)
                 blocks["scale"] = scales[rows][:, groups[::QUANTIZATION_GROUP]]
@@ -208,12 +210,13 @@ class GptqMatrix(QuantizedMatrix):
         num_words = math.ceil(outputs * self.num_bits / 32)
         return {"qzeros": [(self.num_groups, num_words)], "scales": [(self.num_groups, outputs)]}
 
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
         words = arrays["qweight"]
         zero_points = unpack_words(arrays["qzeros"], self.num_bits).T[: self.shape[0]].astype(np.int16)  # [outputs, G]
-        # A zero point of 0 is stored as -1, of which only the lowest bits are left.
+        # AutoGPTQ stores a zero point minus 1, so that 0 becomes the largest code.
         zero_points = zero_points + self.quantization.zero_point_bias & (1 << self.num_bits) - 1
-        return Digits(lambda rows: unpack_words(words[:, rows].T, self.num_bits), arrays["scales"].T, zero_points)
+        scales = arrays["scales"].T
+        return UnpackedMatrix(lambda rows: unpack_words(words[:, rows].T, self.num_bits), scales, zero_points)
 
 
 class AwqMatrix(QuantizedMatrix):
@@ -227,19 +230,19 @@ class AwqMatrix(QuantizedMatrix):
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
         return {"qzeros": [(self.num_groups, outputs // 8)], "scales": [(self.num_groups, outputs)]}
 
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
         words = arrays["qweight"]
 
-        def unpack(words: Array) -> Bytes:
+        def in_order(words: Array) -> Bytes:
             codes = unpack_words(words, 4)
             return codes.reshape(-1, 8)[:, AWQ_ORDER].reshape(codes.shape)
 
         def codes_of(rows: slice) -> Bytes:
             first = rows.start // 8  # word
-            codes = unpack(words[:, first : -(-rows.stop // 8)])
+            codes = in_order(words[:, first : -(-rows.stop // 8)])
             return np.ascontiguousarray(codes.T[rows.start - 8 * first : rows.stop - 8 * first])
 
-        return Digits(codes_of, arrays["scales"].T, unpack(arrays["qzeros"]).T.astype(np.int16))
+        return UnpackedMatrix(codes_of, arrays["scales"].T, in_order(arrays["qzeros"]).T.astype(np.int16))
 
 
 class PackedMatrix(QuantizedMatrix):
@@ -264,14 +267,14 @@ class PackedMatrix(QuantizedMatrix):
             "weight_zero_point": [(num_words, self.num_groups)],
         }
 
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
         words, zeros = arrays["weight_packed"], arrays.get("weight_zero_point")
         if (found := arrays["weight_shape"].tolist()) != list(self.shape):
             raise ModelError(f"{excerpt(self.name)} has weight_shape {excerpt(found)}, and {list(self.shape)} codes")
         zero_points = None
         if zeros is not None:
             zero_points = unpack_words(zeros.T, self.num_bits).T[: self.shape[0]].astype(np.int16)
-        return Digits(
+        return UnpackedMatrix(
             lambda rows: unpack_words(words[rows], self.num_bits), _column(arrays["weight_scale"]), zero_points
         )
 
@@ -295,10 +298,10 @@ class Int8Matrix(QuantizedMatrix):
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
         return dict.fromkeys(("weight_scale", "weight_zero_point"), _row_shapes(outputs, self.num_groups))
 
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
         codes, zeros = arrays["weight"], arrays.get("weight_zero_point")
         zero_points = None if zeros is None else _column(zeros).astype(np.int16) + np.int16(128)
-        return Digits(
+        return UnpackedMatrix(
             lambda rows: codes[rows].view(np.uint8) ^ np.uint8(128), _column(arrays["weight_scale"]), zero_points
         )
 
@@ -319,12 +322,12 @@ class Fp8Matrix(QuantizedMatrix):
     def find_format(self) -> Format:
         return Format("FP8", 1, 4, PLAIN_FORMATS["F32"].widen)
 
-    def take_apart(self, arrays: Mapping[str, Array]) -> Digits:
+    def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
         (scales,) = (arrays[part] for part in SCALES if part in arrays)
         outputs, block_rows = self.shape[0], self.quantization.block_rows
         if scales.shape == (math.ceil(outputs / block_rows), self.num_groups):
             scales = scales.repeat(min(block_rows, outputs), axis=0)[:outputs]
-        return Digits(lambda rows: arrays["weight"][rows].view(np.uint8), _column(scales))
+        return UnpackedMatrix(lambda rows: arrays["weight"][rows].view(np.uint8), _column(scales))
 
 
 # By the method of the folder's `quantization_config`.
@@ -337,7 +340,7 @@ LAYOUTS: dict[str, tuple[type[QuantizedMatrix], ...]] = {
 
 
 def _row_shapes(outputs: int, num_groups: int) -> list[Shape]:
-    """Of scales or zero points of each row's groups. Of a single one they may be of the whole matrix, and a vector."""
+    """The shapes that scales or zero points may have. With one group a row, one number may count for all rows."""
     return [(outputs, num_groups), *([(), (1,), (1, 1), (outputs,)] if num_groups == 1 else [])]
 
 
@@ -346,7 +349,7 @@ def _column(array: Array) -> Array:
 
 
 def unpack_words(words: Array, num_bits: int) -> Bytes:
-    """The codes of words of 32 bits along the last dimension, lowest bits first: [..., N * 32 / num_bits]."""
+    """Unpack 32-bit words [..., N] into codes [..., N * 32 / num_bits], the lowest bits first."""
     octets = np.ascontiguousarray(words).view(np.uint8)
     if num_bits == 8:
         return octets

@@ -1,7 +1,7 @@
 """One repository in a hub's cache folder, in the layout of Hugging Face's library, which other programs read too.
 
-`blobs/` has the contents by their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` the
-commit that a branch stood at. Links are made once all contents are there: an interrupted download shows no model.
+`blobs/HASH` are the contents of files, `snapshots/COMMIT/` has links to them under the files' names, and
+`refs/REVISION` holds the commit of a branch. Links are made last, so that an interrupted download shows no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from brlite.files.temporary import create_temporary
 
 FOLDER_PREFIX = "models--"
 PART_SUFFIX = ".brlite-part"
-COUNTS_SUFFIX = ".counts"  # of the file beside a part that says how much of it is there
+COUNTS_SUFFIX = ".counts"  # of the file beside a part that counts the bytes of each segment
 MAIN = "main"
 CHOICES = "brlite-choices"
 
@@ -32,11 +32,11 @@ class Repository:
         self._lock_file = cache / ".locks" / self.folder.name / "brlite.lock"
 
     def blob(self, key: str) -> Path:
-        """Where the content with this hash is, or will be."""
+        """The path of the content with this hash, which need not exist yet."""
         return self.folder / "blobs" / key
 
     def snapshot(self, revision: str | None) -> Path | None:
-        """The folder of a commit, or of what a branch stood at when it was fetched last."""
+        """The folder of a commit, or of a branch's commit when it was last fetched; None if it is not here."""
         revision = revision or MAIN
         snapshots = self.folder / "snapshots"
         try:
@@ -53,7 +53,7 @@ class Repository:
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
     def publish(self, commit: str, revision: str | None, keys: Mapping[str, str]) -> Path:
-        """Link `keys`, file name → hash, below the commit's folder, and return that."""
+        """Make the links of `keys`, file name → hash, in the commit's folder. Returns the folder."""
         folder = self.folder / "snapshots" / commit
         for name, key in keys.items():
             link = folder / name
@@ -68,7 +68,7 @@ class Repository:
         return folder
 
     def choice(self, revision: str | None) -> str | None:
-        """The GGUF file that was chosen for the name without a quantization; None if none was."""
+        """The GGUF file that a name without a quantization means, as `set_choice` has stored it; None if it has not."""
         try:
             return (self.folder / CHOICES / (revision or MAIN)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -79,7 +79,7 @@ class Repository:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """One process at a time: `on_wait` is called before another one is waited for."""
+        """Hold the repository's lock. Calls `on_wait` first if another process holds it."""
         from filelock import FileLock, Timeout
 
         self._lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class Repository:
             lock.release()
 
     def check_space(self, num_bytes: int, variable: str) -> None:
-        """Raise `ModelError` where the disk has not so many bytes left; `variable` chooses another folder."""
+        """Raise `ModelError` if the disk has less than `num_bytes` free; `variable` is the one that sets the folder."""
         from brlite.process.machine import show_bytes
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class Repository:
             )
 
     def num_bytes(self) -> int:
-        """What the repository takes on the disk, parts of an interrupted download included."""
+        """The bytes that the repository takes on the disk, with the parts of an interrupted download."""
         return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
 
     def has_parts(self) -> bool:
@@ -118,7 +118,7 @@ class Repository:
         )
 
     def remove(self) -> None:
-        """Remove all of it. Raises `ModelError` where the system does not let us, or another process downloads."""
+        """Remove it. Raises `ModelError` if the system refuses, or while another process downloads it."""
 
         def busy() -> None:
             raise ModelError(f"{self.name} is being downloaded by another process")

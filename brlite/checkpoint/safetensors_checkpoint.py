@@ -1,4 +1,4 @@
-"""A folder of safetensors, in one file or in shards, read with numpy alone. Nothing is read ahead."""
+"""Reads a folder of safetensors, one file or several shards, with numpy alone. Reads nothing ahead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from brlite.files.quoting import excerpt
 
 
 class SafetensorsCheckpoint:
-    """Implements `Checkpoint`. All headers are checked when it is opened."""
+    """Implements `Checkpoint`. Opening it checks all headers."""
 
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         self.path = path

@@ -1,6 +1,6 @@
 """The header of a safetensors file (github.com/huggingface/safetensors), checked against the file's size.
 
-Reads no tensor data. The format's own library checks, too, but its errors name neither the file nor the missing bytes.
+Reads no tensor data. The format's own library also checks headers, but its errors name neither file nor missing bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
-# Some 30,000 tensors a file. JSON may take 22 times its size in memory, and the format's own limit is 100 MB.
+# Enough for some 30,000 tensors. Parsed JSON may take 22 times its size; the format's own limit is 100 MB.
 MAX_HEADER_BYTES = 4 * 2**20
 LENGTH_BYTES = 8
-MAX_SIZE = 2**48  # of a dimension and of a file: a product of larger ones takes longer than reading the file
+MAX_SIZE = 2**48  # of a dimension and of a file: multiplying larger ones would take longer than reading the file
 MAX_DIMENSIONS = 8
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}  # of one number
 
@@ -37,7 +37,7 @@ class TensorEntry(NamedTuple):
 
 
 class SafetensorsHeader(NamedTuple):
-    """Every tensor in the order of the data, how many bytes they have, and the file's first bytes up to the data."""
+    """Every tensor in the order of the data, their bytes in all, and the content of the file before the data."""
 
     entries: list[TensorEntry]
     num_bytes: int
@@ -58,9 +58,9 @@ def read_headers(files: Sequence[Path]) -> dict[Path, SafetensorsHeader]:
 
 
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
-    """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise.
+    """Read a header. Its tensors must fill the file to the last byte; otherwise raises `ModelError`.
 
-    Tensors may also have the types of a quantized matrix: `DTYPE_BYTES` lists them all.
+    `DTYPE_BYTES` lists the allowed types. Some of them are only for the tensors of quantized matrices.
     """
     check_model_file(file, "safetensors")
     file_bytes = file.stat().st_size

@@ -21,10 +21,10 @@ ACTIVATIONS = {"Sigmoid": True, "Identity": False}  # a torch module's name → 
 
 
 def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.NDArray[np.float32], bool] | None:
-    """The head's weight [H], and whether a score is its sigmoid unless a request says else. None without a head.
+    """The head's weight [H], and whether scores are sigmoids by default. None for a model without a head.
 
-    The activation is what sentence-transformers' cross encoders state in `config.json`; without one it is the sigmoid.
-    Raises `ModelError` for a head that is not finite, or an activation that is not known.
+    `config.json` names the activation as sentence-transformers' cross encoders do; by default it is the sigmoid. Raises
+    `ModelError` for a head that is not finite, and for another activation.
     """
     if not model.has_scoring_head:
         return None
@@ -35,7 +35,7 @@ def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.
     has_sigmoid = ACTIVATIONS.get(str(name).rpartition(".")[2])
     if has_sigmoid is None:
         raise ModelError(f"model config: the activation of scores must be Sigmoid or Identity, got {excerpt(name)}")
-    tensors = checkpoint.tensors()  # held here: what is found can be read until the next one is asked for
+    tensors = checkpoint.tensors()  # kept: a tensor can be read until the iterator goes on or ends
     weight = next(tensor for tensor in tensors if tensor.name == SCORING_HEAD).float32()[0]
     if not np.isfinite(weight).all():
         raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} holds numbers that are not finite")

@@ -1,8 +1,8 @@
 """A tensor as its file stores it: bytes and their format, widened to float32 on demand. Needs no torch.
 
-Rows are read on demand, a few at a time, so memory use is little more than the result. Files are read, not mapped: a
-mapping's touched pages count as this process's memory, and a file that is cut short under a mapping ends the process,
-where a read raises an error.
+Rows are read on demand, a few at a time, so memory use is little more than the result. Files are read, not mapped.
+The used pages of a mapping count as this process's memory. If a file is cut short, using its mapping ends the process,
+while a read raises an error.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from brlite.files.quoting import excerpt, reason
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
-ReadBytes = Callable[[int, int], Bytes]  # (the first byte of the tensor that is wanted, how many)
+ReadBytes = Callable[[int, int], Bytes]  # (offset of the first byte in the tensor, number of bytes)
 
 CHUNK_ELEMENTS = 1 << 17  # widened at once, so that the temporary arrays stay in the processor's cache: 3 times as fast
-HALF_EXPONENT = 0x7C00  # its bits in half precision: all are set in infinities and NaN
-SHORTEST = 1e-12  # a row of zeros stays one when rows are scaled to length 1
+HALF_EXPONENT = 0x7C00  # the exponent's bits in half precision: all are set in infinities and NaN
+SHORTEST = 1e-12  # rows are divided by at least this when they are scaled to length 1: zeros stay zeros
 
 
 class Coded(NamedTuple):
-    """Rows of integers that groups of 32 scale: codes [R, C], and scales and maybe offsets [R, C / 32].
+    """Quantized rows: codes [R, C], and for each group of 32 codes a scale and maybe an offset [R, C / 32].
 
-    Codes are 0 … 15, or int8 in two's complement; the others are the bits of half precision. Offsets are minimums or
-    zero points, as the form of the matrix says.
+    Codes are 0 … 15, or int8 in two's complement. Scales and offsets are the bits of half-precision numbers. Offsets
+    are minimums or zero points: the `MatrixForm` tells which.
     """
 
     codes: Bytes
@@ -44,9 +44,10 @@ class Coded(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How numbers are stored: `block_elements` in `block_bytes`. `widen` turns bytes [..., B] into numbers [..., N].
+    """How a file stores numbers: `block_elements` of them in `block_bytes`. `widen` turns bytes [..., B] into [..., N].
 
-    `decode` turns rows [R, B] of a quantized format into codes and scales; None where the format has no such form.
+    `decode` turns rows [R, B] of a quantized format into codes and scales. It is None for formats whose codes native
+    code cannot keep.
     """
 
     name: str
@@ -66,10 +67,10 @@ ALLOWED_DTYPES = "F32, F16 and BF16"
 class StoredTensor(msgspec.Struct, frozen=True):
     """One tensor of a checkpoint, or a part of it, of `shape`. It can be read until the checkpoint gives the next one.
 
-    Its file has rows of `row_elements` numbers; a vector is one row. Of them `rows` are looked at, and of each row
-    `columns`. Where `head_rows` is not 0, the file pairs neighbours for rope within each so many rows (or numbers of a
-    vector), as llama.cpp does: reading puts the even ones before the odd ones, as Hugging Face does. With
-    `has_unit_rows` each row comes scaled to length 1.
+    The file has the tensor in rows of `row_elements` numbers; a vector is one row. `rows` and `columns` are those that
+    belong to this part. `head_rows` is the number of rows of a head (of a vector: its numbers) if the file orders them
+    for rotary positions as llama.cpp does, in pairs of neighbours; else 0. Reading then puts the even rows of each head
+    before the odd ones, as Hugging Face does. With `has_unit_rows`, reading scales each row to length 1.
     """
 
     name: str
@@ -83,7 +84,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
     has_unit_rows: bool = False
 
     def part(self, rows: range, columns: range | None = None) -> StoredTensor:
-        """Rows, or numbers of a vector, and of each row these columns or all. Of other rows nothing is read."""
+        """The part with these rows (of a vector: numbers) and these columns or all. Other rows are not read."""
         if len(self.shape) < 2:
             return msgspec.structs.replace(
                 self, shape=(len(rows),), columns=self.columns[rows.start : rows.stop], rows=self.rows
@@ -93,7 +94,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, shape=shape, rows=self.rows[rows.start : rows.stop], columns=chosen)
 
     def stored(self, rows: range) -> Bytes:
-        """Whole rows as the file has them, [R, bytes of a row]. `rows` counts from the tensor's first in the file."""
+        """Whole rows as the file has them, [R, bytes of a row]. `rows` counts from the whole tensor's first row."""
         row_bytes = self.row_elements // self.format.block_elements * self.format.block_bytes
         if not self.head_rows or len(self.shape) < 2:
             return self.read(rows.start * row_bytes, len(rows) * row_bytes).reshape(len(rows), row_bytes)
@@ -105,9 +106,9 @@ class StoredTensor(msgspec.Struct, frozen=True):
         return in_order[rows.start - first : rows.stop - first]
 
     def coded(self) -> Coded | None:
-        """The numbers as codes and scales; None where the format has no such form. Columns must be whole.
+        """The numbers as codes and scales; None if the format has no `decode`. Only for whole rows: all columns.
 
-        Raises `ModelError` as `float32` does, and for scales or offsets that are no finite numbers of half precision.
+        Raises `ModelError` as `float32` does, and for scales or offsets that half precision cannot hold.
         """
         if self.format.decode is None:
             return None
@@ -119,7 +120,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
         return coded
 
     def float32(self) -> Float32:
-        """The numbers, widened: contiguous, writable, the caller's own. Nothing is rounded.
+        """The numbers in a new array that the caller may change. None is rounded.
 
         Raises `ModelError` where the file ends before them or cannot be read.
         """
@@ -142,7 +143,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
 
 
 class TensorLocation(NamedTuple):
-    """Where in a file a tensor's bytes begin, and what they are. `head_rows` as `StoredTensor` has it."""
+    """A tensor of a file: its format and shape, and where its bytes begin. `head_rows` is that of `StoredTensor`."""
 
     name: str
     format: Format
@@ -156,7 +157,7 @@ class TensorLocation(NamedTuple):
 
 
 def make_tensor(location: TensorLocation, read: ReadBytes) -> StoredTensor:
-    """A `StoredTensor` that gets its bytes from `read` when they are needed."""
+    """The whole tensor of a location. It calls `read` when its bytes are needed."""
     name, stored_as, shape, _, head_rows = location
     num_rows, row_elements = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     return StoredTensor(
@@ -170,7 +171,7 @@ def tensor_in_memory(name: str, stored_as: Format, shape: tuple[int, ...], data:
 
 
 def tensors_in_files(files: Mapping[Path, Sequence[TensorLocation]]) -> Iterator[StoredTensor]:
-    """The tensors of each file in turn. A file is open while its tensors are read."""
+    """Yields the tensors of one file after another. A file is open while its tensors are read."""
     for file, locations in files.items():
         try:
             stream = file.open("rb")

@@ -1,8 +1,8 @@
-"""Reads a traced `.pt`, the TorchScript archive of the manual's conversion, and gives its weights as a checkpoint.
+"""Reads a traced `.pt`, the TorchScript archive that the manual's conversion writes, as a checkpoint.
 
 The archive is a zip file: `data.pkl` describes the traced module and its tensors, `code/` holds the graph as text, and
-`data/` the numbers, uncompressed. All of it is read as data; nothing is executed. Tensors have Hugging Face's names,
-since they are named by the modules that were traced; the config comes from the model's folder. Buffers (rotary tables,
+`data/` the numbers, uncompressed. All of it is read as data; nothing is executed. Tensors have Hugging Face's names:
+those of the modules that were traced. The config comes from the model's folder. Buffers (rotary tables,
 masks) are left out: they follow from the config.
 """
 
@@ -33,13 +33,13 @@ from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
 MAX_PICKLE_BYTES = 256 * 2**20
-MAX_CODE_BYTES = 64 * 2**20  # of all source files together, each as often as a class is looked for in it
-LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, length of its name, length of what is extra
+MAX_CODE_BYTES = 64 * 2**20  # of source files in all; a file counts each time it is read
+LOCAL_HEADER = struct.Struct("<4s22x2H")  # before a member of a zip: signature, lengths of name and extra field
 SIGNATURE = b"PK\x03\x04"
 
 
 class TracedArchive:
-    """An opened `.pt`: its module, and where each member is in the file. Raises `ModelError` for any other file."""
+    """A `.pt` file: its module, and the places of its members. Raises `ModelError` for any other file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -92,7 +92,7 @@ class TracedArchive:
             raise ModelError(f"{self.file}: {excerpt(path)} is not text: {reason(error)}") from error
 
     def _locate(self, stream: BufferedReader, name: str, value: TensorValue) -> TensorLocation:
-        """Where a tensor's numbers are in the file, which `stream` reads; all of them are there."""
+        """Where a tensor's numbers are in the file, which `stream` reads. Raises `ModelError` unless all are there."""
         storage, shape = value.storage, value.shape
         if storage.dtype not in PLAIN_FORMATS:
             raise ModelError(f"{self.file}: {excerpt(name)} is of {storage.dtype}; allowed are {ALLOWED_DTYPES}")
@@ -127,7 +127,7 @@ class TracedArchive:
         info = self._members.get(self._prefix + path)
         if info is None:
             raise ModelError(f"{self.file}: has no {excerpt(path)}")
-        # What is compressed could be of any size when it is not; torch compresses nothing but its code.
+        # A compressed member could unpack to any size. torch compresses its code only.
         if info.filename.endswith(".pkl") and info.compress_type != zipfile.ZIP_STORED:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} is compressed, as torch never does")
         if info.file_size > max_bytes:

@@ -1,7 +1,7 @@
 """Reads a traced graph's source text: its input, the key of its output, its parameters. Parses, and never executes.
 
-TorchScript renames an argument `input_ids` to `input_ids.1` when it loads the file. The number that it gives to a
-tensor without a name of its own, such as the output's in the manual's configs, is not worked out: brlite accepts any.
+TorchScript renames an argument `input_ids` to `input_ids.1` when it loads the file. It numbers tensors without a name,
+such as the output in the manual's configs. These numbers are not computed here: brlite accepts any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ QUOTED = re.compile(r'"([^"\\]*)"')
 
 
 class GraphNames(NamedTuple):
-    """The name of a graph's input as tools that load the file see it, and the key under which it returns its logits.
+    """The name of a graph's input, as tools that load the file show it, and the key of the logits that it returns.
 
     `output_key` is None for a graph that returns a tuple or a tensor.
     """
@@ -25,7 +25,7 @@ class GraphNames(NamedTuple):
 
 
 def class_text(source: str, type_name: str) -> str:
-    """The part of a source file that is one class; empty if it is not there."""
+    """The lines of a source file that define a class; empty if there are none."""
     name = re.escape(type_name.rpartition(".")[2])
     match = re.search(rf"^class {name}\(Module\):\n(?:^[ \n].*\n?|^\n)*", source, re.MULTILINE)
     return match[0] if match else ""
@@ -38,7 +38,7 @@ def parameter_names(text: str) -> frozenset[str]:
 
 
 def graph_names(text: str) -> GraphNames | None:
-    """The names in a module's `forward`; None if it has none that can be read."""
+    """The names in a module's `forward`; None if `text` has no `forward` that can be parsed."""
     try:
         nodes = ast.walk(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,7 +1,7 @@
 """Reads the pickle inside a TorchScript archive as data. No name in it is imported, and nothing is called.
 
-The standard library lists a pickle's operations without running them. The few that describe a module and its tensors
-are followed here; any other is refused by its name.
+The standard library's `pickletools` lists a pickle's operations without running them. Only the few that describe a
+module and its tensors are supported. All others are refused, and the error names them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from brlite.files.quoting import excerpt, reason
 
 MAX_DEPTH = 64
 MAX_VISITS = 4_000_000
-MAX_OPERATIONS = 2_000_000  # each may leave an object of 64 bytes
+MAX_OPERATIONS = 2_000_000  # 128 MB: each may leave an object of 64 bytes
 MAX_DIMENSIONS = 64
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
-# What a pickle may call to wrap its first argument, which stays as it is.
+# Functions that a pickle may call. Their result is their first argument.
 WRAPPERS = (
     "torch.jit._pickle build_intlist",
     "torch.jit._pickle build_doublelist",
@@ -31,13 +31,13 @@ WRAPPERS = (
 
 
 class Global(NamedTuple):
-    """A name that the pickle refers to: module and name with a space between. It is never looked up."""
+    """A name that the pickle refers to, as "module name". It is never imported."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """A run of numbers that tensors are views of, by the name of its member in the archive."""
+    """A sequence of numbers that tensors are views of. `key` names its member of the archive."""
 
     dtype: str
     key: str
@@ -70,7 +70,7 @@ def read_pickle(data: bytes, file: Path) -> Any:
     machine = _Machine()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # a damaged name is one that Python would only warn of
+            warnings.simplefilter("error", DeprecationWarning)  # Python only warns of a damaged name
             for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
                 if number == MAX_OPERATIONS:
                     raise _Refused(f"has more than {MAX_OPERATIONS} operations")
@@ -85,7 +85,7 @@ def read_pickle(data: bytes, file: Path) -> Any:
 
 
 def walk_tensors(module: Record, file: Path) -> Iterator[tuple[str, Record, TensorValue]]:
-    """Every tensor below a module, depth first, with its name and owner. One may be reached by several names."""
+    """Yields each tensor below a module, depth first: name, module, tensor. One may come under several names."""
     todo: list[tuple[str, int, Record]] = [("", 0, module)]
     num_visits = 0
     while todo:
@@ -111,7 +111,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def do(self, name: str, argument: Any) -> None:
-        """Follow one operation. Raises `_Refused`, or what lists and dicts raise, for what makes no sense."""
+        """Do one operation. Raises `_Refused` if it is not supported; for a broken pickle, lists and dicts raise."""
         stack = self.stack
         match name:
             case "PROTO" | "FRAME":

@@ -1,7 +1,7 @@
 """Fetches the files of a download: several at once, large ones in segments, each resumed where it stopped.
 
-An unfinished file has the suffix `PART_SUFFIX`. A file beside it counts the bytes of each segment that are there, so
-that the next start fetches the rest. A complete file is checked by its hash before it gets its name.
+An unfinished file has the suffix `PART_SUFFIX`. A second file counts the bytes of each of its segments, so that the
+next start fetches only the rest. The hash of a complete file is checked before the file gets its name.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SEGMENT_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
 NUM_THREADS = 8
 REPORT_SECONDS = 0.1
-HASH = re.compile(r"[0-9a-f]{40,64}")  # what a hub calls a hash becomes the name of a file
+HASH = re.compile(r"[0-9a-f]{40,64}")  # a hub's hash becomes the name of a file, so its form is checked
 
 COUNT = struct.Struct("<Q")
 HEAD = struct.Struct("<QQ")  # the file's bytes, a segment's bytes
 
 
 class HubFile(NamedTuple):
-    """A file as a hub lists it. A hub knows its sha256, or git's hash of it, or neither."""
+    """A file in a hub's list. The list has its sha256, or git's hash of it, or neither."""
 
     name: str
     num_bytes: int
@@ -90,7 +90,7 @@ class Transfer:
         self._reported_at = 0.0
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
-        """Raises `ModelError` for a file that cannot be fetched or has another hash. Unfinished files are kept."""
+        """Fetch all. Raises `ModelError` if a file cannot be fetched or its hash is wrong. Keeps unfinished files."""
         parts = [_PartFile(each, self._segment_bytes) for each in wanted]
         try:
             self._total_bytes = sum(part.num_bytes for part in parts)
@@ -136,7 +136,7 @@ class Transfer:
                 self._is_over.set()
 
     def _fetch_segment(self, part: _PartFile, segment: int) -> list[tuple[_PartFile, int]]:
-        """Fetch a segment. Returns the tasks for the segments that are still missing, from a file's first one only."""
+        """Fetch a segment. A file's first one returns the tasks for its other segments."""
         is_first = part.claim()
         failures = 0
         while not self._is_over.is_set():
@@ -164,7 +164,7 @@ class Transfer:
             if is_whole or response.status == 206:
                 position = begin
             elif is_first:
-                position, end = 0, part.num_bytes  # the server knows no ranges and sends all of it
+                position, end = 0, part.num_bytes  # the server has no range requests: it sends the whole file
             else:
                 raise ModelError(f"{part.file.name}: the server does not resume; the next try begins anew")
             while position < end and not self._is_over.is_set():
@@ -244,7 +244,7 @@ class _PartFile:
             return is_first
 
     def write(self, data: bytes, position: int) -> int:
-        """Keep `data`, which may cross segments. Returns how many bytes are new."""
+        """Write `data`, which may reach into further segments. Returns how many bytes are new."""
         new = 0
         with self._lock:
             while data and not self._is_closed:
@@ -262,7 +262,7 @@ class _PartFile:
         return new
 
     def publish(self, on_progress: OnProgress) -> None:
-        """Check the hash, and give the file its name. Raises `ModelError`, and keeps nothing, if it is another."""
+        """Check the hash and give the file its name. If the hash is wrong, raises `ModelError` and removes the file."""
         expected, digest = self.file.sha256, hashlib.sha256()
         if expected is None:
             expected, digest = self.file.git_hash, hashlib.sha1(b"blob %d\0" % self.num_bytes, usedforsecurity=False)

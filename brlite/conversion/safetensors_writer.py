@@ -1,7 +1,7 @@
 """Writes safetensors files (github.com/huggingface/safetensors), one shard after another, in the order of the tensors.
 
-A file begins with its header, so its tensors are planned before any is written. A shard gets its name once all of it
-is on the disk; its sha256 is computed while it is written.
+A file begins with its header, so its tensors are planned before any is written. A shard gets its name once it is
+completely on the disk. Its sha256 is computed while it is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from brlite.checkpoint.safetensors_header import LENGTH_BYTES
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32, to_bfloat16
 
 CHUNK_ELEMENTS = 1 << 18
-OnBytes = Callable[[int], None]  # so many more bytes are written
+OnBytes = Callable[[int], None]  # called with the number of bytes just written
 
 
 class PlannedTensor(NamedTuple):
@@ -48,7 +48,7 @@ class PlannedShard(NamedTuple):
 
 
 def plan_shards(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedShard]:
-    """The tensors in their order, in as many files as `max_bytes` asks for; a larger tensor has a file of its own."""
+    """Divide the tensors, in their order, into files of at most `max_bytes`. A larger tensor gets its own file."""
     groups: list[list[PlannedTensor]] = []
     size = 0
     for tensor in tensors:
@@ -62,7 +62,7 @@ def plan_shards(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedSha
 
 
 def shard_header(tensors: tuple[PlannedTensor, ...]) -> bytes:
-    """The bytes before the data: the length of a JSON object, and the object, which tells where each tensor is."""
+    """The bytes before the data: the length of a JSON object, then the object, with the place of each tensor."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -83,7 +83,7 @@ def shard_index(shards: list[PlannedShard]) -> Mapping[str, object]:
 class ShardWriter:
     """Writes one shard. A thread of its own rounds, hashes and writes, while the caller reads the next tensor.
 
-    Leaving the `with` statement before `finish` removes what was written. Raises `OSError` where the disk does.
+    Leaving the `with` statement before `finish` removes what was written. Raises `OSError` if the disk fails.
     """
 
     def __init__(self, folder: Path, shard: PlannedShard, on_bytes: OnBytes) -> None:
@@ -102,7 +102,7 @@ class ShardWriter:
             self._thread.shutdown(cancel_futures=True)
 
     def put(self, tensor: PlannedTensor, values: Float32) -> None:
-        """Begin to write the next tensor. `values` must not change until `wait` returns."""
+        """Start to write the next tensor. `values` must not change until `wait` returns."""
 
         def write() -> None:
             flat = values.reshape(-1)
@@ -119,7 +119,7 @@ class ShardWriter:
         self._written.result()
 
     def finish(self) -> FileRecord:
-        """Wait until all of it is on the disk, then give the file its name."""
+        """Wait until the whole file is on the disk, then give it its name."""
         self.wait()
         self._file.publish()
         return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())

@@ -185,7 +185,7 @@ def weights_with(**changes: Any) -> dict[str, Any]:
         (
             gptq(),
             {"dynamic": {"+:.*": {"bits": 8}}},
-            "quantization_config.dynamic must be of modules that are left",
+            "quantization_config.dynamic must be a list of modules that are left",
         ),
         (awq(), {"version": "gemv"}, "quantization_config.version must be gemm"),
         (awq(), {"zero_point": False}, "quantization_config.zero_point must be True"),
