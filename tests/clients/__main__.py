@@ -65,6 +65,7 @@ CLIENTS = {
     "dspy": Client("dspy_client.py", ("dspy[numpy]==3.4.1", "litellm==1.110.2"), needs_model=True),
     "litellm-proxy": Client("litellm_proxy.py", ("litellm[proxy]==1.108.7",)),
     "aider": Client("aider_agent.py", ("aider-chat==0.86.2",)),
+    "aiperf": Client("aiperf_load.py", ("aiperf==0.13.0",)),
     "lm-eval": Client("lm_eval_harness.py", ("lm-eval[api]==0.4.13",), needs_model=True),
 }
 
