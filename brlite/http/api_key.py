@@ -101,14 +101,17 @@ class ApiKey:
         """Whether the key's rules allow the model."""
         return not self._models or model in self._models
 
-    def check_model(self, model: str) -> None:
-        """Raise `Forbidden` for a model that the key may not use, whether the model exists or not."""
+    def check_model(self, model: str, sent: str | None = None) -> None:
+        """Raise `Forbidden` for a model that the key may not use, whether the model exists or not.
+
+        `sent` is the name that the client sent, if it is another one, or "" for none: the message has no other name.
+        """
         if self._models and model not in self._models:
             self.usage.num_forbidden += 1
+            shown = model if sent is None else sent
+            named = f"the model `{shown[:MAX_SHOWN_NAME]}`" if shown else "the model of a request that names none"
             allowed = ", ".join(self._models)
-            raise Forbidden(
-                f"This API key may not use the model `{model[:MAX_SHOWN_NAME]}`. It may use: {allowed}", param="model"
-            )
+            raise Forbidden(f"This API key may not use {named}. It may use: {allowed}", param="model")
 
     def allowed_priority(self, wanted: int | None) -> tuple[int, tuple[str, ...]]:
         """The `priority` for a request that asks for `wanted`, and a warning if that is not allowed."""
@@ -120,13 +123,14 @@ class ApiKey:
         """The refusal of a request whose body has not been read, if it exceeds a limit of the key; else None."""
         return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
 
-    def begin(self, now: float, model: str) -> None:
+    def begin(self, now: float, model: str, sent: str | None = None) -> None:
         """Count a request against the limits by the minute and of concurrent requests. `end` must follow, once.
 
+        `sent` is the client's own name for the model, as in `check_model`.
         Raises `Forbidden` for a model that the key may not use, and `RateLimited`; then nothing is counted.
         """
         if self._models:
-            self.check_model(model)
+            self.check_model(model, sent)
         if self.has_limits:
             for refusal in self._refusals(now, 0):
                 self.usage.num_rate_limited += 1

@@ -123,7 +123,7 @@ class Forwarder:
         if self.is_draining:
             raise stopping()
         if inbound.key.has_rules:
-            inbound.key.begin(time.monotonic(), route.model)
+            inbound.key.begin(time.monotonic(), route.model, inbound.model or "")
         exchange = Exchange(self, ForwardedRequest(inbound, lines, affinity), route, downstream)
         self._active.add(exchange)
         if self._tick is None:

@@ -105,10 +105,10 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     """
     models, key = request.app[MODELS], request[API_KEY]
     model = models.get(name)
-    key.begin(time.monotonic(), (name or "") if model is None else model.name)
+    key.begin(time.monotonic(), (name or "") if model is None else model.name, name or "")
     try:
         if model is None:
-            raise models.unknown(name)
+            raise models.unknown(name, key.may_use)
         if models.is_draining:
             raise stopping()
         with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):

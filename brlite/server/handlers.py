@@ -71,12 +71,12 @@ async def list_models(request: web.Request) -> web.Response:
 async def get_model(request: web.Request) -> web.Response:
     name, models, key = request.match_info["name"], request.app[MODELS], request[API_KEY]
     if (forwarded := models.find_forwarded(name)) is not None:
-        key.check_model(forwarded.model)
+        key.check_model(forwarded.model, name)
         return json_response(forwarded_card(forwarded))
     model = models.get(name)
-    key.check_model(name if model is None else model.name)
+    key.check_model(name if model is None else model.name, name)
     if model is None:
-        raise models.unknown(name)
+        raise models.unknown(name, key.may_use)
     return json_response(local_card(name, model))
 
 

@@ -229,17 +229,19 @@ class ModelTable:
         """Like `get`, but raises `ModelNotFound` in place of None."""
         model = self.get(name)
         if model is None:
-            raise self.unknown(name)
+            raise self.unknown(name, lambda _: True)
         return model
 
-    def unknown(self, name: str | None) -> ModelNotFound:
-        """The error for a name that no model has."""
+    def unknown(self, name: str | None, may_use: Callable[[str], bool]) -> ModelNotFound:
+        """The error for a name that no model has. It names the models that the key may use."""
         text = "say which model: several are served here"
         if name:
             is_remote = name in self._remote_names
             where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
-            names = [*self._models, *self._aliases, *(model.name for model in self.forwarded)]
+            local = (shown for shown, model in self.names() if may_use(model.name))
+            names = [*local, *(model.name for model in self.forwarded if may_use(model.model))]
             near = get_close_matches(name[:200], names, 1)
             hint = f" Did you mean `{near[0]}`?" if near else ""
-            text = f"The model `{name[:200]}` {where}.{hint} Served here: {', '.join(names)}"
+            served = ", ".join(names) or "none that this key may use"
+            text = f"The model `{name[:200]}` {where}.{hint} Served here: {served}"
         return ModelNotFound(text, param="model", code="model_not_found")

@@ -82,7 +82,9 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
             **backend_options: Any,
         ) -> Client:
             backend = FakeBackend(**backend_options)
-            settings = Config(model=(ModelSpec(name=MODEL),), limits=LimitsConfig(**(limits or {})), **(config or {}))
+            settings = Config(
+                **{"model": (ModelSpec(name=MODEL),), "limits": LimitsConfig(**(limits or {})), **(config or {})}
+            )
             engine = Engine(
                 backend.info,
                 tokenizer or ByteTokenizer(),  # type: ignore[arg-type]
