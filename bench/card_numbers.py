@@ -200,7 +200,7 @@ def _nearness(found: Array, expected: Array) -> Nearness:
 def _load(path: Path, spec: ModelSpec, device: str, dtype: Literal["auto", "float32"]) -> TorchBackend:
     engine = EngineConfig(backend="torch", device=device, dtype=dtype, block_size=BLOCK_SIZE)
     threads = max(1, len(os.sched_getaffinity(0)) // 8)
-    with closing(open_checkpoint(path)) as checkpoint:
-        checked = check_model(checkpoint, spec)
-        plan = LoadPlan(checkpoint=checkpoint, model=checked, spec=spec, engine=engine, num_threads=threads)
-        return TorchBackend.load(plan)
+    checkpoint = open_checkpoint(path)
+    checked = check_model(checkpoint, spec)
+    plan = LoadPlan(checkpoint=checkpoint, model=checked, spec=spec, engine=engine, num_threads=threads)
+    return TorchBackend.load(plan)

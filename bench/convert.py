@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from statistics import median
 
@@ -88,9 +87,9 @@ class _Source:
     """The model that is converted, read once, so that every round finds it in memory."""
 
     def __init__(self, path: Path) -> None:
-        with closing(open_checkpoint(path)) as checkpoint:
-            self.num_bytes = checkpoint.num_bytes
-            self.largest = max(2 * math.prod(shape) for shape in checkpoint.shapes().values())  # as bfloat16
+        checkpoint = open_checkpoint(path)
+        self.num_bytes = checkpoint.num_bytes
+        self.largest = max(2 * math.prod(shape) for shape in checkpoint.shapes().values())  # as bfloat16
 
 
 def _round(args: argparse.Namespace, source: _Source, folder: Path) -> Round:

@@ -140,8 +140,8 @@ def _engine_config(args: argparse.Namespace, model: subject.Model, wanted: Seque
 
 
 def _model_config(model: subject.Model, spec: ModelSpec) -> ModelConfig:
-    with closing(open_checkpoint(model.path)) as checkpoint:
-        return check_model(checkpoint, spec).config
+    checkpoint = open_checkpoint(model.path)
+    return check_model(checkpoint, spec).config
 
 
 def _of_all(rates: Mapping[int, float]) -> float:

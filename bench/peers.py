@@ -162,11 +162,8 @@ def _write_weights(gguf: Path, folder: Path) -> None:
     from brlite.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(gguf)
-    try:
-        config = {**checkpoint.config, "dtype": "bfloat16", "bos_token_id": None, "eos_token_id": None}
-        tensors = {tensor.name: torch.from_numpy(tensor.float32()).bfloat16() for tensor in checkpoint.tensors()}
-    finally:
-        checkpoint.close()
+    config = {**checkpoint.config, "dtype": "bfloat16", "bos_token_id": None, "eos_token_id": None}
+    tensors = {tensor.name: torch.from_numpy(tensor.float32()).bfloat16() for tensor in checkpoint.tensors()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "pad_token_id": 0}))

@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +77,15 @@ def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
 def write_gguf(folder: Path, mix: str = "Q8_0") -> Path:
     """Write what `write_shape` wrote as a GGUF file beside the folder, in the types of a mix."""
     target = gguf_path(folder, mix)
-    with closing(open_checkpoint(folder)) as checkpoint:
-        config = checkpoint.config
-        names = {hugging_face_name(name): name for name in _gguf_names(config["num_hidden_layers"])}
-        shapes = {names[name]: shape for name, shape in checkpoint.shapes().items()}
-        tensors = (
-            (names[tensor.name], _llama_rows(tensor.name, tensor.float32(), config)) for tensor in checkpoint.tensors()
-        )
-        kinds = {name: kind for name in shapes if (kind := _kind(name, mix)) is not None}
-        gguf_q8.write_gguf(
-            target, "llama", lambda writer: _add_metadata(writer, folder, config), shapes, tensors, kinds
-        )
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    names = {hugging_face_name(name): name for name in _gguf_names(config["num_hidden_layers"])}
+    shapes = {names[name]: shape for name, shape in checkpoint.shapes().items()}
+    tensors = (
+        (names[tensor.name], _llama_rows(tensor.name, tensor.float32(), config)) for tensor in checkpoint.tensors()
+    )
+    kinds = {name: kind for name in shapes if (kind := _kind(name, mix)) is not None}
+    gguf_q8.write_gguf(target, "llama", lambda writer: _add_metadata(writer, folder, config), shapes, tensors, kinds)
     return target
 
 
@@ -230,10 +227,11 @@ def _check() -> None:
         folder = Path(scratch) / "tiny"
         write_shape("tiny", folder)
         file = write_gguf(folder)
-        with closing(open_checkpoint(folder)) as plain, closing(open_checkpoint(file)) as rounded:
-            expected, found = (
-                {tensor.name: tensor.float32() for tensor in checkpoint.tensors()} for checkpoint in (plain, rounded)
-            )
+        plain = open_checkpoint(folder)
+        rounded = open_checkpoint(file)
+        expected, found = (
+            {tensor.name: tensor.float32() for tensor in checkpoint.tensors()} for checkpoint in (plain, rounded)
+        )
         if expected.keys() != found.keys():
             raise SystemExit("shapes: the two files hold different tensors")
         worst = max(float(np.abs(expected[name] - found[name]).max()) for name in expected)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -33,16 +32,14 @@ class TorchModel:
     def __init__(self, path: Path, spec: ModelSpec, dtype: Literal["auto", "float32"], kv_dtype: KVDtype) -> None:
         device = select_device("cpu")
         packs = dtype == "auto" and rules_for(device).packs_matrices
-        with closing(open_checkpoint(path)) as checkpoint:
-            plan = LoadPlan(
-                checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=EngineConfig()
-            )
-            rules = DeviceRules(packs_matrices=packs)
-            self._decoder = load_model(plan, compute_dtype(dtype, device), device, rules)
-            if dtype == "float32":  # the numbers of the file, which loading rounds to bfloat16
-                for target, tensor in placing(plan):
-                    rows = torch.from_numpy(tensor.float32())
-                    store_rows_(self._decoder.parameters, target.parameter, target.start, rows)
+        checkpoint = open_checkpoint(path)
+        plan = LoadPlan(checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=EngineConfig())
+        rules = DeviceRules(packs_matrices=packs)
+        self._decoder = load_model(plan, compute_dtype(dtype, device), device, rules)
+        if dtype == "float32":  # the numbers of the file, which loading rounds to bfloat16
+            for target, tensor in placing(plan):
+                rows = torch.from_numpy(tensor.float32())
+                store_rows_(self._decoder.parameters, target.parameter, target.start, rows)
         num_blocks = math.ceil(spec.build_seq / BLOCK_SIZE)
         self._cache = KVCache(
             self._decoder.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device

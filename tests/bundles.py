@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,6 @@ def make_bundle(
     on_bytes: OnBytes | None = None,
 ) -> Manifest:
     """Make a bundle of a model's folder in `folder`, in small shards."""
-    with closing(open_checkpoint(source)) as checkpoint:
-        plan = plan_bundle(checkpoint, folder, library, precision)
-        return write_bundle(plan, on_bytes or (lambda num_bytes: None))[0]
+    checkpoint = open_checkpoint(source)
+    plan = plan_bundle(checkpoint, folder, library, precision)
+    return write_bundle(plan, on_bytes or (lambda num_bytes: None))[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,9 @@ def test_torch_drafts_for_native_kernels(folders: dict[str, Path]) -> None:
     config = make_config(folders, None)
     built = build_engine(config)
     spec = config.model[0]
-    with closing(open_checkpoint(folders["served"])) as checkpoint:
-        engine = EngineConfig(backend="torch", device="cpu", dtype="float32")
-        draft_backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)
+    checkpoint = open_checkpoint(folders["served"])
+    engine = EngineConfig(backend="torch", device="cpu", dtype="float32")
+    draft_backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)
     engine = Engine(
         built.backend.info, built.engine.tokenizer, config.engine, LimitsConfig(), draft_backend=draft_backend
     )

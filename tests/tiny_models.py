@@ -97,6 +97,3 @@ class TensorCheckpoint:
         for name, tensor in self._tensors.items():
             values = tensor.float().contiguous().numpy().reshape(-1).view(np.uint8)
             yield tensor_in_memory(name, F32, tuple(tensor.shape), values)
-
-    def close(self) -> None:
-        self._tensors = {}

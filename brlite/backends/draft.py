@@ -58,7 +58,8 @@ def check_draft(spec: ModelSpec, engine: EngineConfig, tokenizer: Tokenizer) -> 
     if spec.draft is None or engine.speculation == "off":
         return
     path = find_draft(spec.draft)
-    with closing(open_checkpoint(path)) as checkpoint, closing(load_tokenizer(path)) as own:
+    checkpoint = open_checkpoint(path)
+    with closing(load_tokenizer(path)) as own:
         of_draft = ModelSpec(name=f"{spec.name} (draft)", precision=spec.draft.precision)
         vocab_size = check_model(checkpoint, of_draft).config.vocab_size
         different = tokenizer.first_difference(own)
@@ -83,8 +84,8 @@ def load_draft(spec: ModelSpec, engine: EngineConfig, served: BackendInfo, on_pr
             f"model {spec.name}: draft: the {served.name} backend cannot verify guesses; leave out {spec.draft.path}"
         )
     path, sizes = find_draft(spec.draft), (served.max_model_len, served.num_blocks * served.block_size)
-    with closing(open_checkpoint(path)) as checkpoint:
-        of_draft = draft_spec(spec, engine, checkpoint.config, sizes)
-        backend = load_backend(checkpoint, check_model(checkpoint, of_draft), of_draft, engine, on_progress)
+    checkpoint = open_checkpoint(path)
+    of_draft = draft_spec(spec, engine, checkpoint.config, sizes)
+    backend = load_backend(checkpoint, check_model(checkpoint, of_draft), of_draft, engine, on_progress)
     logger.info("model %s: %s drafts for it, on the %s backend", spec.name, path, backend.info.name)
     return backend

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -124,17 +123,17 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint imports torch
-    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        return with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
+    checkpoint = open_checkpoint(path, spec.model_file)
+    return with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
 
 
 def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes with those of the model's draft model, if it has one that is used. Raises `ModelError`."""
     if spec.draft is None or engine.speculation == "off":
         return sizes
-    with closing(open_checkpoint(find_draft(spec.draft))) as checkpoint:
-        of_draft = draft_spec(spec, engine, checkpoint.config, (sizes.context, sizes.num_blocks * sizes.block_size))
-        draft = measure(checkpoint.config, of_draft, engine, checkpoint.formats())
+    checkpoint = open_checkpoint(find_draft(spec.draft))
+    of_draft = draft_spec(spec, engine, checkpoint.config, (sizes.context, sizes.num_blocks * sizes.block_size))
+    draft = measure(checkpoint.config, of_draft, engine, checkpoint.formats())
     return msgspec.structs.replace(sizes, draft=draft)
 
 

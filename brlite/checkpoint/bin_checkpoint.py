@@ -58,9 +58,6 @@ class BinCheckpoint:
                 yield tensor_in_memory(name, FORMATS[tensor.dtype], tuple(tensor.shape), data)
                 del data  # a copy if the tensor was not contiguous
 
-    def close(self) -> None:
-        """Nothing is kept open between two shards."""
-
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:
     """Map one `.bin` file. Raises `ModelError` if it is broken or holds anything else than tensors."""

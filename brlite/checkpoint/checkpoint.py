@@ -18,7 +18,10 @@ DIGEST_BYTES = 16
 
 
 class Checkpoint(Protocol):
-    """An opened model folder or file. Its headers have been checked against the sizes of its files."""
+    """A model folder or file. Its headers have been checked against the sizes of its files.
+
+    No file is open except while `tensors` yields its tensors.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -48,10 +51,6 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Yields every tensor once, in the order of the data. Each can be read until the next one is taken."""
-        ...
-
-    def close(self) -> None:
-        """Close files and mappings. No other method may be called afterwards."""
         ...
 
 

@@ -64,9 +64,6 @@ class GgufCheckpoint:
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files({self.path: self._locations})
 
-    def close(self) -> None:
-        """Nothing is kept open but while tensors are read."""
-
 
 def _module(name: str) -> str:
     return name.split(".")[-2]

@@ -105,9 +105,6 @@ class QuantizedCheckpoint:
             if num_rounded:
                 logger.info("%s: native kernels round %d scales to half precision", self.path.name, num_rounded)
 
-    def close(self) -> None:
-        """Nothing is kept open but while tensors are read."""
-
 
 def _read_array(stream: BufferedReader, entry: TensorEntry) -> Array:
     data = read_bytes(stream, entry.begin, 0, entry.end - entry.begin)

@@ -50,6 +50,3 @@ class SafetensorsCheckpoint:
 
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files(self._files)
-
-    def close(self) -> None:
-        """Nothing is kept open but while tensors are read."""

@@ -158,6 +158,3 @@ class TracedCheckpoint:
 
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files({self.path: list(self._locations.values())})
-
-    def close(self) -> None:
-        """Nothing is kept open but while tensors are read."""

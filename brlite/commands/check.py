@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -108,10 +107,10 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     if path is None:
         origin = "not here yet, fetched by its name at the first start"
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
-    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        check_model(checkpoint, spec)
-        sizes = with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
-        origin = str(checkpoint.path)
+    checkpoint = open_checkpoint(path, spec.model_file)
+    check_model(checkpoint, spec)
+    sizes = with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
+    origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
     return ModelReport(spec=spec, origin=origin, sizes=sizes)

@@ -11,7 +11,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,8 @@ def _traced(path: Path) -> Findings:
 
 
 def _bundle(path: Path) -> Findings:
-    with closing(BundleCheckpoint(path)) as checkpoint:
-        manifest = checkpoint.manifest
+    checkpoint = BundleCheckpoint(path)
+    manifest = checkpoint.manifest
     return {
         "kind": "bundle",
         "path": str(path),
@@ -111,10 +110,10 @@ def _bundle(path: Path) -> Findings:
 
 
 def _checkpoint(path: Path) -> Findings:
-    with closing(open_checkpoint(path)) as checkpoint:
-        family = find_family(checkpoint.config)
-        config = family.read_config(checkpoint.config)
-        types = _counted(checkpoint.formats().values())
+    checkpoint = open_checkpoint(path)
+    family = find_family(checkpoint.config)
+    config = family.read_config(checkpoint.config)
+    types = _counted(checkpoint.formats().values())
     kind = find_weights(path).kind
     return {
         "kind": "GGUF file" if kind == "gguf" else f"folder of {kind}",
@@ -154,8 +153,7 @@ def damaged_files(path: Path) -> list[str]:
     """The files of a bundle whose size or sha256 is not the manifest's. Reads them all. Raises `ModelError`."""
     if not is_bundle(path):
         raise ModelError(f"{path}: only a bundle tells what its files must be")
-    with closing(BundleCheckpoint(path)) as checkpoint:
-        files = checkpoint.manifest.files
+    files = BundleCheckpoint(path).manifest.files
     try:
         return [name for name, record in files.items() if read_record(path / name) != record]
     except OSError as error:

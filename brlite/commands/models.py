@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -156,10 +155,10 @@ def _describe(name: str, path: Path) -> CachedModel:
     memory = context = problem = None
     precision = architecture = ""
     try:
-        with closing(open_checkpoint(path)) as checkpoint:
-            architecture = find_family(checkpoint.config).architecture
-            weights = checkpoint.path if checkpoint.path.is_file() else None
-            precision = (weights and quantization_of(weights.name)) or str(checkpoint.config.get("torch_dtype") or "")
+        checkpoint = open_checkpoint(path)
+        architecture = find_family(checkpoint.config).architecture
+        weights = checkpoint.path if checkpoint.path.is_file() else None
+        precision = (weights and quantization_of(weights.name)) or str(checkpoint.config.get("torch_dtype") or "")
         sizes = sizes_at(path, ModelSpec(name="model"), EngineConfig())
         memory, context = sizes.num_bytes, sizes.context
     except (BrliteError, OSError) as error:

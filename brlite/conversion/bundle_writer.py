@@ -295,9 +295,6 @@ class _CopyingCheckpoint:
                 self._open.close()
                 self._on_finished(shard.file_name, record)
 
-    def close(self) -> None:
-        """Does nothing: the caller opened the source and closes it."""
-
 
 def _side_files(plan: BundlePlan) -> dict[str, bytes]:
     index = msgspec.json.format(msgspec.json.encode(shard_index(plan.shards)), indent=1)

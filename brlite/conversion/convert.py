@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,33 +74,32 @@ class ConversionRequest(NamedTuple):
 
 def run(order: ConversionRequest) -> int:
     """Write the bundle, unless a finished one is there, and print its files. Returns 0. Raises `BrliteError`."""
-    opened = TracedCheckpoint(order.traced, order.model_dir) if order.traced else open_checkpoint(order.model_dir)
-    with closing(opened) as checkpoint:
-        name = model_name(order.model_name)
-        model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
-        if model.has_scoring_head:
-            raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
-        packing = None  # then the bundle has no packed file, and its weights are packed at each load
-        obstacle = find_obstacle(model.config, ModelSpec(precision=order.precision), EngineConfig(device="cpu"))
-        if obstacle is None:
-            try:
-                packing = plan_packing(load_library().functions, model, PRECISIONS[order.precision])
-            except NativeUnavailable as error:
-                obstacle = str(error)
-        plan = _plan(order, checkpoint, model, packing)
-        check_folder(plan)
-        finished = find_finished(plan)
-        tokenizer = load_tokenizer(order.model_dir)
-        for number, line in enumerate(_checks(order, plan, tokenizer, obstacle, finished is not None), 1):
-            print(f"{number:2} {line}", flush=True)
-        if finished is not None:
-            print(f"\n{plan.folder} is up to date")
-            _report(plan, finished)
-            return 0
-        began = time.monotonic()
-        with byte_bar(plan.num_bytes, f"writing {plan.folder.name}") as on_bytes:
-            manifest, rounding = write_bundle(plan, on_bytes)
-        _report(plan, manifest, rounding, time.monotonic() - began)
+    checkpoint = TracedCheckpoint(order.traced, order.model_dir) if order.traced else open_checkpoint(order.model_dir)
+    name = model_name(order.model_name)
+    model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
+    if model.has_scoring_head:
+        raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
+    packing = None  # then the bundle has no packed file, and its weights are packed at each load
+    obstacle = find_obstacle(model.config, ModelSpec(precision=order.precision), EngineConfig(device="cpu"))
+    if obstacle is None:
+        try:
+            packing = plan_packing(load_library().functions, model, PRECISIONS[order.precision])
+        except NativeUnavailable as error:
+            obstacle = str(error)
+    plan = _plan(order, checkpoint, model, packing)
+    check_folder(plan)
+    finished = find_finished(plan)
+    tokenizer = load_tokenizer(order.model_dir)
+    for number, line in enumerate(_checks(order, plan, tokenizer, obstacle, finished is not None), 1):
+        print(f"{number:2} {line}", flush=True)
+    if finished is not None:
+        print(f"\n{plan.folder} is up to date")
+        _report(plan, finished)
+        return 0
+    began = time.monotonic()
+    with byte_bar(plan.num_bytes, f"writing {plan.folder.name}") as on_bytes:
+        manifest, rounding = write_bundle(plan, on_bytes)
+    _report(plan, manifest, rounding, time.monotonic() - began)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,7 +125,8 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
-    with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
+    checkpoint = open_checkpoint(path, spec.model_file)
+    with ExitStack() as unless_loaded:
         spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
         spec = settle_pooling(path, checkpoint.config, spec)
         # Find errors in the files before reading weights and importing torch.

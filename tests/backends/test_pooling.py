@@ -35,8 +35,8 @@ Totals = npt.NDArray[np.float64]
 
 
 def load_torch(path: Path) -> TorchBackend:
-    with closing(open_checkpoint(path)) as checkpoint:
-        return TorchBackend.load(make_plan(checkpoint, SPEC, FLOAT32))
+    checkpoint = open_checkpoint(path)
+    return TorchBackend.load(make_plan(checkpoint, SPEC, FLOAT32))
 
 
 def pooled(backend: Backend, token_ids: Sequence[int], *, wants_mean: bool, chunks: Sequence[int] = ()) -> Totals:

@@ -137,31 +137,31 @@ def test_int8_activations_have_a_scale_for_each_32_inputs(
 def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, native_library: NativeLibrary) -> None:
     """Where the file's groups are 32 numbers; other formats are rounded."""
     library = native_library.functions
-    with closing(open_checkpoint(model_path(folder, mix))) as checkpoint:
-        plan = make_plan(checkpoint, ModelSpec(name=mix, build_seq=64))
-        loaded = load_weights(library, plan)
-        with closing(loaded.weights):
-            for name, values in read_tensors(checkpoint).items():
-                target, stored_as = plan.model.targets[name], checkpoint.formats()[name]
-                if stored_as not in KEPT_FORMS:
-                    continue
-                parts = loaded.weights.layout.tensors[target.parameter]
-                part = next(part for part in reversed(parts) if part.first_row <= target.start)
-                out = np.empty(values.shape, np.float32)
-                for row in range(len(values)):
-                    library.brlite_unpack_row(
-                        *(part.format, loaded.weights.part_address(part), target.start - part.first_row + row),
-                        *(part.num_inputs, out[row].ctypes.data),
-                    )
-                assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO)
-                assert np.array_equal(out, values), name
+    checkpoint = open_checkpoint(model_path(folder, mix))
+    plan = make_plan(checkpoint, ModelSpec(name=mix, build_seq=64))
+    loaded = load_weights(library, plan)
+    with closing(loaded.weights):
+        for name, values in read_tensors(checkpoint).items():
+            target, stored_as = plan.model.targets[name], checkpoint.formats()[name]
+            if stored_as not in KEPT_FORMS:
+                continue
+            parts = loaded.weights.layout.tensors[target.parameter]
+            part = next(part for part in reversed(parts) if part.first_row <= target.start)
+            out = np.empty(values.shape, np.float32)
+            for row in range(len(values)):
+                library.brlite_unpack_row(
+                    *(part.format, loaded.weights.part_address(part), target.start - part.first_row + row),
+                    *(part.num_inputs, out[row].ctypes.data),
+                )
+            assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO)
+            assert np.array_equal(out, values), name
 
 
 def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, native_library: NativeLibrary) -> None:
-    with closing(open_checkpoint(folder / "q4_k_m.gguf")) as checkpoint:
-        loaded = load_weights(native_library.functions, make_plan(checkpoint, ModelSpec(name="m", build_seq=64)))
-        with closing(loaded.weights):
-            parts = loaded.weights.layout.tensors["layers.0.qkv.weight"]
+    checkpoint = open_checkpoint(folder / "q4_k_m.gguf")
+    loaded = load_weights(native_library.functions, make_plan(checkpoint, ModelSpec(name="m", build_seq=64)))
+    with closing(loaded.weights):
+        parts = loaded.weights.layout.tensors["layers.0.qkv.weight"]
 
     assert [(part.format, part.first_row, part.num_outputs) for part in parts] == [
         (INT4_MIN, 0, HIDDEN + KV),
@@ -195,14 +195,14 @@ def test_a_precision_is_named_by_what_is_kept(
 def test_packed_weights_are_mapped_at_the_next_start(
     folder: Path, tmp_path: Path, native_library: NativeLibrary, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with closing(open_checkpoint(folder / "q4_k_m.gguf")) as checkpoint:
-        plan = make_plan(checkpoint, ModelSpec(name="m", build_seq=64), packed_file=tmp_path / "m.brlite")
-        hashes = []
-        for _ in range(2):
-            loaded = load_weights(native_library.functions, plan)
-            loaded.weights.close()
-            hashes.append(loaded.content_hash)
-        is_kept = (tmp_path / "m.brlite").stat().st_size > loaded.weights.layout.num_bytes
+    checkpoint = open_checkpoint(folder / "q4_k_m.gguf")
+    plan = make_plan(checkpoint, ModelSpec(name="m", build_seq=64), packed_file=tmp_path / "m.brlite")
+    hashes = []
+    for _ in range(2):
+        loaded = load_weights(native_library.functions, plan)
+        loaded.weights.close()
+        hashes.append(loaded.content_hash)
+    is_kept = (tmp_path / "m.brlite").stat().st_size > loaded.weights.layout.num_bytes
 
     assert is_kept
     assert hashes[0] == hashes[1]

@@ -40,7 +40,6 @@ def test_tensors_come_back_widened_to_float32(write: Writer, tmp_path: Path) -> 
 
     checkpoint = open_checkpoint(write(tmp_path, tensors))
     read = read_tensors(checkpoint)
-    checkpoint.close()
 
     assert checkpoint.config == CONFIG
     assert checkpoint.path == tmp_path

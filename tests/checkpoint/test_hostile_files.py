@@ -15,7 +15,6 @@ BYTES_BESIDE = 192 * 2**20  # for Python's own needs; the files have 8 MiB at mo
 CPU_SECONDS = 60
 OPENS = """
 import resource, sys
-from contextlib import closing
 from pathlib import Path
 import numpy, gguf
 from brlite.checkpoint import open_checkpoint
@@ -32,8 +31,7 @@ try:
     if path.suffix == ".pt":
         TracedArchive(path)
     else:
-        with closing(open_checkpoint(path)) as checkpoint:
-            check_model(checkpoint, ModelSpec(name="m", build_seq=1))
+        check_model(open_checkpoint(path), ModelSpec(name="m", build_seq=1))
 except BrliteError as error:
     print("refused:", error)
 else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,9 @@ def decoded(tensor: StoredTensor) -> Array:
 def test_a_folder_holds_the_numbers_that_its_tool_dequantizes(name: str, tmp_path: Path) -> None:
     expected = write_folder(tmp_path / "m", CASES[name])
 
-    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        found = read_tensors(checkpoint)
-        shapes = checkpoint.shapes()
+    checkpoint = open_checkpoint(tmp_path / "m")
+    found = read_tensors(checkpoint)
+    shapes = checkpoint.shapes()
 
     assert found.keys() == expected.keys() == shapes.keys()
     for each, values in expected.items():
@@ -71,11 +70,11 @@ def test_a_folder_holds_the_numbers_that_its_tool_dequantizes(name: str, tmp_pat
 def test_codes_and_scales_are_the_numbers_exactly_where_a_form_keeps_them(name: str, tmp_path: Path) -> None:
     expected = write_folder(tmp_path / "m", CASES[name])
 
-    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        formats = checkpoint.formats()
-        for tensor in checkpoint.tensors():
-            if formats[tensor.name] in KEPT_FORMS:
-                assert np.array_equal(decoded(tensor), expected[tensor.name]), tensor.name
+    checkpoint = open_checkpoint(tmp_path / "m")
+    formats = checkpoint.formats()
+    for tensor in checkpoint.tensors():
+        if formats[tensor.name] in KEPT_FORMS:
+            assert np.array_equal(decoded(tensor), expected[tensor.name]), tensor.name
 
     assert formats[f"{Q_PROJ}.weight"] == CASES[name].stored_as
 
@@ -84,11 +83,11 @@ def test_codes_and_scales_are_the_numbers_exactly_where_a_form_keeps_them(name: 
 def test_rows_and_columns_can_be_read_alone(name: str, tmp_path: Path) -> None:
     expected = write_folder(tmp_path / "m", CASES[name])
 
-    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        for tensor in checkpoint.tensors():
-            if tensor.name.startswith(Q_PROJ):
-                part = tensor.part(range(13, 75), range(32, 96)).float32()
-                assert np.array_equal(part, expected[tensor.name][13:75, 32:96].astype(np.float32))
+    checkpoint = open_checkpoint(tmp_path / "m")
+    for tensor in checkpoint.tensors():
+        if tensor.name.startswith(Q_PROJ):
+            part = tensor.part(range(13, 75), range(32, 96)).float32()
+            assert np.array_equal(part, expected[tensor.name][13:75, 32:96].astype(np.float32))
 
 
 def test_tensors_of_a_matrix_may_lie_in_two_shards(tmp_path: Path) -> None:
@@ -100,8 +99,8 @@ def test_tensors_of_a_matrix_may_lie_in_two_shards(tmp_path: Path) -> None:
         save_tensors(tmp_path / "m" / file, {name: tensors[name] for name in tensors if files[name] == file})
     (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
-    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        found = read_tensors(checkpoint)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    found = read_tensors(checkpoint)
 
     assert all(np.array_equal(found[name], values.astype(np.float32)) for name, values in expected.items())
 
@@ -129,8 +128,8 @@ def test_what_becomes_of_each_format_is_said(name: str, text: str, tmp_path: Pat
     write_folder(tmp_path / "m", CASES[name])
     spec = ModelSpec(name="m", build_seq=16)
 
-    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        model = check_model(checkpoint, spec)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    model = check_model(checkpoint, spec)
 
     said = describe_precision(model, spec, is_native=True)
     assert said == f"the file's own: {text}, F16 is rounded to int8 (auto)"
@@ -149,8 +148,8 @@ def test_scales_that_are_not_used_or_are_rounded_are_in_the_log(
     change(tmp_path / "n", f"{Q_PROJ}.weight_scale", lambda scales: np.full(scales.shape, 1 / 3, np.float32))
 
     for name in "mn":
-        with closing(open_checkpoint(tmp_path / name)) as checkpoint:
-            read_tensors(checkpoint)
+        checkpoint = open_checkpoint(tmp_path / name)
+        read_tensors(checkpoint)
 
     assert "m: 14 scales of activations and caches are not used" in caplog.text
     assert "n: native kernels round 1024 scales to half precision" in caplog.text
@@ -249,8 +248,8 @@ def test_a_damaged_matrix_is_refused_in_one_line(
     write_folder(tmp_path / "m", case)
     change(tmp_path / "m", f"{Q_PROJ}.{part}", edit)
 
-    with pytest.raises(ModelError) as error, closing(open_checkpoint(tmp_path / "m")) as checkpoint:
-        read_tensors(checkpoint)
+    with pytest.raises(ModelError) as error:
+        read_tensors(open_checkpoint(tmp_path / "m"))
 
     assert message in str(error.value)
     assert "\n" not in str(error.value)

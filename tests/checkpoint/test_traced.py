@@ -10,7 +10,6 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +49,8 @@ def test_every_parameter_is_read_and_no_buffer(name: str, dtype: torch.dtype, fo
     tensors = tiny_tensors(name)
     file = write_traced(folder / "tiny.pt", tensors, dtype=dtype)
 
-    with closing(TracedCheckpoint(file, folder)) as checkpoint:
-        shapes, found = checkpoint.shapes(), read_tensors(checkpoint)
+    checkpoint = TracedCheckpoint(file, folder)
+    shapes, found = checkpoint.shapes(), read_tensors(checkpoint)
 
     assert found.keys() == shapes.keys() == tensors.keys()
     assert list(found) == list(shapes)
@@ -70,8 +69,8 @@ def test_a_transposed_tensor_is_refused_by_name(folder: Path) -> None:
 
 
 def test_a_folder_without_weights_takes_them_from_the_traced_file(folder: Path, traced: Path) -> None:
-    with closing(open_checkpoint(folder, str(traced))) as checkpoint:
-        assert checkpoint.path == traced
+    checkpoint = open_checkpoint(folder, str(traced))
+    assert checkpoint.path == traced
 
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"model.safetensors: is empty"):

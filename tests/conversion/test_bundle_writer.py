@@ -68,18 +68,18 @@ def write_unrounded(folder: Path, config: dict[str, object]) -> Path:
 def native_logits(
     native: NativeLibrary, path: Path, precision: PrecisionName, image: Path | None
 ) -> npt.NDArray[np.float32]:
-    with closing(open_checkpoint(path)) as checkpoint:
-        spec = ModelSpec(name="tiny", precision=precision, build_seq=len(PROMPT), build_batch=1, num_blocks=4)
-        engine = EngineConfig(threads=1, max_num_batched_tokens=32)
-        backend = NativeBackend(native, make_plan(checkpoint, spec, engine, packed_file=image))
+    checkpoint = open_checkpoint(path)
+    spec = ModelSpec(name="tiny", precision=precision, build_seq=len(PROMPT), build_batch=1, num_blocks=4)
+    engine = EngineConfig(threads=1, max_num_batched_tokens=32)
+    backend = NativeBackend(native, make_plan(checkpoint, spec, engine, packed_file=image))
     with closing(backend):
         return backend.logits(PROMPT)
 
 
 def torch_parameters(path: Path) -> dict[str, torch.Tensor]:
-    with closing(open_checkpoint(path)) as checkpoint:
-        spec = ModelSpec(name="tiny", build_seq=8)
-        return load_model(make_plan(checkpoint, spec), torch.bfloat16, torch.device("cpu")).parameters.named
+    checkpoint = open_checkpoint(path)
+    spec = ModelSpec(name="tiny", build_seq=8)
+    return load_model(make_plan(checkpoint, spec), torch.bfloat16, torch.device("cpu")).parameters.named
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -112,10 +112,10 @@ def test_its_image_is_byte_for_byte_the_one_that_loading_would_write(
     source = write_unrounded(tmp_path / "source", MODELS[name])
     make_bundle(source, tmp_path / "bundle", library, precision)
 
-    with closing(open_checkpoint(tmp_path / "bundle")) as checkpoint:
-        spec = ModelSpec(name="tiny", precision=precision, build_seq=8)
-        written = tmp_path / "written"
-        load_weights(library, make_plan(checkpoint, spec, packed_file=written)).weights.close()
+    checkpoint = open_checkpoint(tmp_path / "bundle")
+    spec = ModelSpec(name="tiny", precision=precision, build_seq=8)
+    written = tmp_path / "written"
+    load_weights(library, make_plan(checkpoint, spec, packed_file=written)).weights.close()
 
     image = bundled_weights(tmp_path / "bundle", precision)
     assert image is not None
@@ -144,8 +144,8 @@ def test_a_bundle_stays_itself_when_it_is_copied(tmp_path: Path, library: ctypes
 
     image = bundled_weights(copy, INT8)
     assert image is not None
-    with closing(open_checkpoint(copy)) as checkpoint:
-        assert checkpoint.identity == read_packed_file_key(image).identity
+    checkpoint = open_checkpoint(copy)
+    assert checkpoint.identity == read_packed_file_key(image).identity
 
 
 def test_a_damaged_image_is_made_anew_from_the_shards(tmp_path: Path, native_library: NativeLibrary) -> None:
@@ -165,8 +165,8 @@ def test_without_native_kernels_a_bundle_has_no_image(tmp_path: Path) -> None:
     make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", None)
 
     assert bundled_weights(tmp_path / "bundle", INT8) is None
-    with closing(open_checkpoint(tmp_path / "bundle")) as checkpoint:
-        assert checkpoint.shapes().keys() == TensorCheckpoint.tiny().shapes().keys()
+    checkpoint = open_checkpoint(tmp_path / "bundle")
+    assert checkpoint.shapes().keys() == TensorCheckpoint.tiny().shapes().keys()
 
 
 def test_another_precision_adds_to_a_bundle(tmp_path: Path, library: ctypes.CDLL) -> None:
@@ -319,8 +319,8 @@ def test_a_finished_bundle_is_found_only_for_its_source_and_precision(tmp_path: 
     manifest = make_bundle(source, bundle, library)
 
     def find(**draft: str) -> object:
-        with closing(open_checkpoint(source)) as checkpoint:
-            return find_finished(plan_bundle(checkpoint, bundle, library, **draft))
+        checkpoint = open_checkpoint(source)
+        return find_finished(plan_bundle(checkpoint, bundle, library, **draft))
 
     assert find() == manifest
     assert find(precision="bf16") is None
@@ -384,5 +384,5 @@ def test_a_bundle_says_what_it_is(tmp_path: Path, library: ctypes.CDLL) -> None:
     manifest = make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", library)
 
     assert read_manifest(tmp_path / "bundle") == manifest
-    with closing(BundleCheckpoint(tmp_path / "bundle")) as checkpoint:
-        assert checkpoint.manifest == manifest
+    checkpoint = BundleCheckpoint(tmp_path / "bundle")
+    assert checkpoint.manifest == manifest

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +265,10 @@ def test_a_real_model_from_gguf_says_the_same(
     assert found == answers(short | {"cached_dir": "", "model_file": str(smollm2_path)}, tmp_path)
     assert (tmp_path / "someone--tiny" / "tokenizer.json").is_file()
     assert not (tmp_path / "someone--tiny" / "vocabulary.gguf").exists()
-    with closing(open_checkpoint(tmp_path / "someone--tiny")) as checkpoint:
-        image = bundled_weights(checkpoint.path, "a_bf16_w_int8")
-        assert image is not None
-        assert checkpoint.identity == read_packed_file_key(image).identity
+    checkpoint = open_checkpoint(tmp_path / "someone--tiny")
+    image = bundled_weights(checkpoint.path, "a_bf16_w_int8")
+    assert image is not None
+    assert checkpoint.identity == read_packed_file_key(image).identity
 
 
 def no_tokenizer(source: Path) -> None:
@@ -461,7 +460,7 @@ def test_a_quantized_folder_becomes_a_plain_bundle(tmp_path: Path, capsys: pytes
     assert status == 0
     assert "AWQ 4-bit with zero points are widened: serve the model itself" in capsys.readouterr().out
     (manifest,) = (tmp_path / "out").rglob("brlite-manifest.json")
-    with closing(open_checkpoint(manifest.parent)) as bundle:
-        found = read_tensors(bundle)
+    bundle = open_checkpoint(manifest.parent)
+    found = read_tensors(bundle)
     assert found.keys() == expected.keys()
     assert all(np.abs(found[name] - expected[name]).max() <= np.abs(expected[name]).max() / 256 for name in expected)

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import stat
-from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -179,8 +178,8 @@ def test_packed_weights_of_a_crashed_start_are_removed_by_the_next(tmp_path, nat
 
 def pack(model: Path, image: Path, native_library) -> None:
     spec = ModelSpec(name="tiny", build_seq=32)
-    with closing(open_checkpoint(model)) as checkpoint:
-        load_weights(native_library.functions, make_plan(checkpoint, spec, packed_file=image)).weights.close()
+    checkpoint = open_checkpoint(model)
+    load_weights(native_library.functions, make_plan(checkpoint, spec, packed_file=image)).weights.close()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,11 +55,11 @@ def spoiled(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def open_model(path: Path) -> None:
-    with closing(open_checkpoint(path)) as checkpoint:
-        check_model(checkpoint, ModelSpec(name="m", build_seq=1))
-        for tensor in checkpoint.tensors():
-            tensor.float32()
-            tensor.coded()
+    checkpoint = open_checkpoint(path)
+    check_model(checkpoint, ModelSpec(name="m", build_seq=1))
+    for tensor in checkpoint.tensors():
+        tensor.float32()
+        tensor.coded()
 
 
 def open_traced(path: Path) -> None:

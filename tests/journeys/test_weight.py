@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,11 +23,11 @@ def journey() -> Journey:
     with TemporaryDirectory() as folder:
         path = write_tiny_model(Path(folder))
         spec = ModelSpec(name="tiny", path=str(path), precision="a_bf16_w_int8", build_seq=32, build_batch=1)
-        with closing(open_checkpoint(path)) as checkpoint:
-            model = check_model(checkpoint, spec)
-            for _ in range(2):  # the first one imports
-                with record(since=("backends/choose.py", "load_backend")) as recorded:
-                    load_backend(checkpoint, model, spec, EngineConfig(threads=1, backend="native")).close()
+        checkpoint = open_checkpoint(path)
+        model = check_model(checkpoint, spec)
+        for _ in range(2):  # the first one imports
+            with record(since=("backends/choose.py", "load_backend")) as recorded:
+                load_backend(checkpoint, model, spec, EngineConfig(threads=1, backend="native")).close()
     calls = [call for call in recorded.calls if call.file != "process/machine.py"]
     return Journey(calls[: puts(calls)[6]])
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,22 +96,20 @@ def load_rank(setup: Setup) -> RankModel:
     spec, engine, place = setup.spec, setup.engine, find_place(os.environ)
     if place is not None:
         spec, engine = _as_rank_sees(spec, engine, place.local_rank, place.local_size)
-    with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
-        if _kind(checkpoint) != setup.model_kind:
-            raise ConfigError(
-                f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"
-            )
-        plan = LoadPlan(checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=engine)
-        shard = Shard(setup.rank, spec.tensor_parallel, sums=setup.memory is None)
-        plan = _rank_plan(plan, shard, spec, engine, setup.packed_file)
-        if setup.memory is None:
-            from brlite.backends.torch.rank import TorchRank
+    checkpoint = open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)
+    if _kind(checkpoint) != setup.model_kind:
+        raise ConfigError(f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ")
+    plan = LoadPlan(checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=engine)
+    shard = Shard(setup.rank, spec.tensor_parallel, sums=setup.memory is None)
+    plan = _rank_plan(plan, shard, spec, engine, setup.packed_file)
+    if setup.memory is None:
+        from brlite.backends.torch.rank import TorchRank
 
-            return TorchRank.load(plan)
-        from brlite.backends.native.library import load_library
-        from brlite.backends.native.rank import NativeRank
+        return TorchRank.load(plan)
+    from brlite.backends.native.library import load_library
+    from brlite.backends.native.rank import NativeRank
 
-        return NativeRank.load(load_library(), plan, setup.memory)
+    return NativeRank.load(load_library(), plan, setup.memory)
 
 
 def _rank_plan(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -51,8 +50,8 @@ class BuiltinEngine:
         from brlite.checkpoint.fetch import locate_model
 
         spec = msgspec.structs.replace(spec, num_blocks=0)  # 0: enough for a whole context in each slot
-        with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
-            backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, config)
+        checkpoint = open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)
+        backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, config)
         if not isinstance(backend, LogitsBackend):
             backend.close()
             raise ConfigError(f"backend {backend.info.name} does not give its logits; native and torch do")

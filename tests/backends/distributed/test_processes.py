@@ -44,8 +44,8 @@ def load(path: Path, backend: str = "native", *, tensor_parallel: int = 2, **fie
         **fields,
     )
     engine = EngineConfig(backend=backend, device="cpu", threads=tensor_parallel)
-    with closing(open_checkpoint(path)) as checkpoint:
-        loaded = load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)
+    checkpoint = open_checkpoint(path)
+    loaded = load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)
     assert isinstance(loaded, ParallelBackend) or tensor_parallel == 1
     return loaded  # type: ignore[return-value]
 

@@ -108,8 +108,8 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
 
 def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> LoadedWeights:
     spec = ModelSpec(name="tiny", precision=precision, build_seq=32)
-    with closing(open_checkpoint(folder)) as checkpoint:
-        return load_weights(library, make_plan(checkpoint, spec, packed_file=image, num_threads=2))
+    checkpoint = open_checkpoint(folder)
+    return load_weights(library, make_plan(checkpoint, spec, packed_file=image, num_threads=2))
 
 
 def test_a_second_load_maps_the_image_of_the_first(tmp_path: Path, library: ctypes.CDLL) -> None:

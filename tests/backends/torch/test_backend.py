@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ PROMPTS = [[5, 17, 200, 3, 3, 90, 41], [250, 2], [9] * 13]
 
 
 def load(path: Path, spec: ModelSpec = SPEC) -> TorchBackend:
-    with closing(open_checkpoint(path)) as checkpoint:
-        return TorchBackend.load(make_plan(checkpoint, spec, ENGINE))
+    checkpoint = open_checkpoint(path)
+    return TorchBackend.load(make_plan(checkpoint, spec, ENGINE))
 
 
 def table(seq_id: int) -> list[int]:
