@@ -60,14 +60,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _times(product: Product, is_int8: bool, num_rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Each tile that the card takes, and whether the inputs are split, with its seconds; the one in use is marked."""
-    from brlite.backends.torch.parameters import Int8Linear, Linear
+    from brlite.backends.torch.parameters import GroupedLinear, Linear
     from brlite.backends.torch.triton import multiply as kernels
 
     weight = torch.empty((product.num_outputs, product.num_inputs), device=device, dtype=torch.bfloat16).normal_()
     linear = Linear(weight)
     if is_int8:
-        scales = torch.full((product.num_outputs, product.num_inputs // 32), 0.01, device=device).bfloat16()
-        linear = Int8Linear(torch.empty_like(weight, dtype=torch.int8).random_(-127, 128), scales=scales)
+        scales = torch.full((product.num_outputs, product.num_inputs // 32), 0.01, device=device).bfloat16().float()
+        levels = torch.empty_like(weight, dtype=torch.int8).random_(-127, 128)
+        linear = GroupedLinear(levels, form="int8", scales=scales)
     first = kernels.Matrix.of(linear, product.num_inputs)
     copies = READ_BYTES // first.values.nbytes if device.type != "cpu" else 0
     matrices = [first, *(replace(first, values=first.values.clone()) for _ in range(copies))]

@@ -12,7 +12,7 @@ import msgspec
 
 from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
-from brlite.backends.torch.device import computes_on_cpu, require_torch
+from brlite.backends.torch.device import computes_on_cpu, require_torch, rules_for, select_device
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, bundled_weights
 from brlite.checkpoint.checked_model import CheckedModel
@@ -135,7 +135,9 @@ def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
     if plan.spec.serialize_file:
         notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
     plan = msgspec.structs.replace(plan, notes=notes)
-    logger.info("model %s: precision %s", plan.spec.name, describe_precision(plan.model, plan.spec, is_native=False))
+    keeps_codes = rules_for(select_device(plan.engine.device)).keeps_forms(plan.precision)
+    described = describe_precision(plan.model, plan.spec, is_native=False, keeps_codes=keeps_codes)
+    logger.info("model %s: precision %s", plan.spec.name, described)
     plan.report(0.0, "starting torch")
     if plan.spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_torch_ranks

@@ -22,7 +22,7 @@ from brlite.backends.torch.device import compute_dtype, device_memory, prepare_e
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
 from brlite.checkpoint.fetch import local_sources, locate_model
-from brlite.checkpoint.placing import describe_precision, matrix_parts
+from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
@@ -158,15 +158,14 @@ def measure(
     is_int8 = precision.weights == "int8"
     if is_int8 and not is_native:
         check_groups(config, spec.tensor_parallel)
-    keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
+    keeps_forms = not is_native and rules_for(select_device(engine.device)).keeps_forms(precision)
     targets = family.weight_targets(config)
     model = CheckedModel(config, list_parameters(config), targets, set(), formats, precision)
     shards = [Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)]
     if is_native:
         num_bytes, held_as = _native_weights(model, shards)
     else:
-        width, held_as = KV_BYTES[dtype], "int8" if keeps_int8 else dtype
-        num_bytes = [weight_bytes(shard_config(config, shard), width, keeps_int8=keeps_int8) for shard in shards]
+        num_bytes, held_as = _torch_weights(model, shards, dtype, keeps_forms=keeps_forms)
     kv_bytes = [kv_bytes_per_token(shard_config(config, shard), kv_dtype) for shard in shards]
     ranks = list(map(RankSizes, num_bytes, kv_bytes))
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
@@ -178,7 +177,7 @@ def measure(
         context=context,
         context_reason=reason,
         dtype=held_as,
-        precision=describe_precision(model, spec, is_native=is_native),
+        precision=describe_precision(model, spec, is_native=is_native, keeps_codes=is_native or keeps_forms),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
@@ -196,6 +195,18 @@ def _native_weights(model: CheckedModel, shards: Sequence[Shard]) -> tuple[list[
         forms |= {part.form.partition("_")[0] for matrix in parts.values() for part in matrix}
         num_bytes.append(native_weight_bytes(rank_parameters(model.config, shard), parts))
     return num_bytes, " and ".join(sorted(forms))
+
+
+def _torch_weights(
+    model: CheckedModel, shards: Sequence[Shard], dtype: KVDtype, *, keeps_forms: bool
+) -> tuple[list[int], str]:
+    """The same in torch, with each weight in `dtype` that is not in its form."""
+    num_bytes, found = [], set()
+    for shard in shards:
+        forms = card_forms(model, shard if len(shards) > 1 else None) if keeps_forms else {}
+        found |= {form.partition("_")[0] for form in forms.values()}
+        num_bytes.append(weight_bytes(shard_config(model.config, shard), KV_BYTES[dtype], forms))
+    return num_bytes, " and ".join(sorted(found)) or dtype
 
 
 def settle_context(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import FOLDER_FORMS
 from brlite.checkpoint.stored_tensor import F32, PLAIN_FORMATS, StoredTensor
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.models.config import ModelConfig
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
 from brlite.models.precision import INT4_FORMS, MatrixForm, Precision
@@ -55,13 +55,22 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.model.precision
 
     @property
+    def card_forms(self) -> Mapping[str, MatrixForm]:
+        """The forms in which torch holds matrices on a card, of a shard as its rank holds them."""
+        return card_forms(self.model, self.shard)
+
+    @property
     def precision_name(self) -> str:
         """The spec's precision; where native code keeps the codes of quantized files, the precision that they have."""
-        if self.precision.weights != "stored":
+        parts = matrix_parts(self.model, self.shard).values()
+        return self.named_by({part.form for each in parts for part in each})
+
+    def named_by(self, forms: Collection[MatrixForm]) -> str:
+        """The spec's precision; where matrices of these forms keep the codes of quantized files, the codes' precision."""
+        if self.precision.weights != "stored" or not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
-        forms = {part.form for parts in matrix_parts(self.model, self.shard).values() for part in parts}
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
-        return f"{activations}_w_int4" if forms & INT4_FORMS else f"{activations}_w_int8"
+        return f"{activations}_w_int4" if INT4_FORMS.intersection(forms) else f"{activations}_w_int8"
 
     def report(self, fraction: float, stage: str = "reading the weights") -> None:
         """Report which fraction of `stage` is done, 0 to 1, if there is a callback."""
@@ -136,48 +145,77 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
 
 
-def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool) -> str:
-    """For the log: the precision that is served, what decided it, and what becomes of each quantized format."""
+def card_forms(model: CheckedModel, shard: Shard | None = None) -> dict[str, MatrixForm]:
+    """The form of each matrix that torch does not widen on a card, by its name. Embeddings are always widened.
+
+    A matrix of tensors in several forms becomes int8. One whose inputs a rank cuts within a group is widened.
+    """
+    parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
+    matrices = [name for name, each in parameters.items() if each.precision == "weights" and not each.is_looked_up]
+    if model.precision.weights != "stored":
+        return dict.fromkeys(matrices, "int8") if model.precision.weights == "int8" else {}
+    found: dict[str, set[MatrixForm]] = {name: set() for name in matrices}
+    for name, parts in held_targets(model, shard).items():
+        kept = KEPT_FORMS.get(model.formats.get(name, NOT_QUANTIZED), "int8")
+        for part, target in parts:
+            columns = None if part is None else part[1]
+            if columns is not None and (columns.start % QUANTIZATION_GROUP or columns.stop % QUANTIZATION_GROUP):
+                found.pop(target.parameter, None)
+            elif target.parameter in found:
+                found[target.parameter].add("int8" if target.has_unit_rows else kept)
+    return {name: forms.pop() if len(forms) == 1 else "int8" for name, forms in found.items()}
+
+
+def describe_precision(
+    model: CheckedModel, spec: ModelSpec, *, is_native: bool, keeps_codes: bool | None = None
+) -> str:
+    """For the log: the precision that is served, what decided it, and what becomes of each quantized format.
+
+    `keeps_codes` says whether the backend has forms for quantized files; by default only native code has.
+    """
     if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
     if not quantized:
         return "bf16, as no matrix of the files is quantized (auto)"
-    if not is_native:
+    if not (is_native if keeps_codes is None else keeps_codes):
         return f"bf16: torch widens the file's {', '.join(quantized)} (auto)"
-    matrices, rounded = _stored_matrices(model, spec.tensor_parallel)
+    matrices = _stored_matrices(model, spec.tensor_parallel, is_native=is_native)
     uses = []
     for stored_as in sorted(matrices, key=[*quantized, *sorted(PLAIN_FORMATS)].index):
-        num_rounded, count = len(rounded.get(stored_as, ())), len(matrices[stored_as])
-        if not num_rounded:
-            uses.append(f"{stored_as} is kept")
-        elif num_rounded == count:
-            uses.append(f"{stored_as} is rounded to int8")
+        names = matrices[stored_as]
+        changes = {change: len(changed) for change, changed in names.items() if change != KEPT}
+        count = len(set().union(*names.values()))
+        if not changes or count in changes.values():
+            uses.append(f"{stored_as} is {next(iter(changes), KEPT)}")
         else:
-            uses.append(f"{stored_as} is rounded to int8 in {num_rounded} of {count} matrices, else kept")
+            parts = [f"{change} in {number} of {count} matrices" for change, number in changes.items()]
+            uses.append(f"{stored_as} is {' and '.join(parts)}{', else kept' if sum(changes.values()) < count else ''}")
     decided_by = "auto" if spec.precision == "auto" else f"{spec.precision}, set by precision"
     return f"the file's own: {', '.join(uses)} ({decided_by})"
 
 
-def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """By format: the checkpoint's matrices that native code holds in panels, and those that become int8 on any rank."""
-    matrices: dict[str, set[str]] = {}
-    rounded: dict[str, set[str]] = {}
-    for shard in (Shard(rank, num_ranks, sums=False) for rank in range(num_ranks)) if num_ranks > 1 else (None,):
-        held = matrix_parts(model, shard)
+KEPT, ROUNDED, WIDENED = "kept", "rounded to int8", "widened to bfloat16"
+
+
+def _stored_matrices(model: CheckedModel, num_ranks: int, *, is_native: bool) -> dict[str, dict[str, set[str]]]:
+    """By format: the checkpoint's matrices that are kept, rounded or widened, on any rank."""
+    found: dict[str, dict[str, set[str]]] = {}
+    ranks = [Shard(rank, num_ranks, sums=not is_native) for rank in range(num_ranks)]
+    for shard in ranks if num_ranks > 1 else (None,):
+        held = matrix_parts(model, shard) if is_native else card_forms(model, shard)
         for name, parts in held_targets(model, shard).items():
             stored_as = model.formats.get(name, NOT_QUANTIZED)
             for _, target in parts:
-                if target.parameter not in held:
-                    continue
-                matrices.setdefault(stored_as, set()).add(name)
-                ends = itertools.accumulate(part.num_rows for part in held[target.parameter])
-                form = next(
-                    part.form for part, end in zip(held[target.parameter], ends, strict=True) if target.start < end
-                )
-                if form == "int8":
-                    rounded.setdefault(stored_as, set()).add(name)
-    return matrices, rounded
+                form = held.get(target.parameter)
+                if isinstance(form, tuple):
+                    ends = itertools.accumulate(part.num_rows for part in form)
+                    form = next(part.form for part, end in zip(form, ends, strict=True) if target.start < end)
+                if form is None and (is_native or stored_as in PLAIN_FORMATS):
+                    continue  # a vector, or an embedding that no format quantizes
+                change = WIDENED if form is None else ROUNDED if form == "int8" else KEPT
+                found.setdefault(stored_as, {}).setdefault(change, set()).add(name)
+    return found
 
 
 def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:

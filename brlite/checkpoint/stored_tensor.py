@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
+from brlite.models.config import QUANTIZATION_GROUP
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -106,7 +107,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
         return in_order[rows.start - first : rows.stop - first]
 
     def coded(self) -> Coded | None:
-        """The numbers as codes and scales; None if the format has no `decode`. Only for whole rows: all columns.
+        """The numbers as codes and scales; None if the format has no `decode`. Columns must be whole groups of 32.
 
         Raises `ModelError` as `float32` does, and for scales or offsets that half precision cannot hold.
         """
@@ -114,6 +115,11 @@ class StoredTensor(msgspec.Struct, frozen=True):
             return None
         with np.errstate(over="ignore", invalid="ignore"):
             coded = self.format.decode(self.stored(self.rows))
+        if len(self.columns) < self.row_elements:
+            groups = slice(self.columns.start // QUANTIZATION_GROUP, self.columns.stop // QUANTIZATION_GROUP)
+            codes = coded.codes[:, self.columns.start : self.columns.stop]
+            offsets = None if coded.offsets is None else np.ascontiguousarray(coded.offsets[:, groups])
+            coded = Coded(np.ascontiguousarray(codes), np.ascontiguousarray(coded.scales[:, groups]), offsets)
         for halves in (coded.scales, coded.offsets):
             if halves is not None and (halves & HALF_EXPONENT == HALF_EXPONENT).any():
                 raise ModelError(f"{excerpt(self.name)} has a scale that is not finite, or is beyond half precision")

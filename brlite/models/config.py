@@ -21,6 +21,8 @@ KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 QUANTIZATION_GROUP = 32  # this many inputs of an output row share one scale of 2 bytes, in integer weights
 # Bytes of a group with its scale, and its minimum or zero point.
 GROUP_BYTES: dict[MatrixForm, int] = {"int8": 34, "int8_f16": 34, "int4": 18, "int4_min": 20, "int4_zero": 20}
+# In torch on a card: a scale in float32, or scale and offset in half precision.
+CARD_GROUP_BYTES: dict[MatrixForm, int] = {"int8": 36, "int8_f16": 36, "int4": 20, "int4_min": 20, "int4_zero": 20}
 
 
 class LinearScaling(msgspec.Struct, frozen=True):

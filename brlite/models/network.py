@@ -13,7 +13,14 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from brlite.models.config import BFLOAT16_BYTES, FLOAT32_BYTES, GROUP_BYTES, QUANTIZATION_GROUP, ModelConfig
+from brlite.models.config import (
+    BFLOAT16_BYTES,
+    CARD_GROUP_BYTES,
+    FLOAT32_BYTES,
+    GROUP_BYTES,
+    QUANTIZATION_GROUP,
+    ModelConfig,
+)
 from brlite.models.precision import MatrixForm
 
 # A rank's part of a parameter. Rows: those of its heads (q, k and v), its part of gate and of up, or of its tokens.
@@ -170,12 +177,13 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(parameter.shape) for parameter in list_parameters(config).values())
 
 
-def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool = False) -> int:
-    """Bytes of all parameters in torch: `bytes_per_weight` for each weight, except norms and matrices in int8."""
+def weight_bytes(config: ModelConfig, bytes_per_weight: int, forms: Mapping[str, MatrixForm]) -> int:
+    """Bytes of all parameters in torch: `bytes_per_weight` for each weight, except norms and matrices in `forms`."""
     total = 0
-    for parameter in list_parameters(config).values():
-        if keeps_int8 and parameter.precision == "weights" and not parameter.is_looked_up:
-            total += _matrix_bytes(MatrixPart("int8", parameter.shape[0]), parameter.shape[1])
+    for name, parameter in list_parameters(config).items():
+        if name in forms:
+            num_groups = math.ceil(parameter.shape[1] / QUANTIZATION_GROUP)
+            total += parameter.shape[0] * num_groups * CARD_GROUP_BYTES[forms[name]]
         else:
             total += math.prod(parameter.shape) * (
                 FLOAT32_BYTES if parameter.precision == "float32" else bytes_per_weight

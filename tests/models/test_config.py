@@ -18,6 +18,7 @@ from brlite.models.config import (
     kv_bytes_per_token,
 )
 from brlite.models.network import num_parameters, weight_bytes
+from brlite.models.precision import MatrixForm
 from brlite.models.registry import FAMILIES, find_family
 from tests.tiny_models import (
     BAICHUAN,
@@ -282,13 +283,15 @@ def test_published_models_have_the_published_number_of_parameters(name: str) -> 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("keeps_int8", [False, True])
-def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype, keeps_int8: bool) -> None:
+@pytest.mark.parametrize("form", [None, "int8", "int8_f16", "int4", "int4_min", "int4_zero"])
+def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype, form: MatrixForm | None) -> None:
     config = read(TINY_CONFIGS[name])
+    matrices = (f"layers.{layer}.{each}.weight" for layer in range(2) for each in ("qkv", "o", "gate_up", "down"))
+    forms = {} if form is None else dict.fromkeys(matrices, form)
 
-    counted = weight_bytes(config, dtype.itemsize, keeps_int8=keeps_int8)
+    counted = weight_bytes(config, dtype.itemsize, forms)
 
-    parameters = allocate_parameters(config, dtype, torch.device("cpu"), keeps_int8=keeps_int8)
+    parameters = allocate_parameters(config, dtype, torch.device("cpu"), forms)
     assert counted == parameters.num_bytes
 
 

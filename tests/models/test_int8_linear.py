@@ -9,7 +9,7 @@ from brlite.backends.torch import parameters
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.loading import load_model
-from brlite.backends.torch.parameters import Int8Linear, Linear
+from brlite.backends.torch.parameters import GroupedLinear, Linear
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.config.options import ModelSpec
 from tests.load_plans import make_plan
@@ -17,13 +17,13 @@ from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import TensorCheckpoint
 
 
-def make_linear(num_outputs: int, num_inputs: int) -> tuple[Int8Linear, torch.Tensor]:
+def make_linear(num_outputs: int, num_inputs: int) -> tuple[GroupedLinear, torch.Tensor]:
     """One that stays int8, with a bias, and the matrix that it stands for."""
     generator = torch.Generator().manual_seed(num_outputs)
     quantized = quantize_weight(torch.randn(num_outputs, num_inputs, generator=generator))
     values = torch.nn.functional.pad(quantized.values, (0, -num_inputs % 32))
     bias = torch.randn(num_outputs, generator=generator)
-    return Int8Linear(values, bias, scales=quantized.scales), dequantize_weight(quantized)
+    return GroupedLinear(values, bias, form="int8", scales=quantized.scales.float()), dequantize_weight(quantized)
 
 
 def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:
@@ -35,7 +35,7 @@ def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_is_that_of_the_dequantized_matrix(num_inputs: int, dtype: torch.dtype) -> None:
     linear, weight = make_linear(5, num_inputs)
-    linear = Int8Linear(linear.weight, linear.bias.to(dtype), scales=linear.scales)
+    linear = GroupedLinear(linear.weight, linear.bias.to(dtype), form="int8", scales=linear.scales)
     x = torch.randn(3, num_inputs).to(dtype)
 
     product = linear(x)
@@ -61,7 +61,7 @@ def test_a_model_that_stays_int8_has_the_same_logits(name: str) -> None:
     expected, found = (Runner(decoder).whole(token_ids, table) for decoder in (held, kept))
 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert all(isinstance(linear, Int8Linear) for name, linear in kept.parameters.linears.items() if name != "head")
+    assert all(isinstance(linear, GroupedLinear) for name, linear in kept.parameters.linears.items() if name != "head")
     assert kept.parameters.num_bytes < held.parameters.num_bytes
 
 

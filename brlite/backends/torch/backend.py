@@ -34,7 +34,8 @@ from brlite.backends.torch.draws import can_draw, draw
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parallel import Group
-from brlite.backends.torch.probe import probe_device
+from brlite.backends.torch.parameters import NO_FORMS
+from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
@@ -110,8 +111,10 @@ class TorchBackend:
         torch.set_num_threads(plan.num_threads)
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
+            forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
             kv_dtype = cache_dtype(plan.precision, engine.dtype)
-            probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype, engine.torch_kernels)
+            like = ProbedModel(plan.config, plan.precision, kv_dtype, forms, engine.torch_kernels)
+            probed = probe_device(device, dtype, like)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         decoder = load_model(plan, dtype, device, rules, group)
         if rules.has_triton:
@@ -306,8 +309,8 @@ def _allocate_cache(decoder: Decoder, plan: LoadPlan) -> KVCache:
 def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:
     spec, engine, config, cache = plan.spec, plan.engine, steps.config, steps.cache
     dtype = str(steps.dtype).removeprefix("torch.")
-    notes = [*plan.notes, *step_notes]
-    if plan.precision.weights == "int8" and not rules_for(steps.device).keeps_int8:
+    notes, keeps_forms = [*plan.notes, *step_notes], rules_for(steps.device).keeps_forms(plan.precision)
+    if plan.precision.weights == "int8" and not keeps_forms:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)
@@ -315,7 +318,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         name="torch",
         device=describe_device(steps.device),
         dtype=dtype,
-        precision="bf16" if spec.precision == "auto" else spec.precision,
+        precision=plan.named_by(set(plan.card_forms.values()) if keeps_forms else ()),
         vocab_size=config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,

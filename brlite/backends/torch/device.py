@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from brlite.config.options import STEP_TOKENS
 from brlite.errors import ConfigError, MissingExtra
+from brlite.models.precision import Precision
 from brlite.process.machine import describe_cpu, has_fast_bfloat16
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class DeviceRules(NamedTuple):
 
     * `packs_matrices`: in oneDNN's layout.
     * `keeps_int8`: int8 weights stay int8 and are dequantized in each product, to save memory.
+    * `keeps_codes`: so do the 4-bit and 8-bit codes of quantized files.
     * `has_few_shapes`: the shapes of a step are rounded up, since each new one may compile a kernel.
     * `samples`: on the device, rather than on the host.
     * `is_probed`: it is tested before use.
@@ -51,6 +53,7 @@ class DeviceRules(NamedTuple):
 
     packs_matrices: bool = False
     keeps_int8: bool = False
+    keeps_codes: bool = False
     has_few_shapes: bool = False
     samples: bool = True
     is_probed: bool = False
@@ -58,11 +61,21 @@ class DeviceRules(NamedTuple):
     runs_ahead: bool = False
     step_tokens: int = STEP_TOKENS
 
+    def keeps_forms(self, precision: Precision) -> bool:
+        """Whether matrices of this precision are held in their forms rather than widened."""
+        return self.keeps_codes if precision.weights == "stored" else self.keeps_int8
+
 
 RULES = {
     "cpu": DeviceRules(packs_matrices=True),
     "cuda": DeviceRules(
-        keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, runs_ahead=True, step_tokens=2048
+        keeps_int8=True,
+        keeps_codes=True,
+        has_few_shapes=True,
+        is_probed=True,
+        has_triton=True,
+        runs_ahead=True,
+        step_tokens=2048,
     ),
     # New torch plugins have most errors in sorting, masks and waiting for the device, so these are avoided.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),

@@ -11,8 +11,8 @@ from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.packing import can_pack, pack_linears
 from brlite.backends.torch.parallel import Group, shard_parameters
-from brlite.backends.torch.parameters import allocate_parameters
-from brlite.backends.torch.quantize import quantize_linears_, store_rows_
+from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
+from brlite.backends.torch.quantize import ROWS_AT_A_TIME, quantize_linears_, store_codes_, store_rows_
 from brlite.checkpoint.placing import LoadPlan, placing
 from brlite.errors import ConfigError
 from brlite.models.network import weight_bytes
@@ -30,24 +30,30 @@ def load_model(
     ranks. Raises `ConfigError` if there is not enough memory.
     """
     config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
-    is_int8 = plan.precision.weights == "int8"
+    forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
     try:
-        parameters = allocate_parameters(config, dtype, device, keeps_int8=rules.keeps_int8 and is_int8)
+        parameters = allocate_parameters(config, dtype, device, forms)
     except RuntimeError as error:  # torch's class when a CPU is out of memory
-        size = weight_bytes(config, dtype.itemsize, keeps_int8=rules.keeps_int8 and is_int8) / 2**30
+        size = weight_bytes(config, dtype.itemsize, forms) / 2**30
         raise ConfigError(f"the weights take {size:.1f} GiB, which is not there") from error
 
     for name, held in parameter_parts(plan.config, plan.shard).items() if plan.shard else ():
         if sum(map(len, held.rows)) < len(parameters.named[name]):
             parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
     for target, tensor in placing(plan):
+        if forms.get(target.parameter, "int8") != "int8":
+            for first in range(0, target.shape[0], ROWS_AT_A_TIME):
+                coded = tensor.part(range(first, min(first + ROWS_AT_A_TIME, target.shape[0]))).coded()
+                assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
+                store_codes_(parameters, target.parameter, target.start + first, coded)
+            continue
         values = torch.from_numpy(tensor.float32())
         # Every precision starts from bfloat16 weights, held in float32 or not.
         rows = values if target.dtype == "float32" else values.to(torch.bfloat16)
         store_rows_(parameters, target.parameter, target.start, rows)
         del values, rows  # before the next one is read
 
-    if is_int8:
+    if plan.precision.weights == "int8":
         quantize_linears_(parameters)
     if rules.packs_matrices and can_pack(parameters):
         parameters = pack_linears(parameters)

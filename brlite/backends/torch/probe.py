@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,15 +27,15 @@ from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import describe_device, host_device, rules_for
 from brlite.backends.torch.draws import draw
 from brlite.backends.torch.kv_cache import KVCache
-from brlite.backends.torch.parameters import allocate_parameters
-from brlite.backends.torch.quantize import quantize_linears_, store_rows_
+from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
+from brlite.backends.torch.quantize import quantize_linears_, random_codes, store_codes_, store_rows_
 from brlite.backends.torch.steps import LastDraws
 from brlite.config.options import TorchKernels
 from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
-from brlite.models.precision import PRECISIONS, Precision
+from brlite.models.precision import PRECISIONS, MatrixForm, Precision
 from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,22 @@ PLAIN_CONFIG = ModelConfig(
     rope=RopeConfig(rotary_dim=64),
 )
 
+
+class ProbedModel(NamedTuple):
+    """What a tiny model has of the model that will be served: its structure and its types.
+
+    `forms` are those of its matrices on a card; `kernels` is `engine.torch_kernels`.
+    """
+
+    config: ModelConfig = PLAIN_CONFIG
+    precision: Precision = PRECISIONS["bf16"]
+    kv_dtype: KVDtype = "bfloat16"
+    forms: Mapping[str, MatrixForm] = NO_FORMS
+    kernels: TorchKernels = "auto"
+
+
+PLAIN_MODEL = ProbedModel()
+
 FALLBACK = re.compile(r"fall\w*[ -]?back.*\bCPU\b", re.IGNORECASE | re.DOTALL)
 OPERATOR = re.compile(r"operator\W+([\w:.]+)", re.IGNORECASE)
 
@@ -91,25 +107,14 @@ class ProbeReport(NamedTuple):
         return (f"slow: torch runs {', '.join(self.on_host)} on the CPU, not on the device",) if self.on_host else ()
 
 
-def probe_device(
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: Precision = PRECISIONS["bf16"],
-    config: ModelConfig = PLAIN_CONFIG,
-    kv_dtype: KVDtype | None = None,
-    kernels: TorchKernels = "auto",
-) -> ProbeReport:
-    """Compute a tiny model of `config`'s structure on `device`. Raises `ConfigError` if the results are wrong.
-
-    Keys and values are stored in `kv_dtype`, by default that of `precision`. `kernels` is `engine.torch_kernels`.
-    """
-    kv_dtype = kv_dtype or precision.kv
+def probe_device(device: torch.device, dtype: torch.dtype, model: ProbedModel = PLAIN_MODEL) -> ProbeReport:
+    """Compute a tiny model like `model` on `device`. Raises `ConfigError` if the results are wrong."""
     began = time.monotonic()
-    tiny = shrunk(config)
-    expected = _compute(tiny, host_device(), torch.float32, precision, kv_dtype, "eager")
+    model = model._replace(config=shrunk(model.config))
+    expected = _compute(model._replace(kernels="eager"), host_device(), torch.float32)
     with _fallbacks() as on_host:
         try:
-            found = _compute(tiny, device, dtype, precision, kv_dtype, kernels)
+            found = _compute(model, device, dtype)
             is_drawn_right = not rules_for(device).samples or draws_right(found, ahead=rules_for(device).runs_ahead)
             found = found.cpu()
         except (RuntimeError, IndexError) as error:  # torch's classes for failures of operators, drivers and memory
@@ -149,19 +154,12 @@ def shrunk(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _compute(
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: Precision,
-    kv_dtype: KVDtype,
-    kernels: TorchKernels,
-) -> Tensor:
+def _compute(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The logits [R, V] of all rows of all steps, on the device that computed them."""
     num_blocks = MAX_LENGTH // BLOCK_SIZE
-    cache = KVCache(config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
-    decoder = _decoder(config, device, dtype, precision)
-    steps, _ = choose_steps(decoder, cache, kernels, max_rows=2, max_length=MAX_LENGTH)
+    cache = KVCache(model.config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=model.kv_dtype, device=device)
+    decoder = _decoder(model, device, dtype)
+    steps, _ = choose_steps(decoder, cache, model.kernels, max_rows=2, max_length=MAX_LENGTH)
     tables = (range(num_blocks), range(num_blocks, 2 * num_blocks))
     logits: list[Tensor] = []
     with torch.inference_mode():
@@ -184,11 +182,17 @@ def _compute(
         return torch.cat(logits)
 
 
-def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Decoder:
-    is_int8 = precision.weights == "int8"
-    parameters = allocate_parameters(config, dtype, device, keeps_int8=is_int8 and rules_for(device).keeps_int8)
+def _decoder(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """The tiny model. The host holds dequantized what it would quantize itself, and codes as a card does."""
+    config, is_int8 = model.config, model.precision.weights == "int8"
+    is_dequantized = is_int8 and not rules_for(device).keeps_int8
+    forms = {name: form for name, form in model.forms.items() if name in list_parameters(config) and not is_dequantized}
+    parameters = allocate_parameters(config, dtype, device, forms)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list_parameters(config).items():
+        if forms.get(name, "int8") != "int8":
+            store_codes_(parameters, name, 0, random_codes(forms[name], parameter.shape, generator))
+            continue
         values = torch.randn(parameter.shape, generator=generator)
         scaled = 1 + values / 10 if parameter.precision == "float32" else values / parameter.shape[-1] ** 0.5
         store_rows_(parameters, name, 0, scaled.bfloat16())

@@ -14,7 +14,7 @@ from brlite.backends.torch import probe
 from brlite.backends.torch.device import DeviceRules, host_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
-from brlite.backends.torch.probe import ProbeReport, draws_right, probe_device, shrunk
+from brlite.backends.torch.probe import ProbedModel, ProbeReport, draws_right, probe_device, shrunk
 from brlite.backends.torch.steps import ComputedStep, EagerSteps, LastDraws, Run
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype
@@ -30,7 +30,7 @@ CPU = host_device()
 @pytest.mark.parametrize("precision", ["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: PrecisionName) -> None:
-    report = probe_device(CPU, dtype, PRECISIONS[precision])
+    report = probe_device(CPU, dtype, ProbedModel(precision=PRECISIONS[precision], kv_dtype=PRECISIONS[precision].kv))
 
     assert report.cosine > (0.99999 if dtype == torch.float32 else 0.9995)
     assert report.on_host == ()
@@ -49,7 +49,7 @@ def test_the_cache_of_the_probe_is_of_the_type_that_the_models_will_be(
             kept.add(self.dtype)
 
     monkeypatch.setattr(probe, "KVCache", WatchedCache)
-    report = probe_device(CPU, torch.float32, kv_dtype=kv_dtype)
+    report = probe_device(CPU, torch.float32, ProbedModel(kv_dtype=kv_dtype))
 
     assert kept == {kv_dtype}
     assert report.cosine > 0.99999
@@ -59,7 +59,10 @@ def test_the_cache_of_the_probe_is_of_the_type_that_the_models_will_be(
 def test_every_architecture_can_be_probed(name: str) -> None:
     config = find_family(TINY_CONFIGS[name]).read_config(TINY_CONFIGS[name])
 
-    assert probe_device(CPU, torch.bfloat16, PRECISIONS["a_bf16_w_int8_kv_int8"], config).cosine > 0.999
+    assert (
+        probe_device(CPU, torch.bfloat16, ProbedModel(config, PRECISIONS["a_bf16_w_int8_kv_int8"], "int8")).cosine
+        > 0.999
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,8 +4,8 @@ The weights are the left operand of the matrix units and the rows the right one,
 and a small batch wastes no work. The inputs are summed in segments (split-K), whose number depends on the matrix's
 shape alone. If few programs would run, segments are computed in parallel and each sum is written (`parts`). Else one
 program computes and adds them in order. The kernel that reads the product adds the parts in the same order.
-Int8 weights have a scale for each 32 inputs of an output; the factor is level times scale, rounded to bfloat16. They
-are stored group after group, [K / 32, N, 8] words of four, so that a program's reads are contiguous. A word holds the
+Weights in groups (`GroupedLinear`) are dequantized to bfloat16 in the product. They are stored group after group,
+[K / 32, N, 8] words of four, or [K / 32, N, 4] of eight, so that a program's reads are contiguous. A word holds the
 weights that one thread gives to the matrix units (`pack_words`).
 """
 
@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from brlite.backends.torch.parameters import Int8Linear, Linear
-from brlite.backends.torch.triton.precision import DOT, scaled
+from brlite.backends.torch.parameters import GroupedLinear, Linear
+from brlite.backends.torch.triton.precision import DOT, dequantized
 from brlite.models.config import QUANTIZATION_GROUP
+from brlite.models.precision import MatrixForm
 
-MAX_NARROW_ROWS = 128  # with more rows, int8 weights are widened before the product
+MAX_NARROW_ROWS = 128  # with more rows, weights in groups are widened before the product
 MAX_PARTS = 8
 SEGMENT_STEP = 128  # a segment is a multiple of this number of inputs
 _WANTED_PROGRAMS = 264  # two for each of a large card's multiprocessors
@@ -33,28 +34,41 @@ _GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 8] words of int8
-    with `scales` [K / 32, N], bfloat16 numbers in float32, since loads of two bytes a thread are not prefetched."""
+    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 4 or 8] words with
+    `scales` [K / 32, N]: float32 numbers in the form "int8", else words of scale and offset, two float16 numbers.
+    Loads of two bytes a thread would not be prefetched."""
 
     num_outputs: int
     num_inputs: int
     values: Tensor
     scales: Tensor | None
     bias: Tensor | None
+    form: MatrixForm = "bfloat16"
 
     @classmethod
     def of(cls, linear: Linear, num_inputs: int) -> Matrix:
-        """The matrix of `linear`, and replaces it. Weights are copied if they are int8, else shared."""
+        """The matrix of `linear`, and replaces it. Weights in groups are copied, others shared."""
         weight = linear.weight
-        if not isinstance(linear, Int8Linear):
+        if not isinstance(linear, GroupedLinear):
             return cls(len(weight), num_inputs, weight, None, linear.bias)
-        words = pack_words(weight.view(len(weight), -1, QUANTIZATION_GROUP).transpose(0, 1))
-        return cls(len(weight), num_inputs, words, linear.scales.t().float().contiguous(), linear.bias)
+        codes = weight.view(*linear.scales.shape[:2], -1).transpose(0, 1)
+        if linear.form == "int8":
+            codes = codes.abs().view(torch.uint8) | (codes < 0).to(torch.uint8) << 7  # sign and magnitude
+        scales = linear.scales if linear.form == "int8" else linear.scales.view(torch.int32).squeeze(-1)
+        return cls(
+            *(len(weight), num_inputs, pack_words(codes.view(torch.uint8)), scales.t().contiguous(), linear.bias),
+            form=linear.form,
+        )
 
     @property
     def stride(self) -> int:
-        """The distance from one output to the next, or for int8 from one group to the next, in outputs."""
+        """The distance from one output to the next, or with groups from one to the next, in outputs."""
         return self.values.stride(0) if self.scales is None else self.scales.stride(0)
+
+    @property
+    def kernel_form(self) -> MatrixForm:
+        """The form for the kernels, which read the code of 0 also where it is 8 for all."""
+        return "int4_zero" if self.form == "int4" else self.form
 
     def outputs_from(self, start: int) -> tuple[Tensor, Tensor | None]:
         """Values and scales of the outputs from `start` on."""
@@ -63,15 +77,14 @@ class Matrix:
         return self.values[:, start:], self.scales[:, start:]
 
 
-def pack_words(levels: Tensor) -> Tensor:
-    """Levels [..., 32], from -127 to 127, as words [..., 8] of four, each level as its sign and its magnitude.
+def pack_words(codes: Tensor) -> Tensor:
+    """Bytes [..., 32], or [..., 16] with a 4-bit code for each 16 inputs, as words [..., 8 or 4] of four bytes.
 
     A word has the inputs i, i + 8, i + 1 and i + 9 of 16, which are one thread's in an instruction of the matrix units
     (mma.m16n8k16, wgmma: PTX ISA, "Register Fragments"), so that loads and registers need no byte to be moved.
     """
-    magnitudes = levels.abs().view(torch.uint8) | (levels < 0).to(torch.uint8) << 7
-    halves = magnitudes.reshape(*levels.shape[:-1], 2, 2, 4, 2)  # twice 16 inputs, each in two halves of four pairs
-    return halves.movedim(-3, -1).reshape(*levels.shape[:-1], 8, 4).view(torch.int32).squeeze(-1)
+    halves = codes.reshape(*codes.shape[:-1], -1, 2, 4, 2)  # once or twice 16 bytes, each in two halves of four pairs
+    return halves.movedim(-3, -1).reshape(*codes.shape[:-1], -1, 4).view(torch.int32).squeeze(-1)
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
@@ -106,22 +119,22 @@ def _weights_of(
     num_outputs,
     num_inputs,
     stride,
-    IS_INT8: tl.constexpr,
+    FORM: tl.constexpr,
     IS_EVEN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The weights of `outputs` for SIZE inputs, from `start` on: [BLOCK_OUTPUTS, SIZE]. Int8: for whole groups."""
+    """The weights of `outputs` for SIZE inputs, from `start` on: [BLOCK_OUTPUTS, SIZE]. With groups: for whole ones."""
     is_there = outputs[:, None] < num_outputs
-    if IS_INT8:
+    if FORM != "bfloat16":
         NUM_GROUPS: tl.constexpr = SIZE // _GROUP
-        WORDS: tl.constexpr = _GROUP // 4
+        WORDS: tl.constexpr = _GROUP // (4 if FORM == "int8" or FORM == "int8_f16" else 8)
         groups = tl.arange(0, NUM_GROUPS) + start // _GROUP
         factors = tl.load(scales + outputs[:, None] + groups[None, :].to(tl.int64) * stride, mask=is_there, other=0)
         factors = tl.broadcast_to(factors[:, :, None], [outputs.shape[0], NUM_GROUPS, WORDS])
         words = tl.arange(0, NUM_GROUPS * WORDS)
         places = (words // WORDS + start // _GROUP)[None, :].to(tl.int64) * stride + outputs[:, None]
-        levels = tl.load(values + places * WORDS + (words % WORDS)[None, :], mask=is_there, other=0)
-        return scaled(levels, tl.reshape(factors, [outputs.shape[0], NUM_GROUPS * WORDS]), SIZE)
+        codes = tl.load(values + places * WORDS + (words % WORDS)[None, :], mask=is_there, other=0)
+        return dequantized(codes, tl.reshape(factors, [outputs.shape[0], NUM_GROUPS * WORDS]), FORM, SIZE)
     inputs = start + tl.arange(0, SIZE)
     if not IS_EVEN:
         is_there &= inputs[None, :] < num_inputs
@@ -142,7 +155,7 @@ def _product(
     num_outputs,
     num_inputs,
     stride,
-    IS_INT8: tl.constexpr,
+    FORM: tl.constexpr,
     IS_EVEN: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -153,7 +166,7 @@ def _product(
     total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     for start in tl.range(first, last, BLOCK_INPUTS, num_stages=STAGES):
         weights = _weights_of(
-            values, scales, outputs, start, num_outputs, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS
+            values, scales, outputs, start, num_outputs, num_inputs, stride, FORM, IS_EVEN, BLOCK_INPUTS
         )
         total = tl.dot(weights, _inputs_of(x, rows, start, num_rows, num_inputs, IS_EVEN, BLOCK_INPUTS), total)
     return total
@@ -170,7 +183,7 @@ def multiply_kernel(
     num_inputs,
     stride,
     segment,
-    IS_INT8: tl.constexpr,
+    FORM: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_PART: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
@@ -189,7 +202,7 @@ def multiply_kernel(
             total += _product(
                 x, values, scales, rows, outputs, first, min(first + segment, num_inputs),
                 num_rows, num_outputs, num_inputs, stride,
-                IS_INT8, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
+                FORM, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
             )  # fmt: skip
     else:
         first = 0
@@ -201,7 +214,7 @@ def multiply_kernel(
         total = _product(
             x, values, scales, rows, outputs, first, last,
             num_rows, num_outputs, num_inputs, stride,
-            IS_INT8, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
+            FORM, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
         )  # fmt: skip
     pointers = out + rows[None, :].to(tl.int64) * num_outputs + outputs[:, None]
     tl.store(pointers, total, mask=(outputs[:, None] < num_outputs) & (rows[None, :] < num_rows))
@@ -220,7 +233,7 @@ def gated_kernel(
     size,
     num_inputs,
     stride,
-    IS_INT8: tl.constexpr,
+    FORM: tl.constexpr,
     IS_EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -236,10 +249,10 @@ def gated_kernel(
     up = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     for start in tl.range(0, num_inputs, BLOCK_INPUTS, num_stages=STAGES):
         inputs = _inputs_of(x, rows, start, num_rows, num_inputs, IS_EVEN, BLOCK_INPUTS)
-        weights = _weights_of(values, scales, outputs, start, size, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS)
+        weights = _weights_of(values, scales, outputs, start, size, num_inputs, stride, FORM, IS_EVEN, BLOCK_INPUTS)
         gate = tl.dot(weights, inputs, gate)
         weights = _weights_of(
-            up_values, up_scales, outputs, start, size, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS
+            up_values, up_scales, outputs, start, size, num_inputs, stride, FORM, IS_EVEN, BLOCK_INPUTS
         )
         up = tl.dot(weights, inputs, up)
     if HAS_BIAS:
@@ -251,11 +264,11 @@ def gated_kernel(
 
 
 @triton.jit
-def _widen_kernel(values, scales, out, num_outputs, stride, BLOCK_OUTPUTS: tl.constexpr):
-    """out [N, groups · 32] bfloat16: the weights of an int8 matrix. Program (outputs, group)."""
+def _widen_kernel(values, scales, out, num_outputs, stride, FORM: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr):
+    """out [N, groups · 32] bfloat16: the weights of a matrix in groups. Program (outputs, group)."""
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     group = tl.program_id(1)
-    weights = _weights_of(values, scales, outputs, group * _GROUP, num_outputs, 0, stride, True, True, _GROUP)
+    weights = _weights_of(values, scales, outputs, group * _GROUP, num_outputs, 0, stride, FORM, True, _GROUP)
     pointers = out + outputs[:, None].to(tl.int64) * tl.num_programs(1) * _GROUP + group * _GROUP
     pointers += tl.arange(0, _GROUP)[None, :]
     tl.store(pointers, weights.to(tl.bfloat16), mask=outputs[:, None] < num_outputs)
@@ -301,13 +314,16 @@ def multiply_gated(x: Tensor, matrix: Matrix, tile: Tile | None = None) -> Tenso
 
 
 def _widened(matrix: Matrix) -> Matrix:
-    """An int8 matrix in bfloat16, for one product of many rows: to widen it again in each tile of rows costs more."""
+    """A matrix in bfloat16, for one product of many rows: to widen it again in each tile of rows costs more."""
     if matrix.scales is None:
         return matrix
     num_groups = len(matrix.values)
     out = matrix.values.new_empty((matrix.num_outputs, num_groups * QUANTIZATION_GROUP), dtype=torch.bfloat16)
     _widen_kernel[(triton.cdiv(matrix.num_outputs, 256), num_groups)](
-        matrix.values, matrix.scales, out, matrix.num_outputs, matrix.stride, BLOCK_OUTPUTS=256, enable_fp_fusion=False
+        *(matrix.values, matrix.scales, out, matrix.num_outputs, matrix.stride),
+        FORM=matrix.kernel_form,
+        BLOCK_OUTPUTS=256,
+        enable_fp_fusion=False,
     )
     return Matrix(matrix.num_outputs, matrix.num_inputs, out, None, matrix.bias)
 
@@ -324,10 +340,10 @@ class Tile(NamedTuple):
     stages: int
     warps: int
 
-    def options(self, matrix: Matrix) -> dict[str, int | bool]:
+    def options(self, matrix: Matrix) -> dict[str, int | str]:
         """The kernel's constants."""
         return {
-            "IS_INT8": matrix.scales is not None,
+            "FORM": matrix.kernel_form,
             "IS_EVEN": matrix.num_inputs % self.inputs == 0,
             "BLOCK_OUTPUTS": self.outputs,
             "BLOCK_ROWS": self.rows,
@@ -358,7 +374,7 @@ TILES = (
 
 
 def choose_tile(num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
-    """The tile of a product of `num_rows` rows. Int8 weights of odd sizes are read one group at a time."""
+    """The tile of a product of `num_rows` rows. Weights in groups of odd sizes are read one group at a time."""
     tiles = next(tiles for tiles in TILES if num_rows <= tiles.max_rows)
     tile = tiles.gated if is_gated else tiles.plain
     is_odd = matrix.scales is not None and matrix.num_inputs % 128 != 0

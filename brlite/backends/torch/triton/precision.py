@@ -75,9 +75,46 @@ def _scaled_byte(words, factors, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def scaled(words, factors, SIZE: tl.constexpr):
-    """The weights [N, SIZE] of `words` [N, SIZE / 4] of `pack_words`, times factors [N, 1] (bfloat16 numbers in
-    float32), rounded to bfloat16, in the type of the product."""
+def _decoded(words, factors, SHIFT: tl.constexpr, FORM: tl.constexpr):
+    """The weights of the codes at SHIFT, exactly as the file means them, rounded to bfloat16."""
+    scales = factors.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if FORM == "int8_f16":
+        weights = (words << 24 - SHIFT >> 24).to(tl.float32) * scales
+    else:
+        # With b four bits, 0x4b000000 | b are the bits of 2^23 + b. Integers are converted at a quarter of the rate.
+        shifted = ((words >> SHIFT & 15) | 0x4B000000).to(tl.float32, bitcast=True)
+        offsets = (factors >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        if FORM == "int4_min":
+            weights = tl.fma(shifted - 8388608.0, scales, offsets)
+        else:
+            weights = (shifted - (8388608.0 + offsets)) * scales
+    return weights.to(tl.bfloat16).to(DOT)
+
+
+@triton.jit
+def _four_weights(words, factors, SHIFT: tl.constexpr, FORM: tl.constexpr):
+    """Of each word the codes at SHIFT of its four bytes, as inputs (i, i + 1) and (i + 8, i + 9): [N, words, 2, 2]."""
+    low = tl.join(_decoded(words, factors, SHIFT, FORM), _decoded(words, factors, SHIFT + 16, FORM))
+    high = tl.join(_decoded(words, factors, SHIFT + 8, FORM), _decoded(words, factors, SHIFT + 24, FORM))
+    return tl.join(low, high)
+
+
+@triton.jit
+def dequantized(words, factors, FORM: tl.constexpr, SIZE: tl.constexpr):
+    """The weights [N, SIZE] of `words` [N, SIZE / 4 or 8] of `pack_words` with the scales of `Matrix`, rounded to
+    bfloat16, in the type of the product."""
+    weights = _scaled(words, factors) if FORM == "int8" else _four_weights(words, factors, 0, FORM)
+    if FORM == "int8" or FORM == "int8_f16":
+        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 16, 4, 2, 2]), (0, 1, 4, 2, 3))
+    else:
+        weights = tl.join(weights, _four_weights(words, factors, 4, FORM))
+        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 32, 4, 2, 2, 2]), (0, 1, 5, 4, 2, 3))
+    return tl.reshape(weights, [words.shape[0], SIZE])
+
+
+@triton.jit
+def _scaled(words, factors):
+    """As `_four_weights`, in the form "int8": level times factor, a bfloat16 number in float32."""
     if IS_INTERPRETED:
         first = _scaled_byte(words, factors, 0)
         second = _scaled_byte(words, factors, 16)
@@ -92,6 +129,4 @@ def scaled(words, factors, SIZE: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    weights = tl.join(tl.join(first, second), tl.join(ninth, tenth))  # [N, words, 2, 2]
-    weights = tl.reshape(weights, [words.shape[0], SIZE // 16, 4, 2, 2])
-    return tl.reshape(tl.permute(weights, (0, 1, 4, 2, 3)), [words.shape[0], SIZE])
+    return tl.join(tl.join(first, second), tl.join(ninth, tenth))

@@ -38,19 +38,32 @@ HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_DIM": 128}
 ATTENTION = {**HEADS, "WINDOW": 0, "BLOCK_SIZE": 16, "BLOCK_KEYS": BLOCK_KEYS, "SPLIT": MIN_SPLIT, "STAGES": 2}
 STORED = {**HEADS, "NUM_PARTS": 2, "ROTARY_DIM": 128, "IS_INTERLEAVED": False, "HAS_BIAS": False, "HAS_NORM": True}
 NO_SCALES = {"scales": None}
-INT8_MATRIX = {"values": "*i32", "up_values": "*i32"}
+WORDS = {"values": "*i32", "up_values": "*i32"}
+HALVES = {"scales": "*i32", "up_scales": "*i32"}  # pairs of numbers in half precision
 MATRIX = {"values": "*bf16", "out": "*fp32"}
 INT8_PAGES = {"keys": "*i8", "values": "*i8"}
 
 # Of each: the kernel, types of arguments that its other uses have otherwise, its constants, its warps.
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
-    "multiply few": (multiply_kernel, MATRIX, {**FEW_ROWS, **PART, **NO_SCALES, "IS_INT8": False}, 4),
-    "multiply many": (multiply_kernel, MATRIX, {**MANY_ROWS, **SEGMENTS, **NO_SCALES, "IS_INT8": False}, 4),
-    "multiply few int8": (multiply_kernel, {**MATRIX, **INT8_MATRIX}, {**FEW_ROWS, **PART, "IS_INT8": True}, 4),
+    "multiply few": (multiply_kernel, MATRIX, {**FEW_ROWS, **PART, **NO_SCALES, "FORM": "bfloat16"}, 4),
+    "multiply many": (multiply_kernel, MATRIX, {**MANY_ROWS, **SEGMENTS, **NO_SCALES, "FORM": "bfloat16"}, 4),
+    "multiply few int8": (multiply_kernel, {**MATRIX, **WORDS}, {**FEW_ROWS, **PART, "FORM": "int8"}, 4),
+    "multiply few int4": (
+        multiply_kernel,
+        {**MATRIX, **WORDS, **HALVES},
+        {**FEW_ROWS, **PART, "FORM": "int4_zero"},
+        4,
+    ),
+    "gated int4": (
+        gated_kernel,
+        {**WORDS, **HALVES, "out": "*bf16"},
+        {**FEW_ROWS, "STAGES": 3, "FORM": "int4_min", "HAS_BIAS": True},
+        4,
+    ),
     "gated int8": (
         gated_kernel,
-        {**INT8_MATRIX, "out": "*bf16"},
-        {**FEW_ROWS, "STAGES": 3, "IS_INT8": True, "HAS_BIAS": True},
+        {**WORDS, "out": "*bf16"},
+        {**FEW_ROWS, "STAGES": 3, "FORM": "int8", "HAS_BIAS": True},
         4,
     ),
     "store heads int8": (store_heads_kernel, INT8_PAGES, {**STORED, "bias": None, "IS_INT8": True}, 1),

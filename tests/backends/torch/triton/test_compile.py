@@ -45,6 +45,7 @@ def test_products_use_asynchronous_matrix_units_where_a_card_has_them(
     compiled: dict[tuple[int, str], Counts],
 ) -> None:
     products = {"multiply few", "multiply many", "multiply few int8", "gated int8", "attention int8"}
+    products |= {"multiply few int4", "gated int4"}
 
     assert having(compiled, NEW, "wgmma.mma_async") == products
     assert having(compiled, NEW, "mma.sync") == {"attention part int8"}  # whose rows are too few for those

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brlite.backends.torch.parameters import Int8Linear, Linear
-from brlite.backends.torch.quantize import quantize_weight
+from brlite.backends.torch.parameters import GroupedLinear, Linear, Parameters
+from brlite.backends.torch.quantize import quantize_weight, random_codes, store_codes_
 from brlite.backends.torch.triton.multiply import (
+    MAX_NARROW_ROWS,
     MAX_PARTS,
     SEGMENT_STEP,
     Matrix,
@@ -20,6 +21,7 @@ from brlite.backends.torch.triton.multiply import (
     num_parts,
     segment_size,
 )
+from brlite.models.precision import MatrixForm
 from tests.backends.torch.triton.interpreter import BFLOAT16_STEP, to_bfloat16
 
 # Rows, outputs and inputs: each kind of tile; sizes that fill no tile, no group and no segment; up to four segments.
@@ -35,28 +37,50 @@ SHAPES = [
 ]
 
 
+FORMS: list[MatrixForm] = ["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
+
+
 def random_rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def make_matrix(num_outputs: int, num_inputs: int, *, is_int8: bool, has_bias: bool = False) -> tuple[Matrix, Tensor]:
+def make_linear(form: MatrixForm, num_outputs: int, num_inputs: int, bias: Tensor | None = None) -> GroupedLinear:
+    """A matrix with the codes of a file."""
+    num_groups = -(-num_inputs // 32)
+    is_int4 = form != "int8_f16"
+    weight = torch.zeros(
+        (num_outputs, num_groups * (16 if is_int4 else 32)), dtype=torch.uint8 if is_int4 else torch.int8
+    )
+    scales = torch.zeros((num_outputs, num_groups, 2), dtype=torch.float16)
+    coded = random_codes(form, (num_outputs, num_inputs), torch.Generator().manual_seed(3))
+    store_codes_(Parameters({"w": weight, "w.scales": scales}, {}), "w", 0, coded)
+    return GroupedLinear(weight, bias, form=form, scales=scales)
+
+
+def make_matrix(
+    num_outputs: int, num_inputs: int, *, form: MatrixForm, has_bias: bool = False
+) -> tuple[Matrix, Tensor]:
     """A matrix, and the weights that it stands for as they are multiplied, in float64."""
     weight = random_rows(num_outputs, num_inputs, seed=1)
     bias = random_rows(num_outputs, seed=2) if has_bias else None
-    if not is_int8:
+    if form == "bfloat16":
         return Matrix.of(Linear(weight, bias), num_inputs), weight.double()
+    if form != "int8":
+        linear = make_linear(form, num_outputs, num_inputs, bias)
+        widened = linear.dequantized(slice(None), torch.float32)
+        return Matrix.of(linear, num_inputs), to_bfloat16(widened)[:, :num_inputs].double()
     levels, scales = quantize_weight(weight)
     levels = functional.pad(levels, (0, -num_inputs % 32))
     widened = levels.view(*scales.shape, 32).float() * scales.float().unsqueeze(-1)
-    matrix = Matrix.of(Int8Linear(levels, bias, scales=scales), num_inputs)
+    matrix = Matrix.of(GroupedLinear(levels, bias, form="int8", scales=scales.float()), num_inputs)
     return matrix, to_bfloat16(widened).flatten(1)[:, :num_inputs].double()
 
 
-@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_min"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], is_int8: bool) -> None:
+def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], form: MatrixForm) -> None:
     num_rows, num_outputs, num_inputs = shape
-    matrix, weight = make_matrix(num_outputs, num_inputs, is_int8=is_int8)
+    matrix, weight = make_matrix(num_outputs, num_inputs, form=form)
     x = random_rows(num_rows, num_inputs)
 
     parts = multiply(x, matrix)
@@ -65,9 +89,9 @@ def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], is_int8:
     torch.testing.assert_close(parts.double().sum(dim=0), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
-def test_parts_add_up_to_the_bits_of_a_product_in_one(is_int8: bool) -> None:
-    matrix, _ = make_matrix(70, 480, is_int8=is_int8)
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_add_up_to_the_bits_of_a_product_in_one(form: MatrixForm) -> None:
+    matrix, _ = make_matrix(70, 480, form=form)
     x = random_rows(5, 480)
     tile = choose_tile(5, matrix)
 
@@ -79,7 +103,7 @@ def test_parts_add_up_to_the_bits_of_a_product_in_one(is_int8: bool) -> None:
 
 
 def test_a_matrix_is_not_split_for_rows_that_fill_a_card() -> None:
-    matrix, weight = make_matrix(260, 256, is_int8=False)
+    matrix, weight = make_matrix(260, 256, form="bfloat16")
     x = random_rows(129, 256)
 
     whole = multiply(x.repeat(44, 1), matrix)  # 45 tiles of rows by 3 of outputs
@@ -90,7 +114,7 @@ def test_a_matrix_is_not_split_for_rows_that_fill_a_card() -> None:
 
 
 def test_a_part_is_the_product_of_its_segment() -> None:
-    matrix, weight = make_matrix(70, 300, is_int8=True)
+    matrix, weight = make_matrix(70, 300, form="int8")
     x = random_rows(2, 300)
 
     parts = multiply(x, matrix)
@@ -101,11 +125,11 @@ def test_a_part_is_the_product_of_its_segment() -> None:
         torch.testing.assert_close(part.double(), x[:, segment].double() @ weight[:, segment].T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_zero"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("num_rows", [3, 20, 40, 70])
-def test_gate_and_up_make_one_activation(num_rows: int, has_bias: bool, is_int8: bool) -> None:
-    matrix, weight = make_matrix(2 * 70, 72, is_int8=is_int8, has_bias=has_bias)
+def test_gate_and_up_make_one_activation(num_rows: int, has_bias: bool, form: MatrixForm) -> None:
+    matrix, weight = make_matrix(2 * 70, 72, form=form, has_bias=has_bias)
     x = random_rows(num_rows, 72)
     gate, up = functional.linear(x.double(), weight, None if matrix.bias is None else matrix.bias.double()).chunk(
         2, dim=-1
@@ -127,11 +151,61 @@ def test_the_segments_of_a_matrix_hold_all_its_inputs_and_none_is_empty() -> Non
             assert (parts - 1) * size < num_inputs <= parts * size
 
 
-@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_inputs", [40, 64, 512])
-def test_no_tile_takes_inputs_of_two_segments(num_inputs: int, is_int8: bool) -> None:
-    matrix, _ = make_matrix(64, num_inputs, is_int8=is_int8)
+def test_no_tile_takes_inputs_of_two_segments(num_inputs: int, form: MatrixForm) -> None:
+    matrix, _ = make_matrix(64, num_inputs, form=form)
 
     for is_gated in (False, True):
         for num_rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 2048):
             assert SEGMENT_STEP % choose_tile(num_rows, matrix, is_gated=is_gated).inputs == 0
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("num_rows", [3, 40])
+def test_weights_in_groups_give_the_bits_of_the_same_weights_in_bfloat16(num_rows: int, form: MatrixForm) -> None:
+    matrix, weight = make_matrix(70, 256, form=form)
+    x = random_rows(num_rows, 256)
+
+    found = multiply(x, matrix)
+
+    assert torch.equal(found, multiply(x, Matrix.of(Linear(weight.bfloat16()), 256)))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_row_has_the_same_bits_beside_others(form: MatrixForm) -> None:
+    matrix, _ = make_matrix(70, 288, form=form)
+    x = random_rows(16, 288)  # numpy's products in the interpreter have other bits in other tiles
+
+    alone = multiply(x[:1], matrix)
+
+    assert torch.equal(multiply(x, matrix)[:, :1], alone)
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+def test_many_rows_are_multiplied_by_widened_weights(form: MatrixForm) -> None:
+    matrix, weight = make_matrix(70, 96, form=form)
+    x = random_rows(MAX_NARROW_ROWS + 1, 96)
+
+    (found,) = multiply(x, matrix)
+
+    torch.testing.assert_close(found.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+def test_codes_of_both_ends_with_scales_of_both_signs_are_exact() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2, 2)  # [2, 32]
+    packed = codes[:, :16] | codes[:, 16:] << 4
+    scales = torch.tensor([[[0.25, 3.0]], [[-65504.0, 65504.0]]], dtype=torch.float16)  # [2, 1, 2]
+    x = torch.eye(32).bfloat16()
+
+    found = {
+        form: multiply(x, Matrix.of(GroupedLinear(packed, form=form, scales=scales), 32))[0].T.double()
+        for form in ("int4_min", "int4_zero")
+    }
+
+    scale, offset = scales.double().split(1, dim=-1)
+    for form, exact in (
+        ("int4_min", codes * scale[:, 0] + offset[:, 0]),
+        ("int4_zero", (codes - offset[:, 0]) * scale[:, 0]),
+    ):
+        torch.testing.assert_close(found[form], exact, rtol=BFLOAT16_STEP, atol=0)

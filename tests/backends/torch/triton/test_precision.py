@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.triton.multiply import pack_words
+from brlite.backends.torch.parameters import GroupedLinear
+from brlite.backends.torch.triton.multiply import Matrix
 from brlite.backends.torch.triton.precision import _SCALE_WORD
 
 LEVELS = torch.arange(-127, 128, dtype=torch.int8)
@@ -69,7 +70,8 @@ def run(code: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("factor", FACTORS, ids=str)
 def test_a_word_of_four_levels_is_scaled_exactly(factor: Tensor) -> None:
     levels = torch.stack([LEVELS.roll(shift) for shift in range(32)], dim=1)  # [255, 32]: each level in each place
-    words = pack_words(levels).long() & 0xFFFFFFFF  # [255, 8]
+    matrix = Matrix.of(GroupedLinear(levels, form="int8", scales=torch.ones((255, 1))), 32)
+    words = matrix.values[0].long() & 0xFFFFFFFF  # [255, 8]
     bits = factor.view(torch.int16).long() & 0xFFFF
 
     registers = run(_SCALE_WORD.value, {"$4": words.flatten(), "$5": bits})
