@@ -8,20 +8,24 @@ Two questions, each with both sides in turns, so that a busy machine slows both;
 * decoding a chat with 16 tools, against FastAPI with the types of OpenAI's client, as vLLM has them: from the body to
   the handler, and json.loads and pydantic alone (left out where FastAPI or the client is missing);
 * how long the event loop stands still while a chat with 80 kB of tools, or a prompt of 100 kB, is read and queued,
-  against a short chat. The toy engine answers, so that no model's steps are in the way.
+  against a short chat. The toy engine answers, so that no model's steps are in the way. The interpreter's settings are
+  those of `brlite serve`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from brlite.app import create_app
+from brlite.commands.serve import GC_THRESHOLDS, SWITCH_INTERVAL_SECONDS
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.dialects.openai_chat import DIALECT
 from brlite.http.listen import HttpServer
@@ -38,6 +42,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="3 rounds")
     args = parser.parse_args()
     num_rounds = args.rounds or (3 if args.short else 9)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    gc.set_threshold(*GC_THRESHOLDS)
     compare_decoding(num_rounds)
     asyncio.run(measure_delays(num_rounds))
 

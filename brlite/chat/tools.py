@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+from brlite.errors import InvalidRequest
 
 NUM_SHORT_ID_CHARACTERS = 9  # Mistral's templates refuse other lengths
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
+# The text of a JSON schema, or null. A schema of many lines is decoded only where it is needed.
+EncodedSchema = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["object", "null"]})]
+NO_SCHEMA = msgspec.Raw(b"null")
+
+
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model may call. `parameters` is a JSON schema; without one it takes no arguments.
+    """A function that the model may call. `parameters` is the text of a JSON schema, an object, as the client wrote it;
+    without one it takes no arguments.
 
     With `strict` the arguments of every call conform to the schema.
     """
 
     name: str
     description: str | None = None
-    parameters: Mapping[str, Any] | None = None
-    strict: bool = False
+    parameters: EncodedSchema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    strict: bool | None = None
+
+    def schema(self) -> dict[str, Any]:
+        """The decoded `parameters`. Raises `InvalidRequest` for numbers out of range and for too deep nesting."""
+        try:
+            decoded = msgspec.json.decode(self.parameters, type=dict[str, Any] | None)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            reason = "they are nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise InvalidRequest(f"tools: the parameters of the tool {self.name}: {reason}", param="tools") from None
+        return {"type": "object", "properties": {}} if decoded is None else decoded
 
     def for_template(self) -> dict[str, Any]:
         """The tool in the shape of OpenAI's chat API, which templates expect."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
-        function["parameters"] = self.parameters if self.parameters is not None else EMPTY_SCHEMA
+        function["parameters"] = self.schema()
         return {"type": "function", "function": function}
-
-
-EMPTY_SCHEMA: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -118,7 +118,7 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
     thinks = body.thinking is not None and body.thinking.type != "disabled"
     return Generation(
         prompts=(_chat(body, reader.turns, tools.tools, thinks=thinks),),
-        params=sampling_params(body, field_names, stop=stop, structured=structured, **more.sampling),
+        params=sampling_params(body, limits, field_names, stop=stop, structured=structured, **more.sampling),
         field_names=field_names,
         warnings=tuple(warnings),
         tool_choice=tools.choice,

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from brlite.chat.tools import Tool, ToolChoice
+from brlite.chat.tools import NO_SCHEMA, EncodedSchema, Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries
 from brlite.dialects.openai_tools import (
-    FunctionDefinition,
     FunctionName,
     ToolChoiceObject,
     ToolDefinition,
@@ -35,7 +34,7 @@ class MessagesTool(Struct, kw_only=True):
     name: str | None = None
     type: str | None = None
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: EncodedSchema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     input_examples: list[dict[str, Any]] | None = None
     strict: bool | None = None
     allowed_callers: list[str] | None = None
@@ -83,7 +82,7 @@ def decode_messages_tools(
         parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
     )
     try:
-        tools, decoded = decode_tools(fields, limits)
+        tools, decoded = decode_tools(fields, limits, schema_field="input_schema")
     except InvalidRequest as error:
         message, param = (
             _INDEX.sub(lambda at: f"tools.{places[int(at[1])]}", text) for text in (str(error), error.param or "")
@@ -95,18 +94,18 @@ def decode_messages_tools(
     return MessagesTools(() if decoded.mode == "none" else tools, decoded, warnings)
 
 
-def _definition(tool: MessagesTool, param: str) -> FunctionDefinition:
+def _definition(tool: MessagesTool, param: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise not_supported(
             f"{param}.type",
             f": it is {excerpt(tool.type)}, whose schema only Anthropic's models know; describe the tool with an "
             "input_schema",
         )
-    for name, value in (("name", tool.name), ("input_schema", tool.input_schema)):
-        if value is None:
+    for name, is_missing in (("name", tool.name is None), ("input_schema", tool.input_schema == NO_SCHEMA)):
+        if is_missing:
             raise InvalidRequest(f"{param}.{name}: Field required", param=f"{param}.{name}")
     description = tool.description
     if tool.input_examples:
         examples = "\n".join(msgspec.json.encode(example).decode() for example in tool.input_examples)
         description = f"{description or ''}\n\nExamples of its input:\n{examples}".strip()
-    return FunctionDefinition(tool.name or "", description, tool.input_schema, tool.strict)
+    return Tool(name=tool.name or "", description=description, parameters=tool.input_schema, strict=tool.strict)

@@ -81,8 +81,6 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
     files = body.input_extra or []
     check_num_entries("input_extra", len(files), limits.max_messages)
-    if isinstance(body.stop, list):
-        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
     infill = Infill(
         body.input_prefix,
         body.input_suffix,
@@ -95,7 +93,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         given["max_tokens"] = 1
     return Generation(
         prompts=(infill,),
-        params=sampling_params(body, field_names, structured=structured_output(body), **given),
+        params=sampling_params(body, limits, field_names, structured=structured_output(body), **given),
         is_echo_only=body.max_tokens == 0,
         continuous_usage=True,
         field_names=field_names,

@@ -6,7 +6,9 @@ the manual names. `fields.py` lists the fields that are recognized but not decod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
@@ -136,7 +138,6 @@ class SamplingFields(StructuredFields, kw_only=True):
     prompt_logprobs: Whole | None = None
 
 
-_PARAMETERS = SamplingParams.__struct_fields__
 # The field of `LimitsConfig` that bounds the number of entries of each list or map.
 _LIST_LIMITS = {
     "stop": "max_stop_strings",
@@ -148,9 +149,8 @@ _LIST_LIMITS = {
     "bad_words": "max_bad_words",
 }
 _SAMPLING_TYPES = {field.name: field.type for field in structs.fields(SamplingFields)}
-_STRUCTURED_FIELDS = [
-    name for name in StructuredFields.__struct_fields__ if name not in GenerationFields.__struct_fields__
-]
+_structured_fields = attrgetter(*StructuredFields.__struct_fields__[len(GenerationFields.__struct_fields__) :])
+_NOT_STRUCTURED = _structured_fields(StructuredFields())
 _RESPONSE_FORMAT = msgspec.json.Decoder(ResponseFormat)
 _STRUCTURED_OUTPUTS = msgspec.json.Decoder(VllmStructuredOutputs)
 _TEXT = msgspec.json.Decoder(str)
@@ -214,7 +214,7 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
 
     A schema stays the JSON text that the client sent, because the order of its keys matters.
     """
-    if all(getattr(body, name) in (None, NULL) for name in _STRUCTURED_FIELDS):
+    if _structured_fields(body) == _NOT_STRUCTURED:
         return None
     # In llama.cpp and SGLang an empty schema or text means none.
     is_empty = bytes(body.json_schema).replace(b" ", b"") in (b"{}", b'""')
@@ -302,10 +302,25 @@ def _schema(name: str, raw: msgspec.Raw) -> dict[str, Any]:
     return {"json_schema": decode_value(raw, _TEXT, name) if data.startswith(b'"') else data.decode()}
 
 
-def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
-    """The sampling parameters in the body's fields, and `more`, which override them. Raises `InvalidRequest` with the
-    client's field name."""
-    given = {name: value for name in _PARAMETERS if (value := getattr(body, name, None)) is not None}
+@functools.cache
+def _parameters_of(kind: type[GenerationFields]) -> tuple[list[str], Callable[[GenerationFields], Iterable[Any]]]:
+    """The names of the fields that are sampling parameters, and a function that gets their values."""
+    names = [name for name in SamplingParams.__struct_fields__ if name in kind.__struct_fields__]
+    return names, attrgetter(*names)
+
+
+def sampling_params(
+    body: GenerationFields, limits: LimitsConfig, field_names: Mapping[str, str], **more: Any
+) -> SamplingParams:
+    """The sampling parameters in the body's fields, and `more`, which override them.
+
+    Raises `InvalidRequest` with the client's field name, also for a list that is too long.
+    """
+    names, values_of = _parameters_of(type(body))
+    given = {name: value for name, value in zip(names, values_of(body), strict=True) if value is not None}
+    for name, value in given.items():  # before any code iterates over a list: a long one would block the event loop
+        if name in _LIST_LIMITS and isinstance(value, (list, dict)):
+            check_num_entries(name, len(value), getattr(limits, _LIST_LIMITS[name]))
     try:
         return SamplingParams(**{**given, **more})
     except InvalidRequest as error:
@@ -344,11 +359,6 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
             )
         if options.include_usage and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
-    # Refuse a list that is too long before any code iterates over it, which would block the event loop.
-    for name, limit in _LIST_LIMITS.items():
-        values = getattr(body, name, None)
-        if isinstance(values, (list, dict)):
-            check_num_entries(name, len(values), getattr(limits, limit))
     name, count = ("n", body.n or 1) if body.best_of is None else ("best_of", body.best_of)
     num_sequences = num_prompts * count
     if num_sequences > limits.max_sequences:

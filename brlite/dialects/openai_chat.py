@@ -37,7 +37,6 @@ from brlite.dialects.openai_answer import (
 from brlite.dialects.openai_tools import (
     NO_TOOLS,
     CalledFunction,
-    FunctionDefinition,
     FunctionName,
     ShownCall,
     ShownFunction,
@@ -53,7 +52,6 @@ from brlite.dialects.openai_tools import (
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
 
-UNBUILT_MESSAGE_FIELDS = ("audio",)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's roles; a template may refuse some
 FUNCTION_CALL_ID = "call_function"  # for a call in the older `function_call` form, which has no id
 
@@ -88,7 +86,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     tools: list[ToolDefinition] | None = None
     tool_choice: str | ToolChoiceObject | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[FunctionDefinition] | None = None
+    functions: list[Tool] | None = None
     function_call: str | FunctionName | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -196,12 +194,24 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         field_names["max_tokens"], max_tokens = "max_completion_tokens", body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(
-        body, field_names, max_tokens=max_tokens, logprobs=logprobs, structured=structured_output(body), **more.sampling
+        body,
+        limits,
+        field_names,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        structured=structured_output(body),
+        **more.sampling,
     )
     tools: tuple[Tool, ...] = ()
     tool_choice = NO_TOOLS
     if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
-        tool_fields = ToolFields(**{name: getattr(body, name) for name in ToolFields.__struct_fields__})
+        tool_fields = ToolFields(
+            tools=body.tools,
+            tool_choice=body.tool_choice,
+            parallel_tool_calls=body.parallel_tool_calls,
+            functions=body.functions,
+            function_call=body.function_call,
+        )
         tools, tool_choice = decode_tools(tool_fields, limits, len(data))
     chat = read_chat(
         body.messages,
@@ -266,9 +276,8 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
     param, content = f"messages[{index}]", message.content
     if message.role not in ROLES:
         raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
-    for name in UNBUILT_MESSAGE_FIELDS:
-        if getattr(message, name):
-            raise not_supported(f"{param}.{name}")
+    if message.audio:
+        raise not_supported(f"{param}.audio")
     if message.refusal and content:
         raise not_supported(f"{param}.refusal", " beside content")
     if content is None:

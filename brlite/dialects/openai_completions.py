@@ -113,6 +113,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
         field_names["prompt_logprobs"] = "prompt_logprobs"
     params = sampling_params(
         body,
+        limits,
         field_names,
         max_tokens=1 if is_echo_only else max_tokens,  # the engine draws at least one token
         logprobs=logprobs,

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from brlite.chat.tools import Tool, ToolCallDelta, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
-from brlite.dialects.json_body import check_num_entries
+from brlite.dialects.json_body import check_num_entries, decode_value
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -20,18 +20,12 @@ NO_TOOLS = ToolChoice(mode="none")
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI allows 64 of A-Za-z0-9_-; MCP tool names have dots and slashes
 _NAMES = re.compile(rf"{_NAME.pattern}(?:\n{_NAME.pattern})*")
-
-
-class FunctionDefinition(Struct):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+_SCHEMA = msgspec.json.Decoder(dict[str, Any] | None)
 
 
 class ToolDefinition(Struct):
     type: str
-    function: FunctionDefinition | None = None
+    function: Tool | None = None
 
 
 class FunctionName(Struct):
@@ -74,29 +68,36 @@ class ToolFields(Struct, kw_only=True):
     tools: list[ToolDefinition] | None = None
     tool_choice: str | ToolChoiceObject | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[FunctionDefinition] | None = None
+    functions: list[Tool] | None = None
     function_call: str | FunctionName | None = None
 
 
 def decode_tools(
-    body: ToolFields, limits: LimitsConfig, num_body_bytes: int | None = None
+    body: ToolFields,
+    limits: LimitsConfig,
+    num_body_bytes: int | None = None,
+    *,
+    schema_field: str = "function.parameters",
 ) -> tuple[tuple[Tool, ...], ToolChoice]:
     """The tools that the model may call, and the tool choice. Raises `InvalidRequest`, naming the field.
 
-    If `num_body_bytes` is within the limit on tools, their size is not measured.
+    If `num_body_bytes` is within the limit on tools, their size is not measured. `schema_field` is the client's name of
+    a tool's schema.
     """
     if body.tools and body.functions:
         raise InvalidRequest("give either tools or functions", param="functions")
     if body.functions:
-        param, definitions = "functions", body.functions
+        param, definitions, schema_field = "functions", body.functions, "parameters"
     else:
-        param, definitions = "tools", []
-        for index, tool in enumerate(body.tools or ()):
-            if tool.type != "function":
-                raise not_supported(f"tools[{index}].type", f": it is {excerpt(tool.type)}, and only function is taken")
-            if tool.function is None:
-                raise InvalidRequest(f"tools[{index}].function is missing", param=f"tools[{index}].function")
-            definitions.append(tool.function)
+        param, given = "tools", body.tools or []
+        definitions = [each.function for each in given if each.type == "function" and each.function is not None]
+        if len(definitions) < len(given):
+            for index, each in enumerate(given):
+                place = f"tools[{index}]"
+                if each.type != "function":
+                    raise not_supported(f"{place}.type", f": it is {excerpt(each.type)}, and only function is taken")
+                if each.function is None:
+                    raise InvalidRequest(f"{place}.function is missing", param=f"{place}.function")
     check_num_entries(param, len(definitions), limits.max_tools)
     if num_body_bytes is None or num_body_bytes > limits.max_tools_bytes:
         num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
@@ -104,24 +105,24 @@ def decode_tools(
             raise InvalidRequest(
                 f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
             )
-    names = [function.name for function in definitions]
-    lines = "\n".join(names)  # one match for all names takes a third of the time
-    if names and not (lines.count("\n") == len(names) - 1 and _NAMES.fullmatch(lines)):
-        index = next(index for index, name in enumerate(names) if not _NAME.fullmatch(name))
+        copies = [msgspec.structs.replace(tool, parameters=tool.parameters.copy()) for tool in definitions]
+        definitions = copies  # they do not keep the whole body in memory
+    for index, tool in enumerate(definitions):
+        if not bytes(tool.parameters).startswith(b"{"):  # then decoding it raises the error, unless it is null
+            decode_value(tool.parameters, _SCHEMA, f"{param}[{index}].{schema_field}")
+    tools = {tool.name: tool for tool in definitions}
+    names = "\n".join(tools)  # one match for all names takes a third of the time
+    if tools and not (names.count("\n") == len(tools) - 1 and _NAMES.fullmatch(names)):
+        index, name = next((at, tool.name) for at, tool in enumerate(definitions) if not _NAME.fullmatch(tool.name))
         place, allowed = f"{param}[{index}].name", "1 to 128 letters, digits and _ . : / -"
-        raise InvalidRequest(f"{place} must be {allowed}, got {excerpt(names[index])}", param=place)
-    tools = {
-        function.name: Tool(
-            name=function.name,
-            description=function.description,
-            parameters=function.parameters,
-            strict=bool(function.strict),
-        )
-        for function in definitions
-    }
+        raise InvalidRequest(f"{place} must be {allowed}, got {excerpt(name)}", param=place)
     if len(tools) < len(definitions):
         raise InvalidRequest(f"{param} must have different names", param=param)
-    return tuple(tools.values()), _choice(body, tools)
+    choice = _choice(body, tools)
+    if choice.mode == "none":  # then no template gets the schemas, which checks them
+        for tool in definitions:
+            tool.schema()
+    return tuple(tools.values()), choice
 
 
 def _choice(body: ToolFields, names: Collection[str]) -> ToolChoice:

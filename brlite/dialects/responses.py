@@ -14,7 +14,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import NOTHING_MORE, OWN_PARAMETERS, not_supported
 from brlite.dialects.generation import Chat, Truncation
-from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
+from brlite.dialects.json_body import BodyDecoder, missing_field
 from brlite.dialects.openai import (
     GenerationFields,
     ReasoningEffort,
@@ -133,8 +133,6 @@ def _generation(
             raise InvalidRequest(f"{param} must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}", param=param)
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         raise not_supported("stream_options.include_obfuscation")
-    if isinstance(body.stop, list):
-        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
     conversation = _conversation(body, limits, stored)
     turns = conversation.turns
     tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
@@ -148,6 +146,7 @@ def _generation(
     field_names = {**FIELD_NAMES, **more.field_names}
     params = sampling_params(
         body,
+        limits,
         field_names,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if has_logprobs else None,

@@ -18,7 +18,6 @@ from brlite.dialects.json_body import check_num_entries, decode_value, missing_f
 from brlite.dialects.openai_tools import (
     AllowedTool,
     AllowedTools,
-    FunctionDefinition,
     FunctionName,
     ToolChoiceObject,
     ToolDefinition,
@@ -44,7 +43,7 @@ DROPPED_TOOLS = frozenset(
         "tool_search",
     )
 )
-CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+CUSTOM_PARAMETERS = msgspec.Raw(b'{"type":"object","properties":{"input":{"type":"string"}},"required":["input"]}')
 
 
 class ResponseTool(Struct, kw_only=True):
@@ -53,7 +52,7 @@ class ResponseTool(Struct, kw_only=True):
     type: str
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = None  # decoded, since the response shows it
     strict: bool | None = None
     format: Any = None
     tools: list[ResponseTool] | None = None
@@ -143,21 +142,22 @@ def decode_response_tools(
     )
 
 
-def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[FunctionDefinition, CalledTool]:
+def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[Tool, CalledTool]:
     if tool.type not in ("function", "custom"):
         raise not_supported(f"{param}.type", f": it is {excerpt(tool.type)}; function, custom and namespace are taken")
     if not tool.name:
         raise missing_field(f"{param}.name")
     name = flat_name(namespace, tool.name)
     if tool.type == "function":
-        return FunctionDefinition(name, tool.description, tool.parameters, tool.strict), CalledTool(
-            tool.name, namespace
-        )
+        schema = msgspec.Raw(msgspec.json.encode(tool.parameters))
+        function = Tool(name=name, description=tool.description, parameters=schema, strict=tool.strict)
+        return function, CalledTool(tool.name, namespace)
     text = tool.description or ""
     if isinstance(tool.format, dict) and tool.format.get("type") == "grammar":
         syntax, definition = str(tool.format.get("syntax")), str(tool.format.get("definition"))
         text += f"\n\nThe input must follow this grammar ({syntax}):\n{definition}"
-    return FunctionDefinition(name, text.strip() or None, CUSTOM_PARAMETERS), CalledTool(tool.name, namespace, True)
+    function = Tool(name=name, description=text.strip() or None, parameters=CUSTOM_PARAMETERS)
+    return function, CalledTool(tool.name, namespace, True)
 
 
 def _choice(choice: str | ResponseToolChoice | None) -> str | ToolChoiceObject | None:

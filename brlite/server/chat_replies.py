@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from brlite.chat.formats import ChatFormat
 from brlite.chat.reasoning import ReasoningTokenCounter, ends_inside
 from brlite.chat.reply import ReplyFormat, ReplyParser
 from brlite.chat.tool_calls import ToolCallParser, harmony
-from brlite.chat.tools import Tool, ToolChoice
+from brlite.chat.tools import EncodedSchema, Tool, ToolChoice
 from brlite.chat.turns import TemplateExtras
 from brlite.config.options import ModelSpec
 from brlite.dialects.fields import not_supported
@@ -21,7 +21,7 @@ from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning
 from brlite.tokenizer import Tokenizer
 
 NUM_END_TOKENS = 16  # the last tokens of a prompt: enough to detect that it ends inside the reasoning
-NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
 # Keywords with which a schema may require or allow properties that are not in `properties`.
 MORE_PROPERTIES = frozenset(
     {"additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf"}
@@ -31,6 +31,13 @@ MORE_PROPERTIES = frozenset(
 # variable of that name.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 NO_REASONING_EFFORTS = ("none", "minimal")
+
+
+class _Outline(msgspec.Struct):
+    """The properties of a schema, still encoded."""
+
+    properties: dict[str, msgspec.Raw]
+    required: list[str] = []
 
 
 class ChatReplies:
@@ -140,13 +147,12 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
     for tool, grammar in zip(tools, grammars, strict=True):
         if grammar is None:
             return None
-        schema = _closed(tool.parameters or NO_ARGUMENTS)
         parts.append(
             CallPart(
                 label=tool.name,
                 trigger=grammar.trigger,
                 begin=grammar.begin,
-                schema=msgspec.json.encode(schema).decode(),
+                schema=_closed(tool.parameters),
                 end=grammar.end,
                 parameters=None if grammar.parameters is None else ParameterNotation(**grammar.parameters),
             )
@@ -162,18 +168,22 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
     )
 
 
-def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a function's arguments with `additionalProperties: false`.
+def _closed(parameters: EncodedSchema) -> str:
+    """The schema of a function's arguments with `additionalProperties: false`. Without one there are no arguments.
 
     By default JSON Schema allows properties that are not listed. A client would pass them to its function, which fails.
     """
-    properties = schema.get("properties")
-    if not isinstance(properties, Mapping) or not MORE_PROPERTIES.isdisjoint(schema):
-        return schema
-    required = schema.get("required", ())
-    if not isinstance(required, Sequence) or not all(isinstance(name, str) and name in properties for name in required):
-        return schema  # invalid: compiling it raises the error
-    return {**schema, "additionalProperties": False}
+    try:
+        schema: dict[str, Any] = msgspec.json.decode(parameters, type=dict[str, msgspec.Raw] | None) or {}
+        outline = msgspec.json.decode(parameters, type=_Outline)
+    except msgspec.ValidationError:
+        text = bytes(parameters).decode()
+        return text if schema else NO_ARGUMENTS  # no properties; or invalid, and then compiling it raises the error
+    except RecursionError:
+        raise InvalidRequest("tools: a function's parameters are nested too deeply", param="tools") from None
+    if not MORE_PROPERTIES.isdisjoint(schema) or not outline.properties.keys() >= set(outline.required):
+        return bytes(parameters).decode()
+    return msgspec.json.encode({**schema, "additionalProperties": False}).decode()
 
 
 def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec) -> tuple[TemplateExtras, list[str]]:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from brlite.chat.tool_calls.parser import ToolCallParser
 from brlite.chat.tools import ReplyEvent, Tool, ToolCallDelta, collect
 
+
+def function(name: str, schema: object, description: str | None = None) -> Tool:
+    return Tool(name=name, description=description, parameters=msgspec.Raw(msgspec.json.encode(schema)))
+
+
 TOOLS = (
-    Tool(
-        name="get_weather",
-        description="The weather of a city.",
-        parameters={
+    function(
+        "get_weather",
+        {
             "type": "object",
             "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "zip": {"type": "string"}},
         },
+        description="The weather of a city.",
     ),
     Tool(name="now"),
 )

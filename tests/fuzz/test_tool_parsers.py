@@ -13,7 +13,7 @@ from brlite.config.options import GrammarConfig
 from brlite.grammar.compiler import Grammar, GrammarCompiler
 from brlite.sampling_params import StructuredOutput
 from brlite.server.chat_replies import call_grammar
-from tests.chat.replies import CASES, TOOLS, joined, order, read
+from tests.chat.replies import CASES, TOOLS, function, joined, order, read
 from tests.fuzz.budget import PLACES, fuzz
 from tests.grammar.answers import LongTokens, write
 
@@ -64,7 +64,7 @@ def test_text_without_tools_stays_as_it_is(case: tuple[str, str]) -> None:
     assert (reply.content, reply.tool_calls) == (text, ())
 
 
-ANY_TEXT = Tool(name="f", parameters={"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]})
+ANY_TEXT = function("f", {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]})
 GRAMMARS: dict[str, Grammar] = {}
 
 

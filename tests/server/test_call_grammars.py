@@ -15,13 +15,13 @@ from brlite.errors import InvalidRequest
 from brlite.grammar.compiler import Grammar, GrammarCompiler
 from brlite.sampling_params import Calls, Reasoning, StructuredOutput
 from brlite.server.chat_replies import call_grammar
-from tests.chat.replies import joined, read
+from tests.chat.replies import function, joined, read
 from tests.grammar.answers import write
 from tests.grammar.marked_tokens import MarkedTokens
 
-WEATHER = Tool(
-    name="get_weather",
-    parameters={
+WEATHER = function(
+    "get_weather",
+    {
         "type": "object",
         "properties": {
             "city": {"type": "string", "maxLength": 6},
@@ -39,7 +39,7 @@ WEATHER = Tool(
 )
 NOW = Tool(name="now")
 TOOLS = (WEATHER, NOW)
-SCHEMAS = {"get_weather": WEATHER.parameters, "now": {"type": "object", "additionalProperties": False}}
+SCHEMAS = {"get_weather": WEATHER.schema(), "now": {"type": "object", "additionalProperties": False}}
 MARKS = sorted({mark for parser in PARSERS.values() for mark in parser.marks})
 THINK = Reasoning(begins=("<think>",), end="</think>")
 HARMONY = Reasoning(begins=harmony.PREAMBLES, end=harmony.PREAMBLE_END, answer_begin=harmony.FINAL)
@@ -253,7 +253,7 @@ def test_harmony_has_messages_before_a_call_or_an_answer(vocabulary: str) -> Non
 )
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])
 def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: str, schema: Any, place: str) -> None:
-    found = call_grammar(PARSERS[name], (NOW, Tool(name="f", parameters=schema)), ToolChoice(mode="required"))
+    found = call_grammar(PARSERS[name], (NOW, function("f", schema)), ToolChoice(mode="required"))
 
     with pytest.raises(InvalidRequest, match=f"f: at {place}"):
         compiled("marks are text", calls=found)
@@ -269,14 +269,14 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: s
     ],
 )
 def test_what_a_format_without_json_cannot_enforce_is_refused(schema: Any, reason: str) -> None:
-    found = call_grammar(PARSERS["qwen3_coder"], (Tool(name="f", parameters=schema),), ToolChoice(mode="required"))
+    found = call_grammar(PARSERS["qwen3_coder"], (function("f", schema),), ToolChoice(mode="required"))
 
     with pytest.raises(InvalidRequest, match=f"f: at .*{reason}"):
         compiled("marks are text", calls=found)
 
 
 def test_digits_of_a_call_come_to_an_end_and_those_of_text_do_not() -> None:
-    tool = Tool(name="f", parameters={"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    tool = function("f", {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
     found = call_grammar(PARSERS["hermes"], (tool,), ToolChoice(mode="auto"))
     grammar = compiled("marks are text", calls=found, reasoning=THINK)
     before = '<think>"1" and "</think>' + "7" * 60 + '<tool_call>\n{"name": "f", "arguments": {"n":'
@@ -291,6 +291,8 @@ OPEN: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "strin
 @pytest.mark.parametrize(
     ("parameters", "takes_others"),
     [
+        (None, False),
+        ({}, False),
         ({"type": "object", "properties": {}}, False),
         (OPEN, False),
         ({**OPEN, "required": ["city"]}, False),
@@ -302,9 +304,9 @@ OPEN: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "strin
     ids=lambda value: json.dumps(value)[40:90] if isinstance(value, dict) else "",
 )
 def test_a_call_has_no_arguments_but_those_that_the_function_names(
-    parameters: dict[str, Any], takes_others: bool
+    parameters: dict[str, Any] | None, takes_others: bool
 ) -> None:
-    tool = Tool(name="weather", parameters=parameters)
+    tool = function("weather", parameters)
     found = call_grammar(PARSERS["hermes"], [tool], ToolChoice(mode="required"))
     call = '<tool_call>\n{"name": "weather", "arguments": {"days":2}}\n</tool_call>'
 
@@ -316,7 +318,7 @@ def test_a_call_has_no_arguments_but_those_that_the_function_names(
 @pytest.mark.parametrize("required", [[[]], [{}], [None], "city"])
 def test_required_names_that_are_no_texts_are_refused(required: Any) -> None:
     found = call_grammar(
-        PARSERS["hermes"], [Tool(name="f", parameters={**OPEN, "required": required})], ToolChoice(mode="required")
+        PARSERS["hermes"], [function("f", {**OPEN, "required": required})], ToolChoice(mode="required")
     )
 
     with pytest.raises(InvalidRequest, match="required"):

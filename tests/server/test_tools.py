@@ -323,3 +323,27 @@ async def test_a_call_that_the_length_cuts_in_its_mark_is_content_with_a_warning
     assert reason == "length"
     assert content.endswith("<tool")
     assert any("which may begin a tool call: it is content" in line for line in warnings)
+
+
+@pytest.mark.parametrize("tool_choice", ["auto", "none", "required"])
+@pytest.mark.parametrize(
+    ("parameters", "param", "reason"),
+    [
+        ('{"maximum": 1e999}', "tools", "tool f.*out of range"),
+        ('{"maximum": 1' + "0" * 5000 + "}", "tools", "tool f.*out of range"),
+        ("[" * 100_000, None, "nested too deeply"),
+        ("[]", "tools[0].function.parameters", "Expected `object"),
+        ('"{}"', "tools[0].function.parameters", "Expected `object"),
+    ],
+)
+async def test_a_schema_is_checked_whether_or_not_it_is_enforced(
+    serve: Ask, tool_choice: str, parameters: str, param: str | None, reason: str
+) -> None:
+    client = await serve()
+    tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {parameters}}}}}'
+    body = f'{{"messages": [{{"role": "user", "content": "a"}}], "tools": [{tool}], "tool_choice": "{tool_choice}"}}'
+
+    with pytest.raises(openai.BadRequestError, match=reason) as refusal:
+        await client.post("/chat/completions", cast_to=object, content=body.encode())
+
+    assert refusal.value.param == param

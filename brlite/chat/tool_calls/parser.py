@@ -270,5 +270,5 @@ def typed_value(text: str, schema: Any) -> str:
 
 def property_schemas(tool: Tool) -> Mapping[str, Any]:
     """The schemas of a tool's arguments by name."""
-    properties = (tool.parameters or {}).get("properties")
+    properties = tool.schema().get("properties")
     return properties if isinstance(properties, Mapping) else {}
