@@ -256,7 +256,6 @@ class Engine:
         if step.guidance is not None:
             step.guidance.advance(result)
         seconds, self._last_end = now - max(step.start, self._last_end), now
-        self.stats.step_time.observe(seconds)
         self.stats.num_step_threads = result.num_threads
         self.stats.host_draws += result.num_host_draws
         has_chunk = max(step.runs, key=itemgetter(1))[1] > 1
@@ -273,7 +272,7 @@ class Engine:
         num_generated = self.stats.generation_tokens - num_generated
         self.stats.generation_rate.add(num_generated)
         # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
-        self.stats.step_tokens.observe(self.stats.prompt_tokens - num_prompt + num_generated)
+        self.stats.note_step(self.stats.prompt_tokens - num_prompt + num_generated, seconds)
         for state in dict.fromkeys(seq.state for seq, _ in step.runs):
             if state.search is not None and self._requests.get(state.request.request_id) is state:
                 self._beams.advance(state, state.search, now)

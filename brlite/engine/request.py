@@ -190,7 +190,7 @@ class Sequence:
         return self.index == 0 and params.prompt_logprobs is not None and self.state.prompt_logprobs is None
 
     def append(self, token_id: int, now: float) -> None:
-        if not self.num_output_tokens:
+        if len(self.token_ids) == self.num_prompt_tokens:
             self.first_token_time = now
         self.last_token_time = now
         self.token_ids.append(token_id)
@@ -278,13 +278,17 @@ class RequestState:
 
     def take_output(self) -> RequestOutput:
         """The output that is new since the last call. Prompt logprobs are in the first one only."""
+        outputs, finished = list(self.delta.values()), False
+        for completion in outputs:
+            if completion.finish_reason is not None:  # else the request cannot have ended
+                finished = self.is_finished
         output = RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             prompt_logprobs=None if self.has_output else self.prompt_logprobs,
-            outputs=list(self.delta.values()),
-            finished=self.is_finished,
+            outputs=outputs,
+            finished=finished,
             num_cached_tokens=self.num_cached_tokens,
             num_searched_tokens=0 if self.search is None else self.search.num_tokens,
             embedding=self.embedding,

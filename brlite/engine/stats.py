@@ -106,6 +106,7 @@ class EngineStats:
         self.host_draws = 0  # tokens that the host drew while a device that runs ahead waited
         self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
         self.finished: Counter[str] = Counter()
+        self._latencies: dict[float, int] = {}  # of the step's tokens: sequences that run together have the same
         self.prompt_rate = Rate(clock)
         self.generation_rate = Rate(clock)
 
@@ -144,7 +145,16 @@ class EngineStats:
         """Record a step's tokens of a sequence, `seconds` after its previous one if any: an equal part for each."""
         self.generation_tokens += num_tokens
         if seconds is not None:
-            self.inter_token_latency.observe(seconds / num_tokens, num_tokens)
+            latency = seconds / num_tokens
+            self._latencies[latency] = self._latencies.get(latency, 0) + num_tokens
+
+    def note_step(self, num_tokens: int, seconds: float) -> None:
+        """Record a step: its duration and its tokens, as vLLM counts them. Call it after the step's `note_tokens`."""
+        self.step_time.observe(seconds)
+        self.step_tokens.observe(num_tokens)
+        for latency, times in self._latencies.items():
+            self.inter_token_latency.observe(latency, times)
+        self._latencies.clear()
 
     def note_draft(self, num_tokens: int, num_accepted: int) -> None:
         """Record that a step verified the guesses of a sequence."""
