@@ -66,7 +66,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.named_by({part.form for each in parts for part in each})
 
     def named_by(self, forms: Collection[MatrixForm]) -> str:
-        """The spec's precision; where matrices of these forms keep the codes of quantized files, the codes' precision."""
+        """The spec's precision; where matrices of these forms keep the codes of quantized files, that of the codes."""
         if self.precision.weights != "stored" or not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -52,9 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=[*MIXES, *FOLDERS])
-def checkpoint(request: pytest.FixtureRequest, folder: Path) -> Iterator[Checkpoint]:
-    with closing(open_checkpoint(model_path(folder, request.param))) as opened:
-        yield opened
+def checkpoint(request: pytest.FixtureRequest, folder: Path) -> Checkpoint:
+    return open_checkpoint(model_path(folder, request.param))
 
 
 def model_path(folder: Path, name: str) -> Path:
@@ -137,22 +135,22 @@ def test_two_ranks_hold_the_parts_of_one_and_give_its_logits(checkpoint: Checkpo
 
 
 def test_a_rank_whose_inputs_end_within_a_group_widens_the_matrix(folder: Path) -> None:
-    with closing(open_checkpoint(model_path(folder, "q4_0"))) as checkpoint:
-        model = plan_of(checkpoint).model
-        config = msgspec.structs.replace(
-            model.config, num_heads=16, num_kv_heads=16, head_dim=16, rope=RopeConfig(rotary_dim=16)
-        )
+    checkpoint = open_checkpoint(model_path(folder, "q4_0"))
+    model = plan_of(checkpoint).model
+    config = msgspec.structs.replace(
+        model.config, num_heads=16, num_kv_heads=16, head_dim=16, rope=RopeConfig(rotary_dim=16)
+    )
 
-        forms = card_forms(model._replace(config=config), Shard(0, 16))
+    forms = card_forms(model._replace(config=config), Shard(0, 16))
 
     assert "layers.0.o.weight" not in forms
     assert forms["layers.0.gate_up.weight"] == "int4"
 
 
 def test_what_becomes_of_each_format_is_said(folder: Path) -> None:
-    with closing(open_checkpoint(model_path(folder, "mixed"))) as checkpoint:
-        model = plan_of(checkpoint).model
-        said = describe_precision(model, ModelSpec(name="m"), is_native=False, keeps_codes=True)
+    checkpoint = open_checkpoint(model_path(folder, "mixed"))
+    model = plan_of(checkpoint).model
+    said = describe_precision(model, ModelSpec(name="m"), is_native=False, keeps_codes=True)
 
     assert said == (
         "the file's own: Q4_0 is rounded to int8 in 6 of 10 matrices, else kept, Q4_1 is rounded to int8, "
@@ -165,12 +163,12 @@ def test_a_card_keeps_codes_and_the_cpu_and_explicit_bf16_widen_them(folder: Pat
 
     assert RULES["cuda"].keeps_forms(auto)
     assert not RULES["cpu"].keeps_forms(auto)
-    with closing(open_checkpoint(model_path(folder, "q4_0"))) as checkpoint:
-        plan = plan_of(checkpoint)
-        assert {"int4", "int8"} == set(plan.card_forms.values())
-        assert plan.named_by(set(plan.card_forms.values())) == "a_bf16_w_int4"
-        assert card_forms(plan.model._replace(precision=bf16)) == {}
-        backend = TorchBackend.load(plan)
+    checkpoint = open_checkpoint(model_path(folder, "q4_0"))
+    plan = plan_of(checkpoint)
+    assert {"int4", "int8"} == set(plan.card_forms.values())
+    assert plan.named_by(set(plan.card_forms.values())) == "a_bf16_w_int4"
+    assert card_forms(plan.model._replace(precision=bf16)) == {}
+    backend = TorchBackend.load(plan)
     assert backend.info.precision == "bf16"
 
 

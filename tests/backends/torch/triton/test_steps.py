@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +111,10 @@ def test_logits_are_those_of_torch_in_float32(model: Model) -> None:
 
 
 def test_logits_of_a_quantized_file_are_those_of_torch_in_float32(tmp_path: Path) -> None:
-    with closing(open_checkpoint(write_quantized(tmp_path / "m.gguf", MIXES["q4_k_m"]))) as checkpoint:
-        plan = make_plan(checkpoint, ModelSpec(build_seq=LENGTH))
-        rules = DeviceRules(keeps_int8=True, keeps_codes=True)
-        eager, ours = (load_model(plan, dtype, DEVICE, rules) for dtype in (torch.float32, torch.bfloat16))
+    checkpoint = open_checkpoint(write_quantized(tmp_path / "m.gguf", MIXES["q4_k_m"]))
+    plan = make_plan(checkpoint, ModelSpec(build_seq=LENGTH))
+    rules = DeviceRules(keeps_int8=True, keeps_codes=True)
+    eager, ours = (load_model(plan, dtype, DEVICE, rules) for dtype in (torch.float32, torch.bfloat16))
     expected = EagerSteps(eager, make_cache(eager.config, "float32"))
     kernels = TritonSteps(ours.config, ours.parameters, make_cache(ours.config, "bfloat16"), max_length=LENGTH)
 
