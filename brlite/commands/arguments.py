@@ -37,7 +37,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     port = "port of the server on this machine (default 8000 if it is free, else any)"
     parser.add_argument("--port", type=int, metavar="N", help=port)
     parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
-    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--device", help="device that computes: auto, cpu or a kind of card (docs/devices.md)")
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     parser.add_argument("--engine", metavar="NAME", help="engine: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
@@ -159,9 +159,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     where = "folder in which the bundle's folder is created"
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
     names = get_args(PrecisionName)
-    packed = "precision of the bundle's weights (default: %(default)s, as the manual recommends for all its models)"
+    packed = "precision of the packed weights (default: %(default)s, as br-vllm-serving recommends for all models)"
     parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
-    traced = "take the weights from this .pt, traced by the manual's tool; config and tokenizer from --model_dir"
+    traced = "take the weights from this .pt, which br-vllm-serving traced; config and tokenizer from --model_dir"
     parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
     parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
 
@@ -214,7 +214,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", metavar="PATH", help=draft)
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
-    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--device", help="device that computes: auto, cpu or a kind of card (docs/devices.md)")
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     add_engine(parser)
 

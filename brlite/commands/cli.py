@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def br_api_server(argv: Sequence[str] | None = None) -> int:
     """Run the manual's command, `br_api_server --config FILE --port N`. With a JSON it listens on all addresses."""
-    parser = CommandParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
+    parser = CommandParser(prog="br_api_server", description="Serve the model of br-vllm-serving's JSON config.")
     add_br_api_server(parser)
     parser.set_defaults(command="serve")
     return _run(parser, argv)

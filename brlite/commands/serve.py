@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     # The manual's JSON has no field for a host, and its server listens to all addresses. A TOML has its own host.
     if getattr(args, "is_manual", False) and args.host is None and args.config.suffix == ".json":
         args.host = ALL_ADDRESSES
-        notes = [f"listening on all addresses ({ALL_ADDRESSES}), as the manual's server does; --host changes it"]
+        notes = [f"listening on all addresses ({ALL_ADDRESSES}), as br-vllm-serving does; --host changes it"]
     is_named = args.config is not None
     args.config = args.config or find_own_config()
     files = [args.config] if args.config else []

@@ -40,7 +40,7 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     """The config of a proxy. Raises a one-line `ConfigError` for a contradiction, or if there is no server."""
     if not files and not named_urls:
         raise ConfigError(
-            "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
+            "proxy: no upstream; give a config (a .toml, or br-vllm-serving's .json files) or --upstream NAME=URL"
         )
     tomls = [path for path in files if path.suffix == ".toml"]
     if len(tomls) > 1:

@@ -140,7 +140,7 @@ def _manual_table(config: Config) -> Warnings:
         elif model not in upstream_models.get(url, (model,)):
             yield f"all_models: {url} is also an [[upstream]], and only its models count: {model} is not forwarded"
     for name in sorted(here - set(table.values()) if table else ()):
-        yield f"all_models: {name} is served here but not listed; the manual wants every model listed by its name"
+        yield f"all_models: {name} is served here but not listed; br-vllm-serving wants every model listed by its name"
     for name in sorted(name for name, count in Counter(table.values()).items() if count > 1 and name in here):
         yield f"all_models: {name} is served here, not forwarded: the other servers that have it are not used"
 
@@ -242,11 +242,11 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
     if not (spec.model_file or spec.serialize_file or spec.output_name):
         return
     if len(spec.devices) == 1 and spec.devices[0] != 0:
-        yield f"devices [{spec.devices[0]}]: fine here, but on a single card the manual's engine allows only card 0"
+        yield f"devices [{spec.devices[0]}]: fine here, but br-vllm-serving with a single card allows only card 0"
     if spec.build_seq > 8192:
-        yield f"build_seq {spec.build_seq}: fine here, but the manual's engine allows at most 8192"
+        yield f"build_seq {spec.build_seq}: fine here, but br-vllm-serving allows at most 8192"
     if spec.build_batch > 64:
-        yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
+        yield f"build_batch {spec.build_batch}: fine here, but br-vllm-serving fails above 64"
 
 
 _RULES: tuple[Callable[[Config], Warnings], ...] = (_server, _manual_table, _upstreams, _names, _engine)

@@ -192,7 +192,7 @@ def _checks(
     if source.get("use_cache") is False:
         yield "config       use_cache is false"
     else:
-        wanted = "no matter for a bundle; the manual's own tool needs it to be false in config.json"
+        wanted = "no matter for a bundle; br-vllm-serving's own tool needs it to be false in config.json"
         yield f"config       use_cache is not false: {wanted}"
     code = "; the code that its auto_map names is not needed, and is not run" if source.get("auto_map") else ""
     yield f"architecture {plan.draft.architecture}{code}"
@@ -213,7 +213,7 @@ def _checks(
     kept = f"; {', '.join(widened)} are widened: serve the model itself to keep its size" if widened else ""
     yield f"rounding     {rounding}{kept}"
     heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} of keys and values"
-    limit = f" (the manual's engine allows {MANUALS_MAX_SEQ})" if config.max_context > MANUALS_MAX_SEQ else ""
+    limit = f" (br-vllm-serving allows {MANUALS_MAX_SEQ})" if config.max_context > MANUALS_MAX_SEQ else ""
     packed = "" if obstacle is None else f"; weights are not packed: {obstacle}"
     yield f"shapes       {heads}, context of {config.max_context}{limit}{packed}"
     chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"
@@ -256,7 +256,7 @@ def _report(
     file = plan.folder.with_name(f"{plan.folder.name}.json")
     if not file.exists():
         write_whole(file, text + b"\n")
-        print(f"\nA config for it, with the manual's 13 fields, is in {file}:\n")
+        print(f"\nA config for it, with br-vllm-serving's 13 fields, is in {file}:\n")
     else:
-        print(f"\nA config for it, with the manual's 13 fields ({file} is there already and stays as it is):\n")
+        print(f"\nA config for it, with br-vllm-serving's 13 fields ({file} is there already and is kept):\n")
     print(text.decode(), flush=True)

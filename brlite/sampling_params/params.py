@@ -212,7 +212,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     stop_token_ids: Annotated[tuple[int, ...], _parameter("a list of token ids", "tokens that end an answer")] = ()
     stop_tokens_ids: Annotated[
-        tuple[int, ...], _parameter("a list of token ids", "the manual's spelling of stop_token_ids")
+        tuple[int, ...], _parameter("a list of token ids", "br-vllm-serving's spelling of stop_token_ids")
     ] = ()
     include_stop_str_in_output: Annotated[bool, _parameter("true or false", "whether a stop string is shown")] = False
     ignore_eos: Annotated[bool, _parameter("true or false", "go on after the model's end of text")] = False

@@ -207,7 +207,7 @@ def test_the_manuals_command_listens_to_the_network(handed_over, option):
 
     assert (handed_over.config.server.host, handed_over.config.server.port) == ("0.0.0.0", 9000)
     assert handed_over.config.model == load_config(FIXTURES / "mistral_7b.json").model
-    assert handed_over.warnings[0].startswith("listening on all addresses (0.0.0.0), as the manual's server does")
+    assert handed_over.warnings[0].startswith("listening on all addresses (0.0.0.0), as br-vllm-serving does")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_an_upstream_that_is_no_name_and_url_is_refused(text: str) -> None:
 
 def test_nothing_to_forward_to_is_an_error_that_says_what_helps() -> None:
     assert refusal() == (
-        "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
+        "proxy: no upstream; give a config (a .toml, or br-vllm-serving's .json files) or --upstream NAME=URL"
     )
 
 

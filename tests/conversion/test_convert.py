@@ -238,7 +238,7 @@ def test_the_config_is_written_beside_the_bundle_and_one_that_is_there_is_kept(
     convert(source, tmp_path / "out")
 
     assert file.read_text() == '{"mine": true}'
-    assert "is there already and stays as it is" in capsys.readouterr().out
+    assert "is there already and is kept" in capsys.readouterr().out
 
 
 def test_a_bundle_can_be_converted_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
