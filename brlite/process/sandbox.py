@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,10 +156,15 @@ class ChildProcess:
         assert self._process is not None, "it is started before"
         deadline = time.monotonic() + seconds
         try:
-            _write(self._process, data, deadline)
+            assert self._process.stdin is not None, "it is a pipe"
+            descriptor, view = self._process.stdin.fileno(), memoryview(data)
+            while view:
+                _wait(descriptor, select.POLLOUT, deadline)
+                with suppress(BlockingIOError):
+                    view = view[os.write(descriptor, view) :]
             (length,) = LENGTH.unpack(_read(self._process, LENGTH.size, deadline))
             if length > MAX_ANSWER_BYTES:
-                raise ChildFailed("its process sent too much")
+                raise ChildFailed(f"its process sent more than {MAX_ANSWER_BYTES} bytes")
             answer: dict[str, Any] = json.loads(_read(self._process, length, deadline))
         except (BrokenPipeError, EOFError):
             raise ChildFailed(self._death()) from None
@@ -217,17 +223,6 @@ def _end(process: subprocess.Popen[bytes], pid: int) -> None:
         if pipe is not None:
             pipe.close()
     process.wait()
-
-
-def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
-    assert process.stdin is not None, "it is a pipe"
-    descriptor, view = process.stdin.fileno(), memoryview(data)
-    while view:
-        _wait(descriptor, select.POLLOUT, deadline)
-        try:
-            view = view[os.write(descriptor, view) :]
-        except BlockingIOError:
-            continue
 
 
 def _read(process: subprocess.Popen[bytes], length: int, deadline: float) -> bytes:
