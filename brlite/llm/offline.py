@@ -99,9 +99,14 @@ class LLM:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
-        params = _one_for_each(
-            self.get_default_sampling_params() if sampling_params is None else sampling_params, len(prompts)
-        )
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidRequest(
+                f"sampling_params has {len(params)} entries for {len(prompts)} prompts; give one, or one for each",
+                param="sampling_params",
+            )
         with self._taking_turn():
             requests = [
                 self._checked(number, prompt, each)
@@ -320,14 +325,3 @@ class _Run:
             if (params := self._best_of.get(output.request_id)) is not None:
                 whole.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
             self._finished.append(whole)
-
-
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    if len(params) != num_prompts:
-        raise InvalidRequest(
-            f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one, or one for each",
-            param="sampling_params",
-        )
-    return params

@@ -7,6 +7,7 @@ the engines' `EngineStats`, so two applications in one process share no metrics.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -183,15 +184,13 @@ class EngineCollector(Collector):
         yield from self._families(GaugeMetricFamily, V1_GAUGES, V1_LABELS)
         yield from self._families(CounterMetricFamily, V1_COUNTERS, V1_LABELS)
         yield from self._histograms(V1_HISTOGRAMS, V1_LABELS)
-        yield self._endings()
         yield from self._divided()
         yield from self._families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS)
         yield from self._families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS)
         yield from self._histograms(OWN_HISTOGRAMS, SEED_LABELS)
         yield from self._traits(CounterMetricFamily, MODEL_COUNTERS)
         yield from self._traits(GaugeMetricFamily, MODEL_GAUGES)
-        yield self._backends()
-        yield self._waits()
+        yield from self._loaded()
 
     def _each(self, labels: tuple[str, ...]) -> Iterator[tuple[list[str], EngineStats]]:
         for model in self._models:
@@ -223,7 +222,9 @@ class EngineCollector(Collector):
             family = HistogramMetricFamily(row.name, row.about, labels=labels)
             for values, stats in self._each(labels):
                 histogram = row.value(stats)
-                family.add_metric(values, buckets=_buckets(histogram), sum_value=histogram.total)
+                bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+                buckets = list(zip(bounds, map(float, itertools.accumulate(histogram.counts)), strict=True))
+                family.add_metric(values, buckets=buckets, sum_value=histogram.total)
             yield family
 
     def _cache_config(self) -> Metric:
@@ -249,17 +250,11 @@ class EngineCollector(Collector):
                 family.add_metric([], setup)
         return family
 
-    def _endings(self) -> Metric:
-        family = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended, by how.", labels=(*V1_LABELS, "finished_reason")
-        )
-        for values, stats in self._each(V1_LABELS):
-            for ending in ENDINGS:
-                family.add_metric([*values, ending], stats.finished[ending])
-        return family
-
     def _divided(self) -> Iterator[Metric]:
         """Families of the V1 engine that split a number by one more label."""
+        ended = CounterMetricFamily(
+            "vllm:request_success", "Requests that ended, by how.", labels=(*V1_LABELS, "finished_reason")
+        )
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason", "All wait for room.", labels=(*V1_LABELS, "reason")
         )
@@ -272,6 +267,8 @@ class EngineCollector(Collector):
             labels=(*V1_LABELS, "position"),
         )
         for values, stats in self._each(V1_LABELS):
+            for ending in ENDINGS:
+                ended.add_metric([*values, ending], stats.finished[ending])
             waiting.add_metric([*values, "capacity"], stats.num_waiting)
             waiting.add_metric([*values, "deferred"], 0)
             sources.add_metric([*values, "local_compute"], stats.prompt_tokens - stats.cached_prompt_tokens)
@@ -289,26 +286,23 @@ class EngineCollector(Collector):
             sleep.add_metric([model.name, "0", "awake"], is_loaded)
             sleep.add_metric([model.name, "0", "weights_offloaded"], 0)
             sleep.add_metric([model.name, "0", "discard_all"], not is_loaded)
-        yield from (waiting, sources, accepted, sleep)
+        yield from (ended, waiting, sources, accepted, sleep)
 
-    def _waits(self) -> Metric:
-        family = GaugeMetricFamily(
+    def _loaded(self) -> Iterator[Metric]:
+        """Families of the models that are loaded."""
+        labels = ("model_name", "backend", "device", "dtype", "precision")
+        backends = GaugeMetricFamily("brlite:backend_info", "What computes the steps; 1.", labels=labels)
+        waits = GaugeMetricFamily(
             "brlite:longest_wait_seconds",
             "How long the longest waiting request of a priority has waited.",
             labels=(*SEED_LABELS, "priority"),
         )
         for name, engine in self._engines():
-            for priority, seconds in {0: 0.0, **engine.longest_waits()}.items():
-                family.add_metric([name, str(priority)], seconds)
-        return family
-
-    def _backends(self) -> Metric:
-        labels = ("model_name", "backend", "device", "dtype", "precision")
-        family = GaugeMetricFamily("brlite:backend_info", "What computes the steps; 1.", labels=labels)
-        for name, engine in self._engines():
             info = engine.info
-            family.add_metric([name, info.name, info.device, info.dtype, info.precision], 1)
-        return family
+            backends.add_metric([name, info.name, info.device, info.dtype, info.precision], 1)
+            for priority, seconds in {0: 0.0, **engine.longest_waits()}.items():
+                waits.add_metric([name, str(priority)], seconds)
+        yield from (backends, waits)
 
 
 class KeyCollector(Collector):
@@ -378,12 +372,3 @@ def render(collectors: Iterable[Collector]) -> tuple[bytes, str]:
     for of_process in (ProcessCollector, PlatformCollector, GCCollector):
         of_process(registry=registry)
     return generate_latest(registry), CONTENT_TYPE
-
-
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Cumulative counts by upper bound, in Prometheus's format."""
-    buckets, total = [], 0
-    for bound, count in zip((*map(float, histogram.bounds), float("inf")), histogram.counts, strict=True):
-        total += count
-        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-    return buckets

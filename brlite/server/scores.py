@@ -13,8 +13,7 @@ from msgspec import UNSET
 from brlite.dialects.openai_answer import PromptTokensDetails
 from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
 from brlite.engine.async_engine import EngineLoop
-from brlite.engine.outputs import RequestOutput
-from brlite.engine.scoring import SCORING, ScoringHead
+from brlite.engine.scoring import SCORING
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
@@ -57,10 +56,16 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 priority=priority,
                 names=call.second_names,
             )
+    scores = []
+    for index, output in enumerate(outputs):
+        assert output.embedding is not None
+        if index % QUICK_ITEMS == QUICK_ITEMS - 1:
+            await asyncio.sleep(0)  # a score of 4096 numbers takes 0.2 ms
+        scores.append(engine.scoring_head.score(output.embedding, use_activation=call.use_activation))
     num_cached = sum(output.num_cached_tokens for output in outputs)
     body = dialect.encode(
         call,
-        await _scores(engine.scoring_head, outputs, call.use_activation),
+        scores,
         ScoreUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
@@ -120,13 +125,3 @@ async def _fill_template(
 def _num_equal(first: Iterable[int], second: Iterable[int]) -> int:
     """The number of equal tokens at the beginning of both."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-async def _scores(head: ScoringHead, outputs: list[RequestOutput], use_activation: bool | None) -> list[float]:
-    found = []
-    for index, output in enumerate(outputs):
-        assert output.embedding is not None
-        if index % QUICK_ITEMS == QUICK_ITEMS - 1:
-            await asyncio.sleep(0)  # a score of 4096 numbers takes 0.2 ms
-        found.append(head.score(output.embedding, use_activation=use_activation))
-    return found
