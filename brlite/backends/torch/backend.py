@@ -21,7 +21,6 @@ from brlite.backends.distributed.messages import RankBatch, RankSeq
 from brlite.backends.pooling import pooled_result
 from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.choose_steps import choose_steps
-from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import (
     DeviceRules,
     begin_fetch,
@@ -32,7 +31,7 @@ from brlite.backends.torch.device import (
 )
 from brlite.backends.torch.draws import can_draw, draw
 from brlite.backends.torch.kv_cache import KVCache
-from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.loading import MemoryNeeds, load_model, num_cache_blocks
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.parameters import NO_FORMS
 from brlite.backends.torch.probe import ProbedModel, probe_device
@@ -51,8 +50,7 @@ from brlite.engine.backend import (
     Undrawn,
 )
 from brlite.engine.outputs import TokenLogprob
-from brlite.errors import ConfigError
-from brlite.models.config import cache_dtype, kv_bytes_per_token
+from brlite.models.config import cache_dtype
 
 MAX_LOGITS = 2**22  # logits of a prompt computed at a time: 16 MiB in float32
 
@@ -104,7 +102,7 @@ class TorchBackend:
     def load(cls, plan: LoadPlan, group: Group | None = None) -> TorchBackend:
         """Read the weights and allocate the cache. With a shard these are one rank's, and `group` connects the ranks.
 
-        Sets torch's number of threads, which holds for the whole process.
+        Sets torch's number of threads, which holds for the whole process. Raises `ConfigError` if memory is too small.
         """
         spec, engine = plan.spec, plan.engine
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
@@ -116,16 +114,23 @@ class TorchBackend:
             like = ProbedModel(plan.config, plan.precision, kv_dtype, forms, engine.torch_kernels)
             probed = probe_device(device, dtype, like)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
-        decoder = load_model(plan, dtype, device, rules, group)
+        needs = MemoryNeeds.of(plan, dtype, device, rules)
+        with needs.explained("the weights", "choose a smaller precision, a smaller model or more ranks"):
+            decoder = load_model(plan, dtype, device, rules, group)
+        with needs.explained("the KV cache", "lower build_batch, build_seq or num_blocks"):
+            cache = KVCache(
+                decoder.config,
+                num_blocks=num_cache_blocks(plan),
+                block_size=engine.block_size,
+                dtype=cache_dtype(plan.precision, engine.dtype),
+                device=device,
+            )
         if rules.has_triton:
             plan.report(0.0, "compiling kernels and capturing steps")
-        steps, notes = choose_steps(
-            decoder,
-            _allocate_cache(decoder, plan),
-            engine.torch_kernels,
-            max_rows=spec.build_batch,
-            max_length=spec.build_seq,
-        )
+        with needs.explained("kernels and graphs", "lower num_blocks or engine.gpu_memory_utilization"):
+            steps, notes = choose_steps(
+                decoder, cache, engine.torch_kernels, max_rows=spec.build_batch, max_length=spec.build_seq
+            )
         return cls(steps, _describe(steps, plan, notes))
 
     @property
@@ -288,22 +293,6 @@ def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logp
     if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
         return SeqResult.not_finite(seq.seq_id)
     return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
-
-
-def _allocate_cache(decoder: Decoder, plan: LoadPlan) -> KVCache:
-    spec, block_size = plan.spec, plan.engine.block_size
-    kv_dtype = cache_dtype(plan.precision, plan.engine.dtype)
-    num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-    try:
-        return KVCache(
-            decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=decoder.device
-        )
-    except RuntimeError as error:  # torch's class when a CPU is out of memory
-        size = num_blocks * block_size * kv_bytes_per_token(decoder.config, kv_dtype) / 2**30
-        raise ConfigError(
-            f"the KV cache of {num_blocks} blocks takes {size:.1f} GiB, which is not there; "
-            "lower build_batch, build_seq or num_blocks"
-        ) from error
 
 
 def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:

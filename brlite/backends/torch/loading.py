@@ -5,20 +5,75 @@ All names and shapes are checked before any data is read (`checked_model.py`). P
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 
 from brlite.backends.torch.decoder import Decoder
-from brlite.backends.torch.device import DeviceRules
+from brlite.backends.torch.device import DeviceRules, describe_device, device_memory
 from brlite.backends.torch.packing import can_pack, pack_linears
 from brlite.backends.torch.parallel import Group, shard_parameters
 from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
 from brlite.backends.torch.quantize import ROWS_AT_A_TIME, quantize_linears_, store_codes_, store_rows_
 from brlite.checkpoint.placing import LoadPlan, placing
 from brlite.errors import ConfigError
+from brlite.models.config import ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import weight_bytes
 from brlite.models.shards import parameter_parts, shard_config
+from brlite.process.machine import find_memory, show_bytes
 
 PLAIN = DeviceRules()
+
+
+class MemoryNeeds(NamedTuple):
+    """Bytes of a model's weights and KV cache, and those that its device had before loading: free, and in all."""
+
+    device: str
+    weights: int
+    cache: int
+    free: int
+    total: int
+
+    @classmethod
+    def of(cls, plan: LoadPlan, dtype: torch.dtype, device: torch.device, rules: DeviceRules) -> MemoryNeeds:
+        """The needs of the plan's model, or of its shard; measures what is free now."""
+        config = rank_config(plan)
+        forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
+        per_token = kv_bytes_per_token(config, cache_dtype(plan.precision, plan.engine.dtype))
+        cache = num_cache_blocks(plan) * plan.engine.block_size * per_token
+        card, host = device_memory(device), find_memory()
+        free, total = (host.available, host.total) if card is None else (card.free, card.total)
+        return cls(describe_device(device), weight_bytes(config, dtype.itemsize, forms), cache, free, total)
+
+    @contextmanager
+    def explained(self, stage: str, remedy: str) -> Iterator[None]:
+        """Raise a `ConfigError` with the breakdown if memory runs out in the block, while `stage` is allocated."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            # A CPU's allocator and plugins of other cards have no class for this.
+            is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not is_ours and not any(word in str(error) for word in ("memory", "Storage size")):
+                raise
+            raise ConfigError(
+                f"{self.device} has too little memory for {stage}: the weights take {show_bytes(self.weights)}, the KV "
+                f"cache {show_bytes(self.cache)}, and {show_bytes(self.free)} of {show_bytes(self.total)} were free; "
+                f"{remedy}"
+            ) from error
+
+
+def num_cache_blocks(plan: LoadPlan) -> int:
+    """The blocks of the KV cache: as configured, else enough for `build_batch` sequences of full length."""
+    spec = plan.spec
+    return spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / plan.engine.block_size)
+
+
+def rank_config(plan: LoadPlan) -> ModelConfig:
+    """The config of the plan's model, or of its shard."""
+    return plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
 
 
 def load_model(
@@ -27,16 +82,11 @@ def load_model(
     """The decoder that the plan's checkpoint holds, in its precision, computing in `dtype` on `device`.
 
     `rules` choose the form of the matrices. With a shard these are one rank's parameters, and `group` connects the
-    ranks. Raises `ConfigError` if there is not enough memory.
+    ranks.
     """
-    config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
+    config = rank_config(plan)
     forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
-    try:
-        parameters = allocate_parameters(config, dtype, device, forms)
-    except RuntimeError as error:  # torch's class when a CPU is out of memory
-        size = weight_bytes(config, dtype.itemsize, forms) / 2**30
-        raise ConfigError(f"the weights take {size:.1f} GiB, which is not there") from error
-
+    parameters = allocate_parameters(config, dtype, device, forms)
     for name, held in parameter_parts(plan.config, plan.shard).items() if plan.shard else ():
         if sum(map(len, held.rows)) < len(parameters.named[name]):
             parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds

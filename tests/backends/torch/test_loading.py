@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from brlite.backends.torch.backend import TorchBackend
 from brlite.backends.torch.decoder import Decoder
-from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.loading import MemoryNeeds, load_model
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
@@ -62,6 +64,41 @@ def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() ->
     assert torch.equal(parameters.linears["head"].weight, expected.bfloat16().float())
     assert not parameters.linears["head"].weight[7].any()
     assert torch.equal(parameters.named["embedding"], tensors["model.embed_tokens.weight"])
+
+
+NEEDS = MemoryNeeds("cuda:0 (a card)", 16 * 10**9, 90 * 10**9, 79 * 10**9, 85 * 10**9)
+BEYOND_ANY_ADDRESS = 2**60
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: torch.empty(BEYOND_ANY_ADDRESS, dtype=torch.uint8),
+        lambda: torch.empty((2**40, 2**40)),
+        lambda: np.empty(BEYOND_ANY_ADDRESS, np.uint8),
+    ],
+    ids=["torch", "torch, overflow", "numpy"],
+)
+def test_too_little_memory_is_one_line_with_the_breakdown(fail: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError) as refusal, NEEDS.explained("the KV cache", "lower num_blocks"):
+        fail()
+
+    assert str(refusal.value) == (
+        "cuda:0 (a card) has too little memory for the KV cache: the weights take 16 GB, the KV cache 90 GB, and "
+        "79 GB of 85 GB were free; lower num_blocks"
+    )
+
+
+def test_another_error_of_torch_is_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), NEEDS.explained("the weights", ""):
+        torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_a_cache_that_does_not_fit_is_told_with_the_sizes_of_this_model() -> None:
+    plan = make_plan(TensorCheckpoint.tiny(), ModelSpec(build_seq=8, num_blocks=10**12))
+
+    with pytest.raises(ConfigError, match=r"^cpu .* for the KV cache: the weights take .* kB, the KV cache .* TB, and"):
+        TorchBackend.load(plan)
 
 
 def test_progress_grows_to_one() -> None:
