@@ -190,6 +190,16 @@ def test_the_tree_shows_every_room_and_file_of_the_root() -> None:
     assert [name for name in folders if not (ROOT / "brlite" / name).is_dir()] == []
 
 
+def test_the_files_that_the_page_of_architecture_names_exist() -> None:
+    folders = (ROOT / "brlite", ROOT / "tests", ROOT / "docs", ROOT / "bench", ROOT / "deploy")
+    there = "\n".join(f"/{path.relative_to(ROOT).as_posix()}\n" for folder in folders for path in folder.rglob("*.*"))
+    tables = PAGES["architecture"].split("## Where to write", 1)[1].split("## Worked examples", 1)[0]
+    named = set(re.findall(r"`([\w/]+\.(?:py|cpp|h))`", tables))
+
+    assert len(named) > 50
+    assert {name for name in named if f"/{name}\n" not in there} == set()
+
+
 def test_the_readmes_tree_shows_every_room() -> None:
     tree = README.split("## Where things are", 1)[1].split("```")[1]
     rooms = {path.parent.name for path in (ROOT / "brlite").glob("*/__init__.py")}
