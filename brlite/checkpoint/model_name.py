@@ -37,6 +37,7 @@ QUANTIZATION = re.compile(
 )
 NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
 MAX_CHOICES = 12
+MAX_NAME = 200  # characters; caches have folders of that name, and a file system takes 255
 
 COMPANION_FILES = (
     "config.json",
@@ -77,7 +78,7 @@ def parse_model_name(text: str) -> ModelName:
     Raises `ModelError` for a text that is no name.
     """
     match = FULL_NAME.fullmatch(text)
-    if match is None or ".." in text:
+    if match is None or ".." in text or len(text) > MAX_NAME:
         raise ModelError(f"{excerpt(text)} is not a model name such as organisation/model[:QUANT][@revision]")
     prefix = match["hub"]
     hub = HUB_PREFIXES[prefix.lower()] if prefix else default_hub()

@@ -16,6 +16,18 @@ SHELLS = ("bash", "zsh")
 HOW = 'as in: eval "$(brlite completion bash)", or into a file that the shell reads'
 
 
+def word(text: str) -> str:
+    """A name, path or URL. Raises `ArgumentTypeError` for an empty one, such as that of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """A path. An empty one, which `Path` reads as this folder, raises as in `word`."""
+    return Path(word(text))
+
+
 def add_serve(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     about = "additional name for the model in requests; may be given several times"
@@ -24,7 +36,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def add_br_api_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
+    parser.add_argument("--config", "--config_path", type=file_path, required=True, metavar="FILE", help="the config")
     parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
     add_engine(parser)
@@ -33,13 +45,15 @@ def add_br_api_server(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     name = "a model: organisation/model[:QUANT][@revision], a folder or a .gguf file (default: a small English model)"
-    parser.add_argument("name", nargs="?", metavar="NAME", help=name)
+    parser.add_argument("name", type=word, nargs="?", metavar="NAME", help=name)
     port = "port of the server on this machine (default 8000 if it is free, else any)"
     parser.add_argument("--port", type=int, metavar="N", help=port)
     parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
-    parser.add_argument("--device", help="device that computes: auto, cpu or a kind of card (docs/devices.md)")
+    parser.add_argument(
+        "--device", type=word, help="device that computes: auto, cpu or a kind of card (docs/devices.md)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
-    parser.add_argument("--engine", metavar="NAME", help="engine: auto, native, torch, or toy")
+    parser.add_argument("--engine", type=word, metavar="NAME", help="engine: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum length of an answer in tokens")
     parser.add_argument(
@@ -50,7 +64,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_proxy(parser: argparse.ArgumentParser) -> None:
     about = "a .toml with [[upstream]] tables; or br-vllm-serving's .json files, whose all_models lists are merged"
-    parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
+    parser.add_argument("config", type=file_path, nargs="*", metavar="CONFIG", help=about)
     upstream = "a model and its server, such as http://127.0.0.1:8001; the same name again adds a replica"
     parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
     parser.add_argument(
@@ -62,7 +76,7 @@ def add_proxy(parser: argparse.ArgumentParser) -> None:
 def add_chat(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--url", help="chat with this server, such as http://127.0.0.1:8000, instead of loading a model"
+        "--url", type=word, help="chat with this server, such as http://127.0.0.1:8000, instead of loading a model"
     )
     parser.add_argument(
         "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="environment variable with the server's API key"
@@ -95,7 +109,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def add_pull(parser: argparse.ArgumentParser) -> None:
     about = "organisation/model[:QUANT][@revision]; the prefix modelscope: chooses that hub (docs/models.md)"
-    parser.add_argument("name", metavar="NAME", help=about)
+    parser.add_argument("name", type=word, metavar="NAME", help=about)
     parser.set_defaults(command="models", action="pull", logs_from="warning")
 
 
@@ -105,7 +119,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     showing = actions.add_parser("show", help="show one model: folder, architecture, precision, memory")
     removing = actions.add_parser("rm", help="remove a model, or with :QUANT one of its GGUF files")
     for each in (showing, removing):
-        each.add_argument("name", metavar="NAME", help="as `brlite models` lists it")
+        each.add_argument("name", type=word, metavar="NAME", help="as `brlite models` lists it")
     for each in (parser, listing, showing):
         each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     removing.add_argument("--yes", action="store_true", help="remove without asking")
@@ -114,7 +128,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     about = "a .toml, or br-vllm-serving's .json; several: as `brlite proxy` takes them"
-    parser.add_argument("config", type=Path, nargs="*", metavar="FILE", help=about)
+    parser.add_argument("config", type=file_path, nargs="*", metavar="FILE", help=about)
     schema = "print the JSON schema of the TOML, for editors: brlite check --schema > brlite.schema.json"
     parser.add_argument("--schema", action="store_true", help=schema)
     dial = "connect to every upstream, and check its health and its models; status 1 if one fails"
@@ -135,8 +149,10 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     where = "address of the server (default localhost:8000)"
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help=where)
-    parser.add_argument("--model", metavar="NAME", help="the model (default: the first that the server lists)")
+    parser.add_argument("--url", type=word, default="http://127.0.0.1:8000", help=where)
+    parser.add_argument(
+        "--model", type=word, metavar="NAME", help="the model (default: the first that the server lists)"
+    )
     key = "environment variable with the server's API key"
     parser.add_argument("--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help=key)
     for flag, default, about in (
@@ -155,20 +171,20 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     name = "what requests will call it; the hub's folder names, models--Org--Name, are understood"
     parser.add_argument("--model_name", "--model-name", required=True, metavar="NAME", help=name)
     folder = "its folder or .gguf file, or its name on a hub: config, tokenizer and weights"
-    parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
+    parser.add_argument("--model_dir", "--model-dir", type=file_path, required=True, metavar="DIR", help=folder)
     where = "folder in which the bundle's folder is created"
-    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
+    parser.add_argument("--output_dir", "--output-dir", type=file_path, required=True, metavar="OUT", help=where)
     names = get_args(PrecisionName)
     packed = "precision of the packed weights (default: %(default)s, as br-vllm-serving recommends for all models)"
     parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
     traced = "take the weights from this .pt, which br-vllm-serving traced; config and tokenizer from --model_dir"
-    parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
+    parser.add_argument("--from-pt", "--from_pt", type=file_path, metavar="FILE", help=traced)
     parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     about = "a traced .pt, a bundle, a Hugging Face folder, a .gguf file, packed weights, or a name on a hub"
-    parser.add_argument("path", type=Path, metavar="PATH", help=about)
+    parser.add_argument("path", type=file_path, metavar="PATH", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read a bundle's files and compare their sha256")
 
@@ -176,7 +192,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def add_verify(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: twelve built-in ones)"
+        "--prompts", type=file_path, metavar="FILE", help="prompts, one per line (default: twelve built-in ones)"
     )
     parser.add_argument(
         "--max-tokens", type=int, default=16, metavar="N", help="length of an answer in tokens (default 16)"
@@ -186,8 +202,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
-    parser.add_argument("--model", metavar="NAME|PATH", help="model to use instead of the config's")
+    parser.add_argument("--config", type=file_path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
+    parser.add_argument("--model", type=word, metavar="NAME|PATH", help="model to use instead of the config's")
     add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(logs_from="warning")
@@ -206,15 +222,20 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     about = "config file: a .toml, or br-vllm-serving's .json (default: ./brlite.toml, else a small English model)"
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
+    parser.add_argument("config", type=file_path, nargs="?", metavar="CONFIG", help=about)
     parser.add_argument(
-        "--model", metavar="NAME|PATH", help="model to use instead of the config's: a name on a hub, a folder or a file"
+        "--model",
+        type=word,
+        metavar="NAME|PATH",
+        help="model to use instead of the config's: a name on a hub, a folder or a file",
     )
     draft = "smaller model of the same vocabulary that guesses tokens ahead (docs/speculation.md)"
-    parser.add_argument("--draft", metavar="PATH", help=draft)
+    parser.add_argument("--draft", type=word, metavar="PATH", help=draft)
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
-    parser.add_argument("--device", help="device that computes: auto, cpu or a kind of card (docs/devices.md)")
+    parser.add_argument(
+        "--device", type=word, help="device that computes: auto, cpu or a kind of card (docs/devices.md)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     add_engine(parser)
 
@@ -237,7 +258,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     about = (
         "engine: auto, native, torch, or an installed one such as toy (default: the variable BRLITE_ENGINE, else auto)"
     )
-    parser.add_argument("--engine", metavar="NAME", help=about)
+    parser.add_argument("--engine", type=word, metavar="NAME", help=about)
     option = "option for that engine; may be given several times"
     parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)
 

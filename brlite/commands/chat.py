@@ -248,17 +248,24 @@ async def _ask_server(
 
 
 async def first_model(session: aiohttp.ClientSession, server: str) -> str:
-    """The first model that the server lists. Raises `ConfigError` if there is none, or no server."""
+    """The first model that the server lists. Raises `ConfigError` if there is none, or no server of models."""
     try:
         async with session.get(f"{server}/v1/models") as response:
-            if response.status != 200:
-                raise ConfigError(error_message(await response.content.read(MAX_ERROR_BYTES)))
-            return str((await response.json())["data"][0]["id"])
+            body = await response.read()
+        if response.status == 200:
+            return str(msgspec.json.decode(body)["data"][0]["id"])
+        reason = f"status {response.status}, {error_message(body)}"
     except aiohttp.ClientConnectorError as error:
-        reason = one_line(error.os_error)
-        raise ConfigError(f"{server}: no model could be found there, no server answers: {reason}") from None
-    except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"{server}: no model could be found there: {one_line(error)}") from None
+        reason = f"no server answers: {one_line(error.os_error)}"
+    except aiohttp.ClientConnectionError as error:
+        reason = one_line(error)
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError):
+        reason = "a URL is needed such as http://127.0.0.1:8000"
+    except IndexError:
+        reason = "the server has none"
+    except (aiohttp.ClientError, LookupError, TypeError, ValueError):  # another program's answer, maybe of any bytes
+        reason = "what answers is no server of models"
+    raise ConfigError(f"{one_line(server)}: no model could be found there: {reason}")
 
 
 def error_message(body: bytes) -> str:

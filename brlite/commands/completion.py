@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from brlite.commands.arguments import file_path
 from brlite.commands.cli import command_parser
 
 
@@ -27,5 +27,5 @@ def _complete_paths(parser: argparse.ArgumentParser, file: object) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
                 _complete_paths(child, file)
-        elif action.type is Path or "FILE" in str(action.metavar) or "PATH" in str(action.metavar):
+        elif action.type is file_path or "FILE" in str(action.metavar) or "PATH" in str(action.metavar):
             action.complete = file  # type: ignore[attr-defined]

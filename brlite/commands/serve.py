@@ -98,8 +98,6 @@ def serve(config: Config, warnings: Sequence[str], source: ConfigSource) -> int:
             check_path(spec.path)
     for line in warnings:
         logger.warning("%s", line)
-    if any(path.exists() for path in IN_DOCKER):
-        logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     # Before the loop starts: this reads the key file and the upstreams' certificates, which would block it.
@@ -127,6 +125,8 @@ async def _serve(app: web.Application, reloader: Reloader) -> int:
                 first = ", ".join(spec.name for spec in config.model if spec.load == "start")
                 intentions.insert(0, f"loading {first or 'models when they are asked for'}")
             logger.info("listening on %s; %s", server.url, "; ".join(intentions))
+            if any(path.exists() for path in IN_DOCKER):
+                logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
             loading = asyncio.create_task(_load_first(manager), name="brlite-load")
             failing = asyncio.create_task(manager.failure(), name="brlite-failure")
             await _first_of(loading, stop)

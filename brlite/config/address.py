@@ -12,6 +12,7 @@ _HTTP = re.compile(
 _UNIX = re.compile(r"unix:(?P<path>/[^\x00\s]+)")
 _VERSION = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
 API = "/v1"  # the prefix of request paths
+MAX_HOST, MAX_LABEL = 253, 63  # characters, RFC 1035
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -41,6 +42,11 @@ class Address(NamedTuple):
         return host if self.port == _PORTS["https" if self.is_tls else "http"] else f"{host}:{self.port}"
 
 
+def is_host_name(text: str) -> bool:
+    """Whether each label has 1 to 63 characters and all together at most 253, as DNS needs. A final dot is allowed."""
+    return len(text) <= MAX_HOST and all(0 < len(label) <= MAX_LABEL for label in text.removesuffix(".").split("."))
+
+
 def parse_address(url: str) -> Address | None:
     """The address of a URL, or None if it has none, such as the manual's placeholders.
 
@@ -50,7 +56,7 @@ def parse_address(url: str) -> Address | None:
     if unix := _UNIX.fullmatch(url):
         return Address("localhost", _PORTS["http"], unix_path=unix["path"])
     http = _HTTP.fullmatch(url)
-    if http is None:
+    if http is None or not is_host_name(http["host"]):
         return None
     port = int(http["port"] or _PORTS[http["scheme"]])
     if not 0 < port < 65536:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from msgspec import inspect
 
-from brlite.config.address import parse_address
+from brlite.config.address import is_host_name, parse_address
 from brlite.config.options import ENGINE_VARIABLE, NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Backend, Config
 from brlite.config.type_errors import (
     FieldProblem,
@@ -72,7 +72,12 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
         field = join_path(path, fault.missing)
         return f"{field} is missing: {_allowed(types_at(kind, field)[0])}"
     shown = "…" if SECRET_FIELDS.fullmatch(path) else show(value)
-    return f"{path or 'the file'} = {shown}: {_allowed(type_here)}"
+    hint = ""
+    if path and isinstance(value, list) and isinstance(bare(type_here), inspect.StructType):
+        hint = f"; its header is [{path}]"
+    if path and isinstance(value, dict) and isinstance(bare(type_here), inspect.VarTupleType):
+        hint = f"; its header is [[{path}]]"
+    return f"{path or 'the file'} = {shown}: {_allowed(type_here)}{hint}"
 
 
 def _allowed(kind: inspect.Type) -> str:
@@ -105,15 +110,19 @@ def find_problems(data: Mapping[str, Any]) -> list[str]:
     """
     left = copy.deepcopy(dict(data))
     problems: list[str] = []
+    removed = set[str]()
     while len(problems) < MAX_PROBLEMS:
         try:
             msgspec.convert(left, Config)
         except msgspec.ValidationError as error:
             fault = read_problem(error)
+            if fault.missing is not None and join_path(fault.path, fault.missing) in removed:
+                break  # its value was invalid
             problems.append(_explain(fault, left, Config))
             at = join_path(fault.path, fault.unknown) if fault.unknown is not None else fault.path.removesuffix("[...]")
             if fault.missing is not None or not remove_at(left, at):
                 break
+            removed.add(at)
         else:
             break
     if not problems:
@@ -163,6 +172,8 @@ def engine_override(name: str | None) -> dict[str, object]:
 def _contradictions(config: Config) -> Iterator[str]:
     """Errors in combinations of fields."""
     limits = config.limits
+    if not is_host_name(config.server.host):
+        yield f"server.host = {show(config.server.host)}: this is no host name and no address"
     if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
         yield (
             f"limits.max_body_bytes_in_flight = {limits.max_body_bytes_in_flight}: must be at "
@@ -203,6 +214,8 @@ def _upstream_contradictions(config: Config) -> Iterator[str]:
         seen.add(name)
         if upstream.api_key and upstream.api_key_env:
             yield f"{at}.api_key_env and api_key are both set; allowed is one of them"
+        if upstream.ca_file is not None and not upstream.url.startswith("https:"):
+            yield f"{at}.ca_file = {show(upstream.ca_file)}: allowed is one beside an https:// url"
         if upstream.health_path and not upstream.health_path.startswith("/"):
             yield f'{at}.health_path = {show(upstream.health_path)}: allowed is a path that begins with /, or ""'
         for model in upstream.rename.keys() - set(upstream.models):

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from brlite.config.options import LimitsConfig
 from brlite.errors import ConfigError
+from brlite.files.quoting import one_line
 from brlite.http.connection import Connection, MakeHandler, ServerHooks
 from brlite.http.connections import Connections
 
@@ -135,10 +136,12 @@ class HttpServer:
 
         try:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
                 reason = os.strerror(error.errno)
+            elif isinstance(error, UnicodeError):
+                reason = "this is no host name"
             else:
                 reason = getattr(error, "strerror", None) or str(error)
             remedy = "; --port takes another one" if getattr(error, "errno", None) in PORT_ERRORS else ""
-            raise ConfigError(f"cannot listen on {self._host}:{self._port}: {reason}{remedy}") from None
+            raise ConfigError(f"cannot listen on {one_line(self._host)}:{self._port}: {reason}{remedy}") from None

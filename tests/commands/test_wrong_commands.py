@@ -6,10 +6,12 @@ They run in this process, where a hundred take seconds. Those that need a proces
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +88,21 @@ FLAGS = [
     ("chat -sys hello", "did you mean --system?"),
     ("chat --url http://127.0.0.1:9", "no model could be found there"),
     ("chat --url localhost:9", "no model could be found there"),
+    ("chat --url http://", "a URL is needed such as http://127.0.0.1:8000"),
+    ("chat --url http://[::1", "a URL is needed"),
+    ("chat --url http://a..b", "a URL is needed"),
+    ("bench --url ftp://127.0.0.1", "a URL is needed"),
+    ("chat --url=", "--url: it is empty"),
+    ("run --device=", "--device: it is empty"),
+    ("serve --model=", "--model: it is empty"),
+    ("serve --engine=", "--engine: it is empty"),
+    ("inspect ''", "PATH: it is empty"),
+    ("check ''", "FILE: it is empty"),
+    ("serve --host a..b", 'server.host = "a..b": this is no host name'),
+    (f"serve --host {'x' * 5000}", "this is no host name"),
+    (f"proxy --port 0 --upstream m=http://{'x' * 64}:1", "NAME=URL"),
+    ("proxy --port 0 --upstream m=http://a..b:1", "NAME=URL"),
+    (f"pull {'x' * 300}", "is not a model name"),
     ("chat --url ftp://127.0.0.1", "127.0.0.1"),
     ("generate --input absent.txt", "absent.txt"),
     ("generate --top-k many", "invalid int value"),
@@ -184,7 +201,7 @@ def check_message(text: str, said: str) -> None:
 def test_a_wrong_command_says_in_three_lines_what_to_do(
     line: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = status_of(main, line.split())
+    status = status_of(main, shlex.split(line))
 
     printed = capsys.readouterr()
     assert status == BAD_INPUT, printed
@@ -221,6 +238,36 @@ def test_a_port_in_use_names_the_flag_that_chooses_another() -> None:
 
     assert ended.returncode == BAD_INPUT
     check_message(ended.stderr, "--port")
+
+
+HTML = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nContent-Type: text/html\r\n\r\n<html>"
+LIST = HTML.replace(b"<html>", b"[1, 2]")
+
+
+@pytest.mark.parametrize(
+    "greeting", [b"SSH-2.0-OpenSSH_9\r\n", bytes(range(256)), HTML, LIST], ids=["ssh", "bytes", "html", "list"]
+)
+@pytest.mark.parametrize("command", ["chat", "bench"])
+def test_another_program_on_the_port_is_no_server_of_models(
+    command: str, greeting: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE_SECONDS)
+
+        def greet() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(greeting)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        status = status_of(main, [command, "--url", f"http://127.0.0.1:{listener.getsockname()[1]}"])
+        thread.join()
+
+    printed = capsys.readouterr()
+    assert status == BAD_INPUT, printed
+    check_message(printed.err, "no model could be found there: what answers is no server of models")
 
 
 @pytest.mark.parametrize(

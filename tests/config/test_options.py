@@ -11,7 +11,7 @@ import pytest
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ServerConfig
 from brlite.config.render import default_toml, option_tables
-from brlite.config.validation import make_config, override
+from brlite.config.validation import find_problems, make_config, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ConfigError
 
@@ -37,6 +37,11 @@ def test_the_example_file_is_the_default_config():
     assert config == Config()
 
 
+def test_a_header_with_too_many_or_too_few_brackets_is_shown_as_it_should_be(tmp_path):
+    assert refusal(tmp_path, "[model]\nname = 'm'\n").endswith("; its header is [[model]]")
+    assert refusal(tmp_path, "[[server]]\nport = 1\n").endswith("; its header is [server]")
+
+
 def test_the_example_file_is_printed_from_the_options():
     assert EXAMPLE.read_text(encoding="utf-8") == default_toml(), "run: python docs/configuration.py"
 
@@ -50,7 +55,8 @@ def test_every_option_has_a_text_and_a_value_to_show(table):
 
 def test_the_example_file_with_all_its_options_is_a_valid_config(tmp_path):
     commented_out = re.compile(r"^# (?=\w+ = |\[)", flags=re.MULTILINE)
-    either = {"key": {"env"}, "upstream": {"api_key_env"}, "engine": {"name"}}  # options that exclude another
+    # Options that exclude another; ca_file needs an https:// url.
+    either = {"key": {"env"}, "upstream": {"api_key_env", "ca_file"}, "engine": {"name"}}
     lines, section = [], ""
     for line in commented_out.sub("", EXAMPLE.read_text(encoding="utf-8")).splitlines():
         section = match[1] if (match := re.match(r"\[+(\w+)", line)) else section
@@ -241,3 +247,15 @@ def test_a_key_quiets_the_warning_about_a_public_address(keys, monkeypatch):
     monkeypatch.setenv("ONE_KEY", "k")
 
     assert config_warnings(Config(server=ServerConfig(host="0.0.0.0"), **keys)) == []
+
+
+def test_an_invalid_value_of_a_required_field_is_one_problem_and_not_a_missing_field_as_well():
+    problems = find_problems({"server": {"port": "x"}, "upstream": [{"url": 1, "models": ["m"]}]})
+
+    assert [problem.partition(" = ")[0] for problem in problems] == ["server.port", "upstream[0].url"]
+
+
+def test_certificates_for_an_upstream_without_tls_are_refused(tmp_path):
+    text = "[[upstream]]\nurl = 'http://127.0.0.1:1'\nmodels = ['m']\nca_file = 'ca.pem'\n"
+
+    assert refusal(tmp_path, text) == 'upstream[0].ca_file = "ca.pem": allowed is one beside an https:// url'
