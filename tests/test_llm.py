@@ -313,7 +313,7 @@ def test_a_model_is_given_by_its_path_or_name(folder: Path, tmp_path: Path, monk
         (output,) = llm.generate("The first prompt", GREEDY)
 
     assert output.outputs[0].text == texts(make_config(folder), ["The first prompt"])[0]
-    with pytest.raises(ModelError, match="model no/such:Q8_0 could not be had"):
+    with pytest.raises(ModelError, match="model no/such:Q8_0 was not found"):
         LLM(model="no/such:Q8_0")
 
 

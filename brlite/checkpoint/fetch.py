@@ -121,7 +121,7 @@ def locate_model(
     here = [repository.name for repository in cached_repositories(hub.cache())]
     near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
     hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
-    raise ModelError(f"model {name} could not be had: {tried}{hint}")
+    raise ModelError(f"model {name} was not found: {tried}{hint}")
 
 
 def _may_be_a_path(name: str) -> bool:

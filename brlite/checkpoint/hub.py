@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class NotHere(ModelError):
-    """A source does not have the model. It is no failure of the source."""
+    """A source does not have the model. This is no failure: the next source is tried."""
 
 
 class RepositoryListing(NamedTuple):
@@ -158,7 +158,7 @@ def check_online() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise ModelError("not asked: offline by HF_HUB_OFFLINE")
+        raise ModelError("not asked: HF_HUB_OFFLINE is set")
 
 
 def reach_limit(*, has_other_source: bool) -> float:
@@ -186,7 +186,7 @@ def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> P
     if found != snapshot and name.quantization is None and not is_last_resort:
         choice = repository.choice(name.revision)
         if choice is None or not (snapshot / choice).is_file():
-            raise NotHere("which of its GGUF files is meant, only the hub can tell")
+            raise NotHere("only the hub's list tells which of its GGUF files the name means")
         found = snapshot / choice
     find_weights(found)
     return found
@@ -205,4 +205,4 @@ def _shape_checked(address: HubAddress) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{address.endpoint} answers with a JSON of another shape: is it a hub?") from error
+        raise ModelError(f"{address.endpoint} answers with unexpected JSON: is it a hub?") from error

@@ -118,7 +118,7 @@ def get_json(hub: HubAddress, url: str, repository: str) -> Any:
     try:
         return json.loads(content)
     except ValueError:
-        raise ModelError(f"{hub.endpoint} answers with what is no JSON: is it a hub?") from None
+        raise ModelError(f"{hub.endpoint} does not answer with JSON: is it a hub?") from None
 
 
 def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None = None) -> T:
@@ -167,7 +167,7 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
     if error.code in TRANSIENT_STATUSES:
         value = (headers.get("Retry-After") or "").strip()  # hubs do not send its other form, a date
         retry_after = float(value) if value.isdecimal() and len(value) < 8 else None
-        hint = f"; it wants no request for {retry_after:.0f} s" if retry_after else ""
+        hint = f"; it allows no request for {retry_after:.0f} s" if retry_after else ""
         return PassingFailure(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}{hint}", retry_after)
     return ModelError(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}")
 

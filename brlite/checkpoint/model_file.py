@@ -21,7 +21,7 @@ from brlite.process.machine import show_bytes
 
 HEAD_BYTES = 512
 MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; large vocabularies take 30 MB
-MAX_JSON_BYTES = 16 * 2**20  # parsing takes up to 22 times as much; the largest, indexes of shards, have some MB
+MAX_JSON_BYTES = 16 * 2**20  # parsing takes up to 22 times as much; indexes of shards, the largest, have some MB
 FETCH_AGAIN = "fetch it again"
 
 
@@ -133,7 +133,7 @@ def read_model_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         with path.open("rb") as stream:
             content = stream.read(max_bytes + 1)
         if len(content) > max_bytes:
-            raise ModelError(f"{path}: is longer than such a file can be (allowed: {max_bytes} bytes)")
+            raise ModelError(f"{path}: is too long (allowed: {max_bytes} bytes)")
         return decode_text(content)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {reason(error)}") from None

@@ -200,7 +200,7 @@ def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes:
             position = tensor_begin + begin + num_read
             num_more = os.preadv(stream.fileno(), [data[num_read:].data], position)
             if not num_more:
-                raise ModelError(f"{stream.name}: ends at byte {position}, and had more when it was opened")
+                raise ModelError(f"{stream.name}: ends at byte {position}; it was longer when it was opened")
             num_read += num_more
     except OSError as error:
         raise ModelError(f"{stream.name}: {reason(error)}") from error

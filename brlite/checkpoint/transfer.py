@@ -147,7 +147,9 @@ class Transfer:
                 failures = 0 if part.count(segment) > before else failures
                 wait = wait_before(failures, failure, self._retries)
                 if wait is None:
-                    raise ModelError(f"{part.file.name}: {failure}; what came is kept for the next try") from failure
+                    raise ModelError(
+                        f"{part.file.name}: {failure}; the bytes received are kept for the next try"
+                    ) from failure
                 failures += 1
                 self._is_over.wait(wait)
                 continue
@@ -166,7 +168,7 @@ class Transfer:
             elif is_first:
                 position, end = 0, part.num_bytes  # the server has no range requests: it sends the whole file
             else:
-                raise ModelError(f"{part.file.name}: the server does not resume; the next try begins anew")
+                raise ModelError(f"{part.file.name}: the server has no range requests; the next try starts anew")
             while position < end and not self._is_over.is_set():
                 data = read_some(response, min(CHUNK_BYTES, end - position))
                 if not data:

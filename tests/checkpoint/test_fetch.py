@@ -88,7 +88,7 @@ def test_without_any_source_one_line_says_what_each_of_them_said(tmp_path: Path)
     with pytest.raises(ModelError) as refusal:
         locate_model("a/b", None, cache=tmp_path, sources=lambda hub: sources)
 
-    assert str(refusal.value) == ("model a/b could not be had: the cache: nothing there; the hub: no route")
+    assert str(refusal.value) == ("model a/b was not found: the cache: nothing there; the hub: no route")
 
 
 @pytest.mark.parametrize(("name", "is_said"), [("foo", True), ("models/foo", True), ("org/foo", False)])
@@ -102,7 +102,7 @@ def test_a_name_that_can_be_a_mistyped_path_says_that_nothing_is_there(
         locate_model(name, None, cache=tmp_path, sources=lambda hub: [source("the hub", "no route", [])])
 
     path = f"no file or folder {name} is here; " if is_said else ""
-    assert str(refusal.value) == f"model {name} could not be had: {path}the hub: no route"
+    assert str(refusal.value) == f"model {name} was not found: {path}the hub: no route"
 
 
 @pytest.mark.parametrize("name", ["", "..", "../etc", "a/b/c", "/root", "a b", "a\nb", "a/..", "C:\\models", "-rf"])
@@ -161,7 +161,7 @@ def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:
 
 
 def test_local_sources_look_at_the_caches_only(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"could not be had: it is not on this machine$"):
+    with pytest.raises(ModelError, match=r"was not found: it is not on this machine$"):
         locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=lambda hub: local_sources(UnreachableHub(tmp_path)))
 
 
@@ -263,5 +263,5 @@ def test_offline_a_model_that_is_nowhere_is_refused_without_the_network(tmp_path
         [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=True
     ).stdout
 
-    assert "model some/model could not be had: the Hugging Face hub: not asked: offline by HF_HUB_OFFLINE" in printed
+    assert "model some/model was not found: the Hugging Face hub: not asked: HF_HUB_OFFLINE is set" in printed
     assert printed.count("\n") == 1

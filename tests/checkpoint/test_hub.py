@@ -171,7 +171,7 @@ def test_what_an_interrupted_download_left_is_no_model_and_is_resumed(hub: Local
     size = len(hub.server.files["model.safetensors"])
     hub.server.cut_after = {"model.safetensors": 0}
     hub.server.cuts_left = 99
-    with pytest.raises(ModelError, match=r"model\.safetensors: the connection was cut; what came is kept"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: the connection was cut; the bytes received are kept"):
         fetch(hub)
     hub.server.cut_after, hub.server.cuts_left = {"model.safetensors": 30_000}, 1
     hub.server.failures = []
@@ -233,7 +233,7 @@ def test_a_small_file_is_checked_by_gits_hash(hub: LocalHuggingFace, tmp_path: P
         ((401, {}), r"org/model is not there, or private \(401\): set HF_TOKEN to read private and gated models"),
         ((403, {}), r"org/model is not there, or private \(403\): set HF_TOKEN"),
         ((404, {"X-Error-Code": "RepoNotFound"}), r"there is no org/model"),
-        ((429, {"Retry-After": "3600"}), r"answers 429 Too Many Requests; it wants no request for 3600 s"),
+        ((429, {"Retry-After": "3600"}), r"answers 429 Too Many Requests; it allows no request for 3600 s"),
         ((503, {}), "answers 503 Service Unavailable"),
         ((418, {"X-Error-Message": "I am a teapot"}), "answers 418 I am a teapot"),
     ],
@@ -333,7 +333,7 @@ def test_a_name_without_quantization_stays_the_file_that_the_hub_made_of_it(serv
     hub = LocalHuggingFace(server, tmp_path / "cache")
     other = fetch(hub, "hf:org/model:Q8_0")
 
-    with pytest.raises(ModelError, match="which of its GGUF files is meant, only the hub can tell"):
+    with pytest.raises(ModelError, match="only the hub's list tells which of its GGUF files the name means"):
         find_cached(hub, NAME)
     assert find_cached(hub, NAME, is_last_resort=True) == other
     found = fetch(hub)
@@ -398,7 +398,7 @@ def test_a_hub_that_speaks_otherwise_is_named(hub: LocalHuggingFace, server: Hub
         name,
     )
 
-    with pytest.raises(ModelError, match="a JSON of another shape: is it a hub"):
+    with pytest.raises(ModelError, match="unexpected JSON: is it a hub"):
         fetch(odd, "modelscope:org/model")
 
 
@@ -474,7 +474,7 @@ def test_the_librarys_time_limit_is_kept_and_named(server: HubServer, tmp_path: 
         said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
 
     assert "the Hugging Face hub: 127.0.0.1" in said
-    assert "answers 503 Service Unavailable; it wants no request for 30 s" in said
+    assert "answers 503 Service Unavailable; it allows no request for 30 s" in said
 
 
 def test_the_token_of_the_environment_is_sent(server: HubServer, tmp_path: Path) -> None:
@@ -501,7 +501,7 @@ def test_offline_nothing_is_asked(server: HubServer, tmp_path: Path) -> None:
     with pulling(server, tmp_path, HF_HUB_OFFLINE="1") as process:
         said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
 
-    assert said.endswith("model org/model could not be had: the Hugging Face hub: not asked: offline by HF_HUB_OFFLINE")
+    assert said.endswith("model org/model was not found: the Hugging Face hub: not asked: HF_HUB_OFFLINE is set")
     assert not server.seen
 
 

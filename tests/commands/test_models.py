@@ -64,7 +64,7 @@ def test_pull_without_the_hub_says_so_and_names_what_is_here(
     assert main(["pull", "org/model"]) == 0
     printed = capsys.readouterr()
     assert len(set(printed.out.splitlines())) == 1
-    assert printed.err.startswith("brlite: not brought up to date: model org/model could not be had: the Hugging Face")
+    assert printed.err.startswith("brlite: not brought up to date: model org/model was not found: the Hugging Face")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_pull_without_the_hub_says_so_and_names_what_is_here(
         ((401, {"X-Error-Code": "GatedRepo"}), "is gated: accept its terms at"),
         ((403, {"X-Error-Code": "GatedRepo"}), "set HF_TOKEN"),
         ((404, {"X-Error-Code": "RepoNotFound"}), "there is no org/model"),
-        ((429, {"Retry-After": "3600"}), "wants no request for 3600 s"),
+        ((429, {"Retry-After": "3600"}), "allows no request for 3600 s"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_one_line_and_status_2(

@@ -117,7 +117,7 @@ FLAGS = [
     ("pull org/model:Q9", "no .gguf file is Q9"),
     ("pull org/absent", "there is no org/absent"),
     ("pull org/model@v9", "has no such revision"),
-    ("pull ollama:llama3", "could not be had"),
+    ("pull ollama:llama3", "was not found"),
     ("pull https://huggingface.co/org/model", "is not a model name"),
     ("models delete", "no such command: delete"),
     ("models rm", "required: NAME"),
