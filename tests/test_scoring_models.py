@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from brlite import LLM, AsyncEngine, Config, SamplingParams
@@ -159,12 +159,12 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 
-def write_reranker(path: Path, *, is_tied: bool = True) -> Path:
+def write_reranker(path: Path, *, is_tied: bool = True, is_special: bool = True) -> Path:
     """A tiny Qwen3-Reranker: a Qwen3 that generates, whose vocabulary has words for yes and no."""
     write_model(path, {**QWEN3, "tie_word_embeddings": is_tied, "max_position_embeddings": 512}, seed=5)
     write_byte_tokenizer(path)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokenizer.add_special_tokens(CHAT_CONTROLS)
+    (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(CHAT_CONTROLS)
     tokenizer.add_tokens(EXTRA_WORDS)
     tokenizer.save(str(path / "tokenizer.json"))
     return path
@@ -295,6 +295,37 @@ def test_settings_of_scores_that_do_not_fit_are_refused_at_load(
 
     with pytest.raises(ConfigError, match=re.escape(words)):
         LLM(config=make_config(path, spec))
+
+
+def test_a_template_of_another_vocabulary_is_refused_at_load(tmp_path: Path) -> None:
+    path = write_scorer(tmp_path / "tiny", QWEN3)
+
+    with pytest.raises(ConfigError, match=r"score_template qwen3_reranker: <\|im_\w+\|> is no token of the model"):
+        LLM(config=make_config(path, {"score_template": "qwen3_reranker"}))
+
+
+def test_a_converted_reranker_gets_the_template_by_its_name(tmp_path: Path) -> None:
+    """Control tokens that are not flagged as special, and a head of one row in place of two rows of the vocabulary."""
+    path = write_reranker(tmp_path / "tiny", is_special=False)
+    card_scores, _ = model_card_scores(path, DOCUMENTS)
+    with LLM(config=make_config(path, RERANKER_SPEC, dtype="float32", backend="torch")) as llm:
+        expected = llm.score(QUERY, DOCUMENTS)
+        no, yes = (llm.tokenizer.encode_continuation(word)[0] for word in ("no", "yes"))
+    arrays = load_file(path / "model.safetensors")
+    arrays["score.weight"] = (arrays["model.embed_tokens.weight"][yes] - arrays["model.embed_tokens.weight"][no])[None]
+    save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForSequenceClassification"]}))
+
+    spec = {"build_seq": 512, "score_template": "qwen3_reranker"}
+    with LLM(config=make_config(path, spec, dtype="float32", backend="torch")) as llm:
+        scores = llm.score(QUERY, DOCUMENTS)
+        token_ids = llm.tokenizer.encode(PairTemplate(QWEN3_RERANKER, llm.tokenizer, source="").fill("q", "<|im_end|>"))
+        end = llm.tokenizer.encode("<|im_end|>", add_special_tokens=False)
+
+    assert scores == expected
+    assert expected == pytest.approx(card_scores, abs=1e-4)
+    assert token_ids.count(*end) == 2
 
 
 def test_a_head_of_its_own_and_classifier_tokens_are_refused_together(tmp_path: Path) -> None:

@@ -21,16 +21,22 @@ QWEN3_RERANKER = (
     "<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 )
 _PLACES = re.compile(r"\{(query|document)\}")
+_ROLES = re.compile(r"<[|｜][^|｜]+[|｜]>")  # tokens of this shape are control tokens, flagged as special or not
 
 
 class PairTemplate:
     """A text with `{query}` and, behind it, `{document}`, split at the control tokens of a vocabulary."""
 
     def __init__(self, text: str, tokenizer: Tokenizer, *, source: str) -> None:
-        """Raises `ConfigError`, naming `source`, for a text without these two places."""
+        """Raises `ConfigError`, naming `source`, without these two places, or for a control token that is not known."""
         if _PLACES.findall(text) != ["query", "document"]:
             raise ConfigError(f"score_template {source}: it must hold {{query}} and then {{document}}, each once")
         ids = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.special_token_ids}
+        for name in set(_ROLES.findall(text)) - ids.keys():
+            encoded = tokenizer.encode(name, add_special_tokens=False)
+            if len(encoded) != 1:
+                raise ConfigError(f"score_template {source}: {name} is no token of the model")
+            ids[name] = encoded[0]
         controls = ControlTokens({name: ControlToken(token_id) for name, token_id in ids.items()})
         before, _, between, _, after = _PLACES.split(text)
         self._before, self._between, self._after = (tuple(controls.split(part)) for part in (before, between, after))
