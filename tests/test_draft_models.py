@@ -93,6 +93,15 @@ def test_a_model_that_guesses_wrong_changes_nothing(folders: dict[str, Path]) ->
     assert 0 <= stats.accepted_tokens < stats.draft_tokens
 
 
+def test_one_process_drafts_for_native_ranks(folders: dict[str, Path]) -> None:
+    expected, _ = answer(make_config(folders, None), PARAMS[:2])
+
+    found, stats = answer(make_config(folders, "served", tensor_parallel=2, devices=(0, 1)), PARAMS[:2])
+
+    assert found == expected
+    assert stats.accepted_tokens == stats.draft_tokens > 150
+
+
 def test_torch_drafts_for_native_kernels(folders: dict[str, Path]) -> None:
     expected, _ = answer(make_config(folders, None))
     config = make_config(folders, None)
@@ -157,18 +166,14 @@ def test_a_draft_model_of_another_vocabulary_is_refused_in_one_line(folders: dic
         check.inspect_model(config.model[0], config.engine)
 
 
-def test_a_draft_model_beside_ranks_or_an_engine_plugin_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_draft_model_beside_an_engine_plugin_is_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "brlite.toml"
-    file.write_text(
-        '[engine]\nname = "toy"\n'
-        '[[model]]\ntensor_parallel = 2\ndevices = [0, 1]\n[model.draft]\npath = "/models/small"\n'
-    )
+    file.write_text('[engine]\nname = "toy"\n[[model]]\n[model.draft]\npath = "/models/small"\n')
 
     with pytest.raises(ConfigError) as caught:
         check.check(file)
 
     assert [line.partition("brlite.toml: ")[2] for line in str(caught.value).splitlines()] == [
-        "model[0].draft: allowed is a draft model with tensor_parallel = 1, which is 2",
         "model[0].draft: engine toy takes no draft model; allowed is one without engine.name",
     ]
 

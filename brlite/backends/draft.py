@@ -49,7 +49,7 @@ def draft_spec(
         build_seq=build_seq,
         build_batch=build_batch,
         num_blocks=math.ceil(min(build_batch * build_seq, max(num_tokens, build_seq)) / engine.block_size),
-        devices=spec.devices,
+        devices=spec.devices[:1],
     )
 
 

@@ -191,8 +191,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         if spec.tensor_parallel != len(spec.devices):
             count = len(spec.devices)
             yield f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"
-        if spec.draft is not None and spec.tensor_parallel > 1:
-            yield f"{at}.draft: allowed is a draft model with tensor_parallel = 1, which is {spec.tensor_parallel}"
         if spec.draft is not None and config.engine.name is not None:
             yield f"{at}.draft: engine {config.engine.name} takes no draft model; allowed is one without engine.name"
     names = [key.name for key in config.key]
