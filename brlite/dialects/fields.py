@@ -62,6 +62,10 @@ OBEYED = (
     ObeyedField("input_prefix input_suffix", (INFILL,), (LLAMA_CPP,), "what stands before the gap and after it"),
     ObeyedField("input_extra", (INFILL,), (LLAMA_CPP,), "other files: `text`, `filename`"),
     ObeyedField("return_tokens", (INFILL,), (LLAMA_CPP,), "streams have them always"),
+    ObeyedField("samplers", (INFILL,), (LLAMA_CPP,), "in this server's order; those not listed are off"),
+    ObeyedField("n_indent", (INFILL,), (LLAMA_CPP,), "the answer ends before a line with less indentation"),
+    ObeyedField("t_max_predict_ms", (INFILL,), (LLAMA_CPP,), "then the answer ends with its line"),
+    ObeyedField("response_fields", (INFILL,), (LLAMA_CPP,), "the only fields that the answer has"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
     ObeyedField(
         "input", (RESPONSES, EMBEDDINGS), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only; embeddings: as `prompt`"
@@ -221,6 +225,7 @@ NOT_DECODED = (
     Field("stream_reasoning", (SGLANG,), None),  # changes where reasoning is reported, not its text
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
+    Field("t_max_prompt_ms", (LLAMA_CPP,), None),  # llama.cpp does not obey it either
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
     # Structured output.
     Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
@@ -260,8 +265,8 @@ NOT_DECODED = (
     Field("adaptive_decay", (LLAMA_CPP,), switch="adaptive_target"),
     Field("min_keep", (LLAMA_CPP,), (0,)),
     Field("penalize_nl", (LLAMA_CPP,), (False,)),
-    Field("samplers sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
-    Field("n_keep n_discard n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),
+    Field("sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
+    Field("n_keep n_discard", (LLAMA_CPP,), (0, -1)),
     # Another model, or another place to compute.
     Field("lora lora_path lora_adapter", (LLAMA_CPP, SGLANG), ([], "")),
     Field("session_params kv_transfer_params", (SGLANG, VLLM), ({},)),
@@ -275,10 +280,12 @@ NOT_DECODED = (
     Field("return_meta_info input_token_logprobs", (SGLANG,), (False,)),
     Field("post_sampling_probs", (LLAMA_CPP,), (False,)),
     Field("timings_per_token return_progress verbose", (LLAMA_CPP,), (False,)),
-    Field("response_fields", (LLAMA_CPP,), ([],)),
 )
 # Fields that some endpoints decode. The rows apply at the other endpoints.
 OF_ONE_ENDPOINT = (
+    Field("samplers", (LLAMA_CPP,), (False,)),
+    Field("n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),
+    Field("response_fields", (LLAMA_CPP,), ([],)),
     Field("context_management", (OPENAI,), ([],)),
     Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
     Field("add_special_tokens", (VLLM,), (False,)),

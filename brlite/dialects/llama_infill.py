@@ -4,14 +4,18 @@ Fields and answers are llama.cpp's, without those that have no meaning here (`id
 `generation_settings`). A prompt that is too long is refused: neither it nor the other files are cut. With
 `max_tokens` 0, the one token that the engine must draw is neither shown nor counted. Editors send such requests to
 fill the prefix cache.
+
+`samplers` are obeyed in this server's order; those that are not listed are off. llama.cpp's sampler `infill` is left
+out, with a warning.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
@@ -30,12 +34,30 @@ from brlite.dialects.openai import (
 )
 from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.sse import frame
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
 
 # The engine's field names, mapped to the client's.
 _FIELD_NAMES = {"prompt": "input_prefix", "suffix": "input_suffix", "start": "prompt", "files": "input_extra"}
 # There is one answer, without logprobs: aliases of these are not read.
 _NOT_READ = ("n", "logprobs")
 
+# llama.cpp's samplers in the order in which they run here, each with the values that switch it off.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "dry": {"dry_multiplier": 0.0},
+    "temperature": {"temperature": 1.0, "dynatemp_range": 0.0},
+    "top_n_sigma": {"top_n_sigma": 0.0},
+    "top_k": {"top_k": -1},
+    "typ_p": {"typical_p": 1.0},
+    "top_p": {"top_p": 1.0},
+    "min_p": {"min_p": 0.0},
+    "xtc": {"xtc_probability": 0.0},
+    "infill": {},
+}
+INFILL_WARNING = "the sampler infill was left out: the answer may go on where llama.cpp would end it as too uncertain"
+
+Milliseconds = Annotated[float, Meta(ge=-1, le=86_400_000)]
 StopType = Literal["eos", "word", "limit", "none"]
 
 
@@ -52,6 +74,20 @@ class InfillRequest(StructuredFields, kw_only=True):
     max_tokens: Whole | None = None
     stop: str | list[str] | None = None
     return_tokens: bool | None = None
+    samplers: list[str] | None = None
+    n_indent: Annotated[int, Meta(ge=0, le=1000)] | None = None
+    t_max_predict_ms: Milliseconds | None = None
+    response_fields: list[str] | None = None
+
+
+class InfillGeneration(Generation, frozen=True, kw_only=True):
+    """The answer ends before a line that begins with fewer than `indent` blanks and tabs.
+
+    A response that is not streamed, and the last chunk of a stream, have only the fields of `shown`; empty: all.
+    """
+
+    indent: int = 0
+    shown: tuple[str, ...] = ()
 
 
 class InfillAnswer(Struct, kw_only=True):
@@ -75,7 +111,7 @@ class InfillAnswer(Struct, kw_only=True):
 _DECODER = BodyDecoder(InfillRequest)
 
 
-def decode(data: bytes, limits: LimitsConfig) -> Generation:
+def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
@@ -88,19 +124,39 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         files=tuple((file.filename, file.text) for file in files),
     )
     field_names = {**_FIELD_NAMES, **more.field_names}
-    given = dict(more.sampling)
+    given, warnings = dict(more.sampling), more.warnings
+    if body.samplers is not None:
+        _check_samplers(body.samplers)
+        for name in SAMPLERS.keys() - set(body.samplers):
+            given |= SAMPLERS[name]
+        if "infill" in body.samplers:
+            warnings = (*warnings, INFILL_WARNING)
     if body.max_tokens == 0:
         given["max_tokens"] = 1
-    return Generation(
+    common = generation_fields(body)
+    return InfillGeneration(
         prompts=(infill,),
         params=sampling_params(body, limits, field_names, structured=structured_output(body), **given),
         is_echo_only=body.max_tokens == 0,
         continuous_usage=True,
         field_names=field_names,
-        warnings=more.warnings,
+        warnings=warnings,
         tells_token_ids=bool(body.stream or body.return_tokens),
-        **generation_fields(body),
+        line_seconds=body.t_max_predict_ms / 1e3 if body.t_max_predict_ms and body.t_max_predict_ms > 0 else None,
+        indent=body.n_indent or 0,
+        shown=tuple(body.response_fields or ()),
+        **{**common, "unset": tuple(name for name in common["unset"] if name not in given)},
     )
+
+
+def _check_samplers(names: list[str]) -> None:
+    """Raise `InvalidRequest` for an unknown sampler, and for an order that is not this server's."""
+    order = list(SAMPLERS)
+    if not set(names) <= SAMPLERS.keys() or names != sorted(set(names), key=order.index):
+        raise InvalidRequest(
+            f"samplers must be some of {', '.join(order)}, in this order, got {excerpt(', '.join(names))}",
+            param="samplers",
+        )
 
 
 class InfillEncoder:
@@ -109,6 +165,13 @@ class InfillEncoder:
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._model = model
         self._has_new_line = False
+        assert isinstance(call, InfillGeneration)
+        self._shown = call.shown
+        self._ends_with_line = call.line_seconds is not None
+        # A line feed and too few blanks before another character.
+        self._line = re.compile(rf"\n[ \t]{{0,{call.indent - 1}}}(?=[^ \t])") if call.indent else None
+        self._text = ""  # with `_line`: what was sent
+        self._is_cut = False
 
     def opening(self, usage: TokenUsage) -> bytes:
         """Nothing."""
@@ -117,12 +180,12 @@ class InfillEncoder:
     def encode(self, event: Event) -> bytes:
         """A chunk with the new text or tokens, if any, and at the end a chunk with the reason."""
         assert event.usage is not None  # the call has `continuous_usage`
-        self._has_new_line |= "\n" in event.text
+        text = self._indented(event.text)
         chunks = b""
-        if event.text or event.token_ids:
-            chunks = frame(encode_json(_answer(event.text, event.token_ids or [], event.usage, stop=False)))
+        if text or event.token_ids:
+            chunks = frame(encode_json(_answer(text, event.token_ids or [], event.usage, stop=False)))
         if event.finish_reason is not None:
-            chunks += frame(encode_json(self._end(_answer("", [], event.usage, stop=True), event, event.warnings)))
+            chunks += frame(self._end(_answer("", [], event.usage, stop=True), event, event.warnings))
         return chunks
 
     def closing(self, usage: TokenUsage) -> bytes:
@@ -136,14 +199,29 @@ class InfillEncoder:
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed."""
         (event,) = events
-        self._has_new_line = "\n" in event.text
-        return encode_json(self._end(_answer(event.text, event.token_ids or [], usage, stop=True), event, warnings))
+        text = self._indented(event.text)
+        return self._end(_answer(text, event.token_ids or [], usage, stop=True), event, warnings)
 
-    def _end(self, answer: InfillAnswer, event: Event, warnings: Sequence[str]) -> InfillAnswer:
-        """Fill in and return the answer's final fields."""
+    def _indented(self, text: str) -> str:
+        """The next piece of the answer, up to the end of its last line that is indented enough."""
+        if self._line is not None:
+            before, self._text = self._text, self._text + text
+            start = max(0, before.rfind("\n"))
+            match = self._line.search(self._text, start) if not self._is_cut else None
+            text = "" if self._is_cut else text[: match.end() - len(before)] if match else text
+            self._is_cut |= match is not None
+        self._has_new_line |= "\n" in text
+        return text
+
+    def _end(self, answer: InfillAnswer, event: Event, warnings: Sequence[str]) -> bytes:
+        """Fill in the answer's final fields and encode it."""
         assert event.usage is not None
         reason = event.stop_reason if isinstance(event.stop_reason, str) else ""
         stop_types: dict[str | None, StopType] = {"stop": "word" if reason else "eos", "length": "limit"}
+        if self._ends_with_line:
+            stop_types["abort"] = "limit"
+        if self._is_cut:
+            stop_types, reason = dict.fromkeys(stop_types, "limit"), ""
         answer.model = self._model
         answer.tokens_cached = event.usage.cached
         answer.has_new_line = self._has_new_line
@@ -153,7 +231,10 @@ class InfillEncoder:
             warnings, reason = (*warnings, f"the answer was ended: {reason}"), ""
         answer.stopping_word = reason
         answer.warnings = warnings or UNSET
-        return answer
+        if not self._shown:
+            return encode_json(answer)
+        fields = to_builtins(answer)
+        return encode_json({name: fields[name] for name in (*self._shown, "warnings") if name in fields})
 
 
 def _answer(content: str, token_ids: list[int], usage: TokenUsage, *, stop: bool) -> InfillAnswer:

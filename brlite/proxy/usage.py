@@ -21,7 +21,7 @@ UNSEEN_TOKENS = 65_536
 TAIL_BYTES = 4096  # the end of a long response, which contains its usage
 
 # The response is generated text, with a token for every few bytes.
-GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
+GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages", b"/infill")
 # Requests for which no model computes.
 FREE_PATHS = frozenset(
     b"/tokenize /detokenize /apply-template /explain /v1/messages/count_tokens /v1/responses/input_tokens "

@@ -211,6 +211,18 @@ async def test_what_computes_nothing_is_forwarded_and_costs_a_key_no_tokens(
     assert setting.proxy.keys.find("secret-a").usage.prompt_tokens == 0  # type: ignore[union-attr]
 
 
+async def test_an_infill_goes_to_the_server_of_its_model(stack: AsyncExitStack, connect: Connect) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    body = {"model": "toy", "input_prefix": "hello ", "input_suffix": "", "n_predict": 4}
+
+    session = aiohttp.ClientSession(headers={"Authorization": "Bearer secret-a"})
+    async with session, session.post(f"{setting.url}/infill", json=body) as response:
+        answer = await response.json()
+
+    assert answer["error"]["param"] == "input_suffix"  # the toy's own words: its vocabulary has no tokens for gaps
+    assert setting.num_answered == [1]
+
+
 def json_answer(value: object) -> bytes:
     body = msgspec.json.encode(value)
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)

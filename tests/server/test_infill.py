@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -154,7 +155,11 @@ async def test_the_answer_ends_at_a_token_that_begins_another_file(make_client: 
         ({"n": 2}, "n"),
         ({"n_cmpl": 2}, "n_cmpl"),
         ({"n_probs": 3}, "n_probs"),
-        ({"samplers": ["top_k", "infill"]}, "samplers"),
+        ({"samplers": ["top_p", "top_k"]}, "samplers"),
+        ({"samplers": ["top_k", "top_k"]}, "samplers"),
+        ({"samplers": ["mirostat"]}, "samplers"),
+        ({"n_indent": -1}, "n_indent"),
+        ({"lora": [{"id": 0, "scale": 0.5}]}, "lora"),
         ({"n_predict": -2}, "n_predict"),
         ({"stop": ["a"] * 1000}, "stop"),
         ({"stop_words": ["a"] * 1000}, "stop"),
@@ -215,3 +220,107 @@ def test_other_names_of_parameters_and_the_fields_of_all_dialects_are_obeyed() -
     params = call.params
     assert (params.repetition_penalty, params.stop, params.top_n_sigma, params.max_tokens) == (1.5, ("x",), 2, 4)
     assert (call.cache_salt, params.structured) == ("s", StructuredOutput(grammar="root ::= [a]", param="grammar"))
+
+
+# As the editors' extensions send them.
+FILES = [{"text": "int b;\n", "time": [1, 2], "filename": "b.c"}]
+COMMON: dict[str, Any] = {"id_slot": 0, "input_extra": FILES, "cache_prompt": True, "prompt": "", "stream": False}
+SENT_BY_EDITORS: dict[str, dict[str, Any]] = {
+    "llama.vim": {
+        "n_predict": 128,
+        "stop": [],
+        "n_indent": 4,
+        "top_k": 40,
+        "top_p": 0.9,
+        "samplers": ["top_k", "top_p", "infill"],
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 500,
+        "response_fields": ["content", "timings/prompt_n", "timings/predicted_ms", "truncated", "tokens_cached"],
+    },
+    "llama.vim, ahead": {
+        "n_predict": 0,
+        "temperature": 0.0,
+        "samplers": [],
+        "t_max_prompt_ms": 1,
+        "t_max_predict_ms": 1,
+        "response_fields": [""],
+    },
+    "llama.vscode": {
+        "n_predict": 128,
+        "top_k": 40,
+        "top_p": 0.99,
+        "samplers": ["top_k", "top_p", "infill"],
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 2500,
+    },
+}
+
+
+@pytest.mark.parametrize("editor", SENT_BY_EDITORS)
+async def test_what_an_editor_sends_is_answered(make_client: MakeClient, editor: str) -> None:
+    client = await make_client(next_token=next_letter, tokenizer=RepositoryTokenizer())
+    body = {"input_prefix": "int a;\n", "input_suffix": "\n", **COMMON, **SENT_BY_EDITORS[editor]}
+
+    status, answer = await client.post("/infill", body)
+
+    assert status == 200, answer
+    if body["n_predict"]:
+        assert set(answer["content"]) == set("abcd")
+    if editor == "llama.vim":
+        assert answer.keys() == {"content", "truncated", "tokens_cached", "warnings"}
+        assert any("infill" in line for line in answer["warnings"])
+
+
+def test_only_the_listed_samplers_run() -> None:
+    fields = {"samplers": ["penalties", "top_k", "min_p"], "top_k": 7, "top_p": 0.5, "temperature": 0.3, "min_p": 0.1}
+
+    call = decode(json.dumps({**BODY, **fields}).encode(), LimitsConfig())
+
+    params = call.params
+    assert (params.top_k, params.min_p, params.top_p, params.temperature, params.xtc_probability) == (7, 0.1, 1, 1, 0)
+    assert call.unset == ("repetition_penalty",)  # the model's own default of a sampler that is listed
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("a\n  b\nc\n  d", "a\n  b\n"),
+        ("a\n  b\n c", "a\n  b\n "),
+        ("a\n  b\n\t\tc\n  ", "a\n  b\n\t\tc\n  "),
+        ("a\n\n  b", "a\n"),
+    ],
+)
+async def test_the_answer_ends_before_a_line_that_is_not_indented(
+    make_client: MakeClient, text: str, content: str, is_streamed: bool
+) -> None:
+    def next_token(context: list[int], seed: Any) -> int:
+        return text.encode()[len(context) - 7]
+
+    client = await make_client(next_token=next_token)
+    body = {**BODY, "n_indent": 2, "n_predict": len(text)}
+
+    if is_streamed:
+        *chunks, last = await stream(client, body)
+        told = "".join(chunk["content"] for chunk in chunks)
+    else:
+        _, last = await client.post("/infill", body)
+        told = last["content"]
+
+    assert told == content
+    assert last["stop_type"] == "limit"
+
+
+async def test_a_late_answer_ends_with_its_line(make_client: MakeClient) -> None:
+    def next_token(context: list[int], seed: Any) -> int:
+        time.sleep(0.002)  # the step's own thread
+        return b"a\n"[len(context) % 2]
+
+    client = await make_client(next_token=next_token)
+
+    status, answer = await client.post("/infill", {**BODY, "n_predict": 2000, "t_max_predict_ms": 20})
+
+    assert status == 200, answer
+    assert answer["content"].startswith("\na") or answer["content"].startswith("a\n")
+    assert answer["stop_type"] == "limit"
+    assert answer["tokens_predicted"] < 2000

@@ -35,7 +35,7 @@ BODYLESS = (204, 304)  # statuses of responses without a body
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
     b"/pooling /v1/rerank /v2/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
-    b"/tokenize /detokenize /apply-template /explain /v1/responses/input_tokens /v1/chat/completions/render "
+    b"/infill /tokenize /detokenize /apply-template /explain /v1/responses/input_tokens /v1/chat/completions/render "
     b"/v1/completions/render".split()
 )
 # Requests about one stored response. Its id determines the upstream.
