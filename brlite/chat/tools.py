@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -15,27 +15,35 @@ NUM_SHORT_ID_CHARACTERS = 9  # Mistral's templates refuse other lengths
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
-# The text of a JSON schema, or null. A schema of many lines is decoded only where it is needed.
-EncodedSchema = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["object", "null"]})]
+if TYPE_CHECKING:
+    Schema = msgspec.Raw | Mapping[str, Any] | None
+else:  # a client's schema stays encoded until it is needed
+    Schema = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["object", "null"]})]
 NO_SCHEMA = msgspec.Raw(b"null")
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model may call. `parameters` is the text of a JSON schema, an object, as the client wrote it;
-    without one it takes no arguments.
+    """A function that the model may call. `parameters` is a JSON schema, encoded or not; without one it takes no
+    arguments.
 
     With `strict` the arguments of every call conform to the schema.
     """
 
     name: str
     description: str | None = None
-    parameters: EncodedSchema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    parameters: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     strict: bool | None = None
+
+    def schema_text(self) -> bytes:
+        """The JSON text of `parameters`."""
+        return (
+            bytes(self.parameters) if isinstance(self.parameters, msgspec.Raw) else msgspec.json.encode(self.parameters)
+        )
 
     def schema(self) -> dict[str, Any]:
         """The decoded `parameters`. Raises `InvalidRequest` for numbers out of range and for too deep nesting."""
         try:
-            decoded = msgspec.json.decode(self.parameters, type=dict[str, Any] | None)
+            decoded = msgspec.json.decode(self.schema_text(), type=dict[str, Any] | None)
         except (msgspec.MsgspecError, RecursionError) as error:
             reason = "they are nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise InvalidRequest(f"tools: the parameters of the tool {self.name}: {reason}", param="tools") from None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from brlite.chat.tools import NO_SCHEMA, EncodedSchema, Tool, ToolChoice
+from brlite.chat.tools import NO_SCHEMA, Schema, Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries
@@ -34,7 +34,7 @@ class MessagesTool(Struct, kw_only=True):
     name: str | None = None
     type: str | None = None
     description: str | None = None
-    input_schema: EncodedSchema = msgspec.field(default_factory=lambda: NO_SCHEMA)
+    input_schema: Schema = msgspec.field(default_factory=lambda: NO_SCHEMA)
     input_examples: list[dict[str, Any]] | None = None
     strict: bool | None = None
     allowed_callers: list[str] | None = None

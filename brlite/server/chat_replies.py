@@ -11,7 +11,7 @@ from brlite.chat.formats import ChatFormat
 from brlite.chat.reasoning import ReasoningTokenCounter, ends_inside
 from brlite.chat.reply import ReplyFormat, ReplyParser
 from brlite.chat.tool_calls import ToolCallParser, harmony
-from brlite.chat.tools import EncodedSchema, Tool, ToolChoice
+from brlite.chat.tools import Tool, ToolChoice
 from brlite.chat.turns import TemplateExtras
 from brlite.config.options import ModelSpec
 from brlite.dialects.fields import not_supported
@@ -152,7 +152,7 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
                 label=tool.name,
                 trigger=grammar.trigger,
                 begin=grammar.begin,
-                schema=_closed(tool.parameters),
+                schema=_closed(tool.schema_text()),
                 end=grammar.end,
                 parameters=None if grammar.parameters is None else ParameterNotation(**grammar.parameters),
             )
@@ -168,21 +168,22 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
     )
 
 
-def _closed(parameters: EncodedSchema) -> str:
+def _closed(text: bytes) -> str:
     """The schema of a function's arguments with `additionalProperties: false`. Without one there are no arguments.
 
     By default JSON Schema allows properties that are not listed. A client would pass them to its function, which fails.
     """
     try:
-        schema: dict[str, Any] = msgspec.json.decode(parameters, type=dict[str, msgspec.Raw] | None) or {}
-        outline = msgspec.json.decode(parameters, type=_Outline)
+        schema: dict[str, Any] = msgspec.json.decode(text, type=dict[str, msgspec.Raw] | None) or {}
+        outline = msgspec.json.decode(text, type=_Outline)
     except msgspec.ValidationError:
-        text = bytes(parameters).decode()
-        return text if schema else NO_ARGUMENTS  # no properties; or invalid, and then compiling it raises the error
+        return (
+            text.decode() if schema else NO_ARGUMENTS
+        )  # no properties; or invalid, and then compiling it raises the error
     except RecursionError:
         raise InvalidRequest("tools: a function's parameters are nested too deeply", param="tools") from None
     if not MORE_PROPERTIES.isdisjoint(schema) or not outline.properties.keys() >= set(outline.required):
-        return bytes(parameters).decode()
+        return text.decode()
     return msgspec.json.encode({**schema, "additionalProperties": False}).decode()
 
 
