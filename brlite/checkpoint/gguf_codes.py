@@ -1,7 +1,7 @@
-"""Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes native code can keep.
+"""Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes are kept in memory.
 
-A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as native
-kernels have it. All others, such as Q6_K with its groups of 16, are dequantized and then rounded to int8.
+A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as in the
+kernels. All others, such as Q6_K with its groups of 16, are dequantized and then rounded to int8.
 """
 
 from __future__ import annotations

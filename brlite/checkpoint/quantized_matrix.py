@@ -63,7 +63,7 @@ class UnpackedMatrix(NamedTuple):
 
 
 class QuantizedMatrix(ABC):
-    """One matrix. It knows the headers of its tensors. `shape` is [outputs, inputs], `name` that of the plain weight.
+    """One matrix, described by the headers of its tensors. `shape` is [outputs, inputs], `name` the plain weight's.
 
     Raises `ModelError` if a tensor is missing, or has another type or shape than its layout wants.
     """
@@ -116,7 +116,7 @@ class QuantizedMatrix(ABC):
         """Unpack the content of the tensors. Raises `ModelError` if it contradicts the headers."""
 
     def find_format(self) -> Format:
-        """The format of the matrix. It has `decode` if native code can keep the codes: if `FOLDER_FORMS` lists it."""
+        """The format of the matrix. It has `decode` if its codes can be kept: if `FOLDER_FORMS` lists it."""
         quantization = self.quantization
         name = f"{quantization.method} {self.num_bits}-bit"
         name += "" if quantization.is_symmetric else ZERO_POINTS

@@ -47,8 +47,8 @@ class Coded(NamedTuple):
 class Format(NamedTuple):
     """How a file stores numbers: `block_elements` of them in `block_bytes`. `widen` turns bytes [..., B] into [..., N].
 
-    `decode` turns rows [R, B] of a quantized format into codes and scales. It is None for formats whose codes native
-    code cannot keep.
+    `decode` turns rows [R, B] of a quantized format into codes and scales. It is None for formats whose codes
+    are not kept in memory.
     """
 
     name: str

@@ -194,5 +194,5 @@ def test_a_token_that_makes_nan_fails_its_own_sequence_and_leaves_no_trace(tmp_p
 
 
 def test_a_cache_that_no_memory_holds_is_refused_with_its_size(llama_path: Path) -> None:
-    with pytest.raises(ConfigError, match="too little memory for the KV cache: .* TB"):
+    with pytest.raises(ConfigError, match=r"too little memory for the KV cache: .* TB"):
         load(llama_path, ModelSpec(name="tiny", build_seq=40, num_blocks=2**42))
