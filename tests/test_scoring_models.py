@@ -286,7 +286,7 @@ def test_a_template_of_the_operators_own_and_one_token_score(tmp_path: Path) -> 
     ],
 )
 def test_settings_of_scores_that_do_not_fit_are_refused_at_load(
-    tmp_path: Path, spec: dict[str, Any], words: str
+    tmp_path: Path, spec: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_reranker(tmp_path / "tiny")
     spec = {
@@ -295,6 +295,18 @@ def test_settings_of_scores_that_do_not_fit_are_refused_at_load(
 
     with pytest.raises(ConfigError, match=re.escape(words)):
         LLM(config=make_config(path, spec))
+
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {"name": "tiny", "path": str(path), **spec}.items()]
+    (tmp_path / "brlite.toml").write_text("\n".join(["[[model]]", *lines]))
+    assert main(["check", str(tmp_path / "brlite.toml")]) != 0
+    assert words in capsys.readouterr().err
+
+
+def test_an_engine_plugin_refuses_the_settings_of_scores() -> None:
+    spec = ModelSpec(name="toy", build_seq=64, classifier_from_token=("no", "yes"))
+
+    with pytest.raises(ConfigError, match="are not for the engine toy"):
+        LLM(config=Config(model=(spec,), engine=EngineConfig(name="toy")))
 
 
 def test_a_template_of_another_vocabulary_is_refused_at_load(tmp_path: Path) -> None:

@@ -98,21 +98,24 @@ def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = Fals
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     """A model's origin and sizes, without downloading it. Opens all its files, and raises the errors of `serve`."""
     from brlite.backends.plugins.discovery import check_engine_name
+    from brlite.llm.loading import make_scoring_head, refuse_scoring
     from brlite.tokenizer import load_tokenizer
 
     if engine.name is not None:
         check_engine_name(engine.name)
+        refuse_scoring(spec, engine.name)
         return ModelReport(spec=spec, origin=f"engine {engine.name}", sizes=None)
     path = find_model(spec)
     if path is None:
         origin = "not here yet, fetched by its name at the first start"
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     checkpoint = open_checkpoint(path, spec.model_file)
-    check_model(checkpoint, spec)
+    model = check_model(checkpoint, spec)
     sizes = with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
     origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
+    make_scoring_head(checkpoint, model, spec, tokenizer)
     return ModelReport(spec=spec, origin=origin, sizes=sizes)
 
 

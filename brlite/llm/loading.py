@@ -136,7 +136,7 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
         unless_loaded.callback(tokenizer.close)
         _check_vocabulary(tokenizer, model.config.vocab_size, path)
         check_draft(spec, config.engine, tokenizer)
-        scoring_head = _scoring_head(checkpoint, model, spec, tokenizer)
+        scoring_head = make_scoring_head(checkpoint, model, spec, tokenizer)
         backend = load_backend(checkpoint, model, spec, config.engine, report)
         unless_loaded.callback(backend.close)
         draft_backend = load_draft(spec, config.engine, backend.info, report)
@@ -144,7 +144,7 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
         return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
 
 
-def _scoring_head(
+def make_scoring_head(
     checkpoint: Checkpoint, model: CheckedModel, spec: ModelSpec, tokenizer: Tokenizer
 ) -> ScoringHead | None:
     """The head of a model that scores, by its files or by `classifier_from_token`. Raises `ConfigError`."""
@@ -171,6 +171,12 @@ def _scoring_head(
     return ScoringHead(array("f", weight.tobytes()), has_sigmoid, read_pair_template(source, tokenizer))
 
 
+def refuse_scoring(spec: ModelSpec, engine_name: str) -> None:
+    """Raise `ConfigError` where settings of scores are set: engine plugins compute none."""
+    if spec.classifier_from_token or spec.score_template != "auto":
+        raise ConfigError(f"classifier_from_token and score_template are not for the engine {engine_name}")
+
+
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
     """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
@@ -178,8 +184,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     from brlite.backends.plugins.slot_backend import SlotBackend
 
     assert config.engine.name is not None  # checked by build_engine
-    if spec.classifier_from_token or spec.score_template != "auto":
-        raise ConfigError(f"classifier_from_token and score_template are not for the engine {config.engine.name}")
+    refuse_scoring(spec, config.engine.name)
     spec = with_static_context(spec)
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):

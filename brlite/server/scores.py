@@ -33,16 +33,12 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         if engine.scoring_head is None:
             raise InvalidRequest(
-                f"the model {model.name} has no scoring head; rerank and score need a model made for that "
+                f"the model {name} has no scoring head; rerank and score need a model made for that "
                 "(…ForSequenceClassification with one label), or this server's setting classifier_from_token",
                 param="model",
                 code="no_scoring_head",
             )
-        template = engine.scoring_head.template
-        if template is None:
-            prompts, warnings = await _encode_pairs(call, engine, tenant)
-        else:
-            prompts, warnings = await _fill_template(template, call, engine, tenant)
+        prompts, warnings = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
         num_tokens = sum(map(len, prompts))
         priority, raised = request[API_KEY].allowed_priority(call.priority)
         with charge(request, name, num_tokens):
@@ -74,11 +70,15 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     return web.Response(body=body, content_type="application/json")
 
 
-async def _encode_pairs(call: Scoring, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
-    """The tokens of each pair without a template, and a warning for each truncated pair.
+async def _encode_pairs(
+    call: Scoring, engine: EngineLoop, tenant: str, template: PairTemplate | None
+) -> tuple[list[list[int]], list[str]]:
+    """The tokens of each pair, and a warning for each truncated one. Raises `InvalidRequest` with the text's name.
 
-    Both texts have the special tokens that the tokenizer adds. Raises `InvalidRequest` with the text's name.
+    Without a template both texts have the special tokens that the tokenizer adds.
     """
+    if template is not None:
+        return await _fill_template(template, call, engine, tenant)
     cuts = InputCuts(call.truncation, engine)
 
     async def encode(text: str, name: str) -> list[int]:
