@@ -42,6 +42,7 @@ class Check(NamedTuple):
 CHECKS = {
     "machine": Check("card_numbers", alone=True),
     "families": Check("card_numbers", precisions=True),
+    "codes": Check("card_numbers"),
     "model": Check("card_numbers", precisions=True, needs_model=True),
     "schedules": Check("card_schedules"),
     "http": Check("card_service"),

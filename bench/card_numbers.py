@@ -7,6 +7,7 @@ float32 on the CPU: what differs is the device and its arithmetic.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import tempfile
@@ -23,12 +24,14 @@ import torch
 from card_finding import Finding
 
 from brlite.backends.torch.backend import TorchBackend
+from brlite.backends.torch.device import compute_dtype
+from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
-from brlite.models.precision import PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import load_tokenizer
 
@@ -82,6 +85,17 @@ def families(args: argparse.Namespace) -> Iterator[Finding]:
             with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
                 path = tiny_models.write_model(Path(scratch) / "model", tiny_models.TINY_CONFIGS[name])
                 yield _guarded(f"{name} {precision}", lambda path=path, p=precision: _compare_tiny(path, p, args))
+
+
+def codes(args: argparse.Namespace) -> Iterator[Finding]:
+    """A tiny model whose matrices have codes of quantized files, in each form, with each kind of kernels."""
+    device = torch.device(args.device)
+    dtype = compute_dtype("bfloat16", device)
+    names = [f"layers.{layer}.{name}.weight" for layer in range(2) for name in ("qkv", "o", "gate_up", "down")]
+    for form, kernels in itertools.product(("int8_f16", "int4", "int4_min", "int4_zero"), ("auto", "eager")):
+        precision = PRECISIONS["bf16"]._replace(weights="stored")
+        like = ProbedModel(precision=precision, forms=dict.fromkeys(names, form), kernels=kernels)
+        yield _guarded(f"{form} {kernels}", lambda like=like: (True, str(probe_device(device, dtype, like)), {}))
 
 
 def model(args: argparse.Namespace) -> Iterator[Finding]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -44,28 +46,40 @@ def products(shape: str) -> list[Product]:
 def run(args: argparse.Namespace) -> int:
     """Print a line for each product and number of rows. Exit status 1 if a product could not be computed at all."""
     device = torch.device(args.device)
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     rows = (1, 33) if args.short else ROWS
-    found: list[dict[str, Any]] = []
-    for shape, precision, num_rows in itertools.product(args.shapes, args.precisions, rows):
+    machine, found = card_limits.describe(device), list[dict[str, Any]]()
+    forms = {"bf16": ["bfloat16"]}
+    wanted = [form for precision in args.precisions for form in forms.get(precision, ["int8", "int4_zero"])]
+    deadline = time.monotonic() + args.time_limit
+    for num_rows, shape, form in itertools.product(rows, args.shapes, wanted):
         for product in products(shape):
-            times = dict(sorted(_times(product, precision != "bf16", num_rows, device), key=lambda pair: pair[1]))
+            if time.monotonic() > deadline:
+                print("the time is up", flush=True)
+                return 0
+            times = dict(sorted(_times(product, form, num_rows, device), key=lambda pair: pair[1]))
             best = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in itertools.islice(times.items(), 4))
-            print(f"{shape} {precision} {product.name} {num_rows} rows: {best or 'FAILED'}", flush=True)
-            fields = {"shape": shape, "precision": precision, "product": product.name, "rows": num_rows}
+            print(f"{shape} {form} {product.name} {num_rows} rows: {best or 'FAILED'}", flush=True)
+            fields = {"shape": shape, "form": form, "product": product.name, "rows": num_rows}
             found.append({**fields, "seconds": times})
-    if args.json is not None:
-        args.json.write_text(json.dumps({"machine": card_limits.describe(device), "tiles": found}, indent=1) + "\n")
+            if args.json is not None:
+                args.json.write_text(json.dumps({"machine": machine, "tiles": found}, indent=1) + "\n")
     return 0 if all(each["seconds"] for each in found) else 1
 
 
-def _times(product: Product, is_int8: bool, num_rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
+def _times(product: Product, form: str, num_rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
     """Each tile that the card takes, and whether the inputs are split, with its seconds; the one in use is marked."""
     from brlite.backends.torch.parameters import GroupedLinear, Linear
     from brlite.backends.torch.triton import multiply as kernels
 
     weight = torch.empty((product.num_outputs, product.num_inputs), device=device, dtype=torch.bfloat16).normal_()
     linear = Linear(weight)
-    if is_int8:
+    if form == "int4_zero":
+        codes = torch.empty((product.num_outputs, product.num_inputs // 2), device=device, dtype=torch.uint8).random_()
+        scales = torch.full((product.num_outputs, product.num_inputs // 32, 2), 0.01, device=device).half()
+        linear = GroupedLinear(codes, form="int4_zero", scales=scales)
+    elif form == "int8":
         scales = torch.full((product.num_outputs, product.num_inputs // 32), 0.01, device=device).bfloat16().float()
         levels = torch.empty_like(weight, dtype=torch.int8).random_(-127, 128)
         linear = GroupedLinear(levels, form="int8", scales=scales)
