@@ -35,7 +35,8 @@ class PairTemplate:
         for name in set(_ROLES.findall(text)) - ids.keys():
             encoded = tokenizer.encode(name, add_special_tokens=False)
             if len(encoded) != 1:
-                raise ConfigError(f"score_template {source}: {name} is no token of the model")
+                reason = f"{name} is no token of the model; set score_template to none or a file"
+                raise ConfigError(f"score_template {source}: {reason}")
             ids[name] = encoded[0]
         controls = ControlTokens({name: ControlToken(token_id) for name, token_id in ids.items()})
         before, _, between, _, after = _PLACES.split(text)
