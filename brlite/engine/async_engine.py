@@ -462,6 +462,7 @@ class EngineLoop:
             except BackendLost:
                 raise
             except Exception as error:  # a request that the engine's code fails on must not stop the engine
+                self._engine.stats.engine_failures += 1
                 logger.critical("the engine failed between two steps", exc_info=error)
                 self._engine.end_all(EngineError("the engine failed; the request was not completed"))
                 while self._begun:  # a backend's results are fetched once each, in order
@@ -484,6 +485,7 @@ class EngineLoop:
                 try:
                     self._engine.check_idle()
                 except EngineError as error:
+                    self._engine.stats.engine_failures += 1
                     logger.error("the engine lost track of its blocks: %s", error)
                 self._idle.set()
             self._wake.clear()

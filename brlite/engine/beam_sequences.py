@@ -71,12 +71,12 @@ class BeamSequences:
             return
         parents = {seq.seq_id: seq for seq in state.sequences}
         continued = {seq_id for seq_id, _ in continuations}
-        unused = [seq for seq_id, seq in parents.items() if seq_id not in continued]
-        unused = [seq for seq in unused if seq.status is SequenceStatus.RUNNING]
+        running = [seq for seq in state.sequences if seq.status is SequenceStatus.RUNNING]
+        unused = [seq for seq in running if seq.seq_id not in continued]
         state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
         for seq_id, hypothesis in continuations:
             seq = parent = parents[seq_id]
-            is_running = parent.status is SequenceStatus.RUNNING
+            is_running = parent in running
             if is_running and seq_id not in beams:
                 seq.append(hypothesis.token_ids[-1], now)
                 state.sequences.append(seq)

@@ -149,10 +149,7 @@ class Scheduler:
         return num_missing <= self._blocks.num_free and self._next_to_replace() is None
 
     def schedule(self, now: float) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step, each with the number of its tokens to compute. They hold the blocks.
-
-        Sequences that are preempted wait since `now`.
-        """
+        """The sequences of the step at `now`, each with the number of its tokens to compute. They hold the blocks."""
         scheduled: dict[Sequence, int] = {}
         self._now = now
         self._free_place()

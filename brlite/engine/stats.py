@@ -103,6 +103,7 @@ class EngineStats:
         self.accepted_by_position: Counter[int] = Counter()  # 0: the first guess of a draft
         self.draft_model_failures = 0
         self.step_failures = 0
+        self.engine_failures = 0
         self.host_draws = 0  # tokens that the host drew while a device that runs ahead waited
         self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
         self.finished: Counter[str] = Counter()

@@ -135,6 +135,7 @@ V1_HISTOGRAMS = [
 OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step.", lambda s: s.num_step_threads)]
 OWN_COUNTERS = [
     Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
+    Series("brlite:engine_failures", "Errors of the engine between steps, lost blocks.", lambda s: s.engine_failures),
     Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
     Series("brlite:promotions", "Requests moved to the first class: they waited too long.", lambda s: s.promotions),
     Series("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),

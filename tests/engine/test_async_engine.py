@@ -179,6 +179,7 @@ async def test_a_backend_that_answers_nonsense_ends_its_requests_and_the_engine_
         outputs = await collect(engine, "hello")
 
     assert outputs[-1].finished
+    assert engine.stats.engine_failures == 1
 
 
 async def test_a_long_text_is_encoded_on_a_thread_that_ends_with_the_engine() -> None:
