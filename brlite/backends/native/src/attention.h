@@ -139,45 +139,54 @@ INLINE Ints sees(const Looking& at, int row, int token) {
 INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
 
 constexpr float NOTHING = -1e30f;  // lower than any score
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// The largest score. int8: also multiplies each stored score by the scale of its key. bfloat16: stored scores stay as
-// they are; `weigh` scales them.
+// The scores of a page, int8 ones times the scales of their keys. `weigh` applies the scale that the row has.
+template <bool IS_INT8>
+INLINE Floats page_scores(const Looking& at, int row, int page) {
+    const Floats scores = load(at.s.scores[row] + page * LANES);
+    if constexpr (IS_INT8) return scores * load(page_scales(at, page));
+    return scores;
+}
+
 template <bool IS_INT8, bool SEES_ALL>
-INLINE float find_peak(const Looking& at, int row, Floats scale) {
-    float* scores = at.s.scores[row];
+INLINE float largest_score(const Looking& at, int row) {
     Floats best = splat(NOTHING);
-    for (int page = 0; page < at.num_pages; page++) {
-        Floats score = load(scores + page * LANES) * scale;
-        if (IS_INT8) store(scores + page * LANES, score = score * load(page_scales(at, page)));
-        best = larger_of(best, SEES_ALL ? score : choose(sees(at, row, page * LANES), score, splat(NOTHING)));
+    for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
+        const Floats scores = page_scores<IS_INT8>(at, row, page);
+        best = larger_of(best, SEES_ALL ? scores : choose(sees(at, row, page * LANES), scores, splat(NOTHING)));
     }
     return max_of(best);
 }
 
 // Turns a row's scores into weights e^(score - peak), in the form that multiplies values; 0 for tokens that the row may
-// not see. Also sets the row's peak and its sum of weights.
+// not see. Also sets the row's peak and its sum of weights. Scores and peaks are scaled by log2(e), so that weights are
+// powers of two.
 template <bool IS_INT8, bool SEES_ALL>
 INLINE void weigh(const Looking& at, int row) {
     AttentionScratch& s = at.s;
-    const Floats scale = splat(at.a.softmax_scale * (IS_INT8 ? s.query_scales[row] : 1.0f));
-    s.peaks[row] = find_peak<IS_INT8, SEES_ALL>(at, row, scale);
+    const float scale = at.a.softmax_scale * LOG2_E * (IS_INT8 ? s.query_scales[row] : 1.0f);
+    s.peaks[row] = largest_score<IS_INT8, SEES_ALL>(at, row) * scale;
     const Floats peak = splat(s.peaks[row]);
     Floats sum = splat(0.0f);
-    for (int page = 0; page < at.num_pages; page++) {
-        float* scores = s.scores[row] + page * LANES;
-        const Floats score = IS_INT8 ? load(scores) : load(scores) * scale;
-        Floats weight = exp_of_negative(score - peak);
+    Ints largest = Ints{};
+    _Pragma("GCC unroll 4") for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
+        Floats weight = power_of_2(page_scores<IS_INT8>(at, row, page) * scale - peak);
         if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
         if (IS_INT8) {
             sum = sum + weight;
             weight = weight * load(page_scales(at, page) + LANES);
-            store(scores, SEES_ALL ? weight : choose(sees(at, row, page * LANES), weight, Floats{}));
+            if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
+            largest = larger_magnitude(largest, weight);
+            store(s.scores[row] + page * LANES, weight);
         } else {
             sum = sum + store_weights(s.weights.bf16[row] + page * LANES, weight);
         }
     }
     s.weight_sums[row] = sum_of(sum);
-    if (IS_INT8) s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
+    if (!IS_INT8) return;
+    const float magnitude = largest_magnitude(largest);
+    s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, magnitude, s.weights.ints[row]);
 }
 
 template <bool IS_INT8>
@@ -199,14 +208,33 @@ INLINE void attend_chunk(const Looking& at) {
             store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
 }
 
-// Merges the partial result of one more chunk into the total of a row.
-INLINE void merge(float* total, float& total_peak, float& total_weight, const float* sums, float peak, float weight,
-                  int size) {
-    const float best = peak > total_peak ? peak : total_peak;
-    const float old_factor = exp_of(splat(total_peak - best))[0], new_factor = exp_of(splat(peak - best))[0];
+// What results relative to `peak` are multiplied by to become relative to `best`. Peaks are powers of two.
+INLINE Floats rescaling(Floats peak, Floats best) { return exp_of((peak - best) * LN_2); }
+
+// Adds the partial result of one more chunk to the total of a row.
+INLINE void add_part(float* total, float& total_weight, float old_factor, const float* sums, float weight,
+                     float new_factor, int size) {
     total_weight = total_weight * old_factor + weight * new_factor;
     for (int i = 0; i < size; i += LANES) store(total + i, load(total + i) * old_factor + load(sums + i) * new_factor);
-    total_peak = best;
+}
+
+// Adds the results of the current chunk to the totals.
+INLINE void merge_chunk(const Looking& at) {
+    AttentionScratch& s = at.s;
+    float best[TILE_ROWS], old_factors[TILE_ROWS], new_factors[TILE_ROWS];
+    for (int i = 0; i < at.num_rows; i += LANES) {
+        const Floats peak = load(s.peaks + i), total_peak = load(s.total_peaks + i);
+        const Floats larger = larger_of(total_peak, peak);
+        store(best + i, larger);
+        store(old_factors + i, rescaling(total_peak, larger));
+        store(new_factors + i, rescaling(peak, larger));
+    }
+    for (int row = 0; row < at.num_rows; row++) {
+        if (at.begin(row) >= at.end(row)) continue;
+        add_part(s.totals[row], s.total_weights[row], old_factors[row], s.sums[row], s.weight_sums[row],
+                 new_factors[row], head_size(at.a));
+        s.total_peaks[row] = best[row];
+    }
 }
 
 INLINE void begin_total(float* total, float& total_peak, float& total_weight, int size) {
@@ -260,10 +288,7 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
         at.chunk_start = chunk * CHUNK;
         find_pages(step, op, item, at, kv_head);
         attend_chunk(at);
-        for (int row = 0; row < at.num_rows; row++)
-            if (at.begin(row) < at.end(row))
-                merge(s.totals[row], s.total_peaks[row], s.total_weights[row], s.sums[row], s.peaks[row],
-                      s.weight_sums[row], size);
+        merge_chunk(at);
     }
     for (int row = 0; row < at.num_rows; row++) {
         const int to_row = first_row + row / num_heads, head = first_head + row % num_heads;
@@ -304,8 +329,10 @@ INLINE void merge_row(const Step& step, const brlite_operation& attend_op, int r
         begin_total(total, peak, weight, size);
         for (int chunk = first_chunk; chunk <= position / CHUNK; chunk++) {
             const long index = ((long)row * a.num_heads + head) * step.partial.max_chunks + chunk;
-            merge(total, peak, weight, step.partial.sums + index * size, step.partial.peaks[index],
-                  step.partial.weights[index], size);
+            const float part_peak = step.partial.peaks[index], best = part_peak > peak ? part_peak : peak;
+            add_part(total, weight, rescaling(splat(peak), splat(best))[0], step.partial.sums + index * size,
+                     step.partial.weights[index], rescaling(splat(part_peak), splat(best))[0], size);
+            peak = best;
         }
         write_total(step, attend_op, row, head, total, weight);
     }

@@ -43,9 +43,7 @@ INLINE void rotate(const brlite_attention& a, int rotary_dim, Angles angles, con
 
 // Quantizes a head to int8. Returns its scale, NaN if the head is not finite.
 INLINE float quantize_head(const float* from, int size, int8_t* to) {
-    Ints best = Ints{};
-    for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
-    const float peak = largest_magnitude(best), scale = peak / 127.0f;
+    const float peak = peak_of(from, size), scale = peak / 127.0f;
     const bool is_usable = is_finite(peak) && scale > 0;
     for (int i = 0; i < size; i += LANES) write(to + i, is_usable ? rounded(load(from + i) / scale) : Ints{});
     return is_finite(peak) ? scale : __builtin_nanf("");

@@ -8,11 +8,16 @@ namespace BRLITE_ISA {
 
 constexpr float MAX_ACTIVATION = 32767.0f, MAX_INT8_ACTIVATION = 127.0f;
 
-// Quantizes a row to int16. Returns its scale; NaN for a row that is not finite, so that its products are NaN, too.
-INLINE float quantize_row(const float* from, int size, int16_t* to) {
+// The largest magnitude of a row; NaN or infinite for a row that is not finite.
+INLINE float peak_of(const float* from, int size) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
-    const float peak = largest_magnitude(best);
+    return largest_magnitude(best);
+}
+
+// Quantizes a row with this largest magnitude to int16. Returns its scale; NaN for a row that is not finite, so that
+// its products are NaN, too.
+INLINE float quantize_row(const float* from, int size, float peak, int16_t* to) {
     if (!is_finite(peak)) {
         memset(to, 0, size * sizeof *to);
         return __builtin_nanf("");
@@ -66,7 +71,7 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
 INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
-    to.scales[row] = quantize_row(values, size, integers);
+    to.scales[row] = quantize_row(values, size, peak_of(values, size), integers);
     if (is_int4(format)) sum_groups(integers, size, to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
