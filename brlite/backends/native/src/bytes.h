@@ -151,9 +151,7 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     if constexpr (is_int4(FORMAT)) {
         sum_int4_group(sums, group, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
     } else {
-        Int8::Sum parts[1][ROWS][1];
-        sum_integers<FORMAT>(parts, group, integers, row_bytes / (long)sizeof *integers);
-        UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(parts[0][r][0]);
+        sum_integers<FORMAT>(sums, group, integers, row_bytes / (long)sizeof *integers);
     }
 }
 
@@ -171,10 +169,7 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup*,
                       long row_size) {
-    constexpr int SUMS = sums_of_row(FORMAT, ROWS);
-    Int8::Sum parts[SUMS][ROWS][1];
-    sum_integers<FORMAT>(parts, group, rows, row_size);
-    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(parts[0][r][0]);
+    sum_integers<FORMAT>(sums, group, rows, row_size);
 }
 
 #endif

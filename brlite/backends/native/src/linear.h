@@ -58,32 +58,10 @@ struct Scaling {
     }
 };
 
-// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float, too, with and without the
-// zero point's part.
-template <int FORMAT, int ROWS>
-INLINE void multiply_integers(const Tile& tile) {
-    const int16_t* rows = (const int16_t*)tile.rows;
-    const uint8_t* group = tile.panel;
-    const ActivationGroup* activations = tile.activations;
-    Floats totals[ROWS];
-    UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), activations++) {
-        if (tile.ahead) fetch(group + tile.ahead, group_bytes(FORMAT));
-        Int8::Sum sums[sums_of_row(FORMAT, ROWS)][ROWS][1];
-        sum_integers<FORMAT>(sums, group, rows + first, tile.row_size);
-        const Scaling<FORMAT> scaling(group);
-        UNROLLED for (int r = 0; r < ROWS; r++) {
-            const Floats sum = Int8::floats(sums[0][r][0]);
-            totals[r] = totals[r] + scaling.scaled(sum, activations[r * tile.row_size / BRLITE_GROUP]);
-        }
-    }
-    UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
-}
-
-// The same for int8 activations, each group of which has a scale of its own.
-template <int FORMAT, int ROWS>
-static void multiply_grouped(const Tile& tile) {
-    const GroupedRow* rows = (const GroupedRow*)tile.rows;
+// Activations are int16, or int8 with a scale for each group. Integer sums are exact in any order. The sum of a group of
+// 4-bit codes is exact as a float, too, with and without the zero point's part.
+template <int FORMAT, int ROWS, bool HAS_INT8_ROWS>
+static void multiply_integers(const Tile& tile) {
     const uint8_t* group = tile.panel;
     const ActivationGroup* activations = tile.activations;
     Floats totals[ROWS];
@@ -91,11 +69,15 @@ static void multiply_grouped(const Tile& tile) {
     for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), activations++) {
         if (tile.ahead) fetch(group + tile.ahead, group_bytes(FORMAT));
         Floats sums[ROWS];
-        sum_group<FORMAT>(sums, group, rows + first, activations, tile.row_size);
+        if constexpr (HAS_INT8_ROWS)
+            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + first, activations, tile.row_size);
+        else
+            sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size);
         const Scaling<FORMAT> scaling(group);
         UNROLLED for (int r = 0; r < ROWS; r++) {
             const ActivationGroup& of_row = activations[r * tile.row_size / BRLITE_GROUP];
-            totals[r] = totals[r] + scaling.scaled(sums[r], of_row) * splat(of_row.scale);
+            const Floats sum = scaling.scaled(sums[r], of_row);
+            totals[r] = totals[r] + (HAS_INT8_ROWS ? sum * splat(of_row.scale) : sum);
         }
     }
     UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
@@ -120,7 +102,7 @@ static void multiply(const Tile& tile) {
     if constexpr (FORMAT == BRLITE_BF16)
         multiply_bf16<ROWS>(tile);
     else
-        multiply_integers<FORMAT, ROWS>(tile);
+        multiply_integers<FORMAT, ROWS, false>(tile);
 }
 
 typedef void (*TileKernel)(const Tile&);
@@ -131,7 +113,7 @@ static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {TILES(BRLITE_INT8
                                                                TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
                                                                TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO)};
 #undef TILES
-#define TILE(f, rows) multiply_grouped<f, (rows < MAX_GROUPED_ROWS ? rows : MAX_GROUPED_ROWS)>
+#define TILE(f, rows) multiply_integers<f, (rows < MAX_GROUPED_ROWS ? rows : MAX_GROUPED_ROWS), true>
 #define TILES(f)                                                               \
     {TILE(f, 1), TILE(f, 2), TILE(f, 3), TILE(f, 4),  TILE(f, 5),  TILE(f, 6), \
      TILE(f, 7), TILE(f, 8), TILE(f, 9), TILE(f, 10), TILE(f, 11), TILE(f, 12)}

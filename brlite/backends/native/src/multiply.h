@@ -303,18 +303,22 @@ constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && 
 constexpr int sums_of_row(int, int) { return 1; }
 #endif
 
-// sums[0][row][0] = the sum of one group of a panel: of integer activations times codes.
-template <int FORMAT, int SUMS, int ROWS>
-INLINE void sum_integers(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* group, const Int8::Row* rows, long row_size) {
-    UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(sums[i]);
+// sums[row] = the sum of one group of a panel: of integer activations times codes.
+template <int FORMAT, int ROWS>
+INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size) {
+    constexpr int SUMS = sums_of_row(FORMAT, ROWS);
+    Int8::Sum parts[SUMS][ROWS][1];
+    UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(parts[i]);
     if constexpr (is_int4(FORMAT)) {
-        add_int4_pairs(sums, group, rows, row_size);
+        add_int4_pairs(parts, group, rows, row_size);
     } else {
         const uint8_t* panel[1] = {group};
-        add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2);
+        add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2);
     }
-    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int i = 1; i < SUMS; i++) sums[0][r][0] =
-        Int8::plus(sums[0][r][0], sums[i][r][0]);
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][0] = Int8::plus(parts[0][r][0], parts[i][r][0]);
+        sums[r] = Int8::floats(parts[0][r][0]);
+    }
 }
 
 // out[row][panel * 16 ..] = the sums as floats.
