@@ -95,7 +95,11 @@ class NativeBackend:
         drawings: list[Drawing] = []
         targets: list[DrawTarget] = []
         for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
-            drawings += _drawings(batch, seq, first)
+            if (sampling := seq.sampling) is not None:
+                drawings += [
+                    Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i))
+                    for i, row in enumerate(_drawing_rows(seq, first))
+                ]
             targets += [
                 DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
             ]
@@ -224,18 +228,8 @@ class _Poolings:
             struct.num_rows, struct.total = seq.pooling.num_tokens, total.ctypes.data
 
 
-def _drawings(batch: Batch, seq: ScheduledSeq, first_row: int) -> list[Drawing]:
-    """The draws of a sequence: after its last real token, and after each draft token in case all before it match."""
-    if seq.sampling is None:
-        return []
-    position = seq.sampling.position
-    return [
-        Drawing(row, seq.sampling, position + i, batch.mask_of(seq.seq_id, i))
-        for i, row in enumerate(_drawing_rows(seq, first_row))
-    ]
-
-
 def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
+    """The rows after which a sequence draws: its last real token, and each draft token in case all before it match."""
     end = first_row + len(seq.token_ids)
     return range(end - 1 - seq.num_draft_tokens, end)
 

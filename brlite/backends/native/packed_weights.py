@@ -67,9 +67,8 @@ class PackedFile:
             return
         # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
         bounds = [start, *range((start // BLOCK_ROWS + 1) * BLOCK_ROWS, stop, BLOCK_ROWS), stop]
-        put_block = self._put_panels if packed.form == "panels" else self._put_rows
         blocks = [
-            self._pool.submit(put_block, packed, first, tensor.part(range(first - start, last - start)))
+            self._pool.submit(self._put_block, packed, first, tensor.part(range(first - start, last - start)))
             for first, last in pairwise(bounds)
         ]
         for block in blocks:
@@ -88,8 +87,12 @@ class PackedFile:
         self._file.publish()
         return record
 
-    def _put_panels(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+    def _put_block(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
         values = tensor.float32()
+        if packed.form == "table":
+            rows = to_bfloat16(values, keeps_subnormal=False)
+            self._write(packed.offset + 2 * first * packed.num_inputs, rows)
+            return
         panel_bytes = packed.num_bytes // -(-packed.num_outputs // LANES)
         first_panel, last = first // LANES, first + len(values)
         panels = np.zeros((-(-last // LANES) - first_panel, panel_bytes), np.uint8)
@@ -102,10 +105,6 @@ class PackedFile:
             packed.format, values.ctypes.data, first % LANES, len(values), packed.num_inputs, panels.ctypes.data
         )
         self._write(begin, panels)
-
-    def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
-        rows = to_bfloat16(tensor.float32(), keeps_subnormal=False)
-        self._write(packed.offset + 2 * first * packed.num_inputs, rows)
 
     def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
         data = values.reshape(-1).view(np.uint8).data

@@ -138,29 +138,26 @@ class Packer:
                 done.result()
 
     def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        panels = self._address + packed.offset
         if packed.format in CODED_FORMATS:
-            self._put_codes(packed, first, tensor)
+            coded = tensor.coded()
+            assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
+            codes, scales, offsets = coded
+            self._library.brlite_pack_codes(
+                packed.format,
+                codes.ctypes.data,
+                scales.ctypes.data,
+                None if offsets is None else offsets.ctypes.data,
+                *(first, len(codes), packed.num_inputs, panels),
+            )
             return
         values = tensor.float32()
         if packed.form == "panels":
-            panels = self._address + packed.offset
             self._library.brlite_pack(packed.format, values.ctypes.data, first, len(values), packed.num_inputs, panels)
         else:
             table = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.uint16)
             rows = table.reshape(-1, packed.num_inputs)
             rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
-
-    def _put_codes(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
-        coded = tensor.coded()
-        assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
-        codes, scales, offsets = coded
-        self._library.brlite_pack_codes(
-            packed.format,
-            codes.ctypes.data,
-            scales.ctypes.data,
-            None if offsets is None else offsets.ctypes.data,
-            *(first, len(codes), packed.num_inputs, self._address + packed.offset),
-        )
 
 
 class LoadedWeights(NamedTuple):

@@ -103,7 +103,18 @@ class NativePlan:
         for operation in operations:
             match operation:
                 case Embed():
-                    yield self._embed(operation)
+                    (tensor,) = self._weights.layout.tensors[operation.weight.name]
+                    yield abi.NativeOperation(
+                        kind=abi.EMBED,
+                        format=tensor.format,
+                        is_table=tensor.form == "table",
+                        num_outputs=self.config.hidden_size,
+                        first=self._vocabulary.start,
+                        count=len(self._vocabulary),
+                        weight=self._weights.address(operation.weight.name),
+                        **self._buffers.hidden.as_output,
+                        meets=self._meets,
+                    )
                 case Norm():
                     yield self._norm(operation)
                 case Multiply():
@@ -149,20 +160,6 @@ class NativePlan:
             meets=True,
         )
         yield self._activate(abi.QUANTIZE, product, size)
-
-    def _embed(self, operation: Embed) -> abi.NativeOperation:
-        (tensor,) = self._weights.layout.tensors[operation.weight.name]
-        return abi.NativeOperation(
-            kind=abi.EMBED,
-            format=tensor.format,
-            is_table=tensor.form == "table",
-            num_outputs=self.config.hidden_size,
-            first=self._vocabulary.start,
-            count=len(self._vocabulary),
-            weight=self._weights.address(operation.weight.name),
-            **self._buffers.hidden.as_output,
-            meets=self._meets,
-        )
 
     def _norm(self, operation: Norm) -> abi.NativeOperation:
         compiled = self._activate(abi.NORM, self._buffers.hidden, self.config.hidden_size)
