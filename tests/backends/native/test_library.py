@@ -64,6 +64,7 @@ def test_every_instruction_set_gives_the_bits_of_the_generic_one(native_library)
 def test_an_instruction_set_is_there_where_linux_says_so(native_library):
     needed = {
         "avx2": {"avx2", "fma", "f16c"},
+        "avx_vnni": {"avx2", "avx_vnni"},
         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
         "avx512_vnni": {"avx512bw", "avx512_vnni"},
         "avx512_bf16": {"avx512_vnni", "avx512_bf16"},

@@ -29,7 +29,8 @@ extern "C" {
 enum brlite_isa {
     BRLITE_GENERIC,
     BRLITE_AVX2,
-    BRLITE_AVX512,  // f, bw, vl, dq
+    BRLITE_AVX_VNNI,  // with avx2
+    BRLITE_AVX512,    // f, bw, vl, dq
     BRLITE_AVX512_VNNI,
     BRLITE_AVX512_BF16,  // with VNNI
     BRLITE_NEON,

@@ -9,10 +9,10 @@
 //   bytes of an int4 column, each with two inputs:   0, 2 | 4, 6 | 1, 3 | 5, 7
 //   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
 //
-// AVX2 multiplies unsigned bytes by signed ones, and adds pairs of products, in 16 bits. That is exact for int4 codes:
-// a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would overflow. Activations are
-// stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as those with one scale a row,
-// and as bytes. The other instruction sets have only the int16 form.
+// Plain AVX2 multiplies unsigned bytes by signed ones, and adds pairs of products, in 16 bits. That is exact for int4
+// codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would overflow. Activations
+// are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as those with one scale a
+// row, and as bytes. The other instruction sets, AVX-512 without VNNI among them, have only the int16 form.
 #pragma once
 
 #include "multiply.h"
@@ -20,67 +20,121 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-#if defined(BRLITE_HAS_VNNI)
-
-typedef int8_t GroupedRow;
+#if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
 
 constexpr int MAX_GROUPED_ROWS = 12;  // of a tile: a sum and a total each take 24 of the 32 registers
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
 
 // Stores the 32 integers of a group in the order of the quads.
-INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
+INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)low), order));
     _mm_storeu_si128((__m128i*)(to + LANES), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
 }
 
-struct Quads {
-    __m512i first, second;
-};
-
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <bool IS_INT4>
-INLINE Quads load_quads(const uint8_t* group, int first) {
+INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
     if constexpr (IS_INT4) {
         const __m512i bytes = _mm512_loadu_si512(group + first * LANES / 2), code = _mm512_set1_epi8(15);
-        return {_mm512_and_si512(bytes, code), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), code)};
+        quads[0] = _mm512_and_si512(bytes, code);
+        quads[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), code);
+        return;
     }
     const __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
                   pairs_2_3 = _mm512_loadu_si512(group + first * LANES + 64);
     const __m512i low = _mm512_unpacklo_epi8(pairs_0_1, pairs_2_3), high = _mm512_unpackhi_epi8(pairs_0_1, pairs_2_3);
     const __m512i of_first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   of_second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), plus_128 = _mm512_set1_epi8(-128);
-    return {_mm512_xor_si512(_mm512_permutex2var_epi64(low, of_first, high), plus_128),
-            _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_second, high), plus_128)};
+    quads[0] = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_first, high), plus_128);
+    quads[1] = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_second, high), plus_128);
 }
 
-INLINE void add_quad(__m512i& sum, __m512i quad, const GroupedRow* row) {  // asm: the intrinsic makes GCC copy sums
+INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // asm: the intrinsic makes GCC copy sums
     asm volatile("vpdpbusd %[row]%{1to16%}, %[quad], %[sum]"
                  : [sum] "+v"(sum)
                  : [quad] "v"(quad), [row] "m"(*(const int32_t (*)[1])row));
 }
+
+INLINE Int8::Sum equal_sums(int32_t value) { return _mm512_set1_epi32(value); }
+
+#elif defined(BRLITE_HAS_AVX2)
+
+constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
+
+INLINE void store_quads(int8_t* to, Ints low, Ints high) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
+                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
+    // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
+    const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
+    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(of_0, of_4));
+    _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi8(of_0, of_4));
+}
+
+#endif
+
+#if defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
+
+constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
+
+template <bool IS_INT4>
+INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
+    if constexpr (IS_INT4) {
+        const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
+        const __m256i low = _mm256_loadu_si256(bytes), high = _mm256_loadu_si256(bytes + 1);
+        const __m256i code = _mm256_set1_epi8(15);
+        quads[0] = {_mm256_and_si256(low, code), _mm256_and_si256(high, code)};
+        quads[1] = {_mm256_and_si256(_mm256_srli_epi16(low, 4), code),
+                    _mm256_and_si256(_mm256_srli_epi16(high, 4), code)};
+        return;
+    }
+    const __m256i plus_128 = _mm256_set1_epi8(-128);
+    const __m256i* pairs = (const __m256i*)(group + first * LANES);
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const __m256i pair = _mm256_loadu_si256(pairs + i), later = _mm256_loadu_si256(pairs + 2 + i);
+        const __m256i low = _mm256_unpacklo_epi8(pair, later), high = _mm256_unpackhi_epi8(pair, later);
+        quads[i] = {_mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x20), plus_128),
+                    _mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x31), plus_128)};
+    }
+}
+
+INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {
+    __m256i inputs;
+    asm volatile("vpbroadcastd %[row], %[inputs]\n\t" BRLITE_VNNI
+                 "vpdpbusd %[inputs], %[low], %[low_sum]\n\t" BRLITE_VNNI "vpdpbusd %[inputs], %[high], %[high_sum]"
+                 : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [inputs] "=&x"(inputs)
+                 : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quad.low), [high] "x"(quad.high));
+}
+
+INLINE Int8::Sum equal_sums(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+
+#endif
+
+#if defined(BRLITE_HAS_VNNI)
+
+typedef int8_t GroupedRow;
+
+INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, low, high); }
 
 // sums[row] = the sums of a group: of activations times codes. `groups` and `rows` are those of the first row.
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
                       long row_size) {
     constexpr int SUMS = sums_of_grouped_row(ROWS);
-    __m512i parts[SUMS][ROWS];
+    Int8::Sum parts[SUMS][ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) {
-        const ActivationGroup& of_row = groups[r * row_size / BRLITE_GROUP];
-        parts[0][r] = is_int4(FORMAT) ? _mm512_setzero_si512() : _mm512_set1_epi32(of_row.minus_128_sums);
-        UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = _mm512_setzero_si512();
+        parts[0][r] = is_int4(FORMAT) ? Int8::zero() : equal_sums(groups[r * row_size / BRLITE_GROUP].minus_128_sums);
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = Int8::zero();
     }
     UNROLLED for (int i = 0; i < BRLITE_GROUP / 8; i++) {
-        const Quads quads = load_quads<is_int4(FORMAT)>(group, 8 * i);
-        const GroupedRow* inputs = rows + 8 * i;
-        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(parts[2 * i % SUMS][r], quads.first, inputs + r * row_size);
-        UNROLLED for (int r = 0; r < ROWS; r++)
-            add_quad(parts[(2 * i + 1) % SUMS][r], quads.second, inputs + r * row_size + 4);
+        Int8::Pair quads[2];
+        load_quads<is_int4(FORMAT)>(quads, group, 8 * i);
+        UNROLLED for (int half = 0; half < 2; half++) UNROLLED for (int r = 0; r < ROWS; r++)
+            add_quad(parts[(2 * i + half) % SUMS][r], quads[half], rows + r * row_size + 8 * i + 4 * half);
     }
     UNROLLED for (int r = 0; r < ROWS; r++) {
-        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = _mm512_add_epi32(parts[0][r], parts[i][r]);
-        sums[r] = floats_of((Ints)parts[0][r]);
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = Int8::plus(parts[0][r], parts[i][r]);
+        sums[r] = Int8::floats(parts[0][r]);
     }
 }
 
@@ -92,18 +146,10 @@ struct GroupedRow {
 };
 static_assert(sizeof(GroupedRow) <= sizeof(Bf16::Row), "rows of bf16 and of int8 activations share their memory");
 
-constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
-
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
     write((int16_t*)to, low);
     write((int16_t*)to + LANES, high);
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
-                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
-    // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
-    const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
-    __m128i* quads = (__m128i*)((int16_t*)to + BRLITE_GROUP);
-    _mm_storeu_si128(quads, _mm_unpacklo_epi8(of_0, of_4));
-    _mm_storeu_si128(quads + 1, _mm_unpackhi_epi8(of_0, of_4));
+    store_quads((int8_t*)((int16_t*)to + BRLITE_GROUP), low, high);
 }
 
 struct Words {  // 16-bit sums: two for each column, each of the products of half a group

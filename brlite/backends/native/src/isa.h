@@ -16,6 +16,14 @@
 #include <arm_neon.h>
 #endif
 
+// Instructions of avx_vnni are those of avx512_vnni in another encoding. A test builds with BRLITE_VNNI_AS_EVEX, to run
+// the kernels for avx_vnni on a processor that has only avx512_vnni.
+#if defined(BRLITE_VNNI_AS_EVEX)
+#define BRLITE_VNNI "%{evex%} "
+#else
+#define BRLITE_VNNI "%{vex%} "
+#endif
+
 // How clang and GCC name Arm's extensions.
 #if defined(__clang__)
 #define BRLITE_ARM_DOTPROD "dotprod"

@@ -37,13 +37,19 @@ bool saves(unsigned parts) {
 }
 
 // Bits of leaf 1: 12 fma, 28 avx, 29 f16c. Of leaf 7: 5 avx2, 16 avx512f, 17 dq, 30 bw, 31 vl; 11 vnni. Of its subleaf
-// 1: 5 bf16.
+// 1: 4 avx_vnni, 5 bf16.
 bool has_avx2() { return saves(0x06) && all_set(Leaf(1, 0).ecx, {12, 28, 29}) && all_set(Leaf(7, 0).ebx, {5}); }
 bool has_avx512() { return has_avx2() && saves(0xe6) && all_set(Leaf(7, 0).ebx, {16, 17, 30, 31}); }
 bool has_avx512_vnni() { return has_avx512() && all_set(Leaf(7, 0).ecx, {11}); }
 bool has_avx512_bf16() { return has_avx512_vnni() && all_set(Leaf(7, 1).eax, {5}); }
+#if defined(BRLITE_VNNI_AS_EVEX)
+bool has_avx_vnni() { return has_avx512_vnni(); }
+#else
+bool has_avx_vnni() { return has_avx2() && all_set(Leaf(7, 1).eax, {4}); }
+#endif
 #else
 bool has_avx2() { return false; }
+bool has_avx_vnni() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_vnni() { return false; }
 bool has_avx512_bf16() { return false; }
@@ -74,6 +80,7 @@ struct Isa {
 
 constexpr Isa ISAS[BRLITE_NUM_ISAS] = {{is_there, generic_kernels},
                                        {has_avx2, avx2_kernels},
+                                       {has_avx_vnni, avx_vnni_kernels},
                                        {has_avx512, avx512_kernels},
                                        {has_avx512_vnni, avx512_vnni_kernels},
                                        {has_avx512_bf16, avx512_bf16_kernels},

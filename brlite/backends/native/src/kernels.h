@@ -21,6 +21,7 @@ struct Kernels {
 // Null if this build lacks the instruction set. These do not check the processor; `kernels_of` does.
 const Kernels* generic_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_bf16_kernels();

@@ -58,8 +58,8 @@ struct Scaling {
     }
 };
 
-// Activations are int16, or int8 with a scale for each group. Integer sums are exact in any order. The sum of a group of
-// 4-bit codes is exact as a float, too, with and without the zero point's part.
+// Activations are int16, or int8 with a scale for each group. Integer sums are exact in any order. The sum of a group
+// of 4-bit codes is exact as a float, too, with and without the zero point's part.
 template <int FORMAT, int ROWS, bool HAS_INT8_ROWS>
 static void multiply_integers(const Tile& tile) {
     const uint8_t* group = tile.panel;

@@ -131,6 +131,15 @@ struct Int8 {
         return {_mm256_srai_epi32(sum.low, 4 * i), _mm256_srai_epi32(sum.high, 4 * i)};
     }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
+#if defined(BRLITE_HAS_VNNI)
+    INLINE void add(Sum& sum, Pair weights, Broadcast row) {
+        __m256i pair;
+        asm volatile("vpbroadcastd %[row], %[pair]\n\t" BRLITE_VNNI
+                     "vpdpwssd %[pair], %[low], %[low_sum]\n\t" BRLITE_VNNI "vpdpwssd %[pair], %[high], %[high_sum]"
+                     : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [pair] "=&x"(pair)
+                     : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(weights.low), [high] "x"(weights.high));
+    }
+#else
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
         __m256i pair, product;
         asm volatile(
@@ -142,6 +151,7 @@ struct Int8 {
             : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [pair] "=&x"(pair), [product] "=&x"(product)
             : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(weights.low), [high] "x"(weights.high));
     }
+#endif
     INLINE Floats floats(Sum sum) { return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)}; }
 };
 
