@@ -5,7 +5,6 @@ The `gguf` package dequantizes tensors to float32; `gguf_codes.py` unpacks the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
-from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Format, StoredTensor, TensorLocation, tensors_in_files
+from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Format, LocatedTensors, TensorLocation
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(LocatedTensors):
     """Implements `Checkpoint`. A tensor is read only when its numbers or its codes are needed."""
 
     def __init__(self, path: Path) -> None:
@@ -33,10 +32,12 @@ class GgufCheckpoint:
             freqs = tensors.pop(ROPE_FREQS, None)
             divisors = None
             if freqs is not None:
-                (divisors,) = (tensor.float32().reshape(-1).tolist() for tensor in tensors_in_files({path: [freqs]}))
+                (divisors,) = (
+                    tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({path: [freqs]}).tensors()
+                )
             named = {hugging_face_name(name): tensor for name, tensor in tensors.items()}
-            self._shapes = {name: tensor.shape for name, tensor in named.items()}
-            self.config: dict[str, Any] = hugging_face_config(metadata, self._shapes, divisors)
+            shapes = {name: tensor.shape for name, tensor in named.items()}
+            self.config: dict[str, Any] = hugging_face_config(metadata, shapes, divisors)
             heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
             interleaved = {"q_proj": heads, "k_proj": kv_heads} if metadata.architecture == "llama" else {}
             for name, tensor in named.items():
@@ -47,22 +48,13 @@ class GgufCheckpoint:
                     )
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
-        self._locations = [
+        locations = [
             tensor._replace(name=name, head_rows=self.config["head_dim"] if _module(name) in interleaved else 0)
             for name, tensor in named.items()
         ]
-        self.num_bytes = sum(location.num_bytes for location in self._locations)
+        super().__init__({path: locations})
         with path.open("rb") as stream:
             self.identity = weights_identity(self.config, {path: stream.read(header.data_start)})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    def formats(self) -> dict[str, str]:
-        return {location.name: location.format.name for location in self._locations}
-
-    def tensors(self) -> Iterator[StoredTensor]:
-        return tensors_in_files({self.path: self._locations})
 
 
 def _module(name: str) -> str:

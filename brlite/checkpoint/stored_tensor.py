@@ -176,16 +176,30 @@ def tensor_in_memory(name: str, stored_as: Format, shape: tuple[int, ...], data:
     return make_tensor(TensorLocation(name, stored_as, shape, 0), lambda begin, size: data[begin : begin + size])
 
 
-def tensors_in_files(files: Mapping[Path, Sequence[TensorLocation]]) -> Iterator[StoredTensor]:
-    """Yields the tensors of one file after another. A file is open while its tensors are read."""
-    for file, locations in files.items():
-        try:
-            stream = file.open("rb")
-        except OSError as error:
-            raise ModelError(f"{file}: {reason(error)}") from error
-        with stream:
-            for location in locations:
-                yield make_tensor(location, partial(read_bytes, stream, location.begin))
+class LocatedTensors:
+    """The methods of `Checkpoint` for formats whose tensors are bytes in files, one after another."""
+
+    def __init__(self, files: Mapping[Path, Sequence[TensorLocation]]) -> None:
+        self._files = files
+        self._locations = [location for locations in files.values() for location in locations]
+        self.num_bytes = sum(location.num_bytes for location in self._locations)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {location.name: location.shape for location in self._locations}
+
+    def formats(self) -> dict[str, str]:
+        return {location.name: location.format.name for location in self._locations}
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Yields the tensors of one file after another. A file is open while its tensors are read."""
+        for file, locations in self._files.items():
+            try:
+                stream = file.open("rb")
+            except OSError as error:
+                raise ModelError(f"{file}: {reason(error)}") from error
+            with stream:
+                for location in locations:
+                    yield make_tensor(location, partial(read_bytes, stream, location.begin))
 
 
 def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes: int) -> Bytes:

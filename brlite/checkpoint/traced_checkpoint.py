@@ -12,7 +12,6 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,7 @@ from typing import Any
 from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.stored_tensor import (
-    ALLOWED_DTYPES,
-    PLAIN_FORMATS,
-    StoredTensor,
-    TensorLocation,
-    tensors_in_files,
-)
+from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS, LocatedTensors, TensorLocation
 from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_names
 from brlite.checkpoint.traced_pickle import Record, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
@@ -139,22 +132,12 @@ class TracedArchive:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error
 
 
-class TracedCheckpoint:
+class TracedCheckpoint(LocatedTensors):
     """Implements `Checkpoint`. Its `path` is the file's; the config is read from the folder."""
 
     def __init__(self, file: Path, folder: Path) -> None:
         self.path = file
         self.config: dict[str, Any] = read_config(folder)
         archive = TracedArchive(file)
-        self._locations = archive.parameters()
-        self.num_bytes = sum(location.num_bytes for location in self._locations.values())
+        super().__init__({file: list(archive.parameters().values())})
         self.identity = weights_identity(self.config, {file: archive.pickle})
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: location.shape for name, location in self._locations.items()}
-
-    def formats(self) -> dict[str, str]:
-        return {name: location.format.name for name, location in self._locations.items()}
-
-    def tensors(self) -> Iterator[StoredTensor]:
-        return tensors_in_files({self.path: list(self._locations.values())})
