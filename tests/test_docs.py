@@ -20,6 +20,7 @@ from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
 from brlite.config.warnings import config_warnings
+from brlite.dialects import openai_chat
 from brlite.dialects.errors import STATUSES
 from brlite.http.connection import MAX_HEADERS
 from brlite.sampling_params import SamplingParams
@@ -34,6 +35,12 @@ EXAMPLES = {
     f"{name}-{number}": code
     for name, text in {"README": README, **PAGES}.items()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+}
+CHAT_BODIES = {
+    f"{name}-{number}": body
+    for name, text in PAGES.items()
+    for number, body in enumerate(re.findall(r"```json\n(.*?)```", text, re.DOTALL), 1)
+    if '"messages"' in body
 }
 # These need a running server.
 PYTHON_NOT_RUN_HERE = {
@@ -88,6 +95,11 @@ def test_the_examples_run(example: str, smollm2_path: Path) -> None:
 
 def test_each_example_that_is_not_run_here_exists() -> None:
     assert set(PYTHON_NOT_RUN_HERE) <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("body", CHAT_BODIES.values(), ids=CHAT_BODIES)
+def test_the_bodies_of_chats_are_accepted_without_a_warning(body: str) -> None:
+    assert openai_chat.decode(body.encode(), LimitsConfig()).warnings == ()
 
 
 def test_each_shell_example_is_run_or_has_a_reason_not_to_be() -> None:

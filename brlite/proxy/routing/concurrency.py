@@ -1,8 +1,8 @@
 """The concurrency limit of one model, shared by key, and a bounded queue of the requests that wait.
 
-A free slot goes to the waiting key with the fewest running requests, in turn if several have as few. So the backlog of
-one key delays the others at most until one of its running requests ends. Has no clock: the caller removes requests that
-have waited too long.
+A free slot goes to the waiting key with the fewest running requests for its weight, in turn if several have as few. So
+the backlog of one key delays the others at most until one of its running requests ends. Has no clock: the caller
+removes requests that have waited too long.
 """
 
 from __future__ import annotations
