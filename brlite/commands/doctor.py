@@ -38,15 +38,21 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Findings]:
     """Section → name → finding."""
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    extras = {name: _version(name) for name in EXTRAS}
+    report = {
+        "versions": {"brlite": brlite.__version__, "python": python, **{name: _version(name) for name in PACKAGES}},
+        "extras": {
+            name: version if version != ABSENT else f"{ABSENT} ({EXTRAS[name]}): pip install 'brlite[{name}]'"
+            for name, version in extras.items()
+        },
+    }
     sections: Mapping[str, Callable[[], Findings]] = {
-        "versions": _versions,
-        "extras": _extras,
         "machine": _machine,
         "native kernels": describe_native,
         "torch": _torch,
         "model": _model,
     }
-    report = {}
     for name, find in sections.items():
         try:
             report[name] = find()
@@ -72,19 +78,6 @@ def render(report: Mapping[str, Mapping[str, str]]) -> str:
     for section, findings in report.items():
         lines += [section, *(f"  {name:{width}}  {text}" for name, text in findings.items())]
     return "\n".join(lines)
-
-
-def _versions() -> Findings:
-    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return {"brlite": brlite.__version__, "python": python, **{name: _version(name) for name in PACKAGES}}
-
-
-def _extras() -> Findings:
-    versions = {name: _version(name) for name in EXTRAS}
-    return {
-        name: version if version != ABSENT else f"{ABSENT} ({EXTRAS[name]}): pip install 'brlite[{name}]'"
-        for name, version in versions.items()
-    }
 
 
 def _version(package: str) -> str:

@@ -57,18 +57,17 @@ def inspect(path: Path) -> Findings:
 
 def render(findings: Mapping[str, Any]) -> str:
     """A line for each finding."""
-    width = max(map(len, findings))
-    return "\n".join(f"{name:{width}}  {_shown(name, value)}" for name, value in findings.items())
-
-
-def _shown(name: str, value: object) -> str:
-    if isinstance(value, int) and name.endswith("bytes"):
-        return f"{value} ({show_bytes(value)})"
-    if isinstance(value, int) and name == "parameters":
-        return f"{value} ({value / 1e6:.4g} million)"
-    if isinstance(value, list | tuple):
-        return ", ".join(one_line(item) for item in value) or "none"
-    return UNTOLD if value is None else one_line(value)
+    width, lines = max(map(len, findings)), []
+    for name, value in findings.items():
+        text = UNTOLD if value is None else one_line(value)
+        if isinstance(value, int) and name.endswith("bytes"):
+            text = f"{value} ({show_bytes(value)})"
+        elif isinstance(value, int) and name == "parameters":
+            text = f"{value} ({value / 1e6:.4g} million)"
+        elif isinstance(value, list | tuple):
+            text = ", ".join(one_line(item) for item in value) or "none"
+        lines.append(f"{name:{width}}  {text}")
+    return "\n".join(lines)
 
 
 def _traced(path: Path) -> Findings:

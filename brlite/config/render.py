@@ -56,7 +56,20 @@ def option_tables() -> list[Table]:
     for field in _fields(inspect.type_info(Config)):
         kind = bare(field.type)
         struct = kind.item_type if isinstance(kind, inspect.VarTupleType) else kind
-        options = [_describe_option(option) for option in _fields(struct)]
+        options = []
+        for option in _fields(struct):
+            examples = _json_schema(option, "examples")
+            default = option.default_factory() if option.default_factory is not NODEFAULT else option.default
+            options.append(
+                Option(
+                    option.name,
+                    describe(option.type),
+                    _json_schema(option, "description"),
+                    option.required,
+                    None if option.required or default is None else _value(default),
+                    _value(examples[0]) if examples else None,
+                )
+            )
         text, is_there = _json_schema(field, "description"), field.default != ()
         tables.append(Table(field.name, text, struct is not kind, is_there, options))
     return tables
@@ -79,19 +92,6 @@ def toml_schema() -> str:
     """The JSON Schema of a `.toml`, as JSON, for completion and checks in editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Config)}
     return json.dumps(schema, indent=2, ensure_ascii=False)
-
-
-def _describe_option(field: inspect.Field) -> Option:
-    examples = _json_schema(field, "examples")
-    default = field.default_factory() if field.default_factory is not NODEFAULT else field.default
-    return Option(
-        field.name,
-        describe(field.type),
-        _json_schema(field, "description"),
-        field.required,
-        None if field.required or default is None else _value(default),
-        _value(examples[0]) if examples else None,
-    )
 
 
 def _commented(line: str, text: str, *, is_on: bool) -> str:

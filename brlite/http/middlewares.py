@@ -76,12 +76,7 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
     """
     keys, budget = app[KEYS], app[BODIES]
     cors, no_key = Cors(policy), ApiKey()
-    # A request is for one of these only if its path is spelt exactly like the resource's: a proxy before this server
-    # may interpret any other spelling differently. Resources are compared, not paths: if the application is mounted in
-    # another one, the paths get a prefix.
-    resources = list(app.router.resources())
-    open_resources = frozenset(resource for resource in resources if resource.canonical in open_paths)
-    quiet_resources = frozenset(resource for resource in resources if resource.canonical in (quiet_paths or ()))
+    open_resources, quiet_resources = resources_at(app, open_paths), resources_at(app, quiet_paths or frozenset())
 
     @web.middleware
     async def serve_request(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -128,6 +123,15 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                 log_request(request, status, (time.perf_counter() - begin) * 1000)
 
     return serve_request
+
+
+def resources_at(app: web.Application, paths: Set[str]) -> Set[web.AbstractResource]:
+    """The resources of these paths. They are compared, not paths: a path gets a prefix if `app` is mounted in another.
+
+    A request is for one of them only if its path is spelt exactly like the resource's: a proxy before this server may
+    interpret any other spelling differently.
+    """
+    return frozenset(resource for resource in app.router.resources() if resource.canonical in paths)
 
 
 def has_left(request: web.BaseRequest) -> bool:

@@ -56,7 +56,13 @@ class OriginPolicy:
         self._allowed_hosts = frozenset(_host_name(host) for host in allowed_hosts)
         self._keys = keys
         self._is_loopback = is_loopback
-        self.lets_in = lru_cache(MAX_REMEMBERED)(self._lets_in)
+
+        @lru_cache(MAX_REMEMBERED)
+        def lets_in(host: str | None, origin: str | None, fetch_site: str | None, is_open: bool) -> bool:
+            """Whether `refusal` is None. It depends on `is_open` (no key is needed), which is in the cache's key."""
+            return self.refusal(host, origin, fetch_site) is None
+
+        self.lets_in = lets_in
 
     def refusal(self, host: str | None, origin: str | None, fetch_site: str | None) -> Forbidden | None:
         """The refusal of a request with these headers; None if it is accepted. Join the values of a repeated header."""
@@ -84,10 +90,6 @@ class OriginPolicy:
             f"A web page of {whose} may not use this server. Pages of origins in server.cors_origins (--cors) may.",
             code="origin_not_allowed",
         )
-
-    def _lets_in(self, host: str | None, origin: str | None, fetch_site: str | None, is_open: bool) -> bool:
-        """Whether `refusal` is None. `is_open` (no key is needed) is in the cache's key: `refusal` depends on it."""
-        return self.refusal(host, origin, fetch_site) is None
 
 
 @lru_cache(maxsize=64)

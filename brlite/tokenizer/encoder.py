@@ -5,8 +5,6 @@ A panic of that library is a `BaseException` in Python. Here it becomes an `Inva
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import tokenizers
 from tokenizers import pre_tokenizers
 
@@ -64,21 +62,23 @@ class BackendEncoder(Encoder):
         ids = self._encode(_WORDS if is_first else _LATER_WORDS, text)
         if self._renumbered:
             ids = [self._renumbered.get(token_id, token_id) for token_id in ids]
-        return ids if self._control_ids.isdisjoint(ids) else list(self._by_character(ids))
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # The vocabulary has a control token's text as a word, too: the word becomes its characters.
+        spelt: list[int] = []
+        for token_id in ids:
+            if token_id not in self._control_ids:
+                spelt.append(token_id)
+                continue
+            for character in self._backend.id_to_token(token_id) or "":
+                parts = self._encode(_LATER_WORDS, character)
+                spelt += [part for part in parts if part not in self._control_ids]
+        return spelt
 
     def _encode(self, index: int, text: str, *, add_special_tokens: bool = False) -> list[int]:
         if self._process is None:
             return _encode(self._backends[index], text, add_special_tokens=add_special_tokens)
         return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
-
-    def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
-        """`ids`, where the characters of a control token's text replace it. The vocabulary has it as a word, too."""
-        for token_id in ids:
-            if token_id not in self._control_ids:
-                yield token_id
-                continue
-            for character in self._backend.id_to_token(token_id) or "":
-                yield from (part for part in self._encode(_LATER_WORDS, character) if part not in self._control_ids)
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
