@@ -256,7 +256,7 @@ class CacheRoom(NamedTuple):
 
 
 def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> CacheRoom:
-    """The tokens that fit beside the weights. Cards hold one rank each."""
+    """How many tokens of KV cache fit into the memory that the weights leave. Each rank has a card of its own."""
     weights, per_token = (sum(each) for each in zip(*map(msgspec.structs.astuple, ranks), strict=True))
     card = None if is_native else device_memory(select_device(engine.device))
     if card is not None:

@@ -39,7 +39,7 @@ from brlite.sampling_params import SamplingParams, StructuredOutput
 
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
-# All but these two are results of hosted tools, which this server does not have.
+# An answer can have only the first two. The others are results of hosted tools, which this server does not have.
 INCLUDABLE = (
     *(ENCRYPTED_REASONING, LOGPROBS, "file_search_call.results", "web_search_call.results"),
     *("web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url"),

@@ -114,7 +114,7 @@ def prompt_too_long(
 
 
 def check_limits(params: SamplingParams, limits: LimitsConfig, vocab_size: int | None = None) -> None:
-    """Raise `InvalidRequest` for values beyond the server's limits, the same for all models, or beyond a vocabulary."""
+    """Raise `InvalidRequest` for values beyond the server's limits, or beyond a vocabulary of `vocab_size`."""
     beams = "n" if params.best_of is None else "best_of"
     for name, value, limit in (
         ("n", params.n, limits.max_n),

@@ -148,7 +148,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0
-    hidden_total: bytes = b""  # the sum over the computed tokens, if their mean is wanted
+    hidden_total: bytes = b""  # the sum of the hidden states so far, for pooling by their mean
 
     @property
     def num_tokens(self) -> int:

@@ -138,7 +138,7 @@ class Scheduler:
                 if seq.num_in_flight_tokens and seq.state.pooling == "mean":
                     return False
                 continue
-            is_windowed = isinstance(seq.counts, WindowCounts)  # other counts grow by the token: the backend counts it
+            is_windowed = isinstance(seq.counts, WindowCounts)  # the backend adds the drawn token to other counts
             has_other = seq.matcher is not None or seq.repetitions is not None or bool(seq.state.request.bad_words)
             if (is_windowed or has_other) and not seq.ends_with_step:
                 return False

@@ -104,7 +104,7 @@ class AnswerWriter:
             self._lines.append(f"reasoning_text[lazy]: {_ANY} {json.dumps(reasoning.end)}")
         if not reasoning.begins_inside:
             self._lines.append(f"reasoning: ({begins}) {text} spaces")
-        elif all(map(self._is_token_first, reasoning.begins)):  # some models repeat that of the prompt
+        elif all(map(self._is_token_first, reasoning.begins)):  # some models repeat the mark that ends the prompt
             self._lines.append(f"reasoning: ({begins})? {text} spaces")
         else:
             self._lines.append(f"reasoning: {text} spaces")
@@ -128,7 +128,7 @@ class AnswerWriter:
             self._lines.append(f"call_{index}: {self._literal(part.begin)} arguments_{index} {end}")
         self._lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(calls.parts))))
         self._lines.append(f"calls: {self._literal(calls.opening)} call {self._more_calls(calls)}")
-        if calls.is_leading:  # the same after white space
+        if calls.is_leading:  # the rule for calls at the beginning of an answer: white space may precede the first
             first = " | ".join(
                 f"{self._leading_literal(calls.opening + part.begin)} arguments_{index} {self._literal(part.end)}"
                 for index, part in enumerate(calls.parts)
@@ -230,7 +230,7 @@ class AnswerWriter:
     def _parameter(
         self, rule: str, name: str, node: Any, shared: Mapping[str, Any], notation: ParameterNotation
     ) -> str:
-        """The value of one parameter and the text that ends it."""
+        """The expression of one parameter's value and of `notation.end`, the text that ends it."""
         end = self._literal(notation.end)
         kind = node.get("type") if isinstance(node, dict) else None
         if kind == "string" and notation.has_plain_strings:
@@ -242,7 +242,7 @@ class AnswerWriter:
         return f"{self._json(node)} {end}"
 
     def _plain_string(self, rule: str, name: str, node: Mapping[str, Any], notation: ParameterNotation) -> str:
-        """A string without quotes and escapes, up to the first `notation.end`."""
+        """The expression of a string without quotes and escapes, which ends at the first `notation.end`."""
         mark = notation.end.strip()
         listed = node.get("enum", [node["const"]] if "const" in node else None)
         if listed is not None:
@@ -281,7 +281,10 @@ class AnswerWriter:
         return any(text.startswith(name) for name in self._special_texts)
 
     def _leading_literal(self, text: str) -> str:
-        """The text, with or without white space before it, as one lexeme. Free text is another, longer lexeme."""
+        """The expression of the text with optional white space before it, as one lexeme.
+
+        Free text is a lexeme too, and may begin with the same white space.
+        """
         if self._is_token_first(text):
             return f"spaces {self._literal(text)}"
         head = next((text[: text.index(name)] for name in self._special_texts if name in text), text)

@@ -56,7 +56,7 @@ class Distribution(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """One family of a property of the models."""
+    """One family about a model itself, also while it is not loaded."""
 
     name: str
     about: str
@@ -64,7 +64,7 @@ class Trait(NamedTuple):
 
 
 class SpreadCounter(NamedTuple):
-    """One sample of a key's counters: the value of its second label, and a function that reads the number."""
+    """One sample of a key's metric: `label` is the value of its second label, and `value` reads the number."""
 
     label: str
     value: Callable[[KeyUsage], float]

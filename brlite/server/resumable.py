@@ -22,9 +22,10 @@ MAX_DIGITS = 9
 
 
 class RecordedStream:
-    """A delivery writes to it in place of its client's `EventStream`. `follow` sends it to a client, as it grows.
+    """The events of one stream, kept in memory. It has the methods of `EventStream`, for the delivery that writes it.
 
-    When it exceeds `max_bytes`, the oldest events are dropped until half of that is left.
+    `follow` sends the events to a client, also those that are written later. Beyond `max_bytes` the oldest events are
+    dropped until half of that is left.
     """
 
     is_backlogged = False

@@ -36,7 +36,10 @@ def toy_tokenizer() -> Tokenizer:
 
 
 class ByteEncoder(Encoder):
-    """One token for each byte. A whole prompt becomes a user's message, before the token that begins the answer."""
+    """One token for each byte.
+
+    With special tokens, the text becomes a user's message, and the token that begins the answer follows it.
+    """
 
     max_composed = 1
 
