@@ -6,6 +6,7 @@ message or a tool stays plain text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PACKAGES = ("jinja2", "markupsafe")
+_CUTS_AT_END_MARK = re.compile(r"""split\(\s*(['"])</think>\1[^)]*\)\s*\[(-1|1)\](?!\s*[.|])""")
 
 
 class ChatTemplate:
@@ -63,6 +65,8 @@ class ChatTemplate:
             knows_developer="developer" in template and bool(answer["roles"]["developer"]),
             reasoning_key=find_reasoning_key(template),
             reasoning_marks=find_reasoning_marks(template),
+            # DeepSeek's templates drop the text up to the end mark, and keep white space after it.
+            reasoning_separator="" if _CUTS_AT_END_MARK.search(template) else "\n\n",
             marks_content="<|channel|>" in template and "<|message|>" in template,
         )
 

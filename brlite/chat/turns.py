@@ -71,6 +71,7 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     knows_developer: bool = False
     reasoning_key: str | None = None
     reasoning_marks: tuple[str, str] | None = None
+    reasoning_separator: str = "\n\n"  # between the end mark and the content
     marks_content: bool = False
 
     @property
@@ -159,7 +160,7 @@ def _prepared(
         prepared[can.reasoning_key] = reasoning
     elif reasoning and can.reasoning_marks and isinstance(prepared.get("content"), str):
         start, end = can.reasoning_marks
-        prepared["content"] = f"{start}\n{reasoning}\n{end}\n\n{prepared['content']}"
+        prepared["content"] = f"{start}\n{reasoning}\n{end}{can.reasoning_separator}{prepared['content']}"
     return prepared
 
 

@@ -126,7 +126,12 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     field_names = {**_FIELD_NAMES, **more.field_names}
     given, warnings = dict(more.sampling), more.warnings
     if body.samplers is not None:
-        _check_samplers(body.samplers)
+        order = list(SAMPLERS)
+        if not set(body.samplers) <= SAMPLERS.keys() or body.samplers != sorted(set(body.samplers), key=order.index):
+            given_names = excerpt(", ".join(body.samplers))
+            raise InvalidRequest(
+                f"samplers must be some of {', '.join(order)}, in this order, got {given_names}", param="samplers"
+            )
         for name in SAMPLERS.keys() - set(body.samplers):
             given |= SAMPLERS[name]
         if "infill" in body.samplers:
@@ -147,16 +152,6 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
         shown=tuple(body.response_fields or ()),
         **{**common, "unset": tuple(name for name in common["unset"] if name not in given)},
     )
-
-
-def _check_samplers(names: list[str]) -> None:
-    """Raise `InvalidRequest` for an unknown sampler, and for an order that is not this server's."""
-    order = list(SAMPLERS)
-    if not set(names) <= SAMPLERS.keys() or names != sorted(set(names), key=order.index):
-        raise InvalidRequest(
-            f"samplers must be some of {', '.join(order)}, in this order, got {excerpt(', '.join(names))}",
-            param="samplers",
-        )
 
 
 class InfillEncoder:

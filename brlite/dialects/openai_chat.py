@@ -224,22 +224,21 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         variables=body.chat_template_kwargs or {},
         reasoning_effort=body.reasoning_effort,
     )
+    echoed_text = ""
+    if body.echo and body.messages[-1].role == "assistant":
+        content = chat.messages[-1]["content"]
+        echoed_text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     return Generation(
         prompts=(chat,),
         params=params,
         field_names=field_names,
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
-        echoed_text=_text_of(chat.messages[-1]) if body.echo and body.messages[-1].role == "assistant" else "",
+        echoed_text=echoed_text,
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
         **fields,
     )
-
-
-def _text_of(turn: dict[str, Any]) -> str:
-    content = turn["content"]
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def read_chat(
@@ -326,9 +325,16 @@ class ChatEncoder(OpenAIEncoder):
         return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
 
     def _chunk_of(self, event: Event) -> bytes:
+        if event.calls and self._call.calls_functions:
+            (call,) = event.calls
+            delta = Delta(function_call=shown_function(call))
+        elif event.calls:
+            delta = Delta(tool_calls=shown_calls(event.calls, has_index=True))
+        else:
+            delta = Delta(reasoning_content=event.reasoning) if event.reasoning else Delta(content=event.text)
         choice = ChatChunkChoice(
             index=event.choice,
-            delta=self._delta(event) if event.calls or event.reasoning else Delta(content=event.text),
+            delta=delta,
             logprobs=None if event.tokens is None else self._logprobs(event.tokens),
             finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
             stop_reason=UNSET if event.stop_reason is None else event.stop_reason,
@@ -375,14 +381,6 @@ class ChatEncoder(OpenAIEncoder):
                 prompt_logprobs=UNSET if prompt_tokens is None else shown_prompt_logprobs(prompt_tokens),
             )
         )
-
-    def _delta(self, event: Event) -> Delta:
-        if event.calls and self._call.calls_functions:
-            (call,) = event.calls
-            return Delta(function_call=shown_function(call))
-        if event.calls:
-            return Delta(tool_calls=shown_calls(event.calls, has_index=True))
-        return Delta(reasoning_content=event.reasoning)
 
     def _end_reason(self, reason: EndReason) -> ChatEndReason:
         return "function_call" if reason == "tool_calls" and self._call.calls_functions else reason

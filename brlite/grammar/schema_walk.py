@@ -265,7 +265,10 @@ class _Walk:
         if "enum" in node and not (isinstance(node["enum"], list) and node["enum"]):
             raise SchemaRefused(f"{pointer}/enum", "enum is a list of at least one value")
         for keyword in ("enum", "const"):
-            if keyword in node and _has_huge_number(node[keyword]):
+            parts = [node[keyword]] if keyword in node else []
+            for part in parts:  # grows
+                parts += _children(part)
+            if not all(abs(part) <= EXACT for part in parts if isinstance(part, (int, float))):
                 raise SchemaRefused(f"{pointer}/{keyword}", f"numbers beyond ±{EXACT} are not enforced exactly")
         patterns = [*_mapping(pointer, node, "patternProperties")]
         if "pattern" in node:
@@ -377,19 +380,17 @@ class _Walk:
             types = node.get("type", TYPES) if own is None else [_type(value) for value in own.values()]
             names = [types] if isinstance(types, str) else types if isinstance(types, (list, tuple)) else TYPES
             kinds.append({"number" if name == "integer" else str(name) for name in names})
-        tags = [self._tags(pointer, node) for node in nodes]
+        tags = []  # the required properties of each alternative that is an object, with their listed values
+        for node in nodes:
+            schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
+            self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
+            tags.append({name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {})
         return all(
             not kinds[i] & kinds[j]
             or _are_distinct(values[i], values[j])
             or any(_are_distinct(tags[i][tag], tags[j][tag]) for tag in tags[i].keys() & tags[j].keys())
             for i, j in itertools.combinations(range(len(nodes)), 2)
         )
-
-    def _tags(self, pointer: str, node: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-        """The required properties of an object schema, each with its listed values."""
-        schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
-        self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
-        return {name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {}
 
     def _compare(self, pointer: str, num: int) -> None:
         """Count comparisons of alternatives, and refuse too many."""
@@ -569,13 +570,3 @@ def _type(value: Any) -> str:
         return "integer" if value.is_integer() else "number"
     names = {type(None): "null", int: "integer", str: "string", list: "array", dict: "object"}
     return names[type(value)]
-
-
-def _has_huge_number(value: Any) -> bool:
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, (int, float)) and not abs(part) <= EXACT:
-            return True
-        waiting += _children(part)
-    return False

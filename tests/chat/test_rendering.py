@@ -114,3 +114,22 @@ def test_calls_have_the_form_that_the_template_takes(template: str, given: dict[
 
     (expected,), _ = chat_template_utils.render_jinja_template([[USER, given]], tools=[TOOL], chat_template=template)
     assert rendered == expected
+
+
+CUTTING = """\
+{%- for m in messages %}<|{{ m.role }}|>
+    {%- if m.role == 'assistant' and '</think>' in m.content %}{{ m.content.split('</think>')[-1]STRIPPED }}
+    {%- else %}{{ m.content }}{% endif %}
+{%- endfor %}<|assistant|><think>"""
+
+
+@pytest.mark.parametrize("stripped", ["", ".lstrip('\\n')"])
+def test_the_answer_before_has_no_white_space_where_the_template_drops_its_reasoning(stripped: str) -> None:
+    template = ChatTemplate(CUTTING.replace("STRIPPED", stripped), source="here", special_tokens={})
+    turns = [USER, {**ANSWER, "reasoning_content": "Let me see."}, USER]
+
+    with_reasoning = template.render(turns, add_generation_prompt=True)
+    without = template.render([USER, ANSWER, USER], add_generation_prompt=True)
+    template.close()
+
+    assert with_reasoning == without

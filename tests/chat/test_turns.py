@@ -175,7 +175,7 @@ def test_a_part_that_is_no_text_is_refused() -> None:
     [
         ("{% for m in messages %}{{ m.content }}({{ m.reasoning_content }}){% endfor %}", "b(t)"),
         ("{% for m in messages %}{{ m.content }}({{ m['thinking'] }}){% endfor %}", "b(t)"),
-        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "\n\nb"),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "b"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}", "<think>\nt\n</think>\n\nb"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "b"),
     ],
