@@ -152,20 +152,18 @@ class TorchBackend:
             if before is not None and before.needs_host:
                 self._settle(before)
             batch, last = _with_last_draws(batch, before)
-            self._before = launched = self._queue_draws(batch, self._steps.forward(batch.seqs, last))
+            step = self._steps.forward(batch.seqs, last)
+            rows, inputs = dict[int, int](), list[SamplingInput]()  # of the draws that the device makes
+            for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
+                if seq.sampling is not None and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
+                    rows[seq.seq_id] = first + len(seq.token_ids) - 1
+                    inputs.append(seq.sampling)
+            drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
+            if rows:
+                drawn = draw(self._steps.logits(step, list(rows.values())), inputs)
+            places = {seq_id: place for place, seq_id in enumerate(rows)}
+            self._before = launched = QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
         return partial(self._fetch, launched)
-
-    def _queue_draws(self, batch: Batch, step: ComputedStep) -> QueuedStep:
-        rows, inputs = dict[int, int](), list[SamplingInput]()
-        for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
-            if seq.sampling is not None and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
-                rows[seq.seq_id] = first + len(seq.token_ids) - 1
-                inputs.append(seq.sampling)
-        drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
-        if rows:
-            drawn = draw(self._steps.logits(step, list(rows.values())), inputs)
-        places = {seq_id: place for place, seq_id in enumerate(rows)}
-        return QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
 
     def _fetch(self, launched: QueuedStep) -> StepResult:
         with self._guard.step(), torch.inference_mode():
@@ -220,11 +218,12 @@ class TorchBackend:
 
     def close(self) -> None:
         """Free weights and cache. Waits for a step that another thread computes. May be called twice."""
-        self._guard.close(self._let_go)
 
-    def _let_go(self) -> None:
-        self.__dict__.pop("_steps", None)
-        self._before = None
+        def let_go() -> None:
+            self.__dict__.pop("_steps", None)
+            self._before = None
+
+        self._guard.close(let_go)
 
     def _draw(self, batch: Batch, step: ComputedStep, is_drawn: Container[int]) -> dict[int, SampledToken | Undrawn]:
         """The tokens that the host draws, by `seq_id`: of the sequences with `sampling` that are not in `is_drawn`."""

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,25 +91,22 @@ class TritonSteps:
         pool = torch.cuda.graph_pool_handle()
         try:
             for size in reversed(sizes):  # the largest first: the others reuse its memory from the pool
-                self._graphs[size] = self._captured(size, pool)
+                layout = lay_out([self._filler] * size, self.cache.block_size, 1, table_width=self._table_width)
+                array = torch.from_numpy(layout.array).to(self.device)
+                # A graph has the splits of the longest context; programs skip those beyond a row's context.
+                inputs = layout.on(array)._replace(max_context=self._max_length)
+                self._decoder.logits(self._decoder.forward(inputs))  # kernels are compiled outside of the capture
+                torch.cuda.synchronize(self.device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    hidden = self._decoder.forward(inputs)
+                    logits = self._decoder.logits(hidden)
+                self._graphs[size] = StepGraph(graph, array, inputs, hidden, logits)
         except RuntimeError as error:  # torch's class for errors of drivers and memory
             self._graphs.clear()
             return " ".join(str(error).split())[:300]
         logger.info("steps of up to %d rows were captured in %.1f s", sizes[-1], time.monotonic() - began)
         return None
-
-    def _captured(self, num_rows: int, pool: Any) -> StepGraph:
-        layout = lay_out([self._filler] * num_rows, self.cache.block_size, 1, table_width=self._table_width)
-        array = torch.from_numpy(layout.array).to(self.device)
-        # A graph has the splits of the longest context; at run time programs skip splits beyond a row's context.
-        inputs = layout.on(array)._replace(max_context=self._max_length)
-        self._decoder.logits(self._decoder.forward(inputs))  # kernels are compiled outside of the capture
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            hidden = self._decoder.forward(inputs)
-            logits = self._decoder.logits(hidden)
-        return StepGraph(graph, array, inputs, hidden, logits)
 
     @property
     def _filler(self) -> Filler:
