@@ -24,7 +24,7 @@ T = TypeVar("T")
 _NULL = msgspec.Raw(b"null")
 _REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 
-# A field `model` with a string or null, at any depth. In JSON a quote before a colon ends a key.
+# A key `model` whose value is a string or null, in any object of the body. In JSON only a key is followed by a colon.
 _MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
 _PUNCTUATION = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
 _WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any length

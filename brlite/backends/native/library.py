@@ -44,7 +44,7 @@ class NativeLibrary(NamedTuple):
 def load_library(
     cache: Path | None = None, *, installed: Path = HERE, build: Callable[[Path], None] = build_library
 ) -> NativeLibrary:
-    """The native library; compiled once if missing, which takes half a minute. `cache` defaults to brlite's folder.
+    """The native library; compiled once if missing, which takes about a minute. `cache` defaults to brlite's folder.
 
     Raises `NativeUnavailable` with the reason if there is no library and none can be compiled.
     """
