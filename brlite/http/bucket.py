@@ -20,7 +20,7 @@ class Bucket:
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._seconds_each = MINUTE / per_minute
-        # The only state: when the bucket will be full. The missing units are those refilled until then.
+        # When the bucket will be full again: the only state, since the units that are missing are refilled until then.
         self._full_at = -math.inf
 
     def seconds_until_full(self, now: float) -> float:

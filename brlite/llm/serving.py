@@ -75,7 +75,7 @@ class EngineLoader:
         self.config = config
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
-        """0 for a model of an engine plugin; None for others: `measure` finds it once the files are local."""
+        """The bytes of a model that are known without its files: 0 with an engine plugin, else None."""
         return 0 if self.config.engine.name is not None else None
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:

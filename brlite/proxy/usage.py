@@ -87,7 +87,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
 
 
 def estimate_prompt(path: bytes, body: bytes) -> int:
-    """An estimate of the tokens of a request's prompt, at least one; 0 if no model computes."""
+    """An estimate of the tokens of a request's prompt, at least one; 0 for a path that computes no tokens."""
     if path.partition(b"?")[0] in FREE_PATHS:
         return 0
     num_encoded = sum(len(run) for run in _ENCODED.findall(body)) if len(body) >= TAIL_BYTES else 0

@@ -20,7 +20,10 @@ _MAX_COMPOSED = 4  # the most characters that Unicode normalization composes int
 
 
 class BackendEncoder(Encoder):
-    """An `Encoder` with three tokenizers of the `tokenizers` package: all tokens, words only, later words only."""
+    """An `Encoder` with three tokenizers of the `tokenizers` package.
+
+    One knows all tokens. One has no control tokens. One has none either, and puts no space before the first word.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, child_limits: ChildLimits | None = None) -> None:
         """With `child_limits` a child process encodes, so that an endless regular expression can be stopped."""

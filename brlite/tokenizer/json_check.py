@@ -16,7 +16,7 @@ from brlite.files.quoting import reason
 from brlite.tokenizer.charsmap import check_charsmap
 
 MAX_GROWTH = 64  # how many times as long the steps may make a text; published ones stay below 10
-MAX_PREPENDED = 64  # characters that steps may put before each stretch of a text
+MAX_PREPENDED = 64  # characters that steps may put before each part of a text
 MAX_STEPS = 64  # of normalizing and splitting; published tokenizers have fewer than 10
 BYTE_GROWTH = 4  # a character has up to 4 bytes; each becomes a character
 # The factor by which a step can lengthen a text, for steps whose fields do not determine it.

@@ -19,7 +19,7 @@ CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
 HEAD_ROWS = 32
 
-# By number. Those of a processor are in order of speed.
+# The index is the number in C++. Of two that a processor has, the later one is faster.
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 
 INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO = range(6)

@@ -34,9 +34,12 @@ _GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 4 or 8] words with
-    `scales` [K / 32, N]: float32 numbers in the form "int8", else words of scale and offset, two float16 numbers.
-    Loads of two bytes a thread would not be prefetched."""
+    """The weights of a product as the kernels read them.
+
+    Without `scales`, `values` are [N, K] in bfloat16. With them they are [K / 32, N, 4 or 8] words, and `scales` are
+    [K / 32, N]: float32 numbers in the form "int8", else words of two float16 numbers, scale and offset. They share a
+    word because loads of two bytes a thread are not prefetched.
+    """
 
     num_outputs: int
     num_inputs: int
@@ -47,7 +50,7 @@ class Matrix:
 
     @classmethod
     def of(cls, linear: Linear, num_inputs: int) -> Matrix:
-        """The matrix of `linear`, and replaces it. Weights in groups are copied, others shared."""
+        """The matrix that is used in place of `linear`. Weights in groups are copied, others shared."""
         weight = linear.weight
         if not isinstance(linear, GroupedLinear):
             return cls(len(weight), num_inputs, weight, None, linear.bias)
@@ -62,12 +65,12 @@ class Matrix:
 
     @property
     def stride(self) -> int:
-        """The distance from one output to the next, or with groups from one to the next, in outputs."""
+        """The distance between two outputs in `values`, in numbers. With groups: between two groups, in outputs."""
         return self.values.stride(0) if self.scales is None else self.scales.stride(0)
 
     @property
     def kernel_form(self) -> MatrixForm:
-        """The form for the kernels, which read the code of 0 also where it is 8 for all."""
+        """The form for the kernels. They always read which code means 0, although in the form "int4" it is always 8."""
         return "int4_zero" if self.form == "int4" else self.form
 
     def outputs_from(self, start: int) -> tuple[Tensor, Tensor | None]:
@@ -314,7 +317,7 @@ def multiply_gated(x: Tensor, matrix: Matrix, tile: Tile | None = None) -> Tenso
 
 
 def _widened(matrix: Matrix) -> Matrix:
-    """A matrix in bfloat16, for one product of many rows: to widen it again in each tile of rows costs more."""
+    """The matrix in bfloat16, for a product of many rows: widening it in each tile of rows would take longer."""
     if matrix.scales is None:
         return matrix
     num_groups = len(matrix.values)
