@@ -173,7 +173,7 @@ class ChildProcess:
         return answer
 
     def _death(self) -> str:
-        """Why the child ended because of its message. Raises `_EndedFromOutside` if another process killed it."""
+        """Why the child ended while it handled a message. Raises `_EndedFromOutside` if another process killed it."""
         assert self._process is not None, "it is started before"
         if self._is_closed:
             return "the model is being closed"

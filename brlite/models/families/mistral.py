@@ -17,7 +17,7 @@ CLASS_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
     check_supported(reader)
-    # Null means no window; a config without the key is a first Mistral, which had one.
+    # null: no window. A config without the key is one of Mistral 7B v0.1, which has a window.
     has_window = values.get("sliding_window", DEFAULT_WINDOW) is not None
     return ModelConfig(
         **read_sizes(reader),
