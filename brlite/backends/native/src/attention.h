@@ -141,7 +141,7 @@ INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) 
 constexpr float NOTHING = -1e30f;  // lower than any score
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-// The scores of a page, int8 ones times the scales of their keys. `weigh` applies the scale that the row has.
+// The scores of a page. In int8, each is multiplied by the scale of its key; `weigh` multiplies by the query's scale.
 template <bool IS_INT8>
 INLINE Floats page_scores(const Looking& at, int row, int page) {
     const Floats scores = load(at.s.scores[row] + page * LANES);
@@ -208,7 +208,7 @@ INLINE void attend_chunk(const Looking& at) {
             store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
 }
 
-// What results relative to `peak` are multiplied by to become relative to `best`. Peaks are powers of two.
+// The factor that makes results relative to `best` of results relative to `peak`. Both are exponents of two.
 INLINE Floats rescaling(Floats peak, Floats best) { return exp_of((peak - best) * LN_2); }
 
 // Adds the partial result of one more chunk to the total of a row.

@@ -75,7 +75,7 @@ INLINE void write_row(const Activations& to, int format, int row, const float* v
     if (is_int4(format)) sum_groups(integers, size, to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
-// The same of the activations that `op` writes.
+// As `write_row`, for the activations that `op` writes: with `has_int8_rows` int8, with one scale for each group.
 INLINE void write_input(const Activations& to, const brlite_operation& op, int row, const float* values, int size) {
     if (!op.has_int8_rows) return write_row(to, op.format, row, values, size);
     quantize_groups(values, size, (GroupedRow*)to.rows + row * to.row_size,

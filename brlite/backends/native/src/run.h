@@ -58,7 +58,7 @@ struct Worker {
         return is_own;
     }
 
-    // Calls `make(row)` for every row if `is_own`, else for the rows that this thread takes.
+    // Calls `make(row)` for every row if `is_own`, as `chooses_own` returned it. Else all threads divide the rows.
     template <class Make>
     void share_rows(bool is_own, int num_rows, Make make) {
         for (int row = 0; is_own && row < num_rows; row++) make(row);

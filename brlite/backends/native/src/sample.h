@@ -100,13 +100,13 @@ static double lowest_within(const Values& row, double num_sigmas) {
     return row.best - num_sigmas * __builtin_sqrt(variance > 0 ? variance : 0);
 }
 
-// The key of the lowest float that is not below `x`.
+// `key_of` the lowest float that is not below `x`.
 INLINE int32_t lowest_key_from(double x) {
     const float near = (float)x;
     return key_of(near) + ((double)near < x ? 1 : 0);
 }
 
-// The key of the highest float that is not above `x`.
+// `key_of` the highest float that is not above `x`.
 INLINE int32_t highest_key_to(double x) {
     const float near = (float)x;
     return key_of(near) - ((double)near > x ? 1 : 0);
