@@ -10,7 +10,7 @@ MAX_REPORTED_CUTS = 16  # proxies search only the end of a long answer for the u
 
 
 class InputCuts:
-    """Cuts the prompts of one call as its `truncation` says; None: nothing is cut. The default is the context."""
+    """Cuts prompts of a call as its `truncation` says: to a number of tokens, or to the context. None: nothing is cut."""
 
     def __init__(self, truncation: Truncation | None, engine: EngineLoop) -> None:
         self.is_off = truncation is None
