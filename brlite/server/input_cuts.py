@@ -10,7 +10,7 @@ MAX_REPORTED_CUTS = 16  # proxies search only the end of a long answer for the u
 
 
 class InputCuts:
-    """Cuts prompts of a call as its `truncation` says: to a number of tokens, or to the context. None: nothing is cut."""
+    """Cuts prompts as `truncation` says: to a number of tokens, or to the context. None: nothing is cut."""
 
     def __init__(self, truncation: Truncation | None, engine: EngineLoop) -> None:
         self.is_off = truncation is None
