@@ -147,15 +147,7 @@ class EngineLoop:
         If the loop that it was started in is closed, it may be called in any other loop.
         """
         if self._loop is not None and self._loop.is_closed():
-            # No task is left to end; `Backend.close` waits for a step under way.
-            self._finalizer.detach()
-            self._engine.end_all(NotReady("the event loop of the engine is closed"))
-            for backend in self._backends:
-                backend.close()
-            self._thread.shutdown(wait=False)
-            self._masks.shutdown(wait=False)
-            self._encoder.close()
-            self._compiler.close()
+            self._close_without_loop()
             return
         self._check_loop()
         if self._closing is None:
@@ -431,6 +423,17 @@ class EngineLoop:
                 f"loop is {running!r}. Load an engine in each loop (each asyncio.run), or serve from one"
             )
 
+    def _close_without_loop(self) -> None:
+        """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
+        self._finalizer.detach()
+        self._engine.end_all(NotReady("the event loop of the engine is closed"))
+        for backend in self._backends:
+            backend.close()
+        self._thread.shutdown(wait=False)
+        self._masks.shutdown(wait=False)
+        self._encoder.close()
+        self._compiler.close()
+
     async def _close(self) -> None:
         self._finalizer.detach()
         self._encoder.close()
@@ -481,15 +484,7 @@ class EngineLoop:
                 self._engine.take_drafts(plan, guesses)
             self._begin(self._engine.schedule())
         if not self._begun:
-            if not self._engine.has_work:
-                try:
-                    self._engine.check_idle()
-                except EngineError as error:
-                    self._engine.stats.engine_failures += 1
-                    logger.error("the engine lost track of its blocks: %s", error)
-                self._idle.set()
-            self._wake.clear()
-            await self._wake.wait()
+            await self._wait_for_work()
             return
         if self._launch is not None:
             self._begin(self._engine.schedule_ahead())
@@ -504,6 +499,18 @@ class EngineLoop:
             self._engine.update(result)
         if step.filling is not None:
             await step.filling  # already done, unless the step failed early
+
+    async def _wait_for_work(self) -> None:
+        """Sleep until a request comes or is aborted. If none is left, check before that no block was lost."""
+        if not self._engine.has_work:
+            try:
+                self._engine.check_idle()
+            except EngineError as error:
+                self._engine.stats.engine_failures += 1
+                logger.error("the engine lost track of its blocks: %s", error)
+            self._idle.set()
+        self._wake.clear()
+        await self._wake.wait()
 
     def _begin(self, batch: Batch | None) -> None:
         """Start to fill the masks of a step that was just scheduled, and launch the step if it can run ahead."""

@@ -118,14 +118,7 @@ class BeamSearch:
             if len(beams) == self.width:
                 break
         self._ended = sorted(self._ended, key=self._score, reverse=True)[: self.width]
-        is_over = not beams
-        if beams and len(self._ended) == self.width:
-            best, penalty = beams[0].hypothesis, self._params.length_penalty
-            is_hopeful = self._params.early_stopping == "never" and penalty > 0
-            length = self._max_tokens if is_hopeful else len(best.token_ids)
-            is_better = best.logprob / length**penalty > self._score(self._ended[-1])
-            is_over = self._params.early_stopping is True or not is_better
-        if is_over:
+        if not beams or self._has_best_answers(beams[0].hypothesis):
             self._beams, beams = {}, []
         return beams
 
@@ -163,6 +156,17 @@ class BeamSearch:
             finish_reason,
             stop_reason,
         )
+
+    def _has_best_answers(self, best: Hypothesis) -> bool:
+        """Whether there are enough answers, and `early_stopping` does not let the best beam replace one of them."""
+        if len(self._ended) < self.width:
+            return False
+        if self._params.early_stopping is True:
+            return True
+        penalty = self._params.length_penalty
+        is_hopeful = self._params.early_stopping == "never" and penalty > 0
+        length = self._max_tokens if is_hopeful else len(best.token_ids)
+        return bool(best.logprob / length**penalty <= self._score(self._ended[-1]))
 
     def _score(self, hypothesis: Hypothesis) -> float:
         return float(hypothesis.logprob / len(hypothesis.token_ids) ** self._params.length_penalty)

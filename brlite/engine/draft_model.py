@@ -105,19 +105,22 @@ class DraftModel:
             self._blocks.share(draft, self._blocks.match_prefix(draft))
             self._followed[seq] = draft
         elif draft.num_tokens > draft.num_tokens_before and draft.guesses:
-            # Compare the guesses with the drawn tokens. Right guesses count as computed, except the last guess.
-            num_right = 0
-            for guess, token_id in zip(draft.guesses, draft.token_ids[draft.num_tokens_before :], strict=False):
-                is_right = guess == token_id
-                draft.acceptance += NEWEST_WEIGHT * (is_right - draft.acceptance)
-                self.acceptance += SHARED_WEIGHT * (is_right - self.acceptance)
-                if not is_right:
-                    break
-                num_right += 1
-            draft.num_computed_tokens = draft.num_tokens_before + min(num_right, len(draft.guesses) - 1)
-            draft.guesses = []
-            self._blocks.seal(draft)
+            self._compare_guesses(draft)
         return None if draft.has_failed else draft
+
+    def _compare_guesses(self, draft: DraftSeq) -> None:
+        """Compare the guesses with the drawn tokens. Right guesses count as computed, except the last guess."""
+        num_right = 0
+        for guess, token_id in zip(draft.guesses, draft.token_ids[draft.num_tokens_before :], strict=False):
+            is_right = guess == token_id
+            draft.acceptance += NEWEST_WEIGHT * (is_right - draft.acceptance)
+            self.acceptance += SHARED_WEIGHT * (is_right - self.acceptance)
+            if not is_right:
+                break
+            num_right += 1
+        draft.num_computed_tokens = draft.num_tokens_before + min(num_right, len(draft.guesses) - 1)
+        draft.guesses = []
+        self._blocks.seal(draft)
 
     def is_trial_due(self, cost: float) -> bool:
         """Whether to try guesses that are not expected to pay, so that a wrong estimate is corrected.

@@ -147,7 +147,7 @@ class Engine:
             request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if not request.is_exempt_from_queue_timeout and len(self._queue) >= self.limits.max_waiting:
+        if len(self._queue) >= self.limits.max_waiting:
             displaced = self._queue.make_room(request)
             if displaced is not None:
                 self._end_with_error(*displaced)

@@ -48,18 +48,22 @@ class StepPace:
         """
         if not self._token_token:
             return None
-        per_token, per_pair = self._token_seconds / self._token_token, 0.0  # seconds a token, seconds a pair
-        determinant = self._token_token * self._pair_pair - self._token_pair**2
-        if determinant > 1e-6 * self._token_token * self._pair_pair:
-            of_tokens = self._token_seconds * self._pair_pair - self._pair_seconds * self._token_pair
-            of_pairs = self._pair_seconds * self._token_token - self._token_seconds * self._token_pair
-            if of_tokens < 0:
-                per_token, per_pair = 0.0, self._pair_seconds / self._pair_pair
-            elif of_pairs >= 0:
-                per_token, per_pair = of_tokens / determinant, of_pairs / determinant
+        per_token, per_pair = self._fit()
         seconds = max(0.0, self.max_seconds - per_token * num_others)
         linear = per_token + per_pair * start
         root = math.sqrt(linear**2 + 2 * per_pair * seconds)
         # The root of per_pair / 2 * n² + linear * n = seconds, in the form that is exact for a per_pair near 0.
         fitting = 2 * seconds / (linear + root) if linear + root else math.inf
         return max(MIN_CHUNK_TOKENS, int(min(fitting, 2**31)))
+
+    def _fit(self) -> tuple[float, float]:
+        """The seconds a token and the seconds a pair."""
+        determinant = self._token_token * self._pair_pair - self._token_pair**2
+        if determinant > 1e-6 * self._token_token * self._pair_pair:
+            per_token = self._token_seconds * self._pair_pair - self._pair_seconds * self._token_pair
+            per_pair = self._pair_seconds * self._token_token - self._token_seconds * self._token_pair
+            if per_token >= 0 and per_pair >= 0:
+                return per_token / determinant, per_pair / determinant
+            if per_token < 0:
+                return 0.0, self._pair_seconds / self._pair_pair
+        return self._token_seconds / self._token_token, 0.0

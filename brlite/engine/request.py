@@ -278,17 +278,15 @@ class RequestState:
 
     def take_output(self) -> RequestOutput:
         """The output that is new since the last call. Prompt logprobs are in the first one only."""
-        outputs, finished = list(self.delta.values()), False
-        for completion in outputs:
-            if completion.finish_reason is not None:  # else the request cannot have ended
-                finished = self.is_finished
+        outputs = list(self.delta.values())
+        ended = [completion for completion in outputs if completion.finish_reason is not None]
         output = RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             prompt_logprobs=None if self.has_output else self.prompt_logprobs,
             outputs=outputs,
-            finished=finished,
+            finished=bool(ended) and self.is_finished,  # else no completion ended, so the request did not
             num_cached_tokens=self.num_cached_tokens,
             num_searched_tokens=0 if self.search is None else self.search.num_tokens,
             embedding=self.embedding,

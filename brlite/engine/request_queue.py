@@ -1,14 +1,14 @@
-"""The requests that have not begun, or have completions that have not: how many may wait, and for how long.
+"""Bounds the requests that wait to begin: how many there may be, and for how long.
 
-A full queue is shared equally by tenants. It decides whose turn in the queue ends, and with which error; the engine
-ends the request. The order in which sequences are computed is `turns.py`'s.
+A full queue is shared equally by tenants. The queue chooses the requests that must leave it, and their errors; the
+engine ends them. `turns.py` has the order in which sequences are computed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from brlite.config.options import LimitsConfig
 from brlite.engine.request import Request, RequestState
@@ -18,9 +18,10 @@ MAX_RETRY_AFTER_SECONDS = 60
 
 
 class RequestQueue(dict[str, RequestState]):
-    """Requests by id, in the order of their arrival. Those that are exempt from the queue timeout do not count.
+    """Requests by id, in the order of their arrival, until all their completions have begun.
 
-    A body with many prompts counts as one: all its requests but the first are exempt.
+    Those that are exempt from the queue timeout do not count. So a body with many prompts counts as one: all its
+    requests but the first are exempt.
     """
 
     def __init__(self, limits: LimitsConfig, max_num_seqs: int, mean_seconds: Callable[[], float]) -> None:
@@ -35,13 +36,13 @@ class RequestQueue(dict[str, RequestState]):
         return [each for each in self.values() if not (each.is_aborted or each.request.is_exempt_from_queue_timeout)]
 
     def make_room(self, request: Request) -> tuple[RequestState, QueueFull] | None:
-        """The waiting request to end in favour of a new one, with its error. None while the queue is not full.
+        """The waiting request to end in favour of a new one, with its error. None if there is room.
 
         That is the newest request of the lowest class, if the new one's class comes before it. Else it is the newest
         of the tenant with most requests. Raises `QueueFull` if neither applies.
         """
         counted, most = self.counted(), self._limits.max_waiting
-        if len(counted) < most:
+        if request.is_exempt_from_queue_timeout or len(counted) < most:
             return None
         counts = Counter(state.request.tenant for state in counted)
         longest, num_longest = counts.most_common(1)[0]
@@ -56,15 +57,18 @@ class RequestQueue(dict[str, RequestState]):
             raise full
         return newest, full
 
-    def overdue(self, now: float) -> Iterator[tuple[RequestState, QueueTimeout]]:
+    def overdue(self, now: float) -> list[tuple[RequestState, QueueTimeout]]:
         """The requests that have waited longer than `max_wait_seconds` and have not begun, each with its error."""
-        limit = self._limits.max_wait_seconds
-        for state in list(self.values()):
+        limit, states = self._limits.max_wait_seconds, list[RequestState]()
+        for state in self.values():
             if state.arrival_time >= now - limit:
-                return  # all others arrived later
+                break  # all others arrived later
             if not (state.is_started or state.request.is_exempt_from_queue_timeout):
-                text = f"the request waited in the queue for more than {limit:g} seconds"
-                yield state, QueueTimeout(text, retry_after_seconds=self._retry_after_seconds())
+                states.append(state)
+        if not states:
+            return []
+        text, seconds = f"the request waited in the queue for more than {limit:g} seconds", self._retry_after_seconds()
+        return [(state, QueueTimeout(text, retry_after_seconds=seconds)) for state in states]
 
     def _retry_after_seconds(self) -> int:
         """Time until a queued request is likely to start, from the mean time of the requests that ended."""
