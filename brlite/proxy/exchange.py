@@ -2,7 +2,8 @@
 
 Another upstream may be tried until the first byte of a response was sent to the client, and only if the last one has
 certainly computed nothing: it could not be connected to, a kept connection was closed already, or it refused (401, 403,
-429, 503, a 404 for the model). After that byte, a broken stream ends with an error event; for any other response the connection is closed.
+429, 503, a 404 for the model). After that byte, a broken stream ends with an error event; for any other response the
+connection is closed.
 """
 
 from __future__ import annotations
