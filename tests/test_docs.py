@@ -15,7 +15,9 @@ import msgspec
 import pytest
 
 from brlite.backends.plugins.toy import ToyOptions
+from brlite.chat.tool_calls import PARSERS
 from brlite.commands import cli
+from brlite.commands.arguments import COMMANDS
 from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
@@ -187,6 +189,20 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
     rows = table("http-api", "## Sampling parameters")
 
     assert {name for row in rows for name in row.split("`, `")} == fields
+
+
+def test_the_page_of_metrics_has_every_metric_of_ours() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
+
+    assert {name for name in re.findall(r"brlite:\w+", code) if name not in PAGES["metrics"]} == set()
+
+
+def test_the_formats_of_calls_are_those_of_the_code() -> None:
+    assert table("tools", "## Formats").keys() - {"tool_parser"} == PARSERS.keys()
+
+
+def test_the_page_of_commands_has_every_command() -> None:
+    assert [name for name in COMMANDS if f"brlite {name}" not in PAGES["cli"]] == []
 
 
 def test_the_environment_variables_are_those_of_the_code() -> None:
