@@ -174,12 +174,12 @@ def _closed(text: bytes) -> str:
     By default JSON Schema allows properties that are not listed. A client would pass them to its function, which fails.
     """
     try:
-        schema: dict[str, Any] = msgspec.json.decode(text, type=dict[str, msgspec.Raw] | None) or {}
+        schema = msgspec.json.decode(text, type=dict[str, msgspec.Raw] | None)
+        if not schema:
+            return NO_ARGUMENTS
         outline = msgspec.json.decode(text, type=_Outline)
-    except msgspec.ValidationError:
-        return (
-            text.decode() if schema else NO_ARGUMENTS
-        )  # no properties; or invalid, and then compiling it raises the error
+    except msgspec.ValidationError:  # no properties; or invalid, and then compiling it raises the error
+        return text.decode()
     except RecursionError:
         raise InvalidRequest("tools: a function's parameters are nested too deeply", param="tools") from None
     if not MORE_PROPERTIES.isdisjoint(schema) or not outline.properties.keys() >= set(outline.required):

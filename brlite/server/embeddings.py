@@ -27,7 +27,7 @@ from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.server.generate import CONFIG, admit
-from brlite.server.input_cuts import InputCuts
+from brlite.server.truncation import Truncator
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop
 
@@ -92,7 +92,7 @@ def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
 async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
     """The tokens of each input, and a warning for each truncated one. Raises `InvalidRequest` with the input's name."""
     prompts: list[list[int]] = []
-    cuts = InputCuts(call.truncation, engine)
+    truncator = Truncator(call.truncation, engine)
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
             await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
@@ -100,11 +100,11 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
                 item.text,
                 add_special_tokens=item.add_special_tokens,
                 param=name,
-                is_bounded=cuts.is_off,
+                is_bounded=truncator.is_off,
                 num_further=0,
                 tenant=tenant,
             )
         else:
             token_ids = item.token_ids
-        prompts.append(cuts.cut(token_ids, f"{name} of {len(token_ids)} tokens"))
-    return prompts, cuts.warnings
+        prompts.append(truncator.truncate(token_ids, f"{name} of {len(token_ids)} tokens"))
+    return prompts, truncator.warnings

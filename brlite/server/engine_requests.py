@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import msgspec
 
 from brlite.chat.reply import find_reply_format
@@ -15,6 +17,8 @@ from brlite.errors import InvalidRequest
 from brlite.server.chat_replies import ChatReplies, template_extras
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.infill import InfillText
+
+_template_fields = operator.attrgetter("tools", "documents", "variables", "reasoning_effort", "reasoning_hint")
 
 
 class EngineRequests(msgspec.Struct, frozen=True):
@@ -44,14 +48,11 @@ async def make_requests(
     if call.params.structured is not None and replies is None:
         grammar = await engine.compile(call.params.structured, tenant=tenant)
     bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
-    params = call.params
-    if params.best_of is not None:
-        params = params.for_all_answers()
-    first = call.prompts[0]
-    if isinstance(first, Infill) and engine.tokenizer.infill is not None:  # then all prompts are of this type
-        ends = engine.tokenizer.infill.ends
-        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
-        if first.files and engine.tokenizer.infill.file is None:
+    params = call.params if call.params.best_of is None else call.params.for_all_answers()
+    first, infill = call.prompts[0], engine.tokenizer.infill
+    if isinstance(first, Infill) and infill is not None:  # then all prompts are of this type
+        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *infill.ends))
+        if first.files and infill.file is None:
             warnings.append(
                 "other files stand before the prompt as plain text, without their names: the model's vocabulary has no "
                 "token for files, such as <|file_sep|>"
@@ -59,14 +60,7 @@ async def make_requests(
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
-        if isinstance(prompt, Chat) and (
-            prompt.tools
-            or prompt.documents
-            or prompt.variables
-            or prompt.reasoning_effort
-            or prompt.reasoning_hint
-            or spec.chat_template_kwargs
-        ):
+        if isinstance(prompt, Chat) and any((*_template_fields(prompt), spec.chat_template_kwargs)):
             extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
             warnings += ignored
         token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)

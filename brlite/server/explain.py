@@ -111,7 +111,6 @@ async def explain(request: web.Request) -> web.Response:
     if isinstance(chat := call.prompts[0], Chat):
         variables = {name: ExplainedValue(value, "server") for name, value in model.spec.chat_template_kwargs.items()}
         variables |= {name: ExplainedValue(value, "request") for name, value in chat.variables.items()}
-    memory, queue = _forecasts(made.requests, longest, engine)
     explanation = Explanation(
         endpoint=dialect.path,
         model=model.name,
@@ -121,8 +120,8 @@ async def explain(request: web.Request) -> web.Response:
         ],
         parameters=_parameters(call, given, of_model, max(longest), clamps),
         template_variables=variables,
-        memory=memory,
-        queue=queue,
+        memory=_memory(made.requests, longest, engine),
+        queue=_queue(made.requests, longest, engine),
         warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *made.cuts, *clamps))),
     )
     return json_response(explanation)
@@ -165,8 +164,8 @@ def _parameters(
     return explained
 
 
-def _forecasts(requests: list[Request], longest: list[int], engine: EngineLoop) -> tuple[MemoryForecast, QueueForecast]:
-    """What the requests need, each with the `longest` completion that it may have, beside what the engine does now."""
+def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> MemoryForecast:
+    """The blocks of the requests, each with the `longest` completion that it may have, beside those in use now."""
     info, stats = engine.info, engine.stats
     needed = 0
     for request, max_tokens in zip(requests, longest, strict=True):
@@ -174,7 +173,7 @@ def _forecasts(requests: list[Request], longest: list[int], engine: EngineLoop) 
         num_sequences = request.params.beam_width  # without beam search, the number of completions
         num_shared = num_prompt_tokens // size if num_sequences > 1 else 0
         needed += num_shared + num_sequences * (-(-(num_prompt_tokens + max_tokens) // size) - num_shared)
-    memory = MemoryForecast(
+    return MemoryForecast(
         block_size=info.block_size,
         num_blocks=info.num_blocks,
         num_used_blocks=stats.num_used_blocks,
@@ -183,17 +182,20 @@ def _forecasts(requests: list[Request], longest: list[int], engine: EngineLoop) 
         fits_now=needed <= info.num_blocks - stats.num_used_blocks,
     )
 
+
+def _queue(requests: list[Request], longest: list[int], engine: EngineLoop) -> QueueForecast:
+    """What runs and waits before the requests, and how long they take if it goes on as until now."""
+    info, stats = engine.info, engine.stats
     num_new = sum(request.params.beam_width for request in requests)
     num_computed = stats.prompt_tokens - stats.cached_prompt_tokens
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
     num_gaps = sum(stats.inter_token_latency.counts)
-    queue = QueueForecast(
+    return QueueForecast(
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         num_new=num_new,
         max_num_seqs=info.max_num_seqs,
         starts_at_once=stats.num_running + stats.num_waiting + num_new <= info.max_num_seqs,
-        prefill_seconds=stats.prefill_time.total / num_computed * prompt_tokens if num_computed else None,
+        prefill_seconds=stats.prefill_time.total / num_computed * num_prompt_tokens if num_computed else None,
         longest_decode_seconds=stats.inter_token_latency.total / num_gaps * max(longest) if num_gaps else None,
     )
-    return memory, queue

@@ -235,11 +235,8 @@ class Delivery:
             if isinstance(output, BrliteError):
                 self._error = output
             else:
-                if output.num_searched_tokens and self._is_closed:  # of a beam search; nothing of it is charged yet
-                    spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
-                elif output.num_searched_tokens:
-                    num_told = sum(len(completion.token_ids) for completion in output.outputs)
-                    self._num_searched += max(0, output.num_searched_tokens - num_told)
+                if output.num_searched_tokens:
+                    self._charge_search(output)
                 self._num_open -= output.finished
                 self._times = output.times or self._times
                 self._take(index, output)
@@ -251,6 +248,14 @@ class Delivery:
         finally:
             if not self._num_open or self._error is not None:
                 self._changed.set()
+
+    def _charge_search(self, output: RequestOutput) -> None:
+        """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
+        if self._is_closed:
+            spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
+        else:
+            num_told = sum(len(completion.token_ids) for completion in output.outputs)
+            self._num_searched += max(0, output.num_searched_tokens - num_told)
 
     def _end_with_line(self, output: RequestOutput, seconds: float) -> None:
         """End the generation at a line feed that comes more than `seconds` after the first token."""

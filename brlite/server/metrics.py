@@ -55,7 +55,7 @@ class Distribution(NamedTuple):
     value: Callable[[EngineStats], Histogram]
 
 
-class Trait(NamedTuple):
+class ModelSeries(NamedTuple):
     """One family about a model itself, also while it is not loaded."""
 
     name: str
@@ -63,7 +63,7 @@ class Trait(NamedTuple):
     value: Callable[[ServedModel], float]
 
 
-class SpreadCounter(NamedTuple):
+class KeySample(NamedTuple):
     """One sample of a key's metric: `label` is the value of its second label, and `value` reads the number."""
 
     label: str
@@ -144,24 +144,26 @@ OWN_COUNTERS = [
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 
 MODEL_COUNTERS = [
-    Trait("brlite:model_loads", "Times that the model was loaded.", lambda m: m.num_loads),
-    Trait("brlite:model_unloads", "Times that its memory was given back.", lambda m: m.num_unloads),
+    ModelSeries("brlite:model_loads", "Times that the model was loaded.", lambda m: m.num_loads),
+    ModelSeries("brlite:model_unloads", "Times that its memory was given back.", lambda m: m.num_unloads),
 ]
-MODEL_GAUGES = [Trait("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)]
+MODEL_GAUGES = [
+    ModelSeries("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)
+]
 
 KEY_OUTCOMES = [
-    SpreadCounter("admitted", lambda u: u.num_admitted),
-    SpreadCounter("rate_limited", lambda u: u.num_rate_limited),
-    SpreadCounter("forbidden", lambda u: u.num_forbidden),
+    KeySample("admitted", lambda u: u.num_admitted),
+    KeySample("rate_limited", lambda u: u.num_rate_limited),
+    KeySample("forbidden", lambda u: u.num_forbidden),
 ]
 KEY_TOKENS = [
-    SpreadCounter("prompt", lambda u: u.prompt_tokens),
-    SpreadCounter("completion", lambda u: u.completion_tokens),
+    KeySample("prompt", lambda u: u.prompt_tokens),
+    KeySample("completion", lambda u: u.completion_tokens),
 ]
 KEY_SECONDS = [
-    SpreadCounter("queue", lambda u: u.queue_seconds),
-    SpreadCounter("prefill", lambda u: u.prefill_seconds),
-    SpreadCounter("decode", lambda u: u.decode_seconds),
+    KeySample("queue", lambda u: u.queue_seconds),
+    KeySample("prefill", lambda u: u.prefill_seconds),
+    KeySample("decode", lambda u: u.decode_seconds),
 ]
 
 SEED_LABELS = ("model_name",)
@@ -211,7 +213,7 @@ class EngineCollector(Collector):
                 family.add_metric(values, row.value(stats))
             yield family
 
-    def _traits(self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[Trait]) -> Iterator[Metric]:
+    def _traits(self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[ModelSeries]) -> Iterator[Metric]:
         for row in rows:
             family = kind(row.name, row.about, labels=SEED_LABELS)
             for model in self._models:
@@ -327,7 +329,7 @@ class KeyCollector(Collector):
             priorities.add_metric([key.name], key.priority)
         yield from (weights, priorities)
 
-    def _family(self, name: str, about: str, label: str, rows: list[SpreadCounter]) -> Metric:
+    def _family(self, name: str, about: str, label: str, rows: list[KeySample]) -> Metric:
         family = CounterMetricFamily(name, about, labels=("key", label))
         for key in self._keys:
             for row in rows:

@@ -179,18 +179,7 @@ class ModelManager:
         Raises the error of a model that cannot be loaded, and `ConfigError` if the memory is not enough; if the sizes
         are known, before anything is loaded.
         """
-        if self._budget_bytes == math.inf:
-            self._sizes = dict.fromkeys(self._models, 0)
-        for model in [model for model in self._models.values() if model.name not in self._sizes]:
-            try:  # measure local models: most configs that cannot fit are refused before anything is loaded
-                num_bytes = await self._loader.known_bytes(model.spec)
-            except BrliteError as error:
-                if model.spec.load == "start":
-                    raise
-                logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
-                continue
-            if num_bytes is not None:
-                self._note_size(model, num_bytes)
+        await self._measure_local()
         for model in [model for model in self._models.values() if model.spec.load == "start"]:
             with model.loading.running():
                 await self._measure(model)
@@ -241,21 +230,7 @@ class ModelManager:
                 if comes_back:
                     self._restarting[lost.name] = self._clock()
                 await self._unload(lost, "a process that computes it is gone", comes_back=comes_back)
-            managed = [
-                ManagedModel(
-                    model.name,
-                    self._sizes.get(model.name),
-                    is_loaded=model.name in self._engines,
-                    is_busy=model.num_active > 0,
-                    is_yielding=model.is_held_back,
-                    loaded_since=model.loaded_since,
-                    wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
-                    last_used=model.last_used,
-                    idle_unload_seconds=model.spec.idle_unload_seconds,
-                    is_dismissed=model.is_dismissed,
-                )
-                for model in self._models.values()
-            ]
+            managed = [self._managed(model) for model in self._models.values()]
             action = decide(managed, self._budget_bytes, self._clock())
             yielding = () if isinstance(action, Load) else action.yielding
             for model in self._models.values():
@@ -270,6 +245,20 @@ class ModelManager:
                 seconds = None if action.until == math.inf else action.until - self._clock()
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), seconds)
+
+    def _managed(self, model: ServedModel) -> ManagedModel:
+        return ManagedModel(
+            model.name,
+            self._sizes.get(model.name),
+            is_loaded=model.name in self._engines,
+            is_busy=model.num_active > 0,
+            is_yielding=model.is_held_back,
+            loaded_since=model.loaded_since,
+            wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
+            last_used=model.last_used,
+            idle_unload_seconds=model.spec.idle_unload_seconds,
+            is_dismissed=model.is_dismissed,
+        )
 
     async def _try_load(self, model: ServedModel) -> None:
         """Load a model that requests wait for. If its size is unknown, only measure it; `decide` then runs again."""
@@ -314,6 +303,21 @@ class ModelManager:
         del self._engines[model.name]
         self._loader.settle()
         logger.info("model %s is unloaded: %s", model.name, reason)
+
+    async def _measure_local(self) -> None:
+        """Measure local models, so that most configs that cannot fit are refused before anything is loaded."""
+        if self._budget_bytes == math.inf:
+            self._sizes = dict.fromkeys(self._models, 0)
+        for model in [model for model in self._models.values() if model.name not in self._sizes]:
+            try:
+                num_bytes = await self._loader.known_bytes(model.spec)
+            except BrliteError as error:
+                if model.spec.load == "start":
+                    raise
+                logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
+                continue
+            if num_bytes is not None:
+                self._note_size(model, num_bytes)
 
     async def _measure(self, model: ServedModel) -> None:
         if model.name not in self._sizes:

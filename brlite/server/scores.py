@@ -13,13 +13,14 @@ from msgspec import UNSET
 from brlite.dialects.openai_answer import PromptTokensDetails
 from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
 from brlite.engine.async_engine import EngineLoop
-from brlite.engine.scoring import SCORING
+from brlite.engine.outputs import RequestOutput
+from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.server.embeddings import QUICK_ITEMS, charge
 from brlite.server.generate import CONFIG, admit
-from brlite.server.input_cuts import InputCuts
+from brlite.server.truncation import Truncator
 from brlite.tokenizer.pair_template import PairTemplate
 
 
@@ -52,22 +53,27 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 priority=priority,
                 names=call.second_names,
             )
-    scores = []
-    for index, output in enumerate(outputs):
-        assert output.embedding is not None
-        if index % QUICK_ITEMS == QUICK_ITEMS - 1:
-            await asyncio.sleep(0)  # a score of 4096 numbers takes 0.2 ms
-        scores.append(engine.scoring_head.score(output.embedding, use_activation=call.use_activation))
     num_cached = sum(output.num_cached_tokens for output in outputs)
     body = dialect.encode(
         call,
-        scores,
+        await _scores(engine.scoring_head, outputs, call.use_activation),
         ScoreUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
         warnings=[*call.warnings, *warnings, *raised] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
+
+
+async def _scores(head: ScoringHead, outputs: list[RequestOutput], use_activation: bool | None) -> list[float]:
+    """One score for each output. Other tasks run between."""
+    scores = []
+    for index, output in enumerate(outputs):
+        assert output.embedding is not None
+        if index % QUICK_ITEMS == QUICK_ITEMS - 1:
+            await asyncio.sleep(0)  # a score of 4096 numbers takes 0.2 ms
+        scores.append(head.score(output.embedding, use_activation=use_activation))
+    return scores
 
 
 async def _encode_pairs(
@@ -78,36 +84,36 @@ async def _encode_pairs(
     Without a template both texts have the special tokens that the tokenizer adds.
     """
     if template is not None:
-        return await _fill_template(template, call, engine, tenant)
-    cuts = InputCuts(call.truncation, engine)
+        return await _encode_with_template(template, call, engine, tenant)
+    truncator = Truncator(call.truncation, engine)
 
     async def encode(text: str, name: str) -> list[int]:
         await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
-        token_ids = await engine.encode(text, param=name, is_bounded=cuts.is_off, num_further=0, tenant=tenant)
-        return cuts.shorten(token_ids)
+        token_ids = await engine.encode(text, param=name, is_bounded=truncator.is_off, num_further=0, tenant=tenant)
+        return truncator.shorten(token_ids)
 
     firsts = [await encode(text, name) for text, name in zip(call.firsts, call.first_names, strict=True)]
     prompts: list[list[int]] = []
     for number, (text, name) in enumerate(zip(call.seconds, call.second_names, strict=True)):
         token_ids = firsts[number if len(firsts) > 1 else 0] + await encode(text, name)
-        prompts.append(cuts.cut(token_ids, f"the pair of {name}"))
-    return prompts, cuts.warnings
+        prompts.append(truncator.truncate(token_ids, f"the pair of {name}"))
+    return prompts, truncator.warnings
 
 
-async def _fill_template(
+async def _encode_with_template(
     template: PairTemplate, call: Scoring, engine: EngineLoop, tenant: str
 ) -> tuple[list[list[int]], list[str]]:
-    """As `_encode_pairs`, with a template. Only the second text is cut: the template and the first text must fit."""
-    cuts = InputCuts(call.truncation, engine)
+    """As `_encode_pairs`. Only the second text is truncated: the template and the first text must fit."""
+    truncator = Truncator(call.truncation, engine)
     tail = await engine.encode(template.tail(), num_further=0, tenant=tenant)
     heads = []
     for text, name in zip(call.firsts, call.first_names, strict=True):
         await asyncio.sleep(0)
         heads.append(await engine.encode(template.head(text), param=name, num_further=0, tenant=tenant))
-        if not cuts.is_off and len(heads[-1]) + len(tail) >= cuts.num_kept:
+        if not truncator.is_off and len(heads[-1]) + len(tail) >= truncator.num_kept:
             raise InvalidRequest(
                 f"{name} has with the template {len(heads[-1]) + len(tail)} tokens, which leaves no room for a second "
-                f"text: truncate_prompt_tokens keeps {cuts.num_kept}",
+                f"text: truncate_prompt_tokens keeps {truncator.num_kept}",
                 param=name,
             )
     prompts: list[list[int]] = []
@@ -115,11 +121,11 @@ async def _fill_template(
         index = number if len(heads) > 1 else 0
         await asyncio.sleep(0)
         prompt = template.fill(call.firsts[index], text)
-        token_ids = await engine.encode(prompt, param=name, is_bounded=cuts.is_off, num_further=0, tenant=tenant)
+        token_ids = await engine.encode(prompt, param=name, is_bounded=truncator.is_off, num_further=0, tenant=tenant)
         num_first = _num_equal(heads[index], token_ids)
         num_last = _num_equal(reversed(tail), reversed(token_ids))
-        prompts.append(cuts.cut_between(token_ids, f"the pair of {name}", num_first, num_last))
-    return prompts, cuts.warnings
+        prompts.append(truncator.truncate_between(token_ids, f"the pair of {name}", num_first, num_last))
+    return prompts, truncator.warnings
 
 
 def _num_equal(first: Iterable[int], second: Iterable[int]) -> int:
