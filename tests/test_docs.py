@@ -108,7 +108,8 @@ def test_each_body_that_curl_sends_is_sent_as_json() -> None:
     pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
     commands = [found[0] for text in pages for found in re.finditer(r"curl .*(?:\\\n.*)*", text) if " -d " in found[0]]
 
-    assert commands and [line for line in commands if "-H 'Content-Type: application/json'" not in line] == []
+    assert commands
+    assert [line for line in commands if "-H 'Content-Type: application/json'" not in line] == []
 
 
 def test_each_shell_example_is_run_or_has_a_reason_not_to_be() -> None:
