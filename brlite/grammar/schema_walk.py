@@ -250,7 +250,7 @@ class _Walk:
                 raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is an integer from 0 to {2**31 - 1}")
         for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
             value = node.get(keyword, 0)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
                 raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a number")
             if keyword == "multipleOf" and keyword in node:
                 if value <= 0:

@@ -151,6 +151,8 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ({"const": 2**53 + 1}, "#/const", "not enforced exactly"),
     ({"enum": [1, {"deep": [2**70]}]}, "#/enum", "not enforced exactly"),
     ({"type": "integer", "minimum": 2**60}, "#/minimum", "not enforced exactly"),
+    ({"type": "integer", "minimum": 10**400}, "#/minimum", "not enforced exactly"),
+    ({"type": "integer", "exclusiveMaximum": -(10**400)}, "#/exclusiveMaximum", "not enforced exactly"),
     ({"$ref": "#/$defs/missing"}, "#/$ref", "leads to nothing"),
     ({"$ref": "https://example.com/schema.json"}, "#/$ref", "nothing is fetched"),
     ({"$ref": 3}, "#/$ref", "a reference is a string"),
