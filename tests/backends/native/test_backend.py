@@ -121,6 +121,21 @@ def run(backend: NativeBackend, *seqs: ScheduledSeq) -> list[SeqResult]:
     return backend.execute(Batch(list(seqs))).seqs
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_lone_token_has_the_whole_weight_however_low_its_score(
+    native_library: NativeLibrary, precision: PrecisionOption
+) -> None:
+    logits = []
+    for factor in (1e-16, 1e16):  # scores near 0, and scores of ±1e32
+        names = ("q_proj.weight", "k_proj.weight")
+        scaled = {name: tensor * factor for name, tensor in make_tensors("llama").items() if name.endswith(names)}
+        checkpoint = make_checkpoint("llama", **scaled)
+        with closing(load_native(native_library, "llama", precision, checkpoint=checkpoint)) as backend:
+            logits.append(backend.logits([POISON]))
+
+    assert np.array_equal(*logits)
+
+
 @pytest.fixture(params=[math.nan, math.inf], ids=["nan", "inf"])
 def poison(request: pytest.FixtureRequest) -> float:
     value: float = request.param

@@ -138,7 +138,7 @@ INLINE Ints sees(const Looking& at, int row, int token) {
 
 INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
 
-constexpr float NOTHING = -1e30f;  // lower than any score
+constexpr float NOTHING = -__builtin_inff();  // lower than any score
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // The scores of a page. In int8, each is multiplied by the scale of its key; `weigh` multiplies by the query's scale.
