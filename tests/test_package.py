@@ -66,8 +66,11 @@ def test_every_file_that_names_the_version_names_this_one() -> None:
         "deploy/kubernetes/kustomization.yaml": r'^ +newTag: "(.+)"$',
     }
     found = {file: re.findall(line, (ROOT / file).read_text(), re.MULTILINE) for file, line in named.items()}
+    date = re.search(r"^date-released: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+    releases = re.findall(r"^## \[(\d.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
     assert found == {file: [brlite.__version__] for file in named}
+    assert releases[0] == f"{brlite.__version__}] - {date}"
 
 
 def test_what_is_imported_is_required_and_nothing_else(shown: Message) -> None:
