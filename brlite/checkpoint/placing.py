@@ -61,12 +61,12 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def precision_name(self) -> str:
-        """The spec's precision; where native code keeps the codes of quantized files, the precision that they have."""
+        """The name of the precision that native code computes in: see `named_by`."""
         parts = matrix_parts(self.model, self.shard).values()
         return self.named_by({part.form for each in parts for part in each})
 
     def named_by(self, forms: Collection[MatrixForm]) -> str:
-        """The spec's precision; where matrices of these forms keep the codes of quantized files, that of the codes."""
+        """The name of the precision if the matrices have these forms: the spec's, or that of a quantized file's codes."""
         if self.precision.weights != "stored" or not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
