@@ -38,9 +38,7 @@ class Catalog:
 
     def __iter__(self) -> Iterator[ForwardedModel]:
         now, table = self._forwarder.loop.time(), self._forwarder.table
-        for name in table.names():
-            route = table.find(name)
-            assert route is not None  # it is one of the table's names
+        for name, route in table.names():
             available = [upstream for upstream in route.upstreams if upstream.is_up(now)]
             names = [(upstream, route.name_at(upstream)) for upstream in available]
             listed = [upstream.listed[name_there] for upstream, name_there in names if name_there in upstream.listed]

@@ -21,7 +21,7 @@ from brlite.http.request_id import shown_request_id
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import Inbound, read_inbound
-from brlite.proxy.routing.route_table import Route
+from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.wire.connections import reset
 from brlite.proxy.wire.heads import (
     FORWARDED_PATHS,
@@ -64,11 +64,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         route = forwarder.table.find(inbound.model)
         if route is None:
             if is_only_proxy:
-                known = ", ".join(forwarder.table.names())
-                text = f"say which model: {known}"
-                if inbound.model is not None:
-                    text = f"The model `{inbound.model[:200]}` does not exist. Served here: {known}"
-                raise ModelNotFound(text, param="model", code="model_not_found")
+                raise _unknown_model(inbound, forwarder.table)
             keep_body(request, body)
             return await handler(request)
         return await run(request, inbound, route)
@@ -83,6 +79,16 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
             log_extras(request).update(exchange.log_fields())
 
     return forward
+
+
+def _unknown_model(inbound: Inbound, table: RouteTable) -> ModelNotFound:
+    """The error for a model that no upstream has. It names the models that the key may use, or raises `Forbidden`."""
+    inbound.key.check_model(inbound.model or "")
+    known = ", ".join(name for name, route in table.names() if inbound.key.may_use(route.model))
+    text = f"say which model: {known}"
+    if inbound.model is not None:
+        text = f"The model `{inbound.model[:200]}` does not exist. Served here: {known or 'none that this key may use'}"
+    return ModelNotFound(text, param="model", code="model_not_found")
 
 
 class ResponseDownstream:

@@ -80,6 +80,17 @@ async def test_a_key_is_needed_and_opens_its_own_models_only(start: Start, path:
     assert error_code(answers[2]) == "model_not_allowed"
 
 
+async def test_a_key_finds_out_no_model_of_others_by_a_name_that_no_upstream_has(start: Start) -> None:
+    _, ask = await start(models=("m", "planned"))
+
+    forbidden, planned = await ask("none", SECRET), await ask("planned", SECRET)
+
+    assert (forbidden.status, planned.status) == (403, 404)
+    assert error_code(forbidden) == "model_not_allowed"
+    assert b'does not exist. Served here: m"' in planned.body
+    assert b"other" not in forbidden.body + planned.body
+
+
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 async def test_beyond_its_requests_a_key_waits_and_is_told_for_how_long(start: Start, path: tuple[bytes, ...]) -> None:
     _, ask = await start(requests_per_minute=1)

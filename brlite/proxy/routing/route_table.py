@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -102,9 +102,9 @@ class RouteTable:
             return next(iter(self.routes.values())) if self._is_only_one else None
         return self._by_name.get(name)
 
-    def names(self) -> list[str]:
-        """Every name that a request may use."""
-        return list(self._by_name)
+    def names(self) -> Iterable[tuple[str, Route]]:
+        """Every name that a request may use, with its route."""
+        return self._by_name.items()
 
 
 def upstream_configs(config: Config) -> list[UpstreamConfig]:
