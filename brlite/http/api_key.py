@@ -104,7 +104,8 @@ class ApiKey:
     def check_model(self, model: str, sent: str | None = None) -> None:
         """Raise `Forbidden` for a model that the key may not use, whether the model exists or not.
 
-        `sent` is the name that the client sent, if it is another one, or "" for none: the message has no other name.
+        `sent` is the name in the request, if it may differ from `model` (an alias, or "" for a request that names no
+        model). The message shows only `sent`, so that the client cannot find out `model`.
         """
         if self._models and model not in self._models:
             self.usage.num_forbidden += 1
@@ -126,7 +127,7 @@ class ApiKey:
     def begin(self, now: float, model: str, sent: str | None = None) -> None:
         """Count a request against the limits by the minute and of concurrent requests. `end` must follow, once.
 
-        `sent` is the client's own name for the model, as in `check_model`.
+        `sent` is the name in the request, as in `check_model`.
         Raises `Forbidden` for a model that the key may not use, and `RateLimited`; then nothing is counted.
         """
         if self._models:

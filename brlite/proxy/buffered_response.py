@@ -61,11 +61,14 @@ def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope
     try:
         _JSON.decode(payload)
         payload.isascii() or payload.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass
-    else:
         return None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _envelope(head, payload, path)
 
+
+def _envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
+    """The envelope of a refusal that is not JSON. Raises `UpstreamError` for any other response."""
+    status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
         raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
     lines = b"Content-Type: application/json; charset=utf-8\r\n"

@@ -120,20 +120,22 @@ class _Reader:
             self._homes.update(dict.fromkeys((name + suffix for suffix in SUFFIXES.get(family.kind, ("",))), family))
         elif line and not line.startswith("#"):
             name, labels, value = _parts(line)
-            if (added := self._label) is not None:
-                names, free_name = {label.name for label in labels}, added.name
-                while free_name in names:  # a label of the same name becomes `exported_…`
-                    free_name = f"exported_{free_name}"
-                kept = [label._replace(name=free_name) if label.name == added.name else label for label in labels]
-                line = sample(name, [*kept, added], value)
             home = self._homes.get(name) or self._family(name)
-            home.samples.append(line)
+            home.samples.append(line if self._label is None else sample(name, _with_label(labels, self._label), value))
 
     def _family(self, name: str) -> MetricFamily:
         family = self.families.get(name)
         if family is None:
             family = self.families[name] = self._homes[name] = MetricFamily(name)
         return family
+
+
+def _with_label(labels: list[Label], added: Label) -> list[Label]:
+    """The labels and `added`. A label of the same name is renamed to `exported_…`."""
+    names, free_name = {label.name for label in labels}, added.name
+    while free_name in names:
+        free_name = f"exported_{free_name}"
+    return [*(label._replace(name=free_name) if label.name == added.name else label for label in labels), added]
 
 
 def _parts(line: str) -> tuple[str, list[Label], str]:

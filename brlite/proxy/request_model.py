@@ -88,7 +88,12 @@ def replace_model(body: bytes, new: str) -> bytes:
         replaced = body[: likely.start(1)] + value + body[likely.end(1) :]
         if peek(replaced).model == new:
             return replaced
-    # Else go through the fields of the object.
+    start, end = _find_model(body)
+    return body[:start] + value + body[end:]
+
+
+def _find_model(body: bytes) -> tuple[int, int]:
+    """The start and end index of the top-level `model`'s value, in a body that `peek` has accepted."""
     text = body.decode("latin-1")  # one character a byte: an index is the same in both
     at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
     try:
@@ -97,7 +102,7 @@ def replace_model(body: bytes, new: str) -> bytes:
             start = _after_punctuation(text, at)
             _, end = _WHOLE_JSON.raw_decode(text, start)
             if name == "model":
-                return body[:start] + value + body[end:]
+                return start, end
             at = _after_punctuation(text, end)
     except RecursionError:
         raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None

@@ -69,19 +69,21 @@ class Balancer(Generic[C]):
         if not untried:
             return None
         available = [slot for slot in untried if slot.candidate.is_available(now)]
-        if available:
-            chosen: _Slot[C] = self._policy(available, affinity)
-        else:
-            last_failure = max(slot.candidate.failed_at for slot in untried)
-
-            def rank(slot: _Slot[C]) -> tuple[bool, bool, int]:
-                candidate = slot.candidate
-                return not candidate.is_healthy, candidate.failed_at == last_failure > -math.inf, slot.last_turn
-
-            chosen = min(untried, key=rank)
+        chosen: _Slot[C] = self._policy(available, affinity) if available else _unavailable_choice(untried)
         self._turn += 1
         chosen.last_turn = self._turn
         return chosen.candidate
+
+
+def _unavailable_choice(slots: Sequence[_Slot[Any]]) -> _Slot[Any]:
+    """One of the slots, none of which is available: in turn, so that each is tried again."""
+    last_failure = max(slot.candidate.failed_at for slot in slots)
+
+    def rank(slot: _Slot[Any]) -> tuple[bool, bool, int]:
+        candidate = slot.candidate
+        return not candidate.is_healthy, candidate.failed_at == last_failure > -math.inf, slot.last_turn
+
+    return min(slots, key=rank)
 
 
 def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:

@@ -147,11 +147,10 @@ class SseRelay:
             chunks = self._chunks
             if chunks is not None and not self._held and not self.is_within_event and chunks.is_at_boundary:
                 if plain := _PLAIN_CHUNK.match(data):  # as nearly all chunks: one event of one data line
-                    begin = plain.end()
-                    event_end = plain.end(1) + int(plain[1], 16)  # without the empty line after the event
-                    is_only_one = begin < event_end == data.find(b"\n", begin) == data.find(b"\r", begin) - 2
-                    if is_only_one and data[event_end:] == b"\n\n\r\n":
-                        self._check_data(data[begin:event_end])
+                    begin, end = plain.end(), plain.end(1) + int(plain[1], 16)  # of the data
+                    is_one_line = begin < end and data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2
+                    if is_one_line and data[end:] == b"\n\n\r\n":
+                        self._check_data(data[begin:end])
                         return data
                 while end := self._whole_chunk(data, whole):
                     whole = end
