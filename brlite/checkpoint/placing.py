@@ -66,7 +66,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.named_by({part.form for each in parts for part in each})
 
     def named_by(self, forms: Collection[MatrixForm]) -> str:
-        """The name of the precision if the matrices have these forms: the spec's, or that of a quantized file's codes."""
+        """The name of the precision with matrices of these forms: the spec's, or that of a quantized file's codes."""
         if self.precision.weights != "stored" or not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
