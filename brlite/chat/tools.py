@@ -23,10 +23,10 @@ NO_SCHEMA = msgspec.Raw(b"null")
 
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model may call. `parameters` is a JSON schema, encoded or not; without one it takes no
-    arguments.
+    """A function that the model may call.
 
-    With `strict` the arguments of every call conform to the schema.
+    `parameters` is a JSON schema, encoded or not; without one the function takes no arguments. With `strict` the
+    arguments of every call conform to the schema.
     """
 
     name: str
@@ -36,9 +36,8 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
     def schema_text(self) -> bytes:
         """The JSON text of `parameters`."""
-        return (
-            bytes(self.parameters) if isinstance(self.parameters, msgspec.Raw) else msgspec.json.encode(self.parameters)
-        )
+        schema = self.parameters
+        return bytes(schema) if isinstance(schema, msgspec.Raw) else msgspec.json.encode(schema)
 
     def schema(self) -> dict[str, Any]:
         """The decoded `parameters`. Raises `InvalidRequest` for numbers out of range and for too deep nesting."""

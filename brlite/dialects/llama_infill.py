@@ -126,14 +126,7 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     field_names = {**_FIELD_NAMES, **more.field_names}
     given, warnings = dict(more.sampling), more.warnings
     if body.samplers is not None:
-        order = list(SAMPLERS)
-        if not set(body.samplers) <= SAMPLERS.keys() or body.samplers != sorted(set(body.samplers), key=order.index):
-            given_names = excerpt(", ".join(body.samplers))
-            raise InvalidRequest(
-                f"samplers must be some of {', '.join(order)}, in this order, got {given_names}", param="samplers"
-            )
-        for name in SAMPLERS.keys() - set(body.samplers):
-            given |= SAMPLERS[name]
+        given |= _without_others(body.samplers)
         if "infill" in body.samplers:
             warnings = (*warnings, INFILL_WARNING)
     if body.max_tokens == 0:
@@ -154,6 +147,16 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     )
 
 
+def _without_others(samplers: list[str]) -> dict[str, Any]:
+    """The parameters that switch off all samplers but these. Raises `InvalidRequest` for another name or order."""
+    if samplers != [name for name in SAMPLERS if name in samplers]:
+        raise InvalidRequest(
+            f"samplers must be some of {', '.join(SAMPLERS)}, in this order, got {excerpt(', '.join(samplers))}",
+            param="samplers",
+        )
+    return {name: value for sampler in SAMPLERS.keys() - set(samplers) for name, value in SAMPLERS[sampler].items()}
+
+
 class InfillEncoder:
     """Encodes events as chunks, or as one whole answer."""
 
@@ -164,8 +167,8 @@ class InfillEncoder:
         self._shown = call.shown
         self._ends_with_line = call.line_seconds is not None
         # A line feed and too few blanks before another character.
-        self._line = re.compile(rf"\n[ \t]{{0,{call.indent - 1}}}(?=[^ \t])") if call.indent else None
-        self._text = ""  # with `_line`: what was sent
+        self._outdent = re.compile(rf"\n[ \t]{{0,{call.indent - 1}}}(?=[^ \t])") if call.indent else None
+        self._last_line = ""  # with `_outdent`: the last line of the text, with the line feed before it
         self._is_cut = False
 
     def opening(self, usage: TokenUsage) -> bytes:
@@ -199,12 +202,13 @@ class InfillEncoder:
 
     def _indented(self, text: str) -> str:
         """The next piece of the answer, up to the end of its last line that is indented enough."""
-        if self._line is not None:
-            before, self._text = self._text, self._text + text
-            start = max(0, before.rfind("\n"))
-            match = self._line.search(self._text, start) if not self._is_cut else None
-            text = "" if self._is_cut else text[: match.end() - len(before)] if match else text
-            self._is_cut |= match is not None
+        if self._is_cut:
+            return ""
+        if self._outdent is not None:
+            before, lines = self._last_line, self._last_line + text
+            self._last_line = lines[max(0, lines.rfind("\n")) :]
+            if match := self._outdent.search(lines):
+                text, self._is_cut = text[: match.end() - len(before)], True
         self._has_new_line |= "\n" in text
         return text
 

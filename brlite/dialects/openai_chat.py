@@ -205,14 +205,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     tools: tuple[Tool, ...] = ()
     tool_choice = NO_TOOLS
     if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
-        tool_fields = ToolFields(
-            tools=body.tools,
-            tool_choice=body.tool_choice,
-            parallel_tool_calls=body.parallel_tool_calls,
-            functions=body.functions,
-            function_call=body.function_call,
-        )
-        tools, tool_choice = decode_tools(tool_fields, limits, len(data))
+        tools, tool_choice = decode_tools(_tool_fields(body), limits, len(data))
     chat = read_chat(
         body.messages,
         limits,
@@ -224,21 +217,32 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         variables=body.chat_template_kwargs or {},
         reasoning_effort=body.reasoning_effort,
     )
-    echoed_text = ""
-    if body.echo and body.messages[-1].role == "assistant":
-        content = chat.messages[-1]["content"]
-        echoed_text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     return Generation(
         prompts=(chat,),
         params=params,
         field_names=field_names,
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
-        echoed_text=echoed_text,
+        echoed_text=_text_of(chat.messages[-1]) if body.echo and body.messages[-1].role == "assistant" else "",
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
         **fields,
     )
+
+
+def _tool_fields(body: ChatCompletionRequest) -> ToolFields:
+    return ToolFields(
+        tools=body.tools,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        functions=body.functions,
+        function_call=body.function_call,
+    )
+
+
+def _text_of(turn: dict[str, Any]) -> str:
+    content = turn["content"]
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 def read_chat(
