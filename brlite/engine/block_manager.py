@@ -35,7 +35,8 @@ class BlockOwner(Protocol):
 class Block:
     """One block: how many sequences use it and, once it is full and computed, what it holds.
 
-    `content` is the digest of the block before and the tokens, as long as the block is in the prefix cache.
+    `content` is the digest of the block before (for the first block: the cache root) and the tokens, as long as the
+    block is in the prefix cache.
     """
 
     __slots__ = ("content", "digest", "ref_count")
@@ -93,7 +94,7 @@ class BlockManager:
         is_unchanged = [self._blocks[block_id].content for block_id in matched] == last.contents[:num]
         if not is_unchanged or last.token_ids[:end] != seq.token_ids[:end]:
             matched = []
-        parent_digest = seq.block_digests[len(matched) - 1] if matched else b""
+        parent_digest = seq.block_digests[len(matched) - 1] if matched else seq.cache_root
         for index in range(len(matched), most):
             digest = self._digest(seq, index)
             block_id = self._sealed.get(digest)
@@ -148,7 +149,8 @@ class BlockManager:
             if digest not in self._sealed:
                 block = self._blocks[seq.block_table[index]]
                 block.digest = digest
-                block.content = (seq.block_digests[index - 1] if index else b"", self._tokens(seq, index))
+                parent_digest = seq.block_digests[index - 1] if index else seq.cache_root
+                block.content = (parent_digest, self._tokens(seq, index))
                 self._sealed[digest] = seq.block_table[index]
             seq.num_sealed_blocks = index + 1
 

@@ -132,6 +132,21 @@ def test_a_second_lookup_finds_what_the_first_found_unless_a_block_was_reused() 
     assert blocks.match_prefix(seq) == first[:1]
 
 
+def test_a_second_lookup_does_not_find_the_equal_block_of_another_salt() -> None:
+    blocks = BlockManager(num_blocks=1, block_size=SIZE)
+    first, waiting = computed(blocks, [1, 2, 3, 4], b"a"), make_sequence([1, 2, 3, 4, 5], b"a")
+    other = make_sequence([1, 2, 3, 4], b"b")  # takes the only block without a lookup, as for prompt_logprobs
+    matched = blocks.match_prefix(waiting)
+    blocks.release(first)
+    blocks.grow(other, 4)
+    other.num_computed_tokens = 4
+    blocks.seal(other)
+
+    again = blocks.match_prefix(waiting)
+
+    assert (matched, again) == ([0], [])
+
+
 def test_a_digest_that_collides_with_the_last_lookup_does_not_match_other_tokens() -> None:
     blocks = BlockManager(num_blocks=4, block_size=SIZE)
     seq = computed(blocks, [1, 2, 3, 4, 5])
