@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from brlite.grammar.patterns import PatternRefused, pattern_size
-from brlite.grammar.schema_walk import SchemaRefused, WalkedSchema, parse_schema
+from brlite.grammar.schema_references import SchemaRefused
+from brlite.grammar.schema_walk import WalkedSchema, parse_schema
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning
 from brlite.tokenizer import Tokenizer
 

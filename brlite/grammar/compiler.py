@@ -24,7 +24,8 @@ from brlite.grammar.answer_grammar import AnswerWriter, read_structural_tag
 from brlite.grammar.grammar_text import check_grammar, is_gbnf
 from brlite.grammar.matcher import GuidedMatcher, Matcher, NumberTokens
 from brlite.grammar.patterns import PatternRefused, pattern_size
-from brlite.grammar.schema_walk import SchemaLimits, SchemaRefused, WalkedSchema, parse_schema, walk_schema
+from brlite.grammar.schema_references import SchemaRefused
+from brlite.grammar.schema_walk import SchemaLimits, WalkedSchema, parse_schema, walk_schema
 from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer import Tokenizer
 

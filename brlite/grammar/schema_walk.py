@@ -1,9 +1,9 @@
 """Walks a JSON schema before it is compiled: bounds its cost, refuses what cannot be enforced, rewrites some keywords.
 
 llguidance does not report the place of an error, and it cannot be interrupted while it compiles. So the walk names the
-place as a JSON pointer, and bounds everything that makes compiling slow. It follows references from the root; a
-subschema without a reference to it is not checked. The schema is changed in place, and no part of it moves, so
-references stay valid.
+place as a JSON pointer, and bounds everything that makes compiling slow. It follows references from the root (see
+`schema_references.py`); a subschema without a reference to it is not checked. The schema is changed in place, and no
+part of it moves, so references stay valid.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urldefrag, urljoin
 
 from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
+from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
 MAX_WRITTEN = 256 * 1024  # characters that rewriting may add to a schema
-MAX_POINTER = 200  # characters of a JSON pointer in a message
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -41,14 +40,6 @@ _NOT_ENFORCED = (
 )
 _ANNOTATIONS = ("x-guidance", "default", "examples", "example")
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-
-
-class SchemaRefused(ValueError):
-    """A schema that is invalid, costs too much or cannot be enforced. The message says where and why."""
-
-    def __init__(self, pointer: str, reason: str) -> None:
-        place = pointer if len(pointer) <= MAX_POINTER else f"{pointer[:MAX_POINTER]}…"
-        super().__init__(f"at {place}: {reason}")
 
 
 class SchemaLimits(NamedTuple):
@@ -106,10 +97,9 @@ class _Walk:
     def __init__(self, root: Any, limits: SchemaLimits) -> None:
         self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by `id`, which stays valid as `_root` is referenced
         self._root = root
+        self._references: SchemaReferences  # made once the nesting is bounded
         self._limits = limits
         self._targets: dict[int, Any] = {}  # of each node with a `$ref`
-        self._anchors: dict[str, tuple[str, Any]] = {}
-        self._bases: dict[int, str] = {}
         self._names: dict[str, int] = {"": id(root)}  # the identity of each subschema with an `$id` or `$anchor`
         self._num_repetitions = 0
         self._num_compared = 0
@@ -121,7 +111,7 @@ class _Walk:
             level = [child for node in level for child in _children(node)]
         if level:
             raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep")
-        self._find_anchors()
+        self._references = SchemaReferences(self._root)
         waiting: list[tuple[str, Any, int]] = [("#", self._root, 0)]
         while waiting:
             pointer, node, depth = waiting.pop()
@@ -145,7 +135,7 @@ class _Walk:
         self.places[id(node)] = pointer, node
         if len(self.places) > self._limits.max_subschemas:
             raise SchemaRefused(pointer, f"the schema has more than {self._limits.max_subschemas} subschemas")
-        base = self._bases.get(id(node), "").rstrip("#")
+        base = self._references.base_of(node).rstrip("#")
         for keyword, name in (("$id", base), ("$anchor", f"{base}#{node.get('$anchor')}")):
             if keyword in node and self._names.setdefault(name, id(node)) != id(node):  # the library would mix them up
                 raise SchemaRefused(f"{pointer}/{keyword}", "another subschema has the same name")
@@ -155,9 +145,9 @@ class _Walk:
         self._check_keywords(pointer, node)
         for keyword in _NOT_ENFORCED:
             if keyword in node:
-                raise SchemaRefused(f"{pointer}/{_escape(keyword)}", f"{keyword} is not enforced by this server")
+                raise SchemaRefused(f"{pointer}/{escape(keyword)}", f"{keyword} is not enforced by this server")
         if "$ref" in node:
-            target_pointer, target = self._resolve(pointer, node)
+            target_pointer, target = self._references.resolve(pointer, node)
             self._targets[id(node)] = target
             yield target_pointer, target, depth + 1
         for keyword in _SINGLE:
@@ -171,7 +161,7 @@ class _Walk:
                 yield from ((f"{pointer}/{keyword}/{index}", child, depth) for index, child in enumerate(value))
         for keyword in _MAPS:
             for name, child in _mapping(pointer, node, keyword).items():
-                yield f"{pointer}/{keyword}/{_escape(name)}", child, depth
+                yield f"{pointer}/{keyword}/{escape(name)}", child, depth
 
     def _drop_harmless(self, pointer: str, node: dict[str, Any]) -> None:
         """Drop or rewrite keywords that llguidance does not support, if the same values stay valid."""
@@ -248,27 +238,11 @@ class _Walk:
                 node[keyword] = value = int(value)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
                 raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is an integer from 0 to {2**31 - 1}")
-        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
-            value = node.get(keyword, 0)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
-                raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a number")
-            if keyword == "multipleOf" and keyword in node:
-                if value <= 0:
-                    raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
-                # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
-                self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
-            is_lower = keyword.endswith("inimum")
-            if keyword != "multipleOf" and abs(value) > EXACT:
-                if (value < 0) != is_lower:
-                    raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
-                node[keyword] = -EXACT if is_lower else EXACT
+        self._check_numbers(pointer, node)
         if "enum" in node and not (isinstance(node["enum"], list) and node["enum"]):
             raise SchemaRefused(f"{pointer}/enum", "enum is a list of at least one value")
         for keyword in ("enum", "const"):
-            parts = [node[keyword]] if keyword in node else []
-            for part in parts:  # grows
-                parts += _children(part)
-            if not all(abs(part) <= EXACT for part in parts if isinstance(part, (int, float))):
+            if keyword in node and _has_huge_number(node[keyword]):
                 raise SchemaRefused(f"{pointer}/{keyword}", f"numbers beyond ±{EXACT} are not enforced exactly")
         patterns = [*_mapping(pointer, node, "patternProperties")]
         if "pattern" in node:
@@ -287,6 +261,23 @@ class _Walk:
                 raise SchemaRefused(place, f"the pattern {error}") from None
             self._count(place, size, "the pattern, with its repetitions written out,")
         self._check_properties(pointer, node)
+
+    def _check_numbers(self, pointer: str, node: dict[str, Any]) -> None:
+        """Check the bounds and the divisor of numbers. Bounds beyond the exact numbers are narrowed to these."""
+        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
+            value = node.get(keyword, 0)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
+                raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a number")
+            if keyword == "multipleOf" and keyword in node:
+                if value <= 0:
+                    raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
+                # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
+                self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
+            is_lower = keyword.endswith("inimum")
+            if keyword != "multipleOf" and abs(value) > EXACT:
+                if (value < 0) != is_lower:
+                    raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
+                node[keyword] = -EXACT if is_lower else EXACT
 
     def _count(self, pointer: str, size: int, what: str) -> None:
         """Add to the size of the schema's automata, and refuse one that exceeds the bound."""
@@ -307,66 +298,11 @@ class _Walk:
             if num > most:
                 raise SchemaRefused(f"{pointer}/properties", f"{num} {what}; an object may have at most {most} here")
 
-    # References
-
-    def _find_anchors(self) -> None:
-        """Record the subschemas that `$id` and `$anchor` name, and the base URI of references in each subschema."""
-        waiting: list[tuple[str, Any, str]] = [("#", self._root, "")]
-        while waiting:
-            pointer, node, base = waiting.pop()
-            if isinstance(node, dict):
-                own = node.get("$id", node.get("id"))
-                if isinstance(own, str) and (own.startswith("#") or "$id" in node or node is self._root):
-                    base = urljoin(base, own) if not own.startswith("#") else base
-                    self._anchors.setdefault(urljoin(base, own), (pointer, node))
-                    self._anchors.setdefault(base.rstrip("#"), (pointer, node))
-                for keyword in ("$anchor", "$dynamicAnchor"):
-                    if isinstance(node.get(keyword), str):
-                        self._anchors.setdefault(f"{base.rstrip('#')}#{node[keyword]}", (pointer, node))
-                self._bases[id(node)] = base
-                waiting += [(f"{pointer}/{_escape(key)}", child, base) for key, child in node.items()]
-            elif isinstance(node, list):
-                waiting += [(f"{pointer}/{index}", child, base) for index, child in enumerate(node)]
-
-    def _resolve(self, pointer: str, node: dict[str, Any]) -> tuple[str, Any]:
-        """The pointer and the target of a node's `$ref`. Rewrites a reference that is no valid URI to a valid one."""
-        reference = node["$ref"]
-        if not isinstance(reference, str):
-            raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
-        if "/oneOf/" in reference:
-            raise SchemaRefused(f"{pointer}/$ref", "references into oneOf are not taken; move the target to $defs")
-        node["$ref"] = quote(reference, safe="/#%:?&=+~!$'()*,;@[]-._")
-        address, fragment = urldefrag(urljoin(self._bases.get(id(node), ""), reference))
-        found = self._anchors.get(f"{address}#{fragment}" if fragment and fragment[0] != "/" else address)
-        if not address and (not fragment or fragment[0] == "/"):
-            found = "#", self._root
-        if found is None:
-            raise SchemaRefused(f"{pointer}/$ref", f"{reference[:100]!r} is not in the schema; nothing is fetched")
-        target_pointer, target = found
-        for token in fragment.split("/")[1:] if fragment.startswith("/") else []:
-            token = unquote(token).replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and token.isdecimal() and len(token) < 10 and int(token) < len(target):
-                target = target[int(token)]
-            else:
-                target = target.get(token) if isinstance(target, dict) else None
-            target_pointer += f"/{_escape(token)}"
-            if target is None:
-                raise SchemaRefused(f"{pointer}/$ref", f"{reference[:100]!r} leads to nothing in the schema")
-        return target_pointer, target
-
-    def _followed(self, pointer: str, node: Any) -> Any:
-        """The target of a reference, after up to ten references in a row; any other schema itself."""
-        for _ in range(10):
-            if not (isinstance(node, dict) and "$ref" in node):
-                break
-            pointer, node = self._resolve(pointer, node)
-        return node
-
     # Rewriting
 
     def _are_disjoint(self, pointer: str, alternatives: list[Any]) -> bool:
         """Whether no value can match two alternatives, so that oneOf equals anyOf. False if that is not known."""
-        nodes = [self._followed(pointer, alternative) for alternative in alternatives]
+        nodes = [self._references.follow(pointer, alternative) for alternative in alternatives]
         if not all(isinstance(node, dict) for node in nodes):
             return False
         self._compare(pointer, sum(map(_num_listed, nodes)))
@@ -380,17 +316,19 @@ class _Walk:
             types = node.get("type", TYPES) if own is None else [_type(value) for value in own.values()]
             names = [types] if isinstance(types, str) else types if isinstance(types, (list, tuple)) else TYPES
             kinds.append({"number" if name == "integer" else str(name) for name in names})
-        tags = []  # the required properties of each alternative that is an object, with their listed values
-        for node in nodes:
-            schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
-            self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
-            tags.append({name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {})
+        tags = [self._tags(pointer, node) for node in nodes]
         return all(
             not kinds[i] & kinds[j]
             or _are_distinct(values[i], values[j])
             or any(_are_distinct(tags[i][tag], tags[j][tag]) for tag in tags[i].keys() & tags[j].keys())
             for i, j in itertools.combinations(range(len(nodes)), 2)
         )
+
+    def _tags(self, pointer: str, node: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+        """The required properties of an object schema, each with its listed values."""
+        schemas = [(name, self._references.follow("#", node["properties"][name])) for name in _names(node)]
+        self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
+        return {name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {}
 
     def _compare(self, pointer: str, num: int) -> None:
         """Count comparisons of alternatives, and refuse too many."""
@@ -404,7 +342,7 @@ class _Walk:
         if isinstance(most, int) and most <= 1:
             del node["uniqueItems"]
             return
-        items = self._followed(f"{pointer}/items", node.get("items"))
+        items = self._references.follow(f"{pointer}/items", node.get("items"))
         only = {"type", "items", "minItems", "maxItems", "uniqueItems", "title", "description", "$defs", "$schema"}
         if node.get("type") != "array" or not node.keys() <= only or not isinstance(items, dict):
             return
@@ -500,10 +438,6 @@ def _remainders(divisor: float) -> int:
     return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
 
 
-def _escape(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
@@ -570,3 +504,13 @@ def _type(value: Any) -> str:
         return "integer" if value.is_integer() else "number"
     names = {type(None): "null", int: "integer", str: "string", list: "array", dict: "object"}
     return names[type(value)]
+
+
+def _has_huge_number(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (int, float)) and not abs(part) <= EXACT:
+            return True
+        waiting += _children(part)
+    return False
