@@ -7,6 +7,7 @@ message or a tool stays plain text.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,10 @@ class ChatTemplate:
         if "error" in answer:
             self._child.close()
             raise ModelError(f"{source}: the chat template is broken: {one_line(answer['error'])}")
+        parser = find_parser(template)
         self.capabilities = TemplateCapabilities(
             **{**answer, "variables": frozenset(answer["variables"])},
+            call_format=parser.name if parser is not None and answer["tools_in"] else "hermes",
             knows_developer="developer" in template and bool(answer["roles"]["developer"]),
             reasoning_key=find_reasoning_key(template),
             reasoning_marks=find_reasoning_marks(template),
@@ -74,10 +77,12 @@ class ChatTemplate:
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> str:
         """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or exceeds its limits."""
-        turns = prepare_turns(turns, extras, self.capabilities)
+        # Behind the first character of a control token's text it keeps that text from being marked as a client's.
+        seal = "" if self.capabilities.knows_tools and self.capabilities.says_calls else f"{secrets.randbits(64):020}"
+        turns = prepare_turns(turns, extras, self.capabilities, seal=seal)
         variables: dict[str, Any] = dict(extras.variables)
         if extras.tools and self.capabilities.tools_in == "argument" and self.capabilities.knows_tools:
-            variables["tools"] = list(extras.tools)
+            variables[self.capabilities.tools_variable] = list(extras.tools)
         if extras.documents:
             variables["documents"] = list(extras.documents)
         message = {
@@ -91,7 +96,7 @@ class ChatTemplate:
             raise template_refusal(str(error)) from None
         if "error" in answer:
             raise template_refusal(one_line(answer["error"]))
-        return self._control_tokens.find(answer["text"], answer["mark"])
+        return self._control_tokens.find(answer["text"].replace(seal, "") if seal else answer["text"], answer["mark"])
 
     def close(self) -> None:
         self._child.close()

@@ -37,6 +37,7 @@ ROLE_PROBES: dict[str, list[dict[str, Any]]] = {
     "later system": [USER, ANSWER, {"role": "system", "content": PROBE}, USER],
     "": [USER, ANSWER, {"role": "narrator", "content": PROBE}, USER],  # any other role
 }
+TOOLS_VARIABLES = ("tools", "xml_tools")  # SmolLM3 reads the second
 SHORT_ID, LONG_ID = "a1b2c3d4e", "call_a1b2c3d4e5f6a7b8"
 
 
@@ -66,7 +67,9 @@ class Renderer:
         takes_parts = bool(self._says([{**USER, "content": parts}], without=("'text': ", '"text": ')))
         system_with_tools = {"role": "system", "content": "b", "tools": [_tool(PROBE)]}
         tools_in = None
-        if self._says([USER], tools=[_tool(PROBE)]):
+        probes: list[Any] = [_tool(PROBE)]
+        tools_variable = next((name for name in TOOLS_VARIABLES if self._says([USER], **{name: probes})), None)
+        if tools_variable is not None:
             tools_in = "argument"
         elif self._says([system_with_tools, USER]):
             tools_in = "system message"
@@ -75,24 +78,28 @@ class Renderer:
             "takes_strings": not takes_parts or bool(self._says([{**USER, "content": PROBE}])),
             "takes_parts": takes_parts,
             "tools_in": tools_in,
+            "tools_variable": tools_variable or "tools",
             "variables": sorted(meta.find_undeclared_variables(self._environment.parse(self._source))),
-            **self._describe_calls(),
+            **self._describe_calls(tools_variable or "tools", says_tool_turns=bool(roles["tool"])),
         }
 
-    def _describe_calls(self) -> dict[str, Any]:
-        """The form that assistant turns with calls must have, and whether the template writes the results of tools."""
-        tools = [_tool("b")]
+    def _describe_calls(self, tools_variable: str, *, says_tool_turns: bool) -> dict[str, Any]:
+        """The form that assistant turns with calls must have, and whether the template writes the results of tools.
+
+        `says_tool_turns`: it writes turns of the role `tool` where no call precedes them.
+        """
+        tools: dict[str, Any] = {tools_variable: [_tool("b")]}
         for arguments, content in product(({"x": "a"}, '{"x": "a"}'), ({"content": ""}, {})):
             form: dict[str, Any] = {"arguments": arguments, "content": content}
-            if self._says(_calls(**form, name=PROBE), without=("{'x': 'a'}",), tools=tools):
+            if self._says(_calls(**form, name=PROBE), without=("{'x': 'a'}",), **tools):
                 return {
                     "says_calls": True,
-                    "says_results": bool(self._says(_calls(**form, result=PROBE), tools=tools)),
+                    "says_results": bool(self._says(_calls(**form, result=PROBE), **tools)),
                     "takes_mappings": isinstance(arguments, dict),
                     "takes_empty_content": bool(content),
-                    "needs_short_ids": not self._says(_calls(**form, name=PROBE, call_id=LONG_ID), tools=tools),
+                    "needs_short_ids": not self._says(_calls(**form, name=PROBE, call_id=LONG_ID), **tools),
                 }
-        return {"says_calls": False}
+        return {"says_calls": False, "says_results": says_tool_turns}
 
     def answer(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, extras: Mapping[str, Any]
@@ -107,6 +114,10 @@ class Renderer:
         if self._controls is not None:
             mark = next(char for char in map(chr, chain(*MARKS)) if char not in encoded)
             marked = {name: _marked(value, self._controls, mark) for name, value in values.items()}
+            # A template may make tokens of the turns' roles, which the server has checked.
+            marked["messages"] = [
+                {**turn, "role": plain.get("role")} for turn, plain in zip(marked["messages"], messages, strict=True)
+            ]
             mark, values = (None, values) if marked == values else (mark, marked)
         pieces = self._template.generate({**values, **self._variables, "add_generation_prompt": add_generation_prompt})
         return {"text": _join(pieces, MAX_GROWTH * len(encoded) + MAX_MARKUP), "mark": mark}
@@ -148,16 +159,13 @@ def _first_characters(controls: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _marked(value: Any, controls: re.Pattern[str], mark: str) -> Any:
-    """`value` with the mark in every control token's text. Roles have none: a template may make tokens of them."""
+    """`value` with the mark in every control token's text."""
     if isinstance(value, str):
         return controls.sub(rf"\g<0>{mark}", value)
     if isinstance(value, list):
         return [_marked(item, controls, mark) for item in value]
     if isinstance(value, dict):
-        return {
-            _marked(key, controls, mark): item if key == "role" else _marked(item, controls, mark)
-            for key, item in value.items()
-        }
+        return {_marked(key, controls, mark): _marked(item, controls, mark) for key, item in value.items()}
     return value
 
 

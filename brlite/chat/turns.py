@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import product
 from typing import Any, Literal
 
 import msgspec
 
+from brlite.chat.tool_calls import PARSERS
 from brlite.errors import InvalidRequest
 
 Turn = Mapping[str, Any]
@@ -21,6 +23,7 @@ Turn = Mapping[str, Any]
 MAX_ROLE = 64  # characters
 _ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_ -]{{0,{MAX_ROLE - 1}}}")  # strict: templates build control tokens of roles
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
+_TOOL_NAME = re.compile(r"[\w.-]+")  # others could have the text of a control token
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 # Template variables that no request may set: the server's own, and those that would replace the template.
@@ -55,13 +58,16 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     The key "" stands for all roles without an entry, except "user"; "later system" for a system message that is not the
     first. `variables` are the names that the template reads. `takes_empty_content` is False if a turn with calls must
     have no `content`. With `marks_content` the model writes marks around content too, as in gpt-oss' harmony.
-    `reasoning_key` is the key of an assistant turn that the template reads its reasoning from.
+    `reasoning_key` is the key of an assistant turn that the template reads its reasoning from. `tools_variable` is the
+    template's name for its argument of tools. `call_format` is the format of calls that are written as text.
     """
 
     roles: Mapping[str, bool | None] = msgspec.field(default_factory=lambda: {"system": True})
     takes_strings: bool = True
     takes_parts: bool = False
     tools_in: Literal["argument", "system message"] | None = None
+    tools_variable: str = "tools"
+    call_format: str = "hermes"
     variables: frozenset[str] = frozenset()
     says_calls: bool = False
     says_results: bool = False
@@ -76,8 +82,11 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def knows_tools(self) -> bool:
-        """Whether the template renders lists of tools, calls and results. Otherwise they are written as text."""
-        return self.tools_in is not None and self.says_calls and self.says_results
+        """Whether the template renders lists of tools. Otherwise tools, calls and results are written as text.
+
+        If it does, calls are written as text without `says_calls`, and results without `says_results`.
+        """
+        return self.tools_in is not None
 
 
 class TemplateExtras(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,25 +103,35 @@ class TemplateExtras(msgspec.Struct, frozen=True, kw_only=True):
 NO_EXTRAS = TemplateExtras()
 
 
-def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCapabilities) -> list[dict[str, Any]]:
+def prepare_turns(
+    turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCapabilities, *, seal: str = ""
+) -> list[dict[str, Any]]:
     """The turns in the shape that a template with these capabilities takes. Raises `InvalidRequest` for turns that it
-    does not support."""
-    if extras.variables and (reserved := RESERVED.intersection(extras.variables)):
+    does not support.
+
+    In calls that are written as text, `seal` follows the first character of each of the format's marks. A seal that no
+    client can guess tells these marks from the same texts in a message.
+    """
+    own = RESERVED | {can.tools_variable} if extras.tools else RESERVED
+    if extras.variables and (reserved := own.intersection(extras.variables)):
         raise InvalidRequest(f"chat_template_kwargs must not set {min(reserved)!r}", param="chat_template_kwargs")
     if extras.documents and "documents" not in can.variables:
         raise InvalidRequest("documents: the model's chat template does not take documents", param="documents")
     tools = extras.tools
-    uses_tools = any(turn.get("tool_calls") or turn.get("role") in ("tool", "function") for turn in turns)
-    if not can.knows_tools and (tools or uses_tools):
-        turns = _tools_in_words(turns, tools, can)
-    elif tools and can.tools_in == "system message":
-        turns = _with_system(turns, can, tools=[tool["function"] for tool in tools])
     names = {
         call.get("id"): call["function"]["name"]
         for turn in turns
         for call in turn.get("tool_calls") or ()
         if isinstance(call, Mapping)
     }
+    uses_tools = any(turn.get("tool_calls") or turn.get("role") in ("tool", "function") for turn in turns)
+    if uses_tools and not (can.knows_tools and can.says_calls and can.says_results):
+        turns = _calls_in_words(turns, can, seal)
+    if tools and not can.knows_tools:
+        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        turns = _with_system(turns, can, text=TOOLS_IN_WORDS.format(tools=listed))
+    elif tools and can.tools_in == "system message":
+        turns = _with_system(turns, can, tools=[tool["function"] for tool in tools])
     return [_prepared(turn, names, can, is_first=index == 0) for index, turn in enumerate(turns)]
 
 
@@ -200,19 +219,22 @@ def joined_text(content: str | Sequence[Any] | None) -> str:
     return "".join(texts)
 
 
-def _tools_in_words(
-    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
-) -> list[dict[str, Any]]:
-    """Turns with tools written as text: their list in the system message, calls and results in `<tool_call>` and
-    `<tool_response>`. Results are in a user turn, together with the user's next text."""
+def _calls_in_words(turns: Sequence[Turn], can: TemplateCapabilities, seal: str) -> list[dict[str, Any]]:
+    """Turns with the calls and results that the template does not render written as text.
+
+    Calls are in the content, in the format of the model. Results are in `<tool_response>` in a user turn, together with
+    the user's next text.
+    """
     words: list[dict[str, Any]] = []
     for turn in turns:
-        plain = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
+        plain = dict(turn)
         calls = turn.get("tool_calls") or ()
-        if calls:
-            texts = [joined_text(turn.get("content")), *(_call_in_words(call) for call in calls)]
+        is_result = turn.get("role") in ("tool", "function") and not (can.knows_tools and can.says_results)
+        if calls and not (can.knows_tools and can.says_calls):
+            del plain["tool_calls"]
+            texts = [joined_text(turn.get("content")), _written_calls(calls, can.call_format, seal)]
             words.append({**plain, "content": "\n".join(filter(None, texts))})
-        elif turn.get("role") in ("tool", "function"):
+        elif is_result:
             text = f"<tool_response>\n{joined_text(turn.get('content'))}\n</tool_response>"
             if words and words[-1].get("is_result"):
                 words[-1]["content"] += "\n" + text
@@ -224,18 +246,24 @@ def _tools_in_words(
             words.append(plain)
     for word in words:
         word.pop("is_result", None)
-    if not tools:
-        return words
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return _with_system(words, can, text=TOOLS_IN_WORDS.format(tools=listed))
+    return words
 
 
-def _call_in_words(call: Mapping[str, Any]) -> str:
-    arguments = call["function"].get("arguments") or "{}"
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    name = json.dumps(call["function"]["name"], ensure_ascii=False)
-    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+def _written_calls(calls: Sequence[Mapping[str, Any]], call_format: str, seal: str) -> str:
+    """The calls as the model writes them, with the seal in each mark of the format; in Hermes' format if its own cannot
+    express them."""
+    given: list[tuple[str, str]] = []
+    for call in calls:
+        arguments = call["function"].get("arguments") or "{}"
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        given.append((call["function"]["name"], arguments))
+    parser = PARSERS[call_format]
+    pieces = parser.write(given) or PARSERS["hermes"].write(given) or []
+    if seal and all(_TOOL_NAME.fullmatch(name) for name, _ in given):
+        for mark, index in product(parser.marks, range(0, len(pieces), 2)):
+            pieces[index] = pieces[index].replace(mark, f"{mark[0]}{seal}{mark[1:]}")
+    return "".join(pieces)
 
 
 def _with_system(

@@ -41,13 +41,16 @@ ToolParserName = Literal[
     "hermes",
     "llama3_json",
     "pythonic",
+    "lfm2",
     "mistral",
     "mistral_args",
+    "granite",
     "chatglm",
     "deepseek",
     "deepseek_v31",
     "qwen3_coder",
     "glm4_moe",
+    "kimi",
     "harmony",
 ]
 ReasoningParserName = Literal["auto", "none", "think", "mistral", "seed", "command", "kimi", "reasoning"]

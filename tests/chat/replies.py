@@ -85,6 +85,20 @@ CASES = (
         "I look.",
         (WEATHER, NOW),
     ),
+    ReplyCase(
+        "granite",
+        f'Ok. <|tool_call|>[{{"name": "get_weather", "arguments": {_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+        "Ok.",
+        (WEATHER, NOW),
+    ),
+    ReplyCase("granite", '<|tool_call|> [{"arguments": {}, "name": "now"}]', "", (NOW,)),
+    ReplyCase(
+        "lfm2",
+        "<|tool_call_start|>[get_weather(city='Paris, \"FR\" 水', days=2, zip='12'), now()]<|tool_call_end|>I look.",
+        "I look.",
+        (WEATHER, NOW),
+    ),
+    ReplyCase("lfm2", "[now()] is a list", "[now()] is a list", ()),
     ReplyCase("mistral_args", "[TOOL_CALLS]now[CALL_ID]a1b2c3d4e[ARGS]{}", "", (NOW,)),
     ReplyCase("chatglm", f"get_weather\n{_JSON}<|assistant|>now\n{{}}", "", (WEATHER, NOW)),
     ReplyCase(
@@ -123,6 +137,14 @@ CASES = (
         "</arg_key>\n<arg_value>2</arg_value>\n<arg_key>zip</arg_key>\n<arg_value>12</arg_value>\n</tool_call>"
         "<tool_call>now</tool_call>",
         "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "kimi",
+        "Ok.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        f"{_JSON}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "Ok.",
         (WEATHER, NOW),
     ),
     ReplyCase(

@@ -15,6 +15,9 @@ from brlite.chat.tool_calls import PARSERS, find_parser
 from brlite.chat.tools import TextDelta, ToolCallDelta, ToolCallEnd, collect
 from tests.chat.replies import CASES, TOOLS, ReplyCase, joined, order, read
 
+# Formats without quotes cannot write their own marks, or line feeds at the ends of a text.
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\n"), max_size=6)
+ARGUMENTS = st.fixed_dictionaries({"city": PLAIN}, optional={"days": st.integers(), "zip": PLAIN})
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parser}: {case.text[:30]!r}")
 
 
@@ -181,10 +184,28 @@ def test_a_long_reply_takes_time_in_proportion_to_its_length() -> None:
         ("<|python_tag|>", "llama3_json"),
         ("[func_name1(params_name1=params_value1)]", "pythonic"),
         ("<|observation|>", "chatglm"),
+        ("<|tool_calls_section_begin|>", "kimi"),
+        ("only with <|tool_call|> followed by a JSON list", "granite"),
+        ("List of tools: [{{ '<|im_start|>' }}", "lfm2"),
+        ("<|tool_call_start|>[", "lfm2"),
     ],
 )
 def test_the_format_is_chosen_from_the_template(sign: str, name: str) -> None:
     assert find_parser(f"a{sign}b") is PARSERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(PARSERS))
+@given(arguments=ARGUMENTS)
+@settings(max_examples=30, deadline=None)
+def test_calls_that_a_format_writes_are_read_again(name: str, arguments: dict[str, object]) -> None:
+    calls = [("get_weather", json.dumps(arguments)), ("now", "{}")][: 1 if name == "harmony" else 2]
+
+    pieces = PARSERS[name].write(calls)
+
+    assert pieces is not None
+    reply = collect(read(PARSERS[name](TOOLS), ["".join(pieces)]))
+    read_again = [(call.name, json.loads(call.arguments)) for call in reply.tool_calls]
+    assert read_again == [("get_weather", arguments), ("now", {})][: len(calls)]
 
 
 def test_a_template_without_a_sign_has_no_format() -> None:

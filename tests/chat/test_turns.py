@@ -93,6 +93,60 @@ def test_tools_calls_and_results_are_said_as_the_template_says_them(template: st
     assert render(template, TALK, tools=[TOOL]) == text
 
 
+# Shapes of templates that list tools but do not write calls (LFM2, Granite 3, SmolLM3), or not in jinja2's sandbox, or
+# write results in no turn.
+LISTED = (
+    "{% if tools %}List of tools: [{{ tools[0] | tojson }}]{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+)
+SMOLLM3 = (
+    "{% if xml_tools %}<tools>{% for t in xml_tools %}{{ t | string }}{% endfor %}</tools> as <tool_call>{% endif %}"
+    "{% for m in messages %}[{{ 'user' if m.role == 'tool' else m.role }}]{{ m.content }}{% endfor %}"
+)
+KIMI = (
+    "{% set queue = namespace(ids=[]) %}{{ tools | tojson }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{% set _ = queue.ids.append(c.function.name) %}<|tool_calls_section_begin|>"
+    "{{ c.function.name }}{% endfor %}{% endfor %}"
+)
+NO_RESULTS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages if m.role != 'tool' %}[{{ m.role }}]"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            LISTED,
+            f"List of tools: [{json.dumps(TOOL)}]<|im_start|>user\nq<|im_end|><|im_start|>assistant\n"
+            "<|tool_call_start|>[f(a=1)]<|tool_call_end|><|im_end|><|im_start|>tool\nr<|im_end|>",
+        ),
+        (
+            SMOLLM3,
+            f"<tools>{TOOL}</tools> as <tool_call>[user]q[assistant]<tool_call>\n"
+            '{"name": "f", "arguments": {"a": 1}}\n</tool_call>[user]r',
+        ),
+        (
+            KIMI,
+            f"[{json.dumps(TOOL)}][user]q[assistant]<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"
+            '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|>[tool]r',
+        ),
+        (
+            NO_RESULTS,
+            f"[{json.dumps(TOOL)}][user]q[assistant]<tool_call>f[user]<tool_response>\nr\n</tool_response>",
+        ),
+    ],
+)
+def test_a_template_that_lists_tools_gets_only_what_it_does_not_write_as_text(template: str, text: str) -> None:
+    assert render(template, TALK, tools=[TOOL]) == text
+
+
+def test_a_variable_of_the_template_cannot_replace_the_requests_tools() -> None:
+    with pytest.raises(InvalidRequest, match="must not set 'xml_tools'"):
+        render(SMOLLM3, [ASKED], tools=[TOOL], variables={"xml_tools": []})
+
+
 @pytest.mark.parametrize("content", [None, "", "absent"])
 def test_an_assistant_turn_with_calls_may_have_no_content(content: str | None) -> None:
     turn = {key: value for key, value in CALLED.items() if key != "content"}

@@ -10,10 +10,11 @@ from brlite.chat.tool_calls.deepseek import DeepSeekParser, DeepSeekV31Parser
 from brlite.chat.tool_calls.glm4_moe import Glm4MoeParser
 from brlite.chat.tool_calls.harmony import HarmonyParser
 from brlite.chat.tool_calls.hermes import HermesParser
+from brlite.chat.tool_calls.kimi import KimiParser
 from brlite.chat.tool_calls.llama3_json import Llama3JsonParser
-from brlite.chat.tool_calls.mistral import MistralArgsParser, MistralParser
+from brlite.chat.tool_calls.mistral import GraniteParser, MistralArgsParser, MistralParser
 from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
-from brlite.chat.tool_calls.pythonic import PythonicParser
+from brlite.chat.tool_calls.pythonic import Lfm2Parser, PythonicParser
 from brlite.chat.tool_calls.qwen3_coder import Qwen3CoderParser
 
 __all__ = ["PARSERS", "CallGrammar", "ToolCallParser", "find_parser"]
@@ -24,13 +25,16 @@ PARSERS: dict[str, type[ToolCallParser]] = {
         HermesParser,
         Llama3JsonParser,
         PythonicParser,
+        Lfm2Parser,
         MistralParser,
         MistralArgsParser,
+        GraniteParser,
         ChatGlmParser,
         DeepSeekParser,
         DeepSeekV31Parser,
         Qwen3CoderParser,
         Glm4MoeParser,
+        KimiParser,
         HarmonyParser,
     )
 }
@@ -42,9 +46,13 @@ _SIGNS: tuple[tuple[tuple[str, ...], type[ToolCallParser]], ...] = (
     (("<function=", "<parameter="), Qwen3CoderParser),
     (("<｜tool▁calls▁begin｜>", "```json"), DeepSeekParser),
     (("<｜tool▁calls▁begin｜>",), DeepSeekV31Parser),
+    (("<|tool_calls_section_begin|>",), KimiParser),
     (("[TOOL_CALLS]", "[ARGS]"), MistralArgsParser),
     (("[TOOL_CALLS]",), MistralParser),
     (("<tool_call>",), HermesParser),
+    (("<|tool_call|>", "JSON list"), GraniteParser),
+    (("<|tool_call_start|>",), Lfm2Parser),
+    (("List of tools: ", "<|im_start|>"), Lfm2Parser),
     (("<|python_start|>",), PythonicParser),
     (("[func_name1(",), PythonicParser),
     (("<|python_tag|>",), Llama3JsonParser),

@@ -1,4 +1,7 @@
-"""Mistral: `[TOOL_CALLS]` and a JSON list of calls; in newer models `[TOOL_CALLS]f[ARGS]{...}` for each call."""
+"""Mistral: `[TOOL_CALLS]` and a JSON list of calls; in newer models `[TOOL_CALLS]f[ARGS]{...}` for each call.
+
+Granite 3 writes the same list after `<|tool_call|>`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from brlite.chat.tool_calls.source import BrokenCall, Step
 from brlite.chat.tools import Tool
 
 MARK, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+GRANITE_MARK = "<|tool_call|>"
 
 
 class MistralParser(ToolCallParser):
@@ -21,21 +25,13 @@ class MistralParser(ToolCallParser):
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
-        begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
-        return CallGrammar(trigger=MARK, opening=f"{MARK}[", begin=begin, end="}", separator=", ", closing="]")
+        return _list_grammar(MARK, tool)
 
     def read_calls(self) -> Step[None]:
         source = self._source
         yield from source.spaces()
-        if (yield from source.take("[")):
-            yield from source.spaces()
-            yield from self._json_call()
-            yield from source.spaces()
-            while (yield from source.take(",")):
-                yield from source.spaces()
-                yield from self._json_call()
-                yield from source.spaces()
-            yield from source.take("]")
+        if (yield from source.peek()) == "[":
+            yield from self._json_calls()
             return
         if (yield from source.peek()) == "{":
             yield from self._json_call()
@@ -63,3 +59,24 @@ class MistralArgsParser(MistralParser):
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
         return CallGrammar(trigger=MARK, begin=f"{MARK}{tool.name}{ARGS}", end="")
+
+
+class GraniteParser(ToolCallParser):
+    """The format of Granite 3."""
+
+    name = "granite"
+    marks = (GRANITE_MARK,)
+    call_mark = GRANITE_MARK
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        return _list_grammar(GRANITE_MARK, tool)
+
+    def read_calls(self) -> Step[None]:
+        yield from self._source.spaces()
+        yield from self._json_calls()
+
+
+def _list_grammar(mark: str, tool: Tool) -> CallGrammar:
+    begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
+    return CallGrammar(trigger=mark, opening=f"{mark}[", begin=begin, end="}", separator=", ", closing="]")

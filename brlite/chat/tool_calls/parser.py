@@ -78,6 +78,22 @@ class ToolCallParser:
         """The grammar of a call of this tool. None if the format cannot express it."""
         raise NotImplementedError
 
+    @classmethod
+    def write(cls, calls: Sequence[tuple[str, str]]) -> list[str] | None:
+        """The calls, given as (name, JSON text of the arguments), as the model writes them. None if it cannot.
+
+        The pieces with even indices are the format's text and names of tools, the others are arguments.
+        """
+        pieces = [""]
+        for index, (name, arguments) in enumerate(calls):
+            grammar = cls.grammar(Tool(name=name))
+            if grammar is None:
+                return None
+            pieces[-1] += (grammar.separator if index else grammar.opening) + grammar.begin
+            pieces += [arguments if grammar.parameters is None else _written_one_by_one(arguments, grammar.parameters)]
+            pieces += [grammar.end + (grammar.closing if index == len(calls) - 1 else "")]
+        return pieces
+
     def feed(self, text: str) -> list[ReplyEvent]:
         """The events that this text completes."""
         forgotten = self._source.feed(text, self._source.at if self._start is None else self._start)
@@ -210,6 +226,19 @@ class ToolCallParser:
             text = "".join(pieces)
             self._arguments("{}" if text in ("", "null") else text)
 
+    def _json_calls(self) -> Step[None]:
+        """Read a JSON list of calls. The bracket at its end may be missing."""
+        source = self._source
+        yield from source.expect("[")
+        yield from source.spaces()
+        yield from self._json_call()
+        yield from source.spaces()
+        while (yield from source.take(",")):
+            yield from source.spaces()
+            yield from self._json_call()
+            yield from source.spaces()
+        yield from source.take("]")
+
     def _json_call(self) -> Step[None]:
         """Read a call written as an object of `name` and `arguments` or `parameters`, in any order.
 
@@ -251,6 +280,25 @@ class ToolCallParser:
         elif not has_arguments:
             self._arguments("{}")
         self._end()
+
+
+def _written_one_by_one(arguments: str, notation: Mapping[str, Any]) -> str:
+    """The arguments in a `ParameterNotation`, given by its fields. Text that is not a JSON object stays as it is."""
+    try:
+        values = parse_json(arguments)
+    except BrokenCall:
+        return arguments
+    if not isinstance(values, dict):
+        return arguments
+    written = []
+    for name, value in values.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if notation.get("has_plain_strings") and isinstance(value, str):
+            text = value
+        elif notation.get("has_python_constants"):
+            text = repr(value)
+        written.append(notation["begin"].replace("{}", name) + text + notation.get("end", ""))
+    return str(notation.get("separator", "")).join(written)
 
 
 def typed_value(text: str, schema: Any) -> str:

@@ -1,6 +1,7 @@
-"""Llama 3.2 and 4: the reply is a list of Python calls, `[f(a=1, b="x"), g()]`.
+"""Llama 3.2 and 4, LFM2: a list of Python calls, `[f(a=1, b="x"), g()]`.
 
-It may be enclosed in `<|python_start|>` and `<|python_end|>`. Arguments are literals; nothing is evaluated.
+Llama's reply is such a list, which may be enclosed in `<|python_start|>` and `<|python_end|>`. LFM2 writes it between
+`<|tool_call_start|>` and `<|tool_call_end|>`. Arguments are literals; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import json
 import re
 import string
 import sys
+from typing import ClassVar
+
+import msgspec
 
 from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
 from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step
 from brlite.chat.tools import Tool
 
 START, END = "<|python_start|>", "<|python_end|>"
+LFM2_START, LFM2_END = "<|tool_call_start|>", "<|tool_call_end|>"
 _WORD = re.compile(r"[\w.+-]*")
 _CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)
@@ -28,6 +33,7 @@ class PythonicParser(ToolCallParser):
 
     name = "pythonic"
     marks = (START, END)
+    end_mark: ClassVar[str] = END
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar | None:
@@ -70,7 +76,30 @@ class PythonicParser(ToolCallParser):
                 break
         yield from source.expect("]")
         yield from source.spaces()
-        yield from source.take_end(END)
+        yield from source.take_end(self.end_mark)
+
+
+class Lfm2Parser(PythonicParser):
+    """The list between marks, anywhere in a reply."""
+
+    name = "lfm2"
+    marks = (LFM2_START, LFM2_END)
+    call_mark = LFM2_START
+    end_mark = LFM2_END
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar | None:
+        grammar = super().grammar(tool)
+        if grammar is None:
+            return None
+        opening, closing = f"{LFM2_START}[", f"]{LFM2_END}"
+        return msgspec.structs.replace(grammar, trigger=LFM2_START, opening=opening, closing=closing, is_leading=False)
+
+    def read_reply(self) -> Step[None]:
+        return ToolCallParser.read_reply(self)
+
+    def read_calls(self) -> Step[None]:
+        return self._list(is_leading=False)
 
 
 def word(source: ReplySource) -> Step[str]:
