@@ -195,7 +195,7 @@ class ModelLoader:
         with _shown(report) as show:
             return await AsyncEngine.load(self._config, spec, show)
 
-    def settle(self) -> None:
+    def release_memory(self) -> None:
         # What was alive at the start may be garbage now.
         gc.unfreeze()
         gc.collect()

@@ -112,11 +112,7 @@ class LLM:
                 self._checked(number, prompt, each)
                 for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
             ]
-            try:
-                return _Run(self._engine, self._backend, requests, on_finished, params).finish()
-            except EngineError:
-                self._check_open()
-                raise
+            return _Run(self._engine, self._backend, requests, on_finished, params).finish()
 
     def chat(
         self,
@@ -185,11 +181,7 @@ class LLM:
             requests = [
                 self._checked(number, prompt, SamplingParams(), pooling) for number, prompt in enumerate(prompts)
             ]
-            try:
-                return _Run(self._engine, self._backend, requests, None).finish()
-            except EngineError:
-                self._check_open()
-                raise
+            return _Run(self._engine, self._backend, requests, None).finish()
 
     def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
@@ -227,6 +219,9 @@ class LLM:
             self._generating_thread = threading.get_ident()
             try:
                 yield
+            except EngineError:
+                self._check_open()  # if the model was closed, the error says so, not how its step failed
+                raise
             finally:
                 self._generating_thread = None
 

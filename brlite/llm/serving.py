@@ -84,7 +84,7 @@ class EngineLoader:
     async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
         return await AsyncEngine.load(self.config, spec, report)
 
-    def settle(self) -> None:
+    def release_memory(self) -> None:
         gc.collect()
 
 

@@ -56,6 +56,7 @@ class EventBuilder:
         first_choice = prompt_index * call.params.n
         events: list[Event] = []
         for completion in output.outputs:
+            choice = first_choice + completion.index
             is_last = output.finished and completion is output.outputs[-1]
             if self._call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
@@ -64,7 +65,7 @@ class EventBuilder:
             num_events = len(events)
             if text or tokens or completion.finish_reason is not None:
                 event = Event(
-                    choice=first_choice + completion.index,
+                    choice=choice,
                     text=text,
                     tokens=tokens,
                     finish_reason=completion.finish_reason,
@@ -73,14 +74,8 @@ class EventBuilder:
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
                 events += [event] if self._replies is None else self._read(event, self._replies)
-            choice = first_choice + completion.index
-            if call.echoed_text and choice not in self._echoed_choices and len(events) > num_events:
-                self._echoed_choices.add(choice)  # the text of the continued message comes first, and is not parsed
-                if self._replies is None:
-                    first = events[num_events]
-                    events[num_events] = structs.replace(first, text=call.echoed_text + first.text)
-                else:
-                    events.insert(num_events, Event(choice=choice, text=call.echoed_text))
+            if call.echoed_text and choice not in self._echoed_choices:
+                events[num_events:] = self._with_echo(choice, events[num_events:])
             if self._tells_tokens:
                 events[num_events:] = self._with_tokens(prompt_index, output, completion, events[num_events:])
         return events
@@ -121,6 +116,16 @@ class EventBuilder:
             events = events if self._call.keeps_order else joined_events(events)
             warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
+
+    def _with_echo(self, choice: int, events: list[Event]) -> list[Event]:
+        """A choice's first events, with the text of the continued message before them. That text is not parsed."""
+        if not events:
+            return events
+        self._echoed_choices.add(choice)
+        text = self._call.echoed_text
+        if self._replies is None:
+            return [structs.replace(events[0], text=text + events[0].text), *events[1:]]
+        return [Event(choice=choice, text=text), *events]
 
     def _with_tokens(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]

@@ -44,7 +44,7 @@ class Loader(Protocol):
         """Load the model and start its engine. The caller closes the engine."""
         ...
 
-    def settle(self) -> None:
+    def release_memory(self) -> None:
         """Return remaining memory to the system. Called after a model was unloaded."""
         ...
 
@@ -301,7 +301,7 @@ class ModelManager:
         except Exception:  # the engine is gone even if closing it failed
             logger.exception("model %s was not closed in good order", model.name)
         del self._engines[model.name]
-        self._loader.settle()
+        self._loader.release_memory()
         logger.info("model %s is unloaded: %s", model.name, reason)
 
     async def _measure_local(self) -> None:

@@ -226,7 +226,7 @@ class ModelTable:
         return self._models.get(self._aliases.get(name or "", name or ""))
 
     def find(self, name: str | None) -> ServedModel:
-        """Like `get`, but raises `ModelNotFound` in place of None."""
+        """Like `get`, but raises `ModelNotFound` in place of None. The error names all models: for operators only."""
         model = self.get(name)
         if model is None:
             raise self.unknown(name, lambda _: True)

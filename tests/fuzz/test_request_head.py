@@ -209,7 +209,7 @@ REQUESTS = st.sampled_from(
 )
 
 
-def run_lane(pieces: list[bytes]) -> list[tuple[object, ...]]:
+def run_fast_path(pieces: list[bytes]) -> list[tuple[object, ...]]:
     """What becomes of the bytes of one connection: what is forwarded, and what aiohttp gets."""
 
     async def run() -> list[tuple[object, ...]]:
@@ -218,12 +218,12 @@ def run_lane(pieces: list[bytes]) -> list[tuple[object, ...]]:
         shared = FastPaths(
             forwarder, ApiKeys(), LimitsConfig(), bodies=BodyBudget(2**26), policy=OriginPolicy(), access_log=False
         )
-        lane = shared(cast(Connection, wire), cast(asyncio.Transport, wire))
-        assert lane is not None
+        fast_path = shared(cast(Connection, wire), cast(asyncio.Transport, wire))
+        assert fast_path is not None
         for piece in pieces:
-            lane.data_received(piece)
+            fast_path.data_received(piece)
             for _ in range(8):  # a request in each turn of the loop
-                lane.request_ended()
+                fast_path.request_ended()
                 await asyncio.sleep(0)
         return wire.log
 
@@ -234,8 +234,8 @@ def run_lane(pieces: list[bytes]) -> list[tuple[object, ...]]:
 def test_a_connection_is_read_the_same_however_its_bytes_are_cut(case: tuple[bytes, list[int]]) -> None:
     data, places = case
 
-    whole = run_lane([data] if data else [])
-    in_pieces = run_lane(cuts(data, places))
+    whole = run_fast_path([data] if data else [])
+    in_pieces = run_fast_path(cuts(data, places))
 
     # Of a request that never becomes whole, aiohttp may have got a part already, or none.
     forwarded = [entry for entry in whole if entry[0] == "forwarded"]

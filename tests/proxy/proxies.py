@@ -1,4 +1,4 @@
-"""A proxy in this process, with its lane and its handler, before whatever upstreams a test has."""
+"""A proxy in this process, with its fast path and its handler, before whatever upstreams a test has."""
 
 from __future__ import annotations
 

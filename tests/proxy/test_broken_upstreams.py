@@ -17,8 +17,8 @@ from tests.proxy.raw_client import Answer, BadAnswer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
 from tests.proxy.scripts import GOOD, GOOD_PLAIN, GOOD_STREAM, HELD_BYTES, PLAIN, SCRIPTS, Script, redirect
 
-Way = Literal["lane", "aiohttp", "http_1_0"]
-WAYS: tuple[Way, ...] = ("lane", "aiohttp", "http_1_0")
+Way = Literal["fast_path", "aiohttp", "http_1_0"]
+WAYS: tuple[Way, ...] = ("fast_path", "aiohttp", "http_1_0")
 PATIENT = ProxyConfig(
     held_bytes=HELD_BYTES,
     choice="round_robin",

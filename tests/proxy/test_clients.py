@@ -167,7 +167,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+@pytest.mark.parametrize("way", ["fast_path", "aiohttp"])
 async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, name, way) -> None:
     served = await serve(limits=LimitsConfig(header_seconds=2, body_seconds=2))
     data = MALFORMED[name]
@@ -184,7 +184,7 @@ async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, name
     assert served.upstream.num_connections == 0
 
 
-@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+@pytest.mark.parametrize("way", ["fast_path", "aiohttp"])
 @pytest.mark.parametrize(
     "path",
     [
@@ -273,7 +273,7 @@ async def test_the_clients_key_and_hop_by_hop_headers_are_not_passed_on(serve, s
     assert fields[b"traceparent"] == b"yes"
 
 
-@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+@pytest.mark.parametrize("way", ["fast_path", "aiohttp"])
 @pytest.mark.parametrize(("limits", "shown"), [({"requests_per_minute": 5}, b"5"), ({}, b"999")])
 async def test_a_client_sees_its_own_limits_or_the_upstreams_and_never_both(serve, limits, shown, way) -> None:
     async def limit(call: Call) -> Then:
@@ -464,7 +464,7 @@ async def half(call: Call) -> Then:
     return "close"
 
 
-@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["fast_path", "aiohttp"])
 @pytest.mark.parametrize("body", [PLAIN_BODY, STREAM_BODY], ids=["plain", "stream"])
 @pytest.mark.parametrize("act", [never, half])
 @pytest.mark.parametrize("how", ["reset", "close", "half close"])
@@ -499,7 +499,7 @@ async def test_of_a_client_that_leaves_nothing_is_kept(serve) -> None:
     assert fast_path.connection._timer is None  # which would keep all of it until the next request's time is over
 
 
-@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["fast_path", "aiohttp"])
 async def test_a_client_that_leaves_the_queue_is_never_asked_for(serve, way) -> None:
     served = await serve(never, proxy=ProxyConfig(max_in_flight=1))
     first, second = await served.connect(), await served.connect()
@@ -556,7 +556,7 @@ async def stream_long(call: Call) -> Then:
     return "keep"
 
 
-@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["fast_path", "aiohttp"])
 async def test_a_slow_client_holds_its_upstream_back_and_loses_nothing(serve, way) -> None:
     served = await serve(stream_long)
     client = await served.connect()
@@ -575,7 +575,7 @@ async def test_a_slow_client_holds_its_upstream_back_and_loses_nothing(serve, wa
     assert len(answer.body) == NUM_ROUNDS * sum(map(len, LONG_TOKENS)) + len(TOKENS[-1]) + len(b"data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["fast_path", "aiohttp"])
 @pytest.mark.parametrize("is_stream", [False, True], ids=["plain", "stream"])
 async def test_the_connection_that_a_slow_client_had_serves_the_next_one(serve, way, is_stream) -> None:
     long = b'{"x":"%b"}' % (b"x" * 12_000_000)

@@ -1,4 +1,4 @@
-"""Keys with rules of their own, for models that other servers have: on the lane and through aiohttp alike."""
+"""Keys with rules of their own, for models that other servers have: on the fast path and through aiohttp alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.proxy.scripted import ScriptedUpstream, Step
 from tests.proxy.scripts import GOOD_PLAIN, GOOD_STREAM, TOKENS, chunks, sse
 
 SECRET = b"Authorization: Bearer secret-a"
-PATHS = {"lane": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
+PATHS = {"fast_path": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\n'
 WELL = Step(GOOD_STREAM)
 TELLING = Step(sse(chunks(*TOKENS, USAGE, b"data: [DONE]\n\n")))

@@ -19,7 +19,7 @@ from tests.proxy.scripts import GOOD_PLAIN, HELD_BYTES, PLAIN, UPSTREAM_ERROR, a
 
 HTML = b"<html><head><title>413</title><style>b {}</style></head><body>Too <b>large</b> &amp; wide</body></html>"
 QUICK_TO_EJECT = ProxyConfig(eject_failures=1, eject_seconds=100, held_bytes=HELD_BYTES)
-WAYS = {"lane": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
+WAYS = {"fast_path": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
 
 
 async def ask(proxy: Proxy, *headers: bytes, path: bytes = b"/v1/chat/completions", **fields: object) -> Answer:

@@ -14,7 +14,7 @@ from tests.proxy.raw_client import Client, post
 from tests.proxy.scripted import Request, ScriptedUpstream, Step
 from tests.proxy.scripts import GOOD_PLAIN
 
-WAYS = {"lane": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
+WAYS = {"fast_path": (), "aiohttp": (b"Connection: upgrade", b"Upgrade: nothing")}
 CLAIMS = (b"X-Forwarded-For: 6.6.6.6", b"Forwarded: for=6.6.6.6", b"X-Real-IP: 6.6.6.6")
 NAMES = (b"x-forwarded-for", b"forwarded", b"x-real-ip")
 

@@ -52,7 +52,7 @@ class Loader:
         await engine.start()
         return engine
 
-    def settle(self) -> None:
+    def release_memory(self) -> None:
         """Nothing is left of a fake."""
 
 

@@ -132,7 +132,7 @@ class FakeLoader:
         await engine.start()
         return engine
 
-    def settle(self) -> None:
+    def release_memory(self) -> None:
         """Nothing is left of a fake."""
 
 
