@@ -35,10 +35,14 @@ def error_body(error: BaseException, path: str = "", request_id: str = "") -> by
 
 
 def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
-    """The error body for a status and message of another server."""
-    known = next((status for status in STATUSES.values() if status.http == http), None)
-    kind = "invalid_request_error" if http < 500 else "server_error"
-    return envelope(known or Status(http, kind, "upstream_error"), message, path=path)
+    """The error body for a status and message of another server.
+
+    The type is that of the status. The code is always `upstream_error`: our own codes name causes, and the other
+    server's cause is unknown.
+    """
+    other = "invalid_request_error" if http < 500 else "server_error"
+    kind = next((status.type for status in STATUSES.values() if status.http == http), other)
+    return envelope(Status(http, kind, "upstream_error"), message, path=path)
 
 
 def error_headers(error: BaseException) -> dict[str, str]:

@@ -94,6 +94,7 @@ async def test_an_answer_about_the_request_keeps_its_status_whatever_its_form(
         assert got.fields[b"content-type"].startswith(b"application/json")
         assert str(got.error["message"]).startswith(f"The upstream answered {status}: {words or ''}")
         assert len(str(got.error["message"])) > len("The upstream answered 400: ")
+        assert got.error["code"] == "upstream_error"
         assert is_closed(proxy)
         assert only(proxy).outcomes["failed"] == 0
 
@@ -123,6 +124,7 @@ async def test_a_503_in_html_keeps_its_status_and_counts_against_it() -> None:
 
         assert (got.status, got.fields[b"retry-after"]) == (503, b"7")
         assert got.error["message"] == "The upstream answered 503: Try later"
+        assert got.error["code"] == "upstream_error"
         assert not is_closed(proxy)
 
 
