@@ -343,7 +343,7 @@ def generation_fields(body: GenerationFields) -> dict[str, Any]:
 def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, limits: LimitsConfig) -> dict[str, Any]:
     """The fields of a `Generation` that chats and completions read in the same way.
 
-    Raises `InvalidRequest` for invalid values or combinations of the body's fields, and for a list that is too long.
+    Raises `InvalidRequest` for invalid values or combinations of the body's fields.
     """
     if body.best_of is not None:
         _check_best_of(body.best_of, body, limits)

@@ -134,13 +134,10 @@ class Scheduler:
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
         for seq in self.running:
-            if not seq.is_being_drawn:
-                if seq.num_in_flight_tokens and seq.state.pooling == "mean":
+            if seq.is_being_drawn:
+                if _depends_on_last_draw(seq) and not seq.ends_with_step:
                     return False
-                continue
-            is_windowed = isinstance(seq.counts, WindowCounts)  # the backend adds the drawn token to other counts
-            has_other = seq.matcher is not None or seq.repetitions is not None or bool(seq.state.request.bad_words)
-            if (is_windowed or has_other) and not seq.ends_with_step:
+            elif seq.num_in_flight_tokens and seq.state.pooling == "mean":
                 return False
         num_missing = sum(
             max(0, self._blocks.num_blocks_for(seq.num_scheduled_tokens + seq.num_left) - len(seq.block_table))
@@ -161,8 +158,8 @@ class Scheduler:
             elif num_left:
                 prompts.append(seq)
         num_answers = len(self.running) - len(prompts)
-        num_held_back = self._max_num_batched_tokens - self._num_paced_tokens(num_answers, prompts)
-        budget = self._max_num_batched_tokens - num_held_back
+        budget = self._num_paced_tokens(num_answers, prompts)
+        num_held_back = self._max_num_batched_tokens - budget  # prompts do not get these tokens, drafts may
         num_preemptions = self.num_preemptions
         block_size = self._blocks.block_size
         for seq in decoding:
@@ -437,6 +434,12 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
     if seq.counts is not None or seq.repetitions is not None or request.bad_words or seq.state.search is not None:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
+
+
+def _depends_on_last_draw(seq: Sequence) -> bool:
+    """Whether a draw needs the token before it as input. Backends add it to the counts of a whole text themselves."""
+    is_windowed = isinstance(seq.counts, WindowCounts)
+    return is_windowed or seq.matcher is not None or seq.repetitions is not None or bool(seq.state.request.bad_words)
 
 
 def _latest_of_last_class(running: list[Sequence]) -> Sequence:

@@ -16,10 +16,10 @@ from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.server.generate import CONFIG, generate
 from brlite.server.response_store import STORE, TenantResponses
+from brlite.server.resumable import MAX_DIGITS
 from brlite.server.tokens import count_prompt_tokens
 
 MAX_LISTED_ITEMS = 100
-MAX_DIGITS = 9  # in an event's number
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:

@@ -18,7 +18,7 @@ from brlite.errors import InvalidRequest
 from brlite.http.events import BACKLOG_BYTES, EventStream
 
 HEADER = "Last-Event-ID"
-MAX_DIGITS = 9
+MAX_DIGITS = 9  # of an event's number
 
 
 class RecordedStream:
