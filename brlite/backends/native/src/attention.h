@@ -33,7 +33,7 @@ struct AttentionScratch {
 };
 
 // The rows of one tile, the current chunk, and which tokens of the chunk each row may see.
-struct Looking {
+struct AttentionTile {
     const brlite_attention& a;
     AttentionScratch& s;
     int num_rows;
@@ -55,7 +55,7 @@ INLINE Bf16::Row* weight_rows(AttentionScratch& s, Bf16) { return s.weights.bf16
 
 // scores[rows][pages * 16] = queries times keys.
 template <class Kind, int ROWS, int PAGES>
-static void score_tile(const Looking& at, int first_row, int first_page) {
+static void score_tile(const AttentionTile& at, int first_row, int first_page) {
     typename Kind::Sum sums[1][ROWS][PAGES];
     const uint8_t* keys[PAGES];
     UNROLLED for (int p = 0; p < PAGES; p++) keys[p] = at.s.pages[first_page + p];
@@ -67,7 +67,7 @@ static void score_tile(const Looking& at, int first_row, int first_page) {
 
 // sums[rows][columns * 16] = weights times values, over all pages of the chunk.
 template <class Kind, int ROWS, int COLUMNS>
-static void value_tile(const Looking& at, int first_row, int first_column) {
+static void value_tile(const AttentionTile& at, int first_row, int first_column) {
     const int size = head_size(at.a);
     const long skipped = page_part_bytes(at.a.kv_format, size) + first_column * Kind::PAIR_BYTES;
     const typename Kind::Row* weights = weight_rows(at.s, Kind()) + first_row * CHUNK;
@@ -83,9 +83,9 @@ static void value_tile(const Looking& at, int first_row, int first_column) {
 
 enum class Part { SCORES, VALUES };
 
-// SCORES: a few rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
+// SCORES: ROWS rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
 template <class Kind, int ROWS>
-static void some_rows(const Looking& at, Part part, int first_row, int first, int end) {
+static void multiply_rows(const AttentionTile& at, Part part, int first_row, int first, int end) {
     constexpr int PANELS = panels_at_once(ROWS);
     for (; first + PANELS <= end; first += PANELS)
         part == Part::SCORES ? score_tile<Kind, ROWS, PANELS>(at, first_row, first)
@@ -99,10 +99,10 @@ constexpr int CACHED_PANELS = 2;  // fit the L1 cache while all rows are multipl
 
 // All rows of the tile, up to MAX_ROWS at a time.
 template <class Kind>
-INLINE void all_rows(const Looking& at, Part part) {
-    typedef void (*Rows)(const Looking&, Part, int, int, int);
-    static const Rows rows[6] = {some_rows<Kind, 1>, some_rows<Kind, 2>, some_rows<Kind, 3>,
-                                 some_rows<Kind, 4>, some_rows<Kind, 5>, some_rows<Kind, 6>};
+INLINE void multiply_tile(const AttentionTile& at, Part part) {
+    typedef void (*Rows)(const AttentionTile&, Part, int, int, int);
+    static const Rows rows[6] = {multiply_rows<Kind, 1>, multiply_rows<Kind, 2>, multiply_rows<Kind, 3>,
+                                 multiply_rows<Kind, 4>, multiply_rows<Kind, 5>, multiply_rows<Kind, 6>};
     const int count = part == Part::SCORES ? at.num_pages : head_size(at.a) / LANES;
     const int num_tiles = (at.num_rows + MAX_ROWS - 1) / MAX_ROWS, num_panels = num_tiles == 1 ? count : CACHED_PANELS;
     for (int panel = 0; panel < count; panel += num_panels) {
@@ -127,30 +127,29 @@ INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
 #endif
 }
 
-INLINE const float* page_scales(const Looking& at, int page) {
+INLINE const float* page_scales(const AttentionTile& at, int page) {
     return (const float*)(at.s.pages[page] + 2 * page_part_bytes(BRLITE_INT8, head_size(at.a)));
 }
 
-INLINE Ints sees(const Looking& at, int row, int token) {
+INLINE Ints sees(const AttentionTile& at, int row, int token) {
     const Ints tokens = lane_numbers() + token;
     return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
 }
 
-INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
+INLINE bool sees_whole_chunk(const AttentionTile& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
 
 constexpr float NOTHING = -__builtin_inff();  // lower than any score
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 // The scores of a page. In int8, each is multiplied by the scale of its key; `weigh` multiplies by the query's scale.
 template <bool IS_INT8>
-INLINE Floats page_scores(const Looking& at, int row, int page) {
+INLINE Floats page_scores(const AttentionTile& at, int row, int page) {
     const Floats scores = load(at.s.scores[row] + page * LANES);
     if constexpr (IS_INT8) return scores * load(page_scales(at, page));
     return scores;
 }
 
 template <bool IS_INT8, bool SEES_ALL>
-INLINE float largest_score(const Looking& at, int row) {
+INLINE float largest_score(const AttentionTile& at, int row) {
     Floats best = splat(NOTHING);
     for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
         const Floats scores = page_scores<IS_INT8>(at, row, page);
@@ -163,7 +162,7 @@ INLINE float largest_score(const Looking& at, int row) {
 // not see. Also sets the row's peak and its sum of weights. Scores and peaks are scaled by log2(e), so that weights are
 // powers of two.
 template <bool IS_INT8, bool SEES_ALL>
-INLINE void weigh(const Looking& at, int row) {
+INLINE void weigh(const AttentionTile& at, int row) {
     AttentionScratch& s = at.s;
     const float scale = at.a.softmax_scale * LOG2_E * (IS_INT8 ? s.query_scales[row] : 1.0f);
     s.peaks[row] = largest_score<IS_INT8, SEES_ALL>(at, row) * scale;
@@ -176,6 +175,7 @@ INLINE void weigh(const Looking& at, int row) {
         if (IS_INT8) {
             sum = sum + weight;
             weight = weight * load(page_scales(at, page) + LANES);
+            // Again, as the scales of unseen tokens may be NaN.
             if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
             largest = larger_magnitude(largest, weight);
             store(s.scores[row] + page * LANES, weight);
@@ -190,25 +190,25 @@ INLINE void weigh(const Looking& at, int row) {
 }
 
 template <bool IS_INT8>
-INLINE void weigh_rows(const Looking& at) {
+INLINE void weigh_rows(const AttentionTile& at) {
     for (int row = 0; row < at.num_rows; row++)
         sees_whole_chunk(at, row) ? weigh<IS_INT8, true>(at, row) : weigh<IS_INT8, false>(at, row);
 }
 
 // Attention of all rows over one chunk: fills peaks, weight_sums and sums.
-INLINE void attend_chunk(const Looking& at) {
+INLINE void attend_chunk(const AttentionTile& at) {
     AttentionScratch& s = at.s;
     const bool is_int8 = at.a.kv_format == BRLITE_INT8;
-    is_int8 ? all_rows<Int8>(at, Part::SCORES) : all_rows<Bf16>(at, Part::SCORES);
+    is_int8 ? multiply_tile<Int8>(at, Part::SCORES) : multiply_tile<Bf16>(at, Part::SCORES);
     is_int8 ? weigh_rows<true>(at) : weigh_rows<false>(at);
-    is_int8 ? all_rows<Int8>(at, Part::VALUES) : all_rows<Bf16>(at, Part::VALUES);
+    is_int8 ? multiply_tile<Int8>(at, Part::VALUES) : multiply_tile<Bf16>(at, Part::VALUES);
     if (!is_int8) return;
     for (int row = 0; row < at.num_rows; row++)
         for (int i = 0; i < head_size(at.a); i += LANES)
             store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
 }
 
-// The factor that makes results relative to `best` of results relative to `peak`. Both are exponents of two.
+// 2^(peak - best): the factor that makes results relative to `best` of results relative to `peak`.
 INLINE Floats rescaling(Floats peak, Floats best) { return exp_of((peak - best) * LN_2); }
 
 // Adds the partial result of one more chunk to the total of a row.
@@ -219,7 +219,7 @@ INLINE void add_part(float* total, float& total_weight, float old_factor, const 
 }
 
 // Adds the results of the current chunk to the totals.
-INLINE void merge_chunk(const Looking& at) {
+INLINE void merge_chunk(const AttentionTile& at) {
     AttentionScratch& s = at.s;
     float best[TILE_ROWS], old_factors[TILE_ROWS], new_factors[TILE_ROWS];
     for (int i = 0; i < at.num_rows; i += LANES) {
@@ -251,7 +251,7 @@ INLINE void write_total(const Step& step, const brlite_operation& op, int row, i
     for (int i = 0; i < a.head_dim; i++) out[i] = total[i] * inverse;
 }
 
-INLINE void load_queries(const Step& step, const Looking& at, int first_row, int first_head) {
+INLINE void load_queries(const Step& step, const AttentionTile& at, int first_row, int first_head) {
     const brlite_attention& a = at.a;
     const long element = a.kv_format == BRLITE_INT8 ? sizeof(Int8::Row) : sizeof(Bf16::Row);
     for (int row = 0; row < at.num_rows; row++) {
@@ -262,7 +262,8 @@ INLINE void load_queries(const Step& step, const Looking& at, int first_row, int
     }
 }
 
-INLINE void find_pages(const Step& step, const brlite_operation& op, const Attending& item, Looking& at, int kv_head) {
+INLINE void find_pages(const Step& step, const brlite_operation& op, const AttentionItem& item, AttentionTile& at,
+                       int kv_head) {
     const brlite_span& span = step.batch->spans[item.span];
     const int last = at.first_position + item.num_tokens - 1;
     at.num_pages = smaller(BRLITE_CHUNK_PAGES, (last - at.chunk_start) / LANES + 1);
@@ -271,12 +272,12 @@ INLINE void find_pages(const Step& step, const brlite_operation& op, const Atten
 }
 
 // Attention of some tokens, for query heads that share one key/value head.
-INLINE void attend_heads(const Step& step, const brlite_operation& op, const Attending& item, AttentionScratch& s,
+INLINE void attend_heads(const Step& step, const brlite_operation& op, const AttentionItem& item, AttentionScratch& s,
                          int kv_head, int first_head, int num_heads) {
     const brlite_attention& a = step.plan->attention;
     const brlite_span& span = step.batch->spans[item.span];
     const int first_row = span.first_row + item.first_token, size = head_size(a);
-    Looking at = {a, s, item.num_tokens * num_heads, num_heads, span.start + item.first_token, op.window, 0, 0};
+    AttentionTile at = {a, s, item.num_tokens * num_heads, num_heads, span.start + item.first_token, op.window, 0, 0};
     load_queries(step, at, first_row, first_head);
     for (int row = 0; row < at.num_rows; row++)
         begin_total(s.totals[row], s.total_peaks[row], s.total_weights[row], size);
@@ -303,14 +304,14 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
     }
 }
 
-// A unit is some tokens times one key/value head. With `rope_op`, ROPE runs for the unit's heads first.
+// A unit is one work item times one key/value head. With `rope_op`, ROPE runs for the unit's heads first.
 static void attend(const Step& step, const brlite_operation& op, const brlite_operation* rope_op, AttentionScratch& s,
                    Counter& next) {
     const brlite_attention& a = step.plan->attention;
-    const int group = a.num_heads / a.num_kv_heads, num_units = step.num_attending * a.num_kv_heads;
+    const int group = a.num_heads / a.num_kv_heads, num_units = step.num_attention_items * a.num_kv_heads;
     for (int unit = next.take(1); unit < num_units; unit = next.take(1)) {
         const int kv_head = unit % a.num_kv_heads;
-        const Attending& item = step.attending[unit / a.num_kv_heads];
+        const AttentionItem& item = step.attention_items[unit / a.num_kv_heads];
         const int first_row = step.batch->spans[item.span].first_row + item.first_token;
         for (int i = 0; rope_op && i < item.num_tokens; i++) rope_head(step, *rope_op, first_row + i, kv_head);
         for (int first = 0; first < group; first += TILE_ROWS)

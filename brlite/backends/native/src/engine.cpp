@@ -1,4 +1,5 @@
-// Runs plans: checks a batch, maps its rows to positions and spans, divides attention into units, runs the threads.
+// Runs plans: checks a batch, maps its rows to positions and spans, divides attention into work items, runs the
+// threads.
 #include <stdlib.h>
 #include <string.h>
 
@@ -129,7 +130,7 @@ class Engine {
     std::vector<Memory> memories_;
     std::vector<Scratch> scratch_;
     std::vector<int32_t> positions_, row_spans_;
-    std::vector<Attending> attending_;
+    std::vector<AttentionItem> attention_items_;
     std::unique_ptr<Counter[]> counters_;
     size_t num_counters_ = 0;
 };
@@ -183,37 +184,37 @@ void Engine::lay_out(const brlite_batch& batch) {
     share_out(batch);
 }
 
-// Divides attention into units: as many tokens as fit a tile. If these are too few for all threads, each unit is split
+// Divides attention into work items: as many tokens as fit a tile. If these are too few for all threads, each is split
 // into the chunks of its sequence.
 void Engine::share_out(const brlite_batch& batch) {
     const brlite_attention& a = plan_.attention;
     const int max_tokens = std::max(1, TILE_ROWS / (a.num_heads / a.num_kv_heads));
-    attending_.clear();
+    attention_items_.clear();
     int longest = 0;
     for (int i = 0; i < batch.num_spans; i++) {
         const int num_rows = batch.spans[i].num_rows, num_tiles = (num_rows + max_tokens - 1) / max_tokens;
         for (int t = num_tiles - 1; t >= 0; t--) {  // the last tokens first: they see most and take longest
             const int first = (int)((long)num_rows * t / num_tiles);
-            attending_.push_back({i, first, (int)((long)num_rows * (t + 1) / num_tiles) - first, -1});
+            attention_items_.push_back({i, first, (int)((long)num_rows * (t + 1) / num_tiles) - first, -1});
         }
         longest = std::max(longest, last_chunk(batch.spans[i]));
     }
-    const bool has_few = (int)attending_.size() * a.num_kv_heads < 4 * step_.num_threads;
+    const bool has_few = (int)attention_items_.size() * a.num_kv_heads < 4 * step_.num_threads;
     step_.partial.is_split = has_few && longest > 0 && batch.num_rows <= MAX_SPLIT_ROWS;
-    // With one unit a span, only that unit reads the blocks that the span writes: a block is shared with other
-    // sequences only after the step. So the unit can run ROPE itself, without a barrier in between.
-    step_.joins_rope = !step_.partial.is_split && (int)attending_.size() == batch.num_spans;
+    // With one item a span, only that item reads the blocks that the span writes: a block is shared with other
+    // sequences only after the step. So the item can run ROPE itself, without a barrier in between.
+    step_.joins_rope = !step_.partial.is_split && (int)attention_items_.size() == batch.num_spans;
     if (step_.partial.is_split) split(batch);
-    step_.attending = attending_.data();
-    step_.num_attending = (int)attending_.size();
+    step_.attention_items = attention_items_.data();
+    step_.num_attention_items = (int)attention_items_.size();
 }
 
 void Engine::split(const brlite_batch& batch) {
-    std::vector<Attending> whole;
-    whole.swap(attending_);
-    for (const Attending& item : whole)
+    std::vector<AttentionItem> whole;
+    whole.swap(attention_items_);
+    for (const AttentionItem& item : whole)
         for (int chunk = 0; chunk <= last_chunk(batch.spans[item.span]); chunk++)
-            attending_.push_back({item.span, item.first_token, item.num_tokens, chunk});
+            attention_items_.push_back({item.span, item.first_token, item.num_tokens, chunk});
 }
 
 }  // namespace brlite

@@ -128,14 +128,13 @@ INLINE Two<Half> is_equal(Two<Half> a, Two<Half> b) {
     return {is_equal(a.low, b.low), is_equal(a.high, b.high)};
 }
 
-// b if it is larger, else a: a NaN in b is ignored. x86 has an instruction for it that GCC does not find.
+// b if it is larger, else a: a NaN in b is ignored. For floats x86 has an instruction that GCC does not find.
 template <class V>
 INLINE V larger_of(V a, V b) {
     constexpr bool is_float = decltype(V{}[0] + 0)(0.5f) != 0;
 #if defined(BRLITE_HAS_AVX512)
     if constexpr (is_float && sizeof(V) == 64) return (V)_mm512_max_ps((__m512)b, (__m512)a);
-#endif
-#if defined(BRLITE_HAS_AVX2)
+#elif defined(BRLITE_HAS_AVX2)
     if constexpr (is_float && sizeof(V) == 32) return (V)_mm256_max_ps((__m256)b, (__m256)a);
 #endif
     return b > a ? b : a;
@@ -276,17 +275,17 @@ INLINE bool is_finite(float x) {
     return (bits & 0x7f800000) != 0x7f800000;
 }
 
-// Integers nearest to x, ties to even, for |x| < 2^22. The addition rounds; the sum's low bits are the integer.
-INLINE Ints rounded(Floats x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23
-    return bits_of(x + magic) - bits_of(splat(magic));
-}
+// 1.5 * 2^23. Added to x, |x| < 2^22, it rounds to the nearest integer, ties to even: the low bits of the sum.
+constexpr float ROUNDING_SHIFT = 12582912.0f;
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+// Integers nearest to x, ties to even, for |x| < 2^22.
+INLINE Ints rounded(Floats x) { return bits_of(x + ROUNDING_SHIFT) - bits_of(splat(ROUNDING_SHIFT)); }
 
 // e^x by 2^n * e^r, |r| <= ln 2 / 2, with e^r's series to degree 6. For x from -87 to 88; NaN for NaN, exactly 1 for 0.
 INLINE Floats power_of_e(Floats x) {
-    const float magic = 12582912.0f;
-    Floats shifted = x * 1.44269504f + magic;
-    Floats n = shifted - magic;
+    Floats shifted = x * LOG2_E + ROUNDING_SHIFT;
+    Floats n = shifted - ROUNDING_SHIFT;
     Floats r = x - n * 0.693145752f;  // ln 2 in two parts; this product is exact
     r = r - n * 1.42860677e-6f;
     Floats series = splat(1.0f / 720);
@@ -307,12 +306,11 @@ INLINE Floats exp_of(Floats x) {
     return from_bits(bits_of(power) & ~is_nothing);
 }
 
-// 2^x for x <= 0, within 3e-6 of it: 2^n * 2^r, |r| <= 1/2, with a polynomial of degree 4 for 2^r (least largest
-// relative error). 2^-126 below -126; NaN for NaN, exactly 1 for 0.
+// 2^x for x <= 0, with a relative error below 3e-6: 2^n * 2^r, |r| <= 1/2, with the minimax polynomial of degree 4 for
+// 2^r. 2^-126 below -126; NaN for NaN, exactly 1 for 0.
 INLINE Floats power_of_2(Floats x) {
-    const float magic = 12582912.0f;
-    const Floats clipped = larger_of(x, splat(-126.0f)), shifted = clipped + magic;
-    const Floats r = clipped - (shifted - magic);
+    const Floats clipped = larger_of(x, splat(-126.0f)), shifted = clipped + ROUNDING_SHIFT;
+    const Floats r = clipped - (shifted - ROUNDING_SHIFT);
     Floats series = r * 0.009582854807376862f + 0.05590642988681793f;
     series = series * r + 0.24024099111557007f;
     series = series * r + 0.6931241750717163f;

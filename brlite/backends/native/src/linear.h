@@ -7,7 +7,7 @@
 //   bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
-#include "bytes.h"
+#include "grouped.h"
 
 namespace brlite {
 namespace BRLITE_ISA {

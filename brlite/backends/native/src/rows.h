@@ -1,7 +1,7 @@
 // Operations on single rows: EMBED, NORM, SILU, GATE, QUANTIZE. Threads divide the rows among themselves.
 #pragma once
 
-#include "bytes.h"
+#include "grouped.h"
 
 namespace brlite {
 namespace BRLITE_ISA {

@@ -48,8 +48,8 @@ constexpr int MAX_OWN_NUMBERS = 12288;
 constexpr int TILE_ROWS = 32;  // of an attention tile: tokens times query heads that share a key/value head
 constexpr int CHUNK = BRLITE_CHUNK_PAGES * BRLITE_LANES;
 
-// A unit of attention: some tokens of a span, with all chunks that they see or with one of them.
-struct Attending {
+// A work item of attention: some tokens of a span, with all chunks that they see or with one of them.
+struct AttentionItem {
     int span;
     int first_token;  // of the span
     int num_tokens;
@@ -70,8 +70,8 @@ struct Step {
     const brlite_batch* batch;
     const int32_t* positions;  // by row
     const int32_t* row_spans;  // by row
-    const Attending* attending;
-    int num_attending;
+    const AttentionItem* attention_items;
+    int num_attention_items;
     Activations activations;  // [max_rows]
     Activations queries;      // [max_rows * num_heads]
     Partial partial;

@@ -1,5 +1,5 @@
-// Products of int8 activations that have one scale for each group of 32 inputs. Sums within a group are exact integers,
-// so all instruction sets give the same bits.
+// Products of int8 activations that have one scale for each group of 32 inputs (`GroupedRow`). Sums within a group are
+// exact integers, so all instruction sets give the same bits.
 //
 // With VNNI one instruction multiplies four bytes of activations by four bytes of weights and adds the products. The
 // weights are unsigned there: an int8 code becomes code + 128, and sums start at -128 times the sum of the activations.
@@ -71,6 +71,17 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi8(of_0, of_4));
 }
 
+// The bytes of inputs `first` to `first + 7` of an int4 panel's group, and the quad of their lower or upper 4 bits.
+INLINE Int8::Pair load_int4(const uint8_t* group, int first) {
+    const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
+    return {_mm256_loadu_si256(bytes), _mm256_loadu_si256(bytes + 1)};
+}
+INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
+    const __m256i code = _mm256_set1_epi8(15);
+    if (is_upper) bytes = {_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)};
+    return {_mm256_and_si256(bytes.low, code), _mm256_and_si256(bytes.high, code)};
+}
+
 #endif
 
 #if defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
@@ -80,12 +91,9 @@ constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num
 template <bool IS_INT4>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
     if constexpr (IS_INT4) {
-        const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
-        const __m256i low = _mm256_loadu_si256(bytes), high = _mm256_loadu_si256(bytes + 1);
-        const __m256i code = _mm256_set1_epi8(15);
-        quads[0] = {_mm256_and_si256(low, code), _mm256_and_si256(high, code)};
-        quads[1] = {_mm256_and_si256(_mm256_srli_epi16(low, 4), code),
-                    _mm256_and_si256(_mm256_srli_epi16(high, 4), code)};
+        const Int8::Pair bytes = load_int4(group, first);
+        quads[0] = int4_quad(bytes, false);
+        quads[1] = int4_quad(bytes, true);
         return;
     }
     const __m256i plus_128 = _mm256_set1_epi8(-128);
@@ -158,7 +166,7 @@ struct Words {  // 16-bit sums: two for each column, each of the products of hal
 static_assert(BRLITE_GROUP / 2 * 15 * 127 <= INT16_MAX, "sums of int4 codes times int8 activations are exact");
 
 // asm fixes the order of instructions, as in `Int8::add`.
-INLINE void add_quad(Words& sum, Words quad, const int8_t* row) {
+INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
     __m256i inputs, product;
     asm volatile(
         "vpbroadcastd %[row], %[inputs]\n\t"
@@ -175,14 +183,10 @@ INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int
     Words words[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) words[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
-        const __m256i low = _mm256_loadu_si256((const __m256i*)(group + i * LANES / 2)),
-                      high = _mm256_loadu_si256((const __m256i*)(group + i * LANES / 2 + 32));
-        const __m256i code = _mm256_set1_epi8(15);
-        const Words first = {_mm256_and_si256(low, code), _mm256_and_si256(high, code)};
-        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], first, rows + r * row_stride + i);
-        const Words second = {_mm256_and_si256(_mm256_srli_epi16(low, 4), code),
-                              _mm256_and_si256(_mm256_srli_epi16(high, 4), code)};
-        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], second, rows + r * row_stride + i + 4);
+        const Int8::Pair bytes = load_int4(group, i), lower = int4_quad(bytes, false);
+        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], lower, rows + r * row_stride + i);
+        const Int8::Pair upper = int4_quad(bytes, true);
+        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], upper, rows + r * row_stride + i + 4);
     }
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = {_mm256_cvtepi32_ps(_mm256_madd_epi16(words[r].low, ones)),
