@@ -103,7 +103,8 @@ class QuantizedCheckpoint:
                         num_rounded += int((scales.astype(np.float16).astype(np.float32) != scales).sum())
                     del arrays  # before the next one is read
             if num_rounded:
-                logger.info("%s: native kernels round %d scales to half precision", self.path.name, num_rounded)
+                note = "%s: %d scales are rounded to half precision where codes are kept"
+                logger.info(note, self.path.name, num_rounded)
 
 
 def _read_array(stream: BufferedReader, entry: TensorEntry) -> Array:

@@ -72,6 +72,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
     belong to this part. `head_rows` is the number of rows of a head (of a vector: its numbers) if the file orders them
     for rotary positions as llama.cpp does, in pairs of neighbours; else 0. Reading then puts the even rows of each head
     before the odd ones, as Hugging Face does. With `has_unit_rows`, reading scales each row to length 1.
+    Errors name `file`, if there is one.
     """
 
     name: str
@@ -83,6 +84,7 @@ class StoredTensor(msgspec.Struct, frozen=True):
     columns: range
     head_rows: int = 0
     has_unit_rows: bool = False
+    file: Path | None = None
 
     def part(self, rows: range, columns: range | None = None) -> StoredTensor:
         """The part with these rows (of a vector: numbers) and these columns or all. Other rows are not read."""
@@ -106,13 +108,12 @@ class StoredTensor(msgspec.Struct, frozen=True):
         in_order: Bytes = pairs.swapaxes(1, 2).reshape(-1, row_bytes)
         return in_order[rows.start - first : rows.stop - first]
 
-    def coded(self) -> Coded | None:
-        """The numbers as codes and scales; None if the format has no `decode`. Columns must be whole groups of 32.
+    def coded(self) -> Coded:
+        """The numbers as codes and scales, of a format that has `decode`. Columns must be whole groups of 32.
 
         Raises `ModelError` as `float32` does, and for scales or offsets that half precision cannot hold.
         """
-        if self.format.decode is None:
-            return None
+        assert self.format.decode is not None, f"{self.name} has no codes"
         with np.errstate(over="ignore", invalid="ignore"):
             coded = self.format.decode(self.stored(self.rows))
         if len(self.columns) < self.row_elements:
@@ -122,7 +123,10 @@ class StoredTensor(msgspec.Struct, frozen=True):
             coded = Coded(np.ascontiguousarray(codes), np.ascontiguousarray(coded.scales[:, groups]), offsets)
         for halves in (coded.scales, coded.offsets):
             if halves is not None and (halves & HALF_EXPONENT == HALF_EXPONENT).any():
-                raise ModelError(f"{excerpt(self.name)} has a scale that is not finite, or is beyond half precision")
+                source = "" if self.file is None else f"{self.file}: "
+                raise ModelError(
+                    f"{source}{excerpt(self.name)} has a scale that is not finite, or is beyond half precision"
+                )
         return coded
 
     def float32(self) -> Float32:
@@ -162,12 +166,12 @@ class TensorLocation(NamedTuple):
         return math.prod(self.shape) // self.format.block_elements * self.format.block_bytes
 
 
-def make_tensor(location: TensorLocation, read: ReadBytes) -> StoredTensor:
-    """The whole tensor of a location. It calls `read` when its bytes are needed."""
+def make_tensor(location: TensorLocation, read: ReadBytes, file: Path | None = None) -> StoredTensor:
+    """The whole tensor of a location in `file`. It calls `read` when its bytes are needed."""
     name, stored_as, shape, _, head_rows = location
     num_rows, row_elements = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     return StoredTensor(
-        name, stored_as, shape, read, row_elements, range(num_rows), range(row_elements), head_rows=head_rows
+        name, stored_as, shape, read, row_elements, range(num_rows), range(row_elements), head_rows, file=file
     )
 
 
@@ -199,7 +203,7 @@ class LocatedTensors:
                 raise ModelError(f"{file}: {reason(error)}") from error
             with stream:
                 for location in locations:
-                    yield make_tensor(location, partial(read_bytes, stream, location.begin))
+                    yield make_tensor(location, partial(read_bytes, stream, location.begin), file)
 
 
 def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes: int) -> Bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
 from brlite.checkpoint.gguf_codes import CODINGS
-from brlite.checkpoint.stored_tensor import Format, tensor_in_memory
+from brlite.checkpoint.stored_tensor import Format, LocatedTensors, TensorLocation
 from brlite.errors import ModelError
 from tests.quantized_files import SUPER_BLOCKS, quantize
 
@@ -61,7 +63,7 @@ def test_the_scales_and_minimums_of_super_blocks_are_rounded_to_half_precision()
 
 @pytest.mark.parametrize(("name", "at"), [("Q4_0", 0), ("Q4_1", 2), ("Q8_0", 0), ("Q4_K", 0), ("Q4_K", 2)])
 @pytest.mark.parametrize("damage", [np.inf, np.nan, 65504.0])
-def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int, damage: float) -> None:
+def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int, damage: float, tmp_path: Path) -> None:
     stored = stored_rows(name)
     stored[3, at : at + 2] = np.array([damage], "<f2").view(np.uint8)
     if name == "Q4_K":
@@ -69,10 +71,16 @@ def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int,
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     stored_as = Format(name, block_elements, block_bytes, lambda data: data.view("<f4"), CODINGS[name].decode)
     shape = len(stored), stored.shape[1] // block_bytes * block_elements
-    tensor = tensor_in_memory("w", stored_as, shape, stored.reshape(-1))
+    file = tmp_path / "m.gguf"
+    file.write_bytes(stored.tobytes())
+    tensors = LocatedTensors({file: [TensorLocation("w", stored_as, shape, 0)]}).tensors()
+    tensor = next(tensors)
 
     if damage == 65504.0 and name != "Q4_K":
-        assert tensor.coded() is not None  # the largest number of half precision
+        coded = tensor.coded()
+        assert (coded.scales if at == 0 else coded.offsets)[3, 0] == 0x7BFF  # the largest number of half precision
     else:
-        with pytest.raises(ModelError, match=r"^'w' has a scale that is not finite, or is beyond half precision$"):
+        with pytest.raises(
+            ModelError, match=r"/m.gguf: 'w' has a scale that is not finite, or is beyond half precision$"
+        ):
             tensor.coded()

@@ -59,7 +59,8 @@ def open_model(path: Path) -> None:
     check_model(checkpoint, ModelSpec(name="m", build_seq=1))
     for tensor in checkpoint.tensors():
         tensor.float32()
-        tensor.coded()
+        if tensor.format.decode is not None:
+            tensor.coded()
 
 
 def open_traced(path: Path) -> None:

@@ -140,9 +140,7 @@ class Packer:
     def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
         panels = self._address + packed.offset
         if packed.format in CODED_FORMATS:
-            coded = tensor.coded()
-            assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
-            codes, scales, offsets = coded
+            codes, scales, offsets = tensor.coded()
             self._library.brlite_pack_codes(
                 packed.format,
                 codes.ctypes.data,
