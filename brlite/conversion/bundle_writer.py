@@ -19,7 +19,7 @@ import numpy as np
 from brlite.backends.native.abi import INT8, LANES
 from brlite.backends.native.layout import packed_layout
 from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_packed_file_key
-from brlite.backends.native.packed_weights import PackedFile, Packing
+from brlite.backends.native.packed_file_writer import PackedFileWriter, Packing
 from brlite.backends.native.packer import LAYOUT_VERSION, PackingThreads
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import (
@@ -226,7 +226,7 @@ class _Bundling:
                     pass
                 return None
             pool = opened.enter_context(PackingThreads(physical_cores()))
-            packed_file = opened.enter_context(PackedFile(self._folder / name, packing, pool, self._on_bytes))
+            packed_file = opened.enter_context(PackedFileWriter(self._folder / name, packing, pool, self._on_bytes))
             opened.callback(pool.end)  # before the file they write to is closed
             plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
             for target, tensor in placing(plan):

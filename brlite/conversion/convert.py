@@ -21,7 +21,7 @@ import msgspec
 import brlite
 from brlite.backends.choose import find_obstacle
 from brlite.backends.native.library import load_library
-from brlite.backends.native.packed_weights import Packing
+from brlite.backends.native.packed_file_writer import Packing
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model, quantized_formats
@@ -72,25 +72,27 @@ class ConversionRequest(NamedTuple):
     traced: Path | None = None
 
 
-def run(order: ConversionRequest) -> int:
+def run(request: ConversionRequest) -> int:
     """Write the bundle, unless a finished one is there, and print its files. Returns 0. Raises `BrliteError`."""
-    checkpoint = TracedCheckpoint(order.traced, order.model_dir) if order.traced else open_checkpoint(order.model_dir)
-    name = model_name(order.model_name)
+    checkpoint = (
+        TracedCheckpoint(request.traced, request.model_dir) if request.traced else open_checkpoint(request.model_dir)
+    )
+    name = model_name(request.model_name)
     model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
     if model.has_scoring_head:
-        raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
+        raise ModelError(f"{request.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
     packing = None  # then the bundle has no packed file, and its weights are packed at each load
-    obstacle = find_obstacle(model.config, ModelSpec(precision=order.precision), EngineConfig(device="cpu"))
+    obstacle = find_obstacle(model.config, ModelSpec(precision=request.precision), EngineConfig(device="cpu"))
     if obstacle is None:
         try:
-            packing = plan_packing(load_library().functions, model, PRECISIONS[order.precision])
+            packing = plan_packing(load_library().functions, model, PRECISIONS[request.precision])
         except NativeUnavailable as error:
             obstacle = str(error)
-    plan = _plan(order, checkpoint, model, packing)
+    plan = _plan(request, checkpoint, model, packing)
     check_folder(plan)
     finished = find_finished(plan)
-    tokenizer = load_tokenizer(order.model_dir)
-    for number, line in enumerate(_checks(order, plan, tokenizer, obstacle, finished is not None), 1):
+    tokenizer = load_tokenizer(request.model_dir)
+    for number, line in enumerate(_checks(request, plan, tokenizer, obstacle, finished is not None), 1):
         print(f"{number:2} {line}", flush=True)
     if finished is not None:
         print(f"\n{plan.folder} is up to date")
@@ -155,16 +157,18 @@ def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfi
     )
 
 
-def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None) -> BundlePlan:
-    name = model_name(order.model_name)
-    names = None if order.traced is None else TracedArchive(order.traced).graph_names()
+def _plan(
+    request: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None
+) -> BundlePlan:
+    name = model_name(request.model_name)
+    names = None if request.traced is None else TracedArchive(request.traced).graph_names()
     draft = Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,
         brlite=brlite.__version__,
         model=name,
         architecture=find_family(checkpoint.config).architecture,
-        precision=order.precision,
+        precision=request.precision,
         num_parameters=num_parameters(model.config),
         vocab_size=model.config.vocab_size,
         input_name=names.input_name if names else INPUT_NAME,
@@ -173,18 +177,18 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel,
         files={},
     )
     return BundlePlan(
-        folder=(order.output_dir / name.replace("/", "--")).absolute(),
+        folder=(request.output_dir / name.replace("/", "--")).absolute(),
         checkpoint=checkpoint,
         model=model,
         draft=draft,
-        side_files=read_side_files(order.model_dir, checkpoint.config),
+        side_files=read_side_files(request.model_dir, checkpoint.config),
         shards=plan_weights(checkpoint, model),
         packing=packing,
     )
 
 
 def _checks(
-    order: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
+    request: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
 ) -> Iterator[str]:
     """Check the model, yielding a line for each check that passes. Raises `ModelError` for one that fails."""
     source, config = plan.checkpoint.config, plan.model.config
@@ -203,9 +207,9 @@ def _checks(
     yield f"tensors      all {len(plan.model.targets)} are there, with the shapes that the config wants{tied}{ignored}"
     highest, rows = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids)), config.vocab_size
     if highest >= rows:
-        raise ModelError(f"{order.model_dir}: its tokenizer has token ids up to {highest}, the model {rows} rows")
+        raise ModelError(f"{request.model_dir}: its tokenizer has token ids up to {highest}, the model {rows} rows")
     yield f"vocabulary   {rows} rows, {tokenizer.vocab_size} tokens"
-    given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
+    given = "" if request.model_name == plan.draft.model else f", from {request.model_name}"
     yield f"name         {plan.draft.model}{given}"
     is_int8 = PRECISIONS[plan.draft.precision].weights == "int8"
     rounding = "int8 is compared with bfloat16 while it is packed" if is_int8 else "bfloat16, no int8"

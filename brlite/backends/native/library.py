@@ -69,7 +69,7 @@ def find_library(cache: Path | None = None, *, installed: Path = HERE) -> Native
     """As `load_library`, but returns None instead of compiling."""
     sources = fingerprint()
     for found in (*sorted(installed.glob(INSTALLED)), None):
-        path = found or _kept(cache, sources)
+        path = found or _kept(cache, sources)  # the cache folder is looked up only if no installed library fits
         if os.path.exists(path):  # False, too, where the folder may not be read
             try:
                 # Checked before loading, since loading runs its constructors. An installed library is trusted like the

@@ -35,8 +35,8 @@ class Packing(NamedTuple):
     key: PackedFileKey
 
 
-class PackedFile:
-    """A packed file that is being written to `path`. Raises `OSError` if the disk fails.
+class PackedFileWriter:
+    """Writes a packed file to `path`. Raises `OSError` if the disk fails.
 
     Leaving the `with` statement without `finish` removes the file.
     """
@@ -48,7 +48,7 @@ class PackedFile:
         self._start = weights_start(self._key)
         self._file = NewFile(path, self._start + self._key.num_bytes)
 
-    def __enter__(self) -> PackedFile:
+    def __enter__(self) -> PackedFileWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
