@@ -51,18 +51,10 @@ def load_backend(
     threads = f"{engine.threads}, set by engine.threads" if engine.threads else f"{cpus.num_threads}, {cpus.decided_by}"
     limit = f", limited by {memory.decided_by}" if memory.decided_by else ""
     logger.info("threads: %s; memory: %s free of %s%s", threads, *map(show_bytes, memory[1::-1]), limit)
+    num_threads = engine.threads or cpus.num_threads
     plan = LoadPlan(
-        checkpoint=checkpoint,
-        model=model,
-        spec=spec,
-        engine=engine,
-        num_threads=engine.threads or cpus.num_threads,
-        on_progress=on_progress,
+        checkpoint=checkpoint, model=model, spec=spec, engine=engine, num_threads=num_threads, on_progress=on_progress
     )
-    if engine.backend == "torch":
-        check_activations(model.precision, 'engine.backend is "torch"')
-        require_torch(TORCH_USE)
-        return _load_torch(plan)
     obstacle = find_obstacle(model.config, spec, engine)
     if obstacle is None:
         from brlite.backends.native.library import load_library
@@ -77,6 +69,9 @@ def load_backend(
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
     check_activations(model.precision, obstacle)
+    if engine.backend == "torch":
+        require_torch(TORCH_USE)
+        return _load_torch(plan)
     try:
         require_torch(TORCH_USE)
     except MissingExtra as missing:
@@ -92,7 +87,9 @@ def check_activations(precision: Precision, obstacle: str) -> None:
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
-    """Why the native kernels cannot compute this model on any machine; None if they can."""
+    """Why native kernels may not or cannot compute this model on any machine; None if they can."""
+    if engine.backend == "torch":
+        return 'engine.backend is "torch"'
     if not computes_on_cpu(engine.device):
         return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
     if engine.dtype == "float32":

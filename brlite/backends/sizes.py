@@ -56,7 +56,7 @@ DEFAULT_MODEL_FORMATS: Mapping[str, str] = {
         for matrix in (*(f"self_attn.{each}" for each in "qkvo"), *(f"mlp.{each}" for each in ("gate", "up", "down")))
     },
 }
-NOT_QUANTIZED: Mapping[str, str] = MappingProxyType({})
+NO_FORMATS: Mapping[str, str] = MappingProxyType({})
 
 SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache without a configured size
 LEAST_CONTEXT = 2048  # also with too little memory: then the allocation fails with its own error
@@ -138,7 +138,7 @@ def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
 
 
 def measure(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTIZED
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NO_FORMATS
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
@@ -147,7 +147,7 @@ def measure(
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     check_spec(spec, config)
-    obstacle = 'engine.backend is "torch"' if engine.backend == "torch" else find_obstacle(config, spec, engine)
+    obstacle = find_obstacle(config, spec, engine)
     is_native = obstacle is None
     precision = settle_precision(spec.precision, formats)
     if obstacle is not None:
@@ -155,8 +155,7 @@ def measure(
     is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
     dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
     kv_dtype = cache_dtype(precision, engine.dtype)
-    is_int8 = precision.weights == "int8"
-    if is_int8 and not is_native:
+    if precision.weights == "int8" and not is_native:
         check_groups(config, spec.tensor_parallel)
     keeps_forms = not is_native and rules_for(select_device(engine.device)).keeps_forms(precision)
     targets = family.weight_targets(config)
@@ -210,7 +209,7 @@ def _torch_weights(
 
 
 def settle_context(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTIZED
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NO_FORMATS
 ) -> ModelSpec:
     """The spec with its unset context and KV cache filled in, which are logged with the reason."""
     if spec.build_seq:

@@ -48,7 +48,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def parameters(self) -> Mapping[str, Parameter]:
         """The decoder's parameters; with a shard, the rank's parts of them."""
-        return self.model.parameters if self.shard is None else rank_parameters(self.model.config, self.shard)
+        return held_parameters(self.model, self.shard)
 
     @property
     def precision(self) -> Precision:
@@ -105,6 +105,11 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
         del tensor  # its bytes may be in memory: free them before the next one is read
 
 
+def held_parameters(model: CheckedModel, shard: Shard | None) -> Mapping[str, Parameter]:
+    """The decoder's parameters; with a shard, the rank's parts of them."""
+    return model.parameters if shard is None else rank_parameters(model.config, shard)
+
+
 def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tuple[StoredPart, WeightTarget]]]:
     """For each tensor of the checkpoint: the parts that a rank holds, each with its target in the rank's parameters."""
     if shard is None:
@@ -126,7 +131,7 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
 
 def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
     """For each matrix that native code multiplies by, or keeps quantized for look-up: its parts, each of one form."""
-    parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
+    parameters = held_parameters(model, shard)
     if model.precision.weights != "stored":
         rounded: MatrixForm = "int8" if model.precision.weights == "int8" else "bfloat16"
         matrices = {name: parameter for name, parameter in parameters.items() if parameter.precision == "weights"}
@@ -150,7 +155,7 @@ def card_forms(model: CheckedModel, shard: Shard | None = None) -> dict[str, Mat
 
     A matrix of tensors in several forms becomes int8. One whose inputs a rank cuts within a group is widened.
     """
-    parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
+    parameters = held_parameters(model, shard)
     matrices = [name for name, each in parameters.items() if each.precision == "weights" and not each.is_looked_up]
     if model.precision.weights != "stored":
         return dict.fromkeys(matrices, "int8") if model.precision.weights == "int8" else {}

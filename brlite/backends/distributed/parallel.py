@@ -99,9 +99,15 @@ def load_rank(setup: Setup) -> RankModel:
     checkpoint = open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)
     if _kind(checkpoint) != setup.model_kind:
         raise ConfigError(f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ")
-    plan = LoadPlan(checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=engine)
-    shard = Shard(setup.rank, spec.tensor_parallel, sums=setup.memory is None)
-    plan = _rank_plan(plan, shard, spec, engine, setup.packed_file)
+    plan = LoadPlan(
+        checkpoint=checkpoint,
+        model=check_model(checkpoint, spec),
+        spec=spec,
+        engine=engine,
+        num_threads=engine.threads,
+        shard=Shard(setup.rank, spec.tensor_parallel, sums=setup.memory is None),
+        packed_file=Path(setup.packed_file) if setup.packed_file else None,
+    )
     if setup.memory is None:
         from brlite.backends.torch.rank import TorchRank
 
@@ -115,7 +121,7 @@ def load_rank(setup: Setup) -> RankModel:
 def _rank_plan(
     plan: LoadPlan, shard: Shard, spec: ModelSpec, engine: EngineConfig, packed_file: str | None = None
 ) -> LoadPlan:
-    """The plan of one rank, which sees `spec` and `engine`."""
+    """The plan of rank 0, which sees `spec` and `engine`."""
     return msgspec.structs.replace(
         plan,
         spec=spec,

@@ -31,9 +31,8 @@ from brlite.backends.torch.device import (
 )
 from brlite.backends.torch.draws import can_draw, draw
 from brlite.backends.torch.kv_cache import KVCache
-from brlite.backends.torch.loading import MemoryNeeds, load_model, num_cache_blocks
+from brlite.backends.torch.loading import MemoryNeeds, held_forms, load_model, num_cache_blocks
 from brlite.backends.torch.parallel import Group
-from brlite.backends.torch.parameters import NO_FORMS
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
 from brlite.checkpoint.placing import LoadPlan
@@ -109,9 +108,8 @@ class TorchBackend:
         torch.set_num_threads(plan.num_threads)
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
-            forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
             kv_dtype = cache_dtype(plan.precision, engine.dtype)
-            like = ProbedModel(plan.config, plan.precision, kv_dtype, forms, engine.torch_kernels)
+            like = ProbedModel(plan.config, plan.precision, kv_dtype, held_forms(plan, rules), engine.torch_kernels)
             probed = probe_device(device, dtype, like)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         needs = MemoryNeeds.of(plan, dtype, device, rules)
@@ -297,8 +295,8 @@ def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logp
 def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:
     spec, engine, config, cache = plan.spec, plan.engine, steps.config, steps.cache
     dtype = str(steps.dtype).removeprefix("torch.")
-    notes, keeps_forms = [*plan.notes, *step_notes], rules_for(steps.device).keeps_forms(plan.precision)
-    if plan.precision.weights == "int8" and not keeps_forms:
+    notes, rules = [*plan.notes, *step_notes], rules_for(steps.device)
+    if plan.precision.weights == "int8" and not rules.keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)
@@ -306,7 +304,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         name="torch",
         device=describe_device(steps.device),
         dtype=dtype,
-        precision=plan.named_by(set(plan.card_forms.values()) if keeps_forms else ()),
+        precision=plan.named_by(set(held_forms(plan, rules).values())),
         vocab_size=config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,
@@ -320,8 +318,8 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
-        can_run_ahead=rules_for(steps.device).runs_ahead and plan.shard is None,
+        can_run_ahead=rules.runs_ahead and plan.shard is None,
         is_batch_invariant=steps.is_batch_invariant,
-        step_tokens=rules_for(steps.device).step_tokens,
+        step_tokens=rules.step_tokens,
         notes=tuple(notes),
     )

@@ -41,13 +41,8 @@ def draw(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
     vocab_size = logits.shape[1]
     rows_by_size: dict[int, list[int]] = {}
     for row, entry in enumerate(inputs):
-        params = entry.params
-        if params.is_greedy:
-            continue
-        # So many of the best tokens must be sorted: none without truncation by rank, else 256 or all.
-        is_open = params.top_k == -1 or params.top_k >= vocab_size
-        size = min(SHORTLIST, vocab_size) if not is_open and params.top_k <= SHORTLIST else vocab_size
-        rows_by_size.setdefault(0 if is_open and params.top_p >= 1 else size, []).append(row)
+        if not entry.params.is_greedy:
+            rows_by_size.setdefault(_shortlist_size(entry, vocab_size), []).append(row)
     step = max(1, MAX_SCRATCH_ELEMENTS // vocab_size)
     for size, rows in rows_by_size.items():
         for start in range(0, len(rows), step):
@@ -59,6 +54,15 @@ def draw(logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
             drawn = _draw_random(logits.index_select(0, index), best.index_select(0, index), numbers[1:], size)
             token_ids.index_copy_(0, index, drawn)
     return token_ids.masked_fill(~best.isfinite(), -1)
+
+
+def _shortlist_size(entry: SamplingInput, vocab_size: int) -> int:
+    """How many of the best tokens must be sorted: none without truncation by rank, else 256 or all."""
+    params = entry.params
+    is_open = params.top_k == -1 or params.top_k >= vocab_size
+    if is_open and params.top_p >= 1:
+        return 0
+    return min(SHORTLIST, vocab_size) if not is_open and params.top_k <= SHORTLIST else vocab_size
 
 
 def _draw_random(logits: Tensor, best: Tensor, settings: Tensor, size: int) -> Tensor:

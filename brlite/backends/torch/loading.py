@@ -6,7 +6,7 @@ All names and shapes are checked before any data is read (`checked_model.py`). P
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from brlite.checkpoint.placing import LoadPlan, placing
 from brlite.errors import ConfigError
 from brlite.models.config import ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import weight_bytes
+from brlite.models.precision import MatrixForm
 from brlite.models.shards import parameter_parts, shard_config
 from brlite.process.machine import find_memory, show_bytes
 
@@ -41,12 +42,13 @@ class MemoryNeeds(NamedTuple):
     def of(cls, plan: LoadPlan, dtype: torch.dtype, device: torch.device, rules: DeviceRules) -> MemoryNeeds:
         """The needs of the plan's model, or of its shard; measures what is free now."""
         config = rank_config(plan)
-        forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
         per_token = kv_bytes_per_token(config, cache_dtype(plan.precision, plan.engine.dtype))
         cache = num_cache_blocks(plan) * plan.engine.block_size * per_token
         card, host = device_memory(device), find_memory()
         free, total = (host.available, host.total) if card is None else (card.free, card.total)
-        return cls(describe_device(device), weight_bytes(config, dtype.itemsize, forms), cache, free, total)
+        return cls(
+            describe_device(device), weight_bytes(config, dtype.itemsize, held_forms(plan, rules)), cache, free, total
+        )
 
     @contextmanager
     def explained(self, stage: str, remedy: str) -> Iterator[None]:
@@ -76,6 +78,11 @@ def rank_config(plan: LoadPlan) -> ModelConfig:
     return plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
 
 
+def held_forms(plan: LoadPlan, rules: DeviceRules) -> Mapping[str, MatrixForm]:
+    """The forms in which a device with these rules holds the plan's matrices. It widens those that are not listed."""
+    return plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
+
+
 def load_model(
     plan: LoadPlan, dtype: torch.dtype, device: torch.device, rules: DeviceRules = PLAIN, group: Group | None = None
 ) -> Decoder:
@@ -85,23 +92,23 @@ def load_model(
     ranks.
     """
     config = rank_config(plan)
-    forms = plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
+    forms = held_forms(plan, rules)
     parameters = allocate_parameters(config, dtype, device, forms)
-    for name, held in parameter_parts(plan.config, plan.shard).items() if plan.shard else ():
-        if sum(map(len, held.rows)) < len(parameters.named[name]):
-            parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
+    if plan.shard is not None:
+        for name, held in parameter_parts(plan.config, plan.shard).items():
+            if sum(map(len, held.rows)) < len(parameters.named[name]):
+                parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
     for target, tensor in placing(plan):
         if forms.get(target.parameter, "int8") != "int8":
             for first in range(0, target.shape[0], ROWS_AT_A_TIME):
-                coded = tensor.part(range(first, min(first + ROWS_AT_A_TIME, target.shape[0]))).coded()
-                assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
-                store_codes_(parameters, target.parameter, target.start + first, coded)
+                rows = range(first, min(first + ROWS_AT_A_TIME, target.shape[0]))
+                store_codes_(parameters, target.parameter, target.start + first, tensor.part(rows).coded())
             continue
         values = torch.from_numpy(tensor.float32())
         # Every precision starts from bfloat16 weights, held in float32 or not.
-        rows = values if target.dtype == "float32" else values.to(torch.bfloat16)
-        store_rows_(parameters, target.parameter, target.start, rows)
-        del values, rows  # before the next one is read
+        values = values if target.dtype == "float32" else values.to(torch.bfloat16)
+        store_rows_(parameters, target.parameter, target.start, values)
+        del values  # before the next one is read
 
     if plan.precision.weights == "int8":
         quantize_linears_(parameters)

@@ -380,5 +380,5 @@ def choose_tile(num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Til
     """The tile of a product of `num_rows` rows. Weights in groups of odd sizes are read one group at a time."""
     tiles = next(tiles for tiles in TILES if num_rows <= tiles.max_rows)
     tile = tiles.gated if is_gated else tiles.plain
-    is_odd = matrix.scales is not None and matrix.num_inputs % 128 != 0
+    is_odd = matrix.scales is not None and matrix.num_inputs % SEGMENT_STEP != 0
     return tile._replace(inputs=QUANTIZATION_GROUP) if is_odd else tile

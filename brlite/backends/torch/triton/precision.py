@@ -1,6 +1,7 @@
-"""The type that matrix units multiply in: bfloat16; under Triton's interpreter, which has no bfloat16 product, float32.
+"""Turns what memory holds into the type that matrix units multiply in: cached int8 levels, and words of weights.
 
-With `TRITON_INTERPRET=1` the kernels run as numpy on the CPU, to test them without a card.
+The type is bfloat16; under Triton's interpreter, which has no bfloat16 product, float32. With `TRITON_INTERPRET=1` the
+kernels run as numpy on the CPU, to test them without a card.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from triton import knobs
 
 IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 DOT = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)
+
+# 2^23 and its bits: with b four bits, the bits | b are those of 2^23 + b. Conversion instructions run at a quarter of
+# the rate of this.
+_TWO_23 = tl.constexpr(8388608.0)
+_TWO_23_BITS = tl.constexpr(0x4B000000)
 
 # Four levels in a register become two pairs of bfloat16. With b the bits of a level, 128 + (b & 127) and minus 128 or
 # 256 (by its sign) are bfloat16 numbers whose last bytes are b & 127 and b & 128; their sum is the level. Conversion
@@ -81,13 +87,12 @@ def _decoded(words, factors, SHIFT: tl.constexpr, FORM: tl.constexpr):
     if FORM == "int8_f16":
         weights = (words << 24 - SHIFT >> 24).to(tl.float32) * scales
     else:
-        # With b four bits, 0x4b000000 | b are the bits of 2^23 + b. Integers are converted at a quarter of the rate.
-        shifted = ((words >> SHIFT & 15) | 0x4B000000).to(tl.float32, bitcast=True)
+        shifted = ((words >> SHIFT & 15) | _TWO_23_BITS).to(tl.float32, bitcast=True)
         offsets = (factors >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         if FORM == "int4_min":
-            weights = tl.fma(shifted - 8388608.0, scales, offsets)
+            weights = tl.fma(shifted - _TWO_23, scales, offsets)
         else:
-            weights = (shifted - (8388608.0 + offsets)) * scales
+            weights = (shifted - (_TWO_23 + offsets)) * scales
     return weights.to(tl.bfloat16).to(DOT)
 
 
@@ -97,19 +102,6 @@ def _four_weights(words, factors, SHIFT: tl.constexpr, FORM: tl.constexpr):
     low = tl.join(_decoded(words, factors, SHIFT, FORM), _decoded(words, factors, SHIFT + 16, FORM))
     high = tl.join(_decoded(words, factors, SHIFT + 8, FORM), _decoded(words, factors, SHIFT + 24, FORM))
     return tl.join(low, high)
-
-
-@triton.jit
-def dequantized(words, factors, FORM: tl.constexpr, SIZE: tl.constexpr):
-    """The weights [N, SIZE] of `words` [N, SIZE / 4 or 8] of `pack_words` with the scales of `Matrix`, rounded to
-    bfloat16, in the type of the product."""
-    weights = _scaled(words, factors) if FORM == "int8" else _four_weights(words, factors, 0, FORM)
-    if FORM == "int8" or FORM == "int8_f16":
-        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 16, 4, 2, 2]), (0, 1, 4, 2, 3))
-    else:
-        weights = tl.join(weights, _four_weights(words, factors, 4, FORM))
-        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 32, 4, 2, 2, 2]), (0, 1, 5, 4, 2, 3))
-    return tl.reshape(weights, [words.shape[0], SIZE])
 
 
 @triton.jit
@@ -130,3 +122,16 @@ def _scaled(words, factors):
             pack=1,
         )
     return tl.join(tl.join(first, second), tl.join(ninth, tenth))
+
+
+@triton.jit
+def dequantized(words, factors, FORM: tl.constexpr, SIZE: tl.constexpr):
+    """The weights [N, SIZE] of `words` [N, SIZE / 4 or 8] of `pack_words` with the scales of `Matrix`, rounded to
+    bfloat16, in the type of the product."""
+    weights = _scaled(words, factors) if FORM == "int8" else _four_weights(words, factors, 0, FORM)
+    if FORM == "int8" or FORM == "int8_f16":
+        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 16, 4, 2, 2]), (0, 1, 4, 2, 3))
+    else:
+        weights = tl.join(weights, _four_weights(words, factors, 4, FORM))
+        weights = tl.permute(tl.reshape(weights, [words.shape[0], SIZE // 32, 4, 2, 2, 2]), (0, 1, 5, 4, 2, 3))
+    return tl.reshape(weights, [words.shape[0], SIZE])
