@@ -52,9 +52,8 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     check_spec(spec, config)
     targets = family.weight_targets(config)
     if not any(name in checkpoint.shapes() for name in targets if name.startswith(BODY)):
-        targets = {
-            name.removeprefix(BODY): target for name, target in targets.items()
-        }  # embedding models are saved without this prefix
+        # Embedding models are saved without this prefix.
+        targets = {name.removeprefix(BODY): target for name, target in targets.items()}
     architecture = (checkpoint.config.get("architectures") or ("",))[0]
     has_scoring_head = architecture == family.scorer_architecture
     has_head = architecture != family.base_architecture and not has_scoring_head

@@ -40,7 +40,7 @@ TENSOR_PATTERN = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<k
 ROPE_FREQS = "rope_freqs.weight"
 
 SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
-# Every published Llama 3 uses these.
+# A GGUF file has only the divisors that follow from these parameters. Every published Llama 3 uses the same.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -21,24 +21,29 @@ class Change(NamedTuple):
 
 def diff(old: Config, new: Config) -> list[Change]:
     """All changes, in the order of the config. Entries of a list are compared by name; their order has no meaning."""
-    changes = []
-    for section in Config.__struct_fields__:
-        parts = getattr(old, section), getattr(new, section)
-        if not isinstance(parts[0], tuple):
-            changes += [Change(section, text) for text in _options(section, *parts)]
-            continue
-        before, after = ({entry.name or entry.url: entry for entry in entries} for entries in parts)
-        for name, entry in before.items():
-            gone = [f"- {section} {name}"]
-            texts = _options(f"{section} {name}", entry, after[name]) if name in after else gone
-            changes += [Change(section, text) for text in texts]
-        for name in (name for name in after if name not in before):
-            entry = after[name]
+    return [
+        Change(section, text)
+        for section in Config.__struct_fields__
+        for text in _section(section, getattr(old, section), getattr(new, section))
+    ]
+
+
+def _section(section: str, old: Any, new: Any) -> Iterator[str]:
+    if not isinstance(old, tuple):
+        yield from _options(section, old, new)
+        return
+    before, after = ({entry.name or entry.url: entry for entry in entries} for entries in (old, new))
+    for name, entry in before.items():
+        if name in after:
+            yield from _options(f"{section} {name}", entry, after[name])
+        else:
+            yield f"- {section} {name}"
+    for name, entry in after.items():
+        if name not in before:
             defaults = {field.name: field.default for field in msgspec.structs.fields(entry)}
             options = {key: value for key, value in masked_options(entry).items() if value and value != defaults[key]}
             shown = ", ".join(f"{key} = {show(value)}" for key, value in options.items() if key != "name")
-            changes.append(Change(section, f"+ {section} {name}: {shown}"))
-    return changes
+            yield f"+ {section} {name}: {shown}"
 
 
 def _options(path: str, old: msgspec.Struct, new: msgspec.Struct) -> Iterator[str]:
