@@ -50,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     rows = (1, 33) if args.short else ROWS
     machine, found = card_limits.describe(device), list[dict[str, Any]]()
-    forms = {"bf16": ["bfloat16"]}
-    wanted = [form for precision in args.precisions for form in forms.get(precision, ["int8", "int4_zero"])]
+    forms = [
+        form
+        for precision in args.precisions
+        for form in (("bfloat16",) if precision == "bf16" else ("int8", "int4_zero"))
+    ]
     deadline = time.monotonic() + args.time_limit
-    for num_rows, shape, form in itertools.product(rows, args.shapes, wanted):
+    for num_rows, shape, form in itertools.product(rows, args.shapes, forms):
         for product in products(shape):
             if time.monotonic() > deadline:
                 print("the time is up", flush=True)

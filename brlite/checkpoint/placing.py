@@ -46,11 +46,6 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.model.config
 
     @property
-    def parameters(self) -> Mapping[str, Parameter]:
-        """The decoder's parameters; with a shard, the rank's parts of them."""
-        return held_parameters(self.model, self.shard)
-
-    @property
     def precision(self) -> Precision:
         return self.model.precision
 
@@ -61,11 +56,11 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def precision_name(self) -> str:
-        """The name of the precision that native code computes in: see `named_by`."""
+        """The name of the precision that native code computes in: see `precision_name_of`."""
         parts = matrix_parts(self.model, self.shard).values()
-        return self.named_by({part.form for each in parts for part in each})
+        return self.precision_name_of({part.form for each in parts for part in each})
 
-    def named_by(self, forms: Collection[MatrixForm]) -> str:
+    def precision_name_of(self, forms: Collection[MatrixForm]) -> str:
         """The name of the precision with matrices of these forms: the spec's, or that of a quantized file's codes."""
         if self.precision.weights != "stored" or not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision

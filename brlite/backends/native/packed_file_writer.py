@@ -20,11 +20,10 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
+from brlite.backends.native.packer import ROWS_AT_A_TIME
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
 from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
 from brlite.models.families.family import WeightTarget
-
-BLOCK_ROWS = 256  # rows that one call packs; a multiple of a panel
 
 
 class Packing(NamedTuple):
@@ -66,7 +65,7 @@ class PackedFileWriter:
             self._write(packed.offset + 4 * start, values)
             return
         # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
-        bounds = [start, *range((start // BLOCK_ROWS + 1) * BLOCK_ROWS, stop, BLOCK_ROWS), stop]
+        bounds = [start, *range((start // ROWS_AT_A_TIME + 1) * ROWS_AT_A_TIME, stop, ROWS_AT_A_TIME), stop]
         blocks = [
             self._pool.submit(self._put_block, packed, first, tensor.part(range(first - start, last - start)))
             for first, last in pairwise(bounds)

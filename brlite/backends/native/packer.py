@@ -22,7 +22,7 @@ from brlite.backends.native.packed_file import (
     checksums,
     write_packed_file,
 )
-from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
+from brlite.checkpoint.placing import LoadPlan, held_parameters, matrix_parts, placing
 from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LAYOUT_VERSION = 2  # raised by every change that packs the same weights into other bytes
-ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs
+ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
 
 
 class PackedWeights:
@@ -167,11 +167,11 @@ class LoadedWeights(NamedTuple):
 
 def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision."""
-    layout = packed_layout(library, plan.parameters, matrix_parts(plan.model, plan.shard))
-    part = f" {plan.shard.rank} of {plan.shard.size}" if plan.shard else ""
-    key = PackedFileKey(
-        LAYOUT_VERSION, WEIGHTS_NAMES[plan.precision.weights], plan.checkpoint.identity + part, layout.num_bytes
-    )
+    model, shard = plan.model, plan.shard
+    layout = packed_layout(library, held_parameters(model, shard), matrix_parts(model, shard))
+    part = f" {shard.rank} of {shard.size}" if shard else ""
+    weights_name = WEIGHTS_NAMES[model.precision.weights]
+    key = PackedFileKey(LAYOUT_VERSION, weights_name, plan.checkpoint.identity + part, layout.num_bytes)
     file = _trusted(plan.packed_file, plan.checkpoint.path)
     if file is not None:
         sweep(file.parent, f"{file.name}.")

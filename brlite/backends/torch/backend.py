@@ -304,7 +304,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         name="torch",
         device=describe_device(steps.device),
         dtype=dtype,
-        precision=plan.named_by(set(held_forms(plan, rules).values())),
+        precision=plan.precision_name_of(set(held_forms(plan, rules).values())),
         vocab_size=config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,

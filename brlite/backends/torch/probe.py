@@ -183,7 +183,7 @@ def _compute(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _decoder(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The tiny model. The host holds dequantized what it would quantize itself, and codes as a card does."""
+    """The tiny model. A device that does not keep int8 holds it dequantized; codes are kept on each, the host too."""
     config, is_int8 = model.config, model.precision.weights == "int8"
     is_dequantized = is_int8 and not rules_for(device).keeps_int8
     forms = {name: form for name, form in model.forms.items() if name in list_parameters(config) and not is_dequantized}

@@ -166,7 +166,7 @@ def test_a_card_keeps_codes_and_the_cpu_and_explicit_bf16_widen_them(folder: Pat
     checkpoint = open_checkpoint(model_path(folder, "q4_0"))
     plan = plan_of(checkpoint)
     assert {"int4", "int8"} == set(plan.card_forms.values())
-    assert plan.named_by(set(plan.card_forms.values())) == "a_bf16_w_int4"
+    assert plan.precision_name_of(set(plan.card_forms.values())) == "a_bf16_w_int4"
     assert card_forms(plan.model._replace(precision=bf16)) == {}
     backend = TorchBackend.load(plan)
     assert backend.info.precision == "bf16"
