@@ -166,19 +166,17 @@ def card_forms(model: CheckedModel, shard: Shard | None = None) -> dict[str, Mat
     return {name: forms.pop() if len(forms) == 1 else "int8" for name, forms in found.items()}
 
 
-def describe_precision(
-    model: CheckedModel, spec: ModelSpec, *, is_native: bool, keeps_codes: bool | None = None
-) -> str:
+def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool, keeps_codes: bool = True) -> str:
     """For the log: the precision that is served, what decided it, and what becomes of each quantized format.
 
-    `keeps_codes` says whether the backend has forms for quantized files; by default only native code has.
+    `keeps_codes` says whether the backend has forms for quantized files, as native code always has.
     """
     if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
     if not quantized:
         return "bf16, as no matrix of the files is quantized (auto)"
-    if not (is_native if keeps_codes is None else keeps_codes):
+    if not keeps_codes:
         return f"bf16: torch widens the file's {', '.join(quantized)} (auto)"
     matrices = _stored_matrices(model, spec.tensor_parallel, is_native=is_native)
     uses = []
