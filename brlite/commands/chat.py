@@ -44,7 +44,12 @@ ReadLine = Callable[[], Awaitable[str | None]]  # None at the end of input
 
 PROMPT = "> "
 HINT = "/help shows the commands, Ctrl-C leaves"
-MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
+MAX_BODY_BYTES = 16 * 1024 * 1024  # of a server's error, and of its list of models
+# What aiohttp and the decoding of an answer raise where another program answers.
+NOT_AN_ANSWER = (
+    *(aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, RecursionError),
+    *(LookupError, TypeError, ValueError, AttributeError),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -233,7 +238,7 @@ async def _ask_server(
     try:
         async with session.post(f"{server}/v1/chat/completions", json=body) as response:
             if response.status != 200:
-                raise ConfigError(error_message(await response.content.read(MAX_ERROR_BYTES)))
+                raise ConfigError(error_message(await _read_body(response)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
@@ -242,7 +247,7 @@ async def _ask_server(
                     num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
                     if text := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
                         yield Piece(text, 0)
-    except (aiohttp.ClientError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except NOT_AN_ANSWER as error:
         raise ConfigError(f"{server}: {one_line(error)}") from None
     yield Piece("", num_tokens)
 
@@ -251,7 +256,7 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
     """The first model that the server lists. Raises `ConfigError` if there is none, or no server of models."""
     try:
         async with session.get(f"{server}/v1/models") as response:
-            body = await response.read()
+            body = await _read_body(response)
         if response.status == 200:
             return str(msgspec.json.decode(body)["data"][0]["id"])
         reason = f"status {response.status}, {error_message(body)}"
@@ -263,14 +268,24 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
         reason = "a URL is needed such as http://127.0.0.1:8000"
     except IndexError:
         reason = "the server has none"
-    except (aiohttp.ClientError, LookupError, TypeError, ValueError):  # another program's answer, maybe of any bytes
+    except NOT_AN_ANSWER:
         reason = "what answers is no server of models"
     raise ConfigError(f"{one_line(server)}: no model could be found there: {reason}")
+
+
+async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+    """The body, or its beginning if it is longer than MAX_BODY_BYTES."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            break
+    return bytes(body)
 
 
 def error_message(body: bytes) -> str:
     """The message in a server's error, whose shape is OpenAI's."""
     try:
         return one_line(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return "the server answered with an error"

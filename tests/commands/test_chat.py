@@ -78,6 +78,11 @@ HOSTILE_SERVERS = {
     "a stream of no JSON": ((200, '{"data": [{"id": "m"}]}'), (200, f"data: {{{ESCAPES}\n\n")),
     "a stream of other shapes": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": [5]}\n\n')),
     "a line without an end": ((200, '{"data": [{"id": "m"}]}'), (200, "x" * 2**20)),
+    "a chunk without an end": ((200, '{"data": [{"id": "m"}]}'), (200, "data: {" + "x" * 2**22)),
+    "models, nested": ((200, "[" * 100_000), (200, "")),
+    "models without an end": ((200, "[" * 2**26), (200, "")),
+    "a chunk, nested": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"x":' + "[" * 100_000 + "\n\n")),
+    "a refusal, nested": ((200, '{"data": [{"id": "m"}]}'), (400, '{"error":' + "[" * 100_000)),
 }
 
 
