@@ -103,8 +103,8 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
             param="thread",
             code="thread_unsupported_request",
         )
-    check_num_entries("messages", len(body.messages), limits.max_messages)
-    check_num_entries("stop_sequences", len(body.stop_sequences or ()), limits.max_stop_strings)
+    check_num_entries("messages", len(body.messages), limits, "max_messages")
+    check_num_entries("stop_sequences", len(body.stop_sequences or ()), limits, "max_stop_strings")
     reader = TurnReader()
     reader.read(body.system, body.messages)
     tools = decode_messages_tools(body.tools, body.tool_choice, limits)

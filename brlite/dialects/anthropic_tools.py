@@ -56,7 +56,7 @@ def decode_messages_tools(
     given: Sequence[MessagesTool] | None, choice: MessagesToolChoice | None, limits: LimitsConfig
 ) -> MessagesTools:
     """The tools that the model may call, and the tool choice. Raises `InvalidRequest`, naming the field."""
-    check_num_entries("tools", len(given or ()), limits.max_tools)  # counts those left out too: each gives a warning
+    check_num_entries("tools", len(given or ()), limits, "max_tools")  # counts those left out too: each gives a warning
     warnings: dict[str, None] = {}
     definitions: list[ToolDefinition] = []
     places: list[int] = []  # each definition's index in the client's list

@@ -118,7 +118,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
     """
     body, undecoded = _DECODER.decode(data)
     warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
-    inputs = read_prompts("input", body.input, limits.max_embedding_inputs, body.add_special_tokens is not False)
+    inputs = read_prompts("input", body.input, limits, "max_embedding_inputs", body.add_special_tokens is not False)
     is_list = isinstance(body.input, list) and not isinstance(body.input[0], int)
     cut = None
     if body.truncate_prompt_tokens is not None:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
+from brlite.config.options import LimitsConfig
 from brlite.config.type_errors import allowed_values, join_path, read_problem, types_at
 from brlite.errors import InvalidRequest, RequestError
 from brlite.files.text_file import BYTE_ORDER_MARK, other_encoding
@@ -84,11 +85,11 @@ def missing_field(param: str) -> InvalidRequest:
     return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
 
 
-def check_num_entries(param: str, num_entries: int, limit: int) -> None:
-    """Raise `InvalidRequest` for a list or map of more entries than the server's limit."""
-    if num_entries > limit:
+def check_num_entries(param: str, num_entries: int, limits: LimitsConfig, key: str) -> None:
+    """Raise `InvalidRequest` for a list or map of more entries than the limit with this key of `[limits]`."""
+    if num_entries > (limit := getattr(limits, key)):
         raise InvalidRequest(
-            f"{param} must have at most {limit} entries on this server, got {num_entries}", param=param
+            f"{param} must have at most {limit} entries on this server (limits.{key}), got {num_entries}", param=param
         )
 
 

@@ -116,7 +116,7 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     body, undecoded = _DECODER.decode(data)
     more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
     files = body.input_extra or []
-    check_num_entries("input_extra", len(files), limits.max_messages)
+    check_num_entries("input_extra", len(files), limits, "max_messages")
     infill = Infill(
         body.input_prefix,
         body.input_suffix,

@@ -178,7 +178,7 @@ def take_undecoded(
                 raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
             setattr(body, parameter, value)
         elif parameter in _LIST_LIMITS and isinstance(value, (list, dict)):
-            check_num_entries(parameter, len(value), getattr(limits, _LIST_LIMITS[parameter]))
+            check_num_entries(parameter, len(value), limits, _LIST_LIMITS[parameter])
     rest = {name: value for name, value in more.sampling.items() if name not in body.__struct_fields__}
     return more._replace(sampling=rest)
 
@@ -196,10 +196,12 @@ def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
 
 
 def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -> None:
-    least, most = body.n or 1, limits.max_beam_width if body.use_beam_search else limits.max_n
+    least, key = body.n or 1, "max_beam_width" if body.use_beam_search else "max_n"
+    most = getattr(limits, key)
     if best_of != int(best_of) or not least <= best_of <= max(most, least):
         raise InvalidRequest(
-            f"best_of must be a whole number from n, which is {least}, to {most} on this server, got {best_of}",
+            f"best_of must be a whole number from n, which is {least}, to {most} on this server "
+            f"(limits.{key}), got {best_of}",
             param="best_of",
         )
     if best_of > least and body.stream and not body.use_beam_search:
@@ -320,7 +322,7 @@ def sampling_params(
     given = {name: value for name, value in zip(names, values_of(body), strict=True) if value is not None}
     for name, value in given.items():  # before any code iterates over a list: a long one would block the event loop
         if name in _LIST_LIMITS and isinstance(value, (list, dict)):
-            check_num_entries(name, len(value), getattr(limits, _LIST_LIMITS[name]))
+            check_num_entries(name, len(value), limits, _LIST_LIMITS[name])
     try:
         return SamplingParams(**{**given, **more})
     except InvalidRequest as error:
@@ -363,7 +365,8 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
     num_sequences = num_prompts * count
     if num_sequences > limits.max_sequences:
         raise InvalidRequest(
-            f"prompts times {name} must be at most {limits.max_sequences} on this server, got {num_sequences}",
+            f"prompts times {name} must be at most {limits.max_sequences} on this server (limits.max_sequences), "
+            f"got {num_sequences}",
             param=name,
         )
     cut = body.truncate_prompt_tokens

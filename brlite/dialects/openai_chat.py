@@ -261,7 +261,7 @@ def read_chat(
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     if len(messages) > limits.max_messages:
-        check_num_entries("messages", len(messages), limits.max_messages)
+        check_num_entries("messages", len(messages), limits, "max_messages")
     if continues and begins_answer:
         raise InvalidRequest(
             "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"

@@ -96,7 +96,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     With `echo`, `logprobs` covers the prompt too, and `max_tokens` may be 0.
     """
     prompts: tuple[Prompt, ...] = read_prompts(
-        "prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False
+        "prompt", body.prompt, limits, "max_prompts", body.add_special_tokens is not False
     )
     fields = completion_fields(body, more, len(prompts), limits)
     if body.suffix:
@@ -214,18 +214,18 @@ def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False)
 
 
 def read_prompts(
-    field: str, prompt: str | list[str | int | list[int]], limit: int, adds_specials: bool
+    field: str, prompt: str | list[str | int | list[int]], limits: LimitsConfig, key: str, adds_specials: bool
 ) -> tuple[Text | TokenIds, ...]:
     """Decode a text, a list of texts, a list of token ids, or a list of such lists. Raises `InvalidRequest` for more
-    than `limit` prompts."""
+    prompts than the limit with this key of `[limits]`."""
     if isinstance(prompt, str):
         return (Text(prompt, adds_specials),)
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return (TokenIds(prompt),)  # type: ignore[arg-type]  # proved by the line above
-    if len(prompt) > limit:
+    if len(prompt) > (limit := getattr(limits, key)):
         raise InvalidRequest(
-            f"{field} must hold at most {limit} prompts on this server, got {len(prompt)}", param=field
+            f"{field} must hold at most {limit} prompts on this server (limits.{key}), got {len(prompt)}", param=field
         )
     if kinds == {str}:
         return tuple(Text(item, adds_specials) for item in prompt if isinstance(item, str))

@@ -89,12 +89,14 @@ def decode_tools(
     param, definitions = "tools", _functions(body.tools or [])
     if body.functions:
         param, definitions, schema_field = "functions", body.functions, "parameters"
-    check_num_entries(param, len(definitions), limits.max_tools)
+    check_num_entries(param, len(definitions), limits, "max_tools")
     if num_body_bytes is None or num_body_bytes > limits.max_tools_bytes:
         num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
         if num_bytes > limits.max_tools_bytes:
             raise InvalidRequest(
-                f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
+                f"{param} must have at most {limits.max_tools_bytes} bytes on this server (limits.max_tools_bytes), "
+                f"got {num_bytes}",
+                param=param,
             )
         definitions = [  # a copy of a schema does not keep the whole body in memory
             msgspec.structs.replace(tool, parameters=msgspec.Raw(tool.schema_text())) for tool in definitions

@@ -124,8 +124,8 @@ class ItemReader:
         """Add the items of the field `name`."""
         if len(self.items) + len(items) > limits.max_messages:
             raise InvalidRequest(
-                f"{name} and the responses before it must have at most {limits.max_messages} items on this server, "
-                f"got {len(self.items) + len(items)}",
+                f"{name} and the responses before it must have at most {limits.max_messages} items on this server "
+                f"(limits.max_messages), got {len(self.items) + len(items)}",
                 param=name,
             )
         for index, raw in enumerate(items):

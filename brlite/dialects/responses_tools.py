@@ -106,7 +106,7 @@ def decode_response_tools(
     limits: LimitsConfig,
 ) -> ResponseTools:
     """Decode the tools and the tool choice. Raises `InvalidRequest`, naming the field."""
-    check_num_entries("tools", len(raw_tools or ()), limits.max_tools)
+    check_num_entries("tools", len(raw_tools or ()), limits, "max_tools")
     definitions: list[ToolDefinition] = []
     called: dict[str, CalledTool] = {}
     shown: list[dict[str, Any]] = []

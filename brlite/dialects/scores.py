@@ -187,8 +187,8 @@ def _text_of(text: str | TextPart) -> str:
 def _names(field: str, texts: Sequence[str], limits: LimitsConfig) -> tuple[str, ...]:
     if not 1 <= len(texts) <= limits.max_embedding_inputs:
         raise InvalidRequest(
-            f"{field} must hold at least 1 and at most {limits.max_embedding_inputs} texts on this server, "
-            f"got {len(texts)}",
+            f"{field} must hold at least 1 and at most {limits.max_embedding_inputs} texts on this server "
+            f"(limits.max_embedding_inputs), got {len(texts)}",
             param=field,
         )
     return tuple(f"{field}[{number}]" for number in range(len(texts)))

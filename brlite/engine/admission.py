@@ -116,27 +116,32 @@ def prompt_too_long(
 def check_limits(params: SamplingParams, limits: LimitsConfig, vocab_size: int | None = None) -> None:
     """Raise `InvalidRequest` for values beyond the server's limits, or beyond a vocabulary of `vocab_size`."""
     beams = "n" if params.best_of is None else "best_of"
-    for name, value, limit in (
-        ("n", params.n, limits.max_n),
-        (beams, params.beam_width if params.use_beam_search else 0, limits.max_beam_width),
-        ("logprobs", params.logprobs or 0, limits.max_logprobs),
-        ("prompt_logprobs", params.prompt_logprobs or 0, limits.max_logprobs),
+    for name, value, key in (
+        ("n", params.n, "max_n"),
+        (beams, params.beam_width if params.use_beam_search else 0, "max_beam_width"),
+        ("logprobs", params.logprobs or 0, "max_logprobs"),
+        ("prompt_logprobs", params.prompt_logprobs or 0, "max_logprobs"),
     ):
-        if value > limit:
-            raise InvalidRequest(f"{name} must be at most {limit} on this server, got {value}", param=name)
-    for name, count, limit in (
-        ("stop", len(params.stop), limits.max_stop_strings),
-        ("stop_token_ids", len(params.stop_token_ids), limits.max_stop_strings),
-        ("dry_sequence_breakers", len(params.dry_sequence_breakers), limits.max_stop_strings),
-        ("logit_bias", len(params.logit_bias), limits.max_logit_bias),
-        ("allowed_token_ids", len(params.allowed_token_ids), limits.max_logit_bias),
+        if value > (limit := getattr(limits, key)):
+            raise InvalidRequest(
+                f"{name} must be at most {limit} on this server (limits.{key}), got {value}", param=name
+            )
+    for name, count, key in (
+        ("stop", len(params.stop), "max_stop_strings"),
+        ("stop_token_ids", len(params.stop_token_ids), "max_stop_strings"),
+        ("dry_sequence_breakers", len(params.dry_sequence_breakers), "max_stop_strings"),
+        ("logit_bias", len(params.logit_bias), "max_logit_bias"),
+        ("allowed_token_ids", len(params.allowed_token_ids), "max_logit_bias"),
     ):
-        if count > limit:
-            raise InvalidRequest(f"{name} must have at most {limit} entries on this server, got {count}", param=name)
+        if count > (limit := getattr(limits, key)):
+            raise InvalidRequest(
+                f"{name} must have at most {limit} entries on this server (limits.{key}), got {count}", param=name
+            )
     longest = max(map(len, params.stop), default=0)
     if longest > limits.max_stop_length:
         raise InvalidRequest(
-            f"a stop string may have at most {limits.max_stop_length} characters on this server, got {longest}",
+            f"a stop string may have at most {limits.max_stop_length} characters on this server "
+            f"(limits.max_stop_length), got {longest}",
             param="stop",
         )
     if vocab_size is None:

@@ -22,14 +22,15 @@ def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer, limits: LimitsC
     """
     if len(words) > limits.max_bad_words:
         raise InvalidRequest(
-            f"bad_words must have at most {limits.max_bad_words} entries on this server, got {len(words)}",
+            f"bad_words must have at most {limits.max_bad_words} entries on this server (limits.max_bad_words), "
+            f"got {len(words)}",
             param="bad_words",
         )
     longest = max(map(len, words), default=0)
     if longest > limits.max_bad_word_length:
         raise InvalidRequest(
-            f"an entry of bad_words may have at most {limits.max_bad_word_length} characters on this server, "
-            f"got {longest}",
+            f"an entry of bad_words may have at most {limits.max_bad_word_length} characters on this server "
+            f"(limits.max_bad_word_length), got {longest}",
             param="bad_words",
         )
     spelt: dict[TokenIds, None] = {}

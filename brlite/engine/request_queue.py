@@ -49,8 +49,11 @@ class RequestQueue(dict[str, RequestState]):
         waiting = [state for state in reversed(counted) if not state.is_started]
         last = max(waiting, key=lambda state: state.priority, default=None)
         newest = next((each for each in waiting if each.request.tenant == longest), None)
-        text = f"{len(counted)} requests are waiting; this server queues at most {most}, shared by key"
-        full = QueueFull(text, retry_after_seconds=self._retry_after_seconds())
+        full = QueueFull(
+            f"{len(counted)} requests are waiting; "
+            f"this server queues at most {most}, shared by key (limits.max_waiting)",
+            retry_after_seconds=self._retry_after_seconds(),
+        )
         if last is not None and last.priority > request.priority:
             newest = last
         elif newest is None or num_longest <= counts[request.tenant] + 1:
@@ -67,7 +70,10 @@ class RequestQueue(dict[str, RequestState]):
                 states.append(state)
         if not states:
             return []
-        text, seconds = f"the request waited in the queue for more than {limit:g} seconds", self._retry_after_seconds()
+        text, seconds = (
+            f"the request waited in the queue for more than {limit:g} seconds (limits.max_wait_seconds)",
+            self._retry_after_seconds(),
+        )
         return [(state, QueueTimeout(text, retry_after_seconds=seconds)) for state in states]
 
     def _retry_after_seconds(self) -> int:

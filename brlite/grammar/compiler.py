@@ -113,7 +113,8 @@ class GrammarCompiler:
         texts += [text for part in wish.calls.parts for text in (part.begin, part.schema)] if wish.calls else []
         num_bytes = sum(len(text) for text in texts if text)
         if num_bytes > self._config.max_bytes:
-            return f"{num_bytes} characters are too many; at most {self._config.max_bytes} are allowed here"
+            most = self._config.max_bytes
+            return f"{num_bytes} characters are too many; at most {most} are allowed here (grammar.max_bytes)"
         try:
             result: Grammar | str = self._library.compile(wish, num_bytes)
         except (SchemaRefused, PatternRefused) as error:

@@ -55,7 +55,7 @@ def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
         elif value in ("%json", "%regex", "%lark"):
             raise PatternRefused(f"uses {value}, which is not taken in a grammar: send a schema as a schema")
         if num_rules > max_rules:
-            raise PatternRefused(f"has more than {max_rules} rules")
+            raise PatternRefused(f"has more than {max_rules} rules (grammar.max_rules)")
         if num_conjunctions > MAX_CONJUNCTIONS:
             raise PatternRefused(f"has more than {MAX_CONJUNCTIONS} conjunctions (&)")
         if num_unclosed > MAX_UNCLOSED:
@@ -65,4 +65,4 @@ def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
         if depth > MAX_DEPTH:
             raise PatternRefused(f"has brackets nested more than {MAX_DEPTH} deep")
         if num_repetitions > max_repetitions:
-            raise PatternRefused(f"has repetitions of more than {max_repetitions} in all")
+            raise PatternRefused(f"has repetitions of more than {max_repetitions} in all (grammar.max_repetitions)")

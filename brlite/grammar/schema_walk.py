@@ -118,7 +118,9 @@ class _Walk:
             if id(node) in self.places and isinstance(node, dict):
                 continue
             if depth > self._limits.max_references:
-                raise SchemaRefused(pointer, f"references lead more than {self._limits.max_references} deep")
+                raise SchemaRefused(
+                    pointer, f"references lead more than {self._limits.max_references} deep (grammar.max_references)"
+                )
             waiting += reversed(list(self._visit(pointer, node, depth)))
         self._check_ends()
         self._check_joint_patterns()
@@ -134,7 +136,9 @@ class _Walk:
             raise SchemaRefused(pointer, "a schema is an object, true or false")
         self.places[id(node)] = pointer, node
         if len(self.places) > self._limits.max_subschemas:
-            raise SchemaRefused(pointer, f"the schema has more than {self._limits.max_subschemas} subschemas")
+            raise SchemaRefused(
+                pointer, f"the schema has more than {self._limits.max_subschemas} subschemas (grammar.max_subschemas)"
+            )
         base = self._references.base_of(node).rstrip("#")
         for keyword, name in (("$id", base), ("$anchor", f"{base}#{node.get('$anchor')}")):
             if keyword in node and self._names.setdefault(name, id(node)) != id(node):  # the library would mix them up
@@ -284,7 +288,10 @@ class _Walk:
         self._num_repetitions += size
         if self._num_repetitions > self._limits.max_repetitions:
             most = self._limits.max_repetitions
-            raise SchemaRefused(pointer, f"{what} counts {size}; all patterns and multipleOf may count {most} in all")
+            raise SchemaRefused(
+                pointer,
+                f"{what} counts {size}; all patterns and multipleOf may count {most} in all (grammar.max_repetitions)",
+            )
 
     def _check_properties(self, pointer: str, node: dict[str, Any]) -> None:
         properties, required = _mapping(pointer, node, "properties"), node.get("required", [])
@@ -296,7 +303,10 @@ class _Walk:
             (len(properties.keys() - names), self._limits.max_optional_properties, "optional properties"),
         ):
             if num > most:
-                raise SchemaRefused(f"{pointer}/properties", f"{num} {what}; an object may have at most {most} here")
+                key = f"grammar.max_{what.replace(' ', '_')}"
+                raise SchemaRefused(
+                    f"{pointer}/properties", f"{num} {what}; an object may have at most {most} here ({key})"
+                )
 
     # Rewriting
 
@@ -385,7 +395,7 @@ class _Walk:
             if len(left) == len(pending):
                 raise SchemaRefused(left[-1][0], "what is required here leads back to itself and never ends")
             if num_looks > 100 * self._limits.max_subschemas:
-                raise SchemaRefused(left[-1][0], "references are too entangled")
+                raise SchemaRefused(left[-1][0], "references are too entangled (grammar.max_subschemas)")
             pending = left
 
     def _has_finite_value(self, node: dict[str, Any], is_finite: Callable[[Any], bool]) -> bool:
@@ -426,11 +436,16 @@ class _Walk:
                         waiting += [(part, holds and len(parts) == 1) for part in parts]
             num_looks += len(seen)
             if num_remainders > self._limits.max_repetitions:
-                raise SchemaRefused(pointer, f"one number must be a multiple of several, {num_remainders} in all")
+                raise SchemaRefused(
+                    pointer,
+                    f"one number must be a multiple of several, {num_remainders} in all (grammar.max_repetitions)",
+                )
             if num_patterns > most:
-                raise SchemaRefused(pointer, f"one string must match more than {most} patterns at once")
+                raise SchemaRefused(
+                    pointer, f"one string must match more than {most} patterns at once (grammar.max_joint_patterns)"
+                )
             if num_looks > 100 * self._limits.max_subschemas:
-                raise SchemaRefused(pointer, "references are too entangled")
+                raise SchemaRefused(pointer, "references are too entangled (grammar.max_subschemas)")
 
 
 def _remainders(divisor: float) -> int:

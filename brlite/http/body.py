@@ -142,7 +142,7 @@ async def read_body(request: web.BaseRequest, limits: LimitsConfig) -> bytes:
     try:
         return await asyncio.wait_for(_collect(request.content, max_bytes, held), seconds)
     except asyncio.TimeoutError:
-        raise RequestTimeout(f"The request body did not arrive within {seconds:g} s.") from None
+        raise RequestTimeout(f"The request body did not arrive within {seconds:g} s (limits.body_seconds).") from None
     except web.RequestPayloadError:
         raise InvalidRequest("The request body is not framed as its headers say.", code="invalid_body") from None
     finally:
@@ -179,4 +179,6 @@ def _counted(held: HeldBody, refusal: RequestError) -> RequestError:
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The request body is larger than the {max_bytes} bytes that this server allows.")
+    return BodyTooLarge(
+        f"The request body is larger than the {max_bytes} bytes that this server allows (limits.max_body_bytes)."
+    )

@@ -314,7 +314,7 @@ class Exchange:
             self._current.time_is_up()
             return
         seconds = self._forwarder.config.max_queue_seconds
-        text = f"The request waited {seconds:g} s for its turn."
+        text = f"The request waited {seconds:g} s for its turn (proxy.max_queue_seconds)."
         self._end_with(QueueTimeout(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS))
 
     def upstream_is_lost(self, now: float) -> None:

@@ -141,7 +141,7 @@ class LoadState:
     def _full(self) -> QueueFull:
         return QueueFull(
             f"{self.num_waiting} requests wait for the model {self._name} to be loaded; "
-            f"this server queues at most {self._queue.waiters.max_items}, shared by key",
+            f"this server queues at most {self._queue.waiters.max_items}, shared by key (limits.max_waiting)",
             retry_after_seconds=RETRY_SECONDS,
         )
 

@@ -229,7 +229,9 @@ def test_a_fault_ends_one_search_and_no_other(make_driver: MakeDriver) -> None:
 def test_a_search_has_no_more_beams_than_the_server_allows(make_driver: MakeDriver) -> None:
     driver = make_driver(limits=LimitsConfig(max_beam_width=3))
 
-    with pytest.raises(InvalidRequest, match="best_of must be at most 3 on this server, got 4"):
+    with pytest.raises(
+        InvalidRequest, match=r"best_of must be at most 3 on this server \(limits.max_beam_width\), got 4"
+    ):
         driver.submit("x", use_beam_search=True, best_of=4)
 
 

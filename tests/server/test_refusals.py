@@ -105,15 +105,30 @@ async def test_a_bad_field_of_a_chat_is_a_400_that_names_it(client: Client, fiel
 @pytest.mark.parametrize(
     ("limits", "fields", "param", "message"),
     [
-        ({"max_sequences": 4}, {"n": 5}, "n", "prompts times n must be at most 4"),
-        ({}, {"logprobs": True, "top_logprobs": 25}, "top_logprobs", "top_logprobs must be at most 20"),
+        (
+            {"max_sequences": 4},
+            {"n": 5},
+            "n",
+            "prompts times n must be at most 4 on this server (limits.max_sequences)",
+        ),
+        (
+            {},
+            {"logprobs": True, "top_logprobs": 25},
+            "top_logprobs",
+            "top_logprobs must be at most 20 on this server (limits.max_logprobs)",
+        ),
         (
             {},
             {"max_tokens": None, "max_completion_tokens": 0},
             "max_completion_tokens",
             "max_completion_tokens must be",
         ),
-        ({}, {"stop": ["x"] * 17}, "stop", "stop must have at most 16 entries on this server, got 17"),
+        (
+            {},
+            {"stop": ["x"] * 17},
+            "stop",
+            "stop must have at most 16 entries on this server (limits.max_stop_strings), got 17",
+        ),
     ],
     ids=["sequences", "top_logprobs", "max_completion_tokens", "stop"],
 )
@@ -309,7 +324,7 @@ async def test_openais_client_is_told_of_too_long_a_prompt(client: Client) -> No
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"n": 17}, "n", "n must be at most 16 on this server, got 17"),
+        ({"n": 17}, "n", "n must be at most 16 on this server (limits.max_beam_width), got 17"),
         ({"n": 2, "best_of": 1}, "best_of", "best_of must be a whole number from n, which is 2, to 16 on this server"),
         ({"n": 2, "best_of": 17}, "best_of", "best_of must be a whole number from n, which is 2, to 16 on this server"),
     ],

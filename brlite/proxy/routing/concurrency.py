@@ -101,7 +101,7 @@ class ConcurrencyLimit:
         if dropped is not None:
             error = QueueFull(
                 f"This model has {self._max_in_flight} requests running and {self._queue.max_items} waiting, "
-                "which is as many as this server allows.",
+                "which is as many as this server allows (proxy.max_in_flight, proxy.max_queued).",
                 retry_after_seconds=QUEUE_RETRY_SECONDS,
             )
             if dropped is waiting:
