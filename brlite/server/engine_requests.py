@@ -24,12 +24,12 @@ _template_fields = operator.attrgetter("tools", "documents", "variables", "reaso
 class EngineRequests(msgspec.Struct, frozen=True):
     """One request for each prompt, in order, and the reader of the replies.
 
-    `warnings` name ignored fields; `cuts` name the prompts that were truncated, which the call allows.
+    `warnings` name ignored fields; `truncations` name the prompts that were truncated, which the call allows.
     """
 
     requests: list[Request]
     warnings: list[str]
-    cuts: list[str]
+    truncations: list[str]
     replies: ChatReplies | None
 
 
@@ -42,7 +42,7 @@ async def make_requests(
     """
     requests: list[Request] = []
     warnings: list[str] = []
-    cuts: list[str] = []
+    truncations: list[str] = []
     replies = make_replies(call, engine.tokenizer, spec)
     grammar = None
     if call.params.structured is not None and replies is None:
@@ -65,9 +65,11 @@ async def make_requests(
             warnings += ignored
         token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)
         if call.truncation is not None:
-            kept = _cut(token_ids, call, call.truncation, engine)
+            kept = _truncated(token_ids, call, call.truncation, engine)
             if len(kept) < len(token_ids):
-                cuts.append(f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens")
+                truncations.append(
+                    f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
+                )
                 token_ids, text = kept, None  # the text no longer matches the tokens
         requests.append(
             Request(
@@ -87,7 +89,7 @@ async def make_requests(
     if replies is not None:
         replies.begin(requests[0].prompt_token_ids)
         requests[0] = await _constrained(requests[0], replies, engine, warnings)
-    return EngineRequests(requests, warnings, cuts, replies)
+    return EngineRequests(requests, warnings, truncations, replies)
 
 
 def with_model_defaults(call: Generation, engine: EngineLoop) -> Generation:
@@ -157,7 +159,7 @@ async def encode(
     return prompt.token_ids
 
 
-def _cut(token_ids: list[int], call: Generation, truncation: Truncation, engine: EngineLoop) -> list[int]:
+def _truncated(token_ids: list[int], call: Generation, truncation: Truncation, engine: EngineLoop) -> list[int]:
     """Truncate a prompt to the number of tokens that the call gives, or else so that `max_tokens` fit behind it.
 
     The room left for the reply is at most half of the context, which is also the default.

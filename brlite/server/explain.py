@@ -122,7 +122,7 @@ async def explain(request: web.Request) -> web.Response:
         template_variables=variables,
         memory=_memory(made.requests, longest, engine),
         queue=_queue(made.requests, longest, engine),
-        warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *made.cuts, *clamps))),
+        warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *made.truncations, *clamps))),
     )
     return json_response(explanation)
 

@@ -203,7 +203,7 @@ class Delivery:
             if key.weight != 1 or priority:
                 request = msgspec.structs.replace(request, weight=key.weight, priority=priority)
             engine.submit(request, functools.partial(self._receive, index))
-        warnings = (*self._call.warnings, *made.warnings, *made.cuts, *raised)
+        warnings = (*self._call.warnings, *made.warnings, *made.truncations, *raised)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 

@@ -130,7 +130,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
                         sampling_params=structs.asdict(structs.replace(each.params, max_tokens=max_tokens)),
                         cache_salt=call.cache_salt or None,
                         stream=call.is_streamed,
-                        warnings=(*call.warnings, *made.warnings, *made.cuts, *clamps) or UNSET,
+                        warnings=(*call.warnings, *made.warnings, *made.truncations, *clamps) or UNSET,
                     )
                 )
         except InvalidRequest as error:
