@@ -17,7 +17,7 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 
-from brlite.commands.chat import MAX_ERROR_BYTES, error_message, first_model, server_address
+from brlite.commands.chat import NOT_AN_ANSWER, error_message, first_model, read_body, server_address
 from brlite.errors import ConfigError
 from brlite.files.quoting import one_line
 
@@ -115,7 +115,7 @@ async def _ask(
         try:
             async with session.post(f"{server}/v1/completions", json=body) as response:
                 if response.status != 200:
-                    raise ConfigError(f"{server}: {error_message(await response.content.read(MAX_ERROR_BYTES))}")
+                    raise ConfigError(f"{server}: {error_message(await read_body(response))}")
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue
@@ -127,6 +127,6 @@ async def _ask(
                     if any(choice.get("text") for choice in chunk.get("choices", ())):
                         last = time.monotonic()
                         first = last if first == sent else first
-        except (aiohttp.ClientError, ValueError, TypeError, AttributeError) as error:
+        except NOT_AN_ANSWER as error:
             raise ConfigError(f"{server}: {one_line(error)}") from None
     return TimedAnswer(sent, first, last, num_tokens)

@@ -238,7 +238,7 @@ async def _ask_server(
     try:
         async with session.post(f"{server}/v1/chat/completions", json=body) as response:
             if response.status != 200:
-                raise ConfigError(error_message(await _read_body(response)))
+                raise ConfigError(error_message(await read_body(response)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
@@ -256,7 +256,7 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
     """The first model that the server lists. Raises `ConfigError` if there is none, or no server of models."""
     try:
         async with session.get(f"{server}/v1/models") as response:
-            body = await _read_body(response)
+            body = await read_body(response)
         if response.status == 200:
             return str(msgspec.json.decode(body)["data"][0]["id"])
         reason = f"status {response.status}, {error_message(body)}"
@@ -273,7 +273,7 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
     raise ConfigError(f"{one_line(server)}: no model could be found there: {reason}")
 
 
-async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
     """The body, or its beginning if it is longer than MAX_BODY_BYTES."""
     body = bytearray()
     async for part in response.content.iter_any():
