@@ -192,6 +192,8 @@ def _prepared_call(call: Mapping[str, Any], can: TemplateCapabilities) -> dict[s
         except (ValueError, RecursionError):
             parsed = None  # a call that was cut off; the template gets the text
         arguments = parsed if isinstance(parsed, dict) else arguments
+    elif not isinstance(arguments, str) and not can.takes_mappings:
+        arguments = json.dumps(arguments, ensure_ascii=False)
     prepared = {**call, "type": "function", "function": {**function, "arguments": arguments}}
     if can.needs_short_ids:
         prepared["id"] = short_id(str(call.get("id", "")))

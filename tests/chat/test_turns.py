@@ -188,6 +188,13 @@ def test_arguments_that_are_no_json_go_as_they_are() -> None:
     assert r'"arguments": "{\"a"' in render(QWEN, [ASKED, cut])
 
 
+@pytest.mark.parametrize("template", [QWEN, DEEPSEEK, LISTED])
+def test_arguments_may_be_given_as_an_object(template: str) -> None:
+    called = {**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {"a": 1}}}]}
+
+    assert render(template, [ASKED, called], tools=[TOOL]) == render(template, [ASKED, CALLED], tools=[TOOL])
+
+
 def test_the_name_of_a_result_is_that_of_its_call() -> None:
     template = QWEN + "{% for m in messages if m.role == 'tool' %}{{ m.name }}{% endfor %}"
 
