@@ -65,7 +65,7 @@ class EngineError(BrliteError):
 
 
 class BackendLost(EngineError):
-    """A process that computed a model's steps is gone: its backend can only be closed, and loaded anew."""
+    """A process or device that computed a model's steps is gone: its backend can only be closed, and loaded anew."""
 
 
 class RankGone(EngineError):

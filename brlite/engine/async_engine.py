@@ -37,7 +37,7 @@ from brlite.tokenizer.infill import InfillText
 
 logger = logging.getLogger(__name__)
 
-LOST = "a process that computes the model is gone; the request was not completed"
+LOST = "a process or device that computes the model is gone; the request was not completed"
 RETRY_SECONDS = 5  # Retry-After of a request to an engine that does not run
 _NO_COMPLETION = SamplingParams()
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond

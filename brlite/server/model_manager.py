@@ -184,13 +184,7 @@ class ModelManager:
             with model.loading.running():
                 await self._measure(model)
                 await self._load(model)
-        may_be_lost = self._config.name is not None  # an engine plugin may stop
-        specs = [model.spec for model in self._models.values()]
-        may_change = any(
-            spec.load == "on_demand" or spec.idle_unload_seconds or spec.tensor_parallel > 1 for spec in specs
-        )
-        if may_be_lost or may_change:
-            self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
+        self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
 
     async def failure(self) -> BrliteError:
         """Return the error for which the server has to exit, once there is one."""
@@ -229,7 +223,7 @@ class ModelManager:
                 comes_back = lost.spec.load == "start"
                 if comes_back:
                     self._restarting[lost.name] = self._clock()
-                await self._unload(lost, "a process that computes it is gone", comes_back=comes_back)
+                await self._unload(lost, "what computes it is gone", comes_back=comes_back)
             managed = [self._managed(model) for model in self._models.values()]
             action = decide(managed, self._budget_bytes, self._clock())
             yielding = () if isinstance(action, Load) else action.yielding

@@ -14,7 +14,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
-from brlite.errors import ModelError
+from brlite.errors import BackendLost, ModelError
 from brlite.http.listen import HttpServer
 from brlite.server.model_manager import ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
@@ -77,9 +77,12 @@ async def make_house() -> AsyncIterator[MakeHouse]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            on_rank_failure: Literal["restart", "exit"] = "restart", load: Literal["start", "on_demand"] = "start"
+            on_rank_failure: Literal["restart", "exit"] = "restart",
+            load: Literal["start", "on_demand"] = "start",
+            num_ranks: int = 2,
         ) -> House:
-            spec = ModelSpec(name="a", build_seq=64, tensor_parallel=2, devices=(0, 1), load=load)
+            devices = tuple(range(num_ranks))
+            spec = ModelSpec(name="a", build_seq=64, tensor_parallel=num_ranks, devices=devices, load=load)
             engine = EngineConfig(on_rank_failure=on_rank_failure)
             models, loader = ModelTable([ServedModel(spec)]), Loader()
             manager = await stack.enter_async_context(ModelManager(models, loader, engine))
@@ -151,3 +154,16 @@ async def test_a_model_may_be_lost_again_and_again(make_house: MakeHouse, eventu
         house.loader.backends[number].die()
         await eventually(lambda expected=number + 2: len(house.loader.backends) == expected)
         assert await house.ask() == 200
+
+
+async def test_a_model_of_one_process_whose_card_fails_in_a_step_is_loaded_anew_too(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(num_ranks=1)
+    house.loader.backends[0].lost = BackendLost("the device failed: CUDA error: an illegal memory access")
+
+    failed = await house.ask()
+    await eventually(lambda: len(house.loader.backends) == 2)
+
+    assert failed == 500
+    assert await house.ask() == 200

@@ -7,7 +7,9 @@ result by rounding at most.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,9 +51,12 @@ from brlite.engine.backend import (
     Undrawn,
 )
 from brlite.engine.outputs import TokenLogprob
+from brlite.errors import BackendLost
 from brlite.models.config import cache_dtype
 
 MAX_LOGITS = 2**22  # logits of a prompt computed at a time: 16 MiB in float32
+# Errors of a card after which it computes on: too little memory, a call of a library or a launch that was refused.
+RECOVERABLE = re.compile("out of memory|_STATUS_|invalid (configuration )?argument|no kernel image|too many resources")
 
 QUANTIZED_NOTE = "int8 weights are held dequantized: the numbers of int8, the memory of {dtype}"
 FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
@@ -145,7 +150,7 @@ class TorchBackend:
         If the previous step needs the host (draws that `draws.py` cannot make, logprobs of prompts, pooling), it is
         completed first: the new step may overwrite its logits, and takes its tokens.
         """
-        with self._guard.step(), torch.inference_mode():
+        with self._guard.step(), torch.inference_mode(), losses_told():
             before, self._before = self._before, None
             if before is not None and before.needs_host:
                 self._settle(before)
@@ -176,7 +181,8 @@ class TorchBackend:
         if launched.step is None:
             return
         try:
-            launched.outcome = self._result(launched, launched.step)
+            with losses_told():
+                launched.outcome = self._result(launched, launched.step)
         except Exception as error:
             launched.outcome = error
         launched.step = None  # frees its hidden states and logits
@@ -266,6 +272,24 @@ class TorchBackend:
         """The logits of some rows, on the device where tokens are drawn from them."""
         logits = self._steps.logits(step, rows)
         return logits if self._rules.samples else logits.cpu()
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Raise `BackendLost` in place of an error after which this process can compute nothing more on the card.
+
+    torch < 2.8 has no class for a card's errors, but their text begins in the same way.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        of_cards: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
+        text = str(error).partition("\n")[0]
+        if not (isinstance(error, of_cards) or text.startswith(("CUDA error", "HIP error"))) or RECOVERABLE.search(
+            text
+        ):
+            raise
+        raise BackendLost(f"the device failed: {text}") from error
 
 
 def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:

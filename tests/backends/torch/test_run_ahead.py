@@ -14,6 +14,7 @@ from brlite.backends.torch.device import DeviceRules
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks
 from brlite.engine.outputs import RequestOutput
+from brlite.errors import BackendLost
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.engine.conftest import Driver
 from tests.load_plans import make_plan
@@ -168,3 +169,42 @@ def submit_some(driver: Driver, choose: random.Random, number: int) -> None:
 
 def _by_index(output: RequestOutput) -> list[Any]:
     return sorted((each.index, each.token_ids, each.text, each.finish_reason) for each in output.outputs)
+
+
+def card_errors() -> list[tuple[RuntimeError, type[Exception]]]:
+    """Errors that torch raises for a card, each with the class that a step raises."""
+    illegal = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+    errors: list[tuple[RuntimeError, type[Exception]]] = [
+        (RuntimeError(illegal), BackendLost),
+        (RuntimeError("CUDA error: out of memory"), RuntimeError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"), RuntimeError),
+        (RuntimeError("CUDA error: invalid configuration argument"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), RuntimeError),
+    ]
+    if hasattr(torch, "AcceleratorError"):
+        errors.append((torch.AcceleratorError("unspecified launch failure"), BackendLost))
+    return errors
+
+
+@pytest.mark.parametrize("where", ["forward", "logits"])
+@pytest.mark.parametrize(("error", "raised"), card_errors(), ids=lambda value: str(value)[:30])
+def test_an_error_that_leaves_the_card_unusable_loses_the_backend_and_others_fail_one_step(
+    where: str, error: RuntimeError, raised: type[Exception]
+) -> None:
+    loaded = load()
+
+    class Failing:
+        """The model's steps, of which one part raises `error`."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name == where:
+                raise error
+            return getattr(loaded._steps, name)
+
+    broken = TorchBackend(Failing(), loaded.info, AHEAD)
+
+    for part in (GREEDY, SamplingParams(temperature=0.0, logprobs=2)):  # drawn by the device, and by the host
+        with pytest.raises(raised) as caught:
+            broken.execute(Batch([run(0, 0, [5, 17], part)]))
+        assert type(caught.value) is raised
