@@ -171,7 +171,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 0.9
     on_rank_failure: Annotated[
         Literal["restart", "exit"],
-        option("when a rank process ends: restart loads the model again, exit ends the server"),
+        option("when a rank process ends or a card fails: restart loads the model again, exit ends the server"),
     ] = "restart"
 
     def step_tokens(self, preferred: int = STEP_TOKENS) -> int:
