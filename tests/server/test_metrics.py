@@ -106,6 +106,15 @@ async def test_the_cache_config_has_the_labels_of_the_seed(client: Client) -> No
     }
 
 
+async def test_failures_of_steps_and_between_steps_are_counted_apart(client: Client) -> None:
+    client.engine.stats.engine_failures, client.engine.stats.step_failures = 2, 3
+
+    families = await scrape(client)
+
+    assert value(families["brlite:engine_failures"], "_total") == 2
+    assert value(families["brlite:step_failures"], "_total") == 3
+
+
 async def test_models_that_are_set_up_alike_share_one_line(client: Client) -> None:
     app = create_app(ModelTable(ServedModel(ModelSpec(name=name), client.engine) for name in ("one", "two")))
 
