@@ -19,6 +19,7 @@ from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
 from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
+MAX_EXPONENT = 22  # powers of ten up to here are exact as doubles
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
@@ -246,8 +247,12 @@ class _Walk:
         if "enum" in node and not (isinstance(node["enum"], list) and node["enum"]):
             raise SchemaRefused(f"{pointer}/enum", "enum is a list of at least one value")
         for keyword in ("enum", "const"):
-            if keyword in node and _has_huge_number(node[keyword]):
-                raise SchemaRefused(f"{pointer}/{keyword}", f"numbers beyond ±{EXACT} are not enforced exactly")
+            if keyword in node and _has_inexact_number(node[keyword]):
+                raise SchemaRefused(
+                    f"{pointer}/{keyword}",
+                    f"numbers beyond ±{EXACT}, of more than 15 digits, or with an exponent beyond ±{MAX_EXPONENT} "
+                    "are not enforced exactly",
+                )
         patterns = [*_mapping(pointer, node, "patternProperties")]
         if "pattern" in node:
             if not isinstance(node["pattern"], str):
@@ -521,11 +526,20 @@ def _type(value: Any) -> str:
     return names[type(value)]
 
 
-def _has_huge_number(value: Any) -> bool:
+def _has_inexact_number(value: Any) -> bool:
+    """Whether the library may read a number of `value` as another one.
+
+    It rounds once for the digits and once for the power of ten, so both must be exact (Clinger, "How to Read Floating
+    Point Numbers Accurately", 1990).
+    """
     waiting = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, (int, float)) and not abs(part) <= EXACT:
             return True
+        if isinstance(part, float):
+            _, digits, exponent = Decimal(repr(part)).as_tuple()
+            if int("".join(map(str, digits))) > EXACT or abs(int(exponent)) > MAX_EXPONENT:
+                return True
         waiting += _children(part)
     return False

@@ -150,6 +150,8 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ({"anyOf": {"type": "string"}}, "#/anyOf", "list of schemas"),
     ({"const": 2**53 + 1}, "#/const", "not enforced exactly"),
     ({"enum": [1, {"deep": [2**70]}]}, "#/enum", "not enforced exactly"),
+    ({"const": 3.8062180036285414e-23}, "#/const", "not enforced exactly"),
+    ({"enum": [0.5, 123456789.12345679]}, "#/enum", "not enforced exactly"),
     ({"type": "integer", "minimum": 2**60}, "#/minimum", "not enforced exactly"),
     ({"type": "integer", "minimum": 10**400}, "#/minimum", "not enforced exactly"),
     ({"type": "integer", "exclusiveMaximum": -(10**400)}, "#/exclusiveMaximum", "not enforced exactly"),
