@@ -50,7 +50,7 @@ class Running:
 
     @property
     def models(self) -> list[str]:
-        return self.forwarder.table.names()
+        return [name for name, _ in self.forwarder.table.names()]
 
     def reload(self, text: str) -> None:
         self.path.write_text(text)
