@@ -145,7 +145,7 @@ async def test_a_backend_that_is_lost_with_two_steps_under_way_ends_all_requests
             return super().execute(batch)
 
     async with serving(Losing(can_run_ahead=True, max_model_len=128)) as engine:
-        with pytest.raises(EngineError, match="a process that computes the model is gone"):
+        with pytest.raises(EngineError, match="a process or device that computes the model is gone"):
             await tokens_of(engine, "hello")
 
         assert not engine.is_running
