@@ -128,8 +128,7 @@ async def test_what_is_no_answer_is_an_error_of_one_line(raw_url: Callable[[byte
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:1", f"{'x' * 70}.invalid"], ids=["nobody", "no name"])
-async def test_an_upstream_that_cannot_be_reached_is_an_error(host: str) -> None:
-    async with UpstreamClient(make_upstream(f"http://{host}"), 5) as client:
+async def test_an_upstream_that_cannot_be_reached_is_an_error() -> None:
+    async with UpstreamClient(make_upstream("http://127.0.0.1:1"), 5) as client:
         with pytest.raises(UpstreamError):
             await client.status("/m")
