@@ -23,9 +23,10 @@ class ReplyFormat(msgspec.Struct, frozen=True):
 
 
 def find_reply_format(chat_format: ChatFormat, tool_parser: str, reasoning_parser: str) -> ReplyFormat:
-    """The format by the names of the config: `auto` finds it from the template, `none` leaves the text unchanged.
+    """The format that the options `tool_parser` and `reasoning_parser` name.
 
-    Hermes' format is the default: for a template without tools, or with calls in an unknown format.
+    `auto` finds it from the chat template, `none` leaves the text unchanged. If the template has no tools, or writes
+    calls in an unknown format, `auto` takes Hermes' format.
     """
     calls: type[ToolCallParser] | None = None
     if tool_parser in PARSERS:

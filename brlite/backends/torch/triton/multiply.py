@@ -65,7 +65,7 @@ class Matrix:
 
     @property
     def stride(self) -> int:
-        """The distance between two outputs in `values`, in numbers. With groups: between two groups, in outputs."""
+        """Without groups: the numbers in `values` from one output to the next. With groups: the outputs of a group."""
         return self.values.stride(0) if self.scales is None else self.scales.stride(0)
 
     @property
