@@ -70,10 +70,8 @@ class RequestQueue(dict[str, RequestState]):
                 states.append(state)
         if not states:
             return []
-        text, seconds = (
-            f"the request waited in the queue for more than {limit:g} seconds (limits.max_wait_seconds)",
-            self._retry_after_seconds(),
-        )
+        text = f"the request waited in the queue for more than {limit:g} seconds (limits.max_wait_seconds)"
+        seconds = self._retry_after_seconds()
         return [(state, QueueTimeout(text, retry_after_seconds=seconds)) for state in states]
 
     def _retry_after_seconds(self) -> int:
