@@ -48,6 +48,7 @@ CHAT_BODIES = {
 PYTHON_NOT_RUN_HERE = {
     "http-api-1": "tests/server/test_responses.py runs it",
     "http-api-2": "tests/server/test_messages.py runs it",
+    "structured-output-1": "tests/server/test_structured_output.py runs it",
 }
 SHELL_EXAMPLES = {
     f"{name}-{number}": code

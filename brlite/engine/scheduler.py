@@ -19,7 +19,7 @@ from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
 
-# For the decision whether the draft model computes the tokens of a sequence that it lacks.
+# A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
 FEW_TOKENS = 8  # up to so many missing tokens add almost no cost to the step of the first guess
 EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 

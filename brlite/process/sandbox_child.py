@@ -111,6 +111,6 @@ def _send(data: bytes) -> None:
 if __name__ == "__main__":
     try:
         _PARENT = [os.pidfd_open(os.getppid())]
-    except (AttributeError, OSError):  # another kernel, or a parent in another namespace of processes
+    except (AttributeError, OSError):  # before Linux 5.3, or the parent is in another PID namespace
         _PARENT = []
     _serve()

@@ -143,7 +143,7 @@ def _owner(exchange: Exchange) -> ResponseOwner:
 
 
 def _told_id(exchange: Exchange) -> str | None:
-    """The id of the response that an exchange relays or has relayed. None if it is not stored, or not known."""
+    """The id of the relayed response object. None if its `store` is false, or no valid id has been seen yet."""
     for part in () if exchange.attempt is None else exchange.attempt.seen_by_now.parts:
         try:
             told = _TOLD.decode(part)

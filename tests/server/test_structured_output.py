@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.fakes import EOS
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -136,6 +141,19 @@ async def test_openais_client_parses_a_pydantic_model(client: Client):
         )
 
     assert Trip.model_validate_json(completion.choices[0].message.content or "").visits >= 1
+
+
+async def test_the_example_of_the_page_runs(client: Client) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "structured-output.md").read_text(encoding="utf-8")
+    section = page.split("## With the `openai` package")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code = example.replace("http://127.0.0.1:8000", client.url).replace("my-model", MODEL)
+
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
+    printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+
+    assert process.returncode == 0
+    assert re.fullmatch(rb"\{'city': .+, 'is_capital': (True|False)\}\nname=.+ is_capital=(True|False)\n", printed)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
