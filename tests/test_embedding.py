@@ -265,7 +265,7 @@ def test_another_event_loop_is_told_at_once_which_one_the_engine_belongs_to(fold
             return [output async for output in engine.generate("x", GREEDY)]
         engine = asyncio.run(load())
         refused(lambda: asyncio.run(collect(engine)), RuntimeError, "which is closed")
-        refused(lambda: asyncio.run(engine.encode("x")), RuntimeError, "event loop")
+        refused(lambda: asyncio.run(engine.prompts.encode("x")), RuntimeError, "event loop")
         refused(lambda: asyncio.run(engine.start()), RuntimeError, "event loop")
         refused(lambda: asyncio.run(engine.wait_idle()), RuntimeError, "event loop")
         asyncio.run(engine.close())

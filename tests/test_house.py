@@ -64,6 +64,7 @@ MAY_BE_ASYNC = (
     "proxy",
     "engine.async_engine",
     "engine.fair_thread",
+    "engine.prompt_encoder",
     "app",
     "llm",
     "ray_serve",

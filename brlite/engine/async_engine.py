@@ -13,34 +13,31 @@ import logging
 import uuid
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
-from brlite.engine.admission import context_length, prompt_too_long, read_token_ids
+from brlite.engine.admission import read_token_ids
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, CanRunAhead, StepResult, close_dropped
-from brlite.engine.bad_words import TokenIds
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.guidance import StepGuidance
 from brlite.engine.outputs import RequestOutput
+from brlite.engine.prompt_encoder import PromptEncoder
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
-from brlite.tokenizer import NO_EXTRAS, TemplateExtras
-from brlite.tokenizer.infill import InfillText
 
 logger = logging.getLogger(__name__)
 
 LOST = "a process or device that computes the model is gone; the request was not completed"
 RETRY_SECONDS = 5  # Retry-After of a request to an engine that does not run
 _NO_COMPLETION = SamplingParams()
-LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
 class BegunStep(NamedTuple):
@@ -68,7 +65,7 @@ class EngineLoop:
         self.scoring_head = engine.scoring_head
         self.running = engine.running
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
-        self._encoder = FairThread("brlite-encode", stopping)  # starts with the first chat or long text
+        self.prompts = PromptEncoder(engine, self._check_loop)
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
@@ -178,94 +175,6 @@ class EngineLoop:
         self._engine.abort(request_id)
         self._wake.set()
 
-    async def encode(
-        self,
-        text: str,
-        *,
-        add_special_tokens: bool = True,
-        param: str = "prompt",
-        is_bounded: bool = True,
-        num_further: int = 1,
-        tenant: str = "",
-    ) -> list[int]:
-        """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
-
-        Tenants share that thread in turns.
-        With `is_bounded` it raises `PromptTooLong` before encoding if even the fewest tokens that the text can have,
-        and `num_further` more, do not fit.
-        """
-        self._check_loop()
-        if is_bounded:
-            self._check_length(text, param, num_further)
-        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        return await self._encoder.run(tenant, encode) if len(text) > LONG_TEXT else encode()
-
-    async def encode_infill(
-        self, text: InfillText, *, add_special_tokens: bool = True, is_bounded: bool = True, tenant: str = ""
-    ) -> list[int]:
-        """Token ids of a fill-in-the-middle prompt; otherwise as `encode`."""
-        self._check_loop()
-        whole = "".join((text.before, text.after, text.start, *(part for file in text.files for part in file)))
-        if is_bounded:
-            self._check_length(whole, "prompt", 1)
-        encode = functools.partial(self.tokenizer.encode_infill, text, add_special_tokens=add_special_tokens)
-        return await self._encoder.run(tenant, encode) if len(whole) > LONG_TEXT else encode()
-
-    async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        add_special_tokens: bool = False,
-        extras: TemplateExtras = NO_EXTRAS,
-        is_bounded: bool = True,
-        tenant: str = "",
-    ) -> list[int]:
-        """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`.
-
-        Even a short chat is rendered on another thread: a template may run until its time limit.
-        """
-        self._check_loop()
-
-        def render_and_encode() -> list[int]:
-            text = self.tokenizer.render_chat(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                extras=extras,
-            )
-            if is_bounded:
-                self._check_length(text, "messages", 1)
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, param="messages")
-
-        return await self._encoder.run(tenant, render_and_encode)
-
-    async def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        extras: TemplateExtras = NO_EXTRAS,
-        tenant: str = "",
-    ) -> str:
-        """The text that `encode_chat` encodes, rendered as there."""
-        self._check_loop()
-        render = functools.partial(
-            self.tokenizer.render_chat,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            extras=extras,
-        )
-        return str(await self._encoder.run(tenant, render))  # a plain str: without the marks of control tokens
-
-    async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
-        """The text of tokens, with special tokens. Many tokens are decoded on another thread."""
-        decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
-        return await self._encoder.run(tenant, decode) if len(token_ids) > LONG_TEXT else decode()
-
     async def compile(self, wish: StructuredOutput | None, *, tenant: str = "") -> Grammar | None:
         """The grammar of `SamplingParams.structured`, for `Request.grammar`.
 
@@ -276,12 +185,6 @@ class EngineLoop:
             return None
         self._check_loop()
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
-
-    async def encode_bad_words(self, params: SamplingParams, *, tenant: str = "") -> tuple[TokenIds, ...] | None:
-        """The tokens of `params.bad_words`, for `Request.bad_words`, encoded on another thread. Raises as `encode`."""
-        if not params.bad_words:
-            return None
-        return await self._encoder.run(tenant, functools.partial(self._engine.encode_bad_words, params))
 
     async def generate(
         self,
@@ -302,14 +205,14 @@ class EngineLoop:
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=await self.encode(prompt, tenant=tenant)
+            prompt_token_ids=await self.prompts.encode(prompt, tenant=tenant)
             if isinstance(prompt, str)
             else read_token_ids(prompt),
             params=params,
             cache_salt=cache_salt,
             tenant=tenant,
             grammar=await self.compile(params.structured, tenant=tenant),
-            bad_words=await self.encode_bad_words(params, tenant=tenant),
+            bad_words=await self.prompts.encode_bad_words(params, tenant=tenant),
         )
         stream = OutputStream()
         self.submit(request, stream.put)
@@ -349,7 +252,7 @@ class EngineLoop:
             request = Request(
                 request_id=f"{prefix}-{number}",
                 prompt=text,
-                prompt_token_ids=await self.encode(text, param=param, num_further=0, tenant=tenant)
+                prompt_token_ids=await self.prompts.encode(text, param=param, room=0, tenant=tenant)
                 if text is not None
                 else read_token_ids(prompt),
                 params=_NO_COMPLETION,
@@ -431,12 +334,12 @@ class EngineLoop:
             backend.close()
         self._thread.shutdown(wait=False)
         self._masks.shutdown(wait=False)
-        self._encoder.close()
+        self.prompts.close()
         self._compiler.close()
 
     async def _close(self) -> None:
         self._finalizer.detach()
-        self._encoder.close()
+        self.prompts.close()
         self._compiler.close()
         if self._task is not None:
             self._task.cancel()
@@ -451,12 +354,6 @@ class EngineLoop:
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)
-
-    def _check_length(self, text: str, param: str, num_further: int) -> None:
-        """Raise `PromptTooLong` for a text that is too long even with the fewest tokens that it can have."""
-        fewest = self.tokenizer.fewest_tokens(text)
-        if fewest > context_length(self.info) - num_further:
-            raise prompt_too_long(fewest, self.info, param=param, at_least="at least ", num_further=num_further)
 
     async def _run(self) -> None:
         while True:

@@ -96,12 +96,11 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
             await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
-            token_ids = await engine.encode(
+            token_ids = await engine.prompts.encode(
                 item.text,
                 add_special_tokens=item.add_special_tokens,
                 param=name,
-                is_bounded=truncator.is_off,
-                num_further=0,
+                room=truncator.room,
                 tenant=tenant,
             )
         else:

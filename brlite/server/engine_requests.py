@@ -47,7 +47,7 @@ async def make_requests(
     grammar = None
     if call.params.structured is not None and replies is None:
         grammar = await engine.compile(call.params.structured, tenant=tenant)
-    bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
+    bad_words = await engine.prompts.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
     params = call.params if call.params.best_of is None else call.params.for_all_answers()
     first, infill = call.prompts[0], engine.tokenizer.infill
     if isinstance(first, Infill) and infill is not None:  # then all prompts are of this type
@@ -63,7 +63,7 @@ async def make_requests(
         if isinstance(prompt, Chat) and any((*_template_fields(prompt), spec.chat_template_kwargs)):
             extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
             warnings += ignored
-        token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)
+        token_ids = await encode(prompt, engine, tenant, extras=extras, room=1 if call.truncation is None else None)
         if call.truncation is not None:
             kept = _truncated(token_ids, call, call.truncation, engine)
             if len(kept) < len(token_ids):
@@ -134,27 +134,27 @@ async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoo
 
 
 async def encode(
-    prompt: Prompt, engine: EngineLoop, tenant: str, *, extras: TemplateExtras = NO_EXTRAS, is_bounded: bool
+    prompt: Prompt, engine: EngineLoop, tenant: str, *, extras: TemplateExtras = NO_EXTRAS, room: int | None
 ) -> list[int]:
-    """The token ids of a prompt. If `is_bounded`, raises `PromptTooLong` for a long prompt before it is encoded."""
+    """The token ids of a prompt. `room` and errors are as in `PromptEncoder`."""
     if isinstance(prompt, Chat):
-        return await engine.encode_chat(
+        return await engine.prompts.encode_chat(
             prompt.messages,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
             add_special_tokens=prompt.add_special_tokens,
             extras=extras,
-            is_bounded=is_bounded,
+            room=room,
             tenant=tenant,
         )
     if isinstance(prompt, Text):
-        return await engine.encode(
-            prompt.text, add_special_tokens=prompt.add_special_tokens, is_bounded=is_bounded, tenant=tenant
+        return await engine.prompts.encode(
+            prompt.text, add_special_tokens=prompt.add_special_tokens, room=room, tenant=tenant
         )
     if isinstance(prompt, Infill):
         text = InfillText(prompt.before, prompt.after, prompt.start, prompt.files)
-        return await engine.encode_infill(
-            text, add_special_tokens=prompt.add_special_tokens, is_bounded=is_bounded, tenant=tenant
+        return await engine.prompts.encode_infill(
+            text, add_special_tokens=prompt.add_special_tokens, room=room, tenant=tenant
         )
     return prompt.token_ids
 

@@ -89,7 +89,7 @@ async def _encode_pairs(
 
     async def encode(text: str, name: str) -> list[int]:
         await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
-        token_ids = await engine.encode(text, param=name, is_bounded=truncator.is_off, num_further=0, tenant=tenant)
+        token_ids = await engine.prompts.encode(text, param=name, room=truncator.room, tenant=tenant)
         return truncator.shorten(token_ids)
 
     firsts = [await encode(text, name) for text, name in zip(call.firsts, call.first_names, strict=True)]
@@ -105,11 +105,11 @@ async def _encode_with_template(
 ) -> tuple[list[list[int]], list[str]]:
     """As `_encode_pairs`. Only the second text is truncated: the template and the first text must fit."""
     truncator = Truncator(call.truncation, engine)
-    tail = await engine.encode(template.tail(), num_further=0, tenant=tenant)
+    tail = await engine.prompts.encode(template.tail(), room=0, tenant=tenant)
     heads = []
     for text, name in zip(call.firsts, call.first_names, strict=True):
         await asyncio.sleep(0)
-        heads.append(await engine.encode(template.head(text), param=name, num_further=0, tenant=tenant))
+        heads.append(await engine.prompts.encode(template.head(text), param=name, room=0, tenant=tenant))
         if not truncator.is_off and len(heads[-1]) + len(tail) >= truncator.num_kept:
             raise InvalidRequest(
                 f"{name} has with the template {len(heads[-1]) + len(tail)} tokens, which leaves no room for a second "
@@ -121,7 +121,7 @@ async def _encode_with_template(
         index = number if len(heads) > 1 else 0
         await asyncio.sleep(0)
         prompt = template.fill(call.firsts[index], text)
-        token_ids = await engine.encode(prompt, param=name, is_bounded=truncator.is_off, num_further=0, tenant=tenant)
+        token_ids = await engine.prompts.encode(prompt, param=name, room=truncator.room, tenant=tenant)
         num_first = _num_equal(heads[index], token_ids)
         num_last = _num_equal(reversed(tail), reversed(token_ids))
         prompts.append(truncator.truncate_between(token_ids, f"the pair of {name}", num_first, num_last))

@@ -46,7 +46,7 @@ async def tokenize(request: web.Request) -> web.Response:
         extras, ignored = NO_EXTRAS, list[str]()
         if isinstance(call.prompt, Chat):
             extras, ignored = template_extras(call.prompt, engine.tokenizer.chat_format, model.spec)
-        tokens = await encode(call.prompt, engine, tenant, extras=extras, is_bounded=False)
+        tokens = await encode(call.prompt, engine, tenant, extras=extras, room=None)
         texts = {}
         if call.names_tokens or call.has_pieces:
             texts = {token_id: token_text(token_id, engine.tokenizer) for token_id in set(tokens)}
@@ -72,7 +72,7 @@ async def detokenize(request: web.Request) -> web.Response:
     with admit(request, body.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.decode(body.tokens, tenant=tenant)
+        text = await engine.prompts.decode(body.tokens, tenant=tenant)
     return json_response(DetokenizeAnswer(text, text, warnings or UNSET))
 
 
@@ -154,7 +154,7 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         try:
             extras, _ = template_extras(chat, engine.tokenizer.chat_format, model.spec)
-            return len(await encode(chat, engine, tenant, extras=extras, is_bounded=False))
+            return len(await encode(chat, engine, tenant, extras=extras, room=None))
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
 
@@ -164,10 +164,10 @@ async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, te
     if isinstance(prompt, Text):
         return prompt.text, []
     if not isinstance(prompt, Chat):  # an infill or token ids: decode them
-        token_ids = await encode(prompt, engine, tenant, is_bounded=False)
-        return await engine.decode(token_ids, tenant=tenant), []
+        token_ids = await encode(prompt, engine, tenant, room=None)
+        return await engine.prompts.decode(token_ids, tenant=tenant), []
     extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, model.spec)
-    text = await engine.render_chat(
+    text = await engine.prompts.render_chat(
         prompt.messages,
         add_generation_prompt=prompt.add_generation_prompt,
         continue_final_message=prompt.continue_final_message,

@@ -17,6 +17,7 @@ class Truncator:
 
     def __init__(self, truncation: Truncation | None, engine: EngineLoop) -> None:
         self.is_off = truncation is None
+        self.room = 0 if truncation is None else None  # for `PromptEncoder`
         self.num_kept = context_length(engine.info)
         self._keeps_start = truncation is not None and truncation.keeps_start
         if truncation is not None and truncation.num_tokens is not None:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from brlite.config.options import EngineConfig, LimitsConfig
-from brlite.engine.async_engine import LONG_TEXT, EngineLoop
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
+from brlite.engine.prompt_encoder import LONG_TEXT
 from brlite.errors import EngineError, InvalidRequest, NotReady
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
@@ -186,7 +187,7 @@ async def test_a_long_text_is_encoded_on_a_thread_that_ends_with_the_engine() ->
     threads_before = set(threading.enumerate())
 
     async with running(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT) as (engine, _):
-        token_ids = await engine.encode("x" * (LONG_TEXT + 1))
+        token_ids = await engine.prompts.encode("x" * (LONG_TEXT + 1))
 
     assert len(token_ids) == LONG_TEXT + 1
     for thread in set(threading.enumerate()) - threads_before:
@@ -215,7 +216,7 @@ async def test_a_closed_engine_encodes_no_long_text() -> None:
     async with running(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT) as (engine, _):
         await engine.close()
         with pytest.raises(NotReady):
-            await engine.encode("x" * (LONG_TEXT + 1))
+            await engine.prompts.encode("x" * (LONG_TEXT + 1))
 
 
 async def test_a_text_that_is_encoded_while_the_engine_closes_is_no_bad_request() -> None:
@@ -234,7 +235,7 @@ async def test_a_text_that_is_encoded_while_the_engine_closes_is_no_bad_request(
 
     backend, tokenizer = FakeBackend(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT), Dying()
     async with EngineLoop(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend) as engine:
-        encoding = asyncio.create_task(engine.encode("x" * (LONG_TEXT + 1)))
+        encoding = asyncio.create_task(engine.prompts.encode("x" * (LONG_TEXT + 1)))
         await asyncio.to_thread(tokenizer.has_begun.wait, 60)
 
     with pytest.raises(NotReady):

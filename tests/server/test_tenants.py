@@ -13,9 +13,10 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec, ServerConfig
-from brlite.engine.async_engine import LONG_TEXT, EngineLoop
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
+from brlite.engine.prompt_encoder import LONG_TEXT
 from brlite.errors import EngineError, InvalidRequest, NotReady, QueueFull
 from brlite.http.listen import HttpServer
 from brlite.server.load_state import LoadState
