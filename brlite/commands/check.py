@@ -19,6 +19,7 @@ from brlite.backends.draft import check_draft
 from brlite.backends.sizes import Sizes, find_model, known_sizes, measure, with_draft
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
+from brlite.commands.given_config import is_model
 from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, EngineConfig, ModelSpec, ProxyConfig
 from brlite.config.proxy_files import load_proxy_config
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.config:
         raise ConfigError("check: name a FILE to check, or give --schema")
+    if models := [path for path in args.config if is_model(path)]:
+        raise ConfigError(f"{models[0]} is no config file; a model and its memory: brlite tune {models[0]}")
     return check(*args.config, dial=args.dial, is_offline=args.offline)
 
 

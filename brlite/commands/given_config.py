@@ -41,11 +41,7 @@ def given_config(args: argparse.Namespace) -> Config:
     Raises `ConfigError`, also for a valid config that this version cannot serve.
     """
     path = args.config or find_own_config()
-    if path and (
-        path.is_dir()
-        or path.suffix in MODEL_SUFFIXES
-        or (not path.exists() and path.suffix not in (".toml", ".json") and may_be_a_name(str(path)))
-    ):
+    if path and is_model(path):
         raise ConfigError(f"{path} is no config file; a model is given by --model {path}")  # as in `vllm serve MODEL`
     config = load_config(path) if path else Config()
     config = override(config, {**overrides(args), **model_override(args.model), **engine_override(args.engine)})
@@ -61,6 +57,12 @@ def given_config(args: argparse.Namespace) -> Config:
     config = override(config, more)
     check_supported(config)
     return config
+
+
+def is_model(path: Path) -> bool:
+    """Whether what stands where a config is expected is a model: a folder, a file of weights or a name on a hub."""
+    is_name = not path.exists() and path.suffix not in (".toml", ".json") and may_be_a_name(str(path))
+    return path.is_dir() or path.suffix in MODEL_SUFFIXES or is_name
 
 
 def find_own_config() -> Path | None:

@@ -137,6 +137,8 @@ FLAGS = [
     ("check", "name a FILE to check"),
     ("check absent.toml", "absent.toml"),
     ("check notes.txt", "ends in .toml or .json"),
+    ("check m.gguf", "brlite tune m.gguf"),
+    ("check model", "brlite tune model"),
     ("check broken.toml", "broken.toml"),
     ("check wrong.toml", "did you mean server?"),
     ("serve absent.toml", "absent.toml"),
@@ -217,7 +219,7 @@ def test_a_wrong_command_says_in_three_lines_what_to_do(
         (model_convert, "", "required: --model_name"),
         (model_convert, "--model_name m --model_dir absent --output_dir out", "absent"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_the_manuals_commands_do_as_well(run: object, line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = status_of(run, line.split())
