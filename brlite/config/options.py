@@ -35,23 +35,11 @@ TorchKernels = Literal["auto", "triton", "eager"]
 STEP_TOKENS = 128  # default for backends without a preferred number
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
+JsonCalls = Literal["hermes", "llama3_json", "xlam", "granite", "phi4_mini", "functools", "nemotron", "tool_calls"]
+NamedCalls = Literal["functionary", "functionary_32", "deepseek", "deepseek_v31", "kimi", "chatglm", "harmony"]
+TaggedCalls = Literal["qwen3_coder", "seed_oss", "minimax_m2", "glm4_moe", "pythonic", "lfm2", "olmo3"]
 ToolParserName = Literal[
-    "auto",
-    "none",
-    "hermes",
-    "llama3_json",
-    "pythonic",
-    "lfm2",
-    "mistral",
-    "mistral_args",
-    "granite",
-    "chatglm",
-    "deepseek",
-    "deepseek_v31",
-    "qwen3_coder",
-    "glm4_moe",
-    "kimi",
-    "harmony",
+    "auto", "none", JsonCalls, "internlm", "command", "mistral", "mistral_args", NamedCalls, TaggedCalls
 ]
 ReasoningParserName = Literal["auto", "none", "think", "mistral", "seed", "command", "kimi", "reasoning"]
 Forwarded = Literal["off", "append", "set"]

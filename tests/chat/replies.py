@@ -147,6 +147,85 @@ CASES = (
         "Ok.",
         (WEATHER, NOW),
     ),
+    ReplyCase("hermes", f'<tool_call>[{{"name": "get_weather", "arguments": {_JSON}}}]</tool_call>', "", (WEATHER,)),
+    ReplyCase(
+        "xlam",
+        f'[{{"name": "get_weather", "arguments": {_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase("xlam", 'I look.<tool_call>[{"name": "now", "arguments": {}}]</tool_call>', "I look.", (NOW,)),
+    ReplyCase("xlam", "[1, 2] is a list", "[1, 2] is a list", ()),
+    ReplyCase(
+        "phi4_mini",
+        f'<|tool_call|>[{{"name": "get_weather", "arguments": {_JSON}}}]<|/tool_call|>'
+        '<|tool_call|>{"name": "now"}<|/tool_call|>',
+        "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase("functools", 'functools[{"name": "now", "arguments": {}}]', "", (NOW,)),
+    ReplyCase(
+        "nemotron",
+        f'Ok.\n\n<TOOLCALL>[{{"name": "get_weather", "arguments": {_JSON}}}, {{"name": "now"}}]</TOOLCALL>',
+        "Ok.",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "tool_calls",
+        f'\n<tool_calls>[\n{{"name": "get_weather", "arguments": {_JSON}, "id": "1"}}, {{"name": "now"}}\n]'
+        "</tool_calls>",
+        "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "tool_calls",
+        f'<tool_calls>\n{{"name": "get_weather", "arguments": {_JSON}}}\n{{"name": "now"}}\n</tool_calls>',
+        "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "internlm",
+        f'Ok.<|action_start|><|plugin|>\n{{"name": "get_weather", "parameters": {_JSON}}}<|action_end|>',
+        "Ok.",
+        (WEATHER,),
+    ),
+    ReplyCase(
+        "command",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
+        f'{_JSON}}},\n    {{"tool_call_id": "1", "tool_name": "now", "parameters": {{}}}}\n]<|END_ACTION|>',
+        "",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "functionary",
+        f"Ok. <function=get_weather>{_JSON}</function>\n<function=now>{{}}</function>",
+        "Ok.",
+        (WEATHER, NOW),
+    ),
+    ReplyCase("functionary_32", f"get_weather\n{_JSON}\n>>>now\n{{}}", "", (WEATHER, NOW)),
+    ReplyCase("functionary_32", "all\nI look.>>>now\n{}", "I look.", (NOW,)),
+    ReplyCase("functionary_32", "all\nnow >>> then", "now >>> then", ()),
+    ReplyCase(
+        "seed_oss",
+        '<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris, "FR" 水</parameter>\n'
+        "<parameter=days>2</parameter>\n<parameter=zip>12</parameter>\n</function>\n</seed:tool_call>",
+        "",
+        (WEATHER,),
+    ),
+    ReplyCase(
+        "minimax_m2",
+        'Ok.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris, "FR" 水</parameter>\n'
+        '<parameter name="days">2</parameter>\n<parameter name="zip">12</parameter>\n</invoke>\n<invoke name="now">\n'
+        "</invoke>\n</minimax:tool_call>",
+        "Ok.",
+        (WEATHER, NOW),
+    ),
+    ReplyCase(
+        "olmo3",
+        "Ok.<function_calls>\nget_weather(city='Paris, \"FR\" 水', days=2, zip='12')\nnow()\n</function_calls>",
+        "Ok.",
+        (WEATHER, NOW),
+    ),
     ReplyCase(
         "harmony",
         "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant<|channel|>commentary<|message|>Wait."

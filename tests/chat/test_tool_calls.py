@@ -111,6 +111,11 @@ def test_ids_of_mistral_have_nine_characters_and_others_openais_form() -> None:
         ("qwen3_coder", "<tool_call><function=now><parameter=a>1</function></tool_call>"),
         ("glm4_moe", "<tool_call>now<arg_key>a</tool_call>"),
         ("harmony", "<|channel|>commentary to=functions.now<|message|>now"),
+        ("nemotron", '<TOOLCALL>[{"name": "rm"}]</TOOLCALL>'),
+        ("internlm", "<|action_start|><|interpreter|>\nprint(5)<|action_end|>"),
+        ("functionary", "<function=now>no JSON</function>"),
+        ("seed_oss", "<seed:tool_call><function=now><parameter=a>1</seed:tool_call>"),
+        ("olmo3", "<function_calls>\nnow(1)\n</function_calls>"),
     ],
 )
 def test_a_call_that_does_not_parse_is_content_with_a_warning(name: str, text: str) -> None:
@@ -188,6 +193,20 @@ def test_a_long_reply_takes_time_in_proportion_to_its_length() -> None:
         ("only with <|tool_call|> followed by a JSON list", "granite"),
         ("List of tools: [{{ '<|im_start|>' }}", "lfm2"),
         ("<|tool_call_start|>[", "lfm2"),
+        ("<TOOLCALL>[", "nemotron"),
+        ("<tool_calls>[", "tool_calls"),
+        ("<|action_start|><|plugin|>", "internlm"),
+        ("system name=<|plugin|>", "internlm"),
+        ("<|START_ACTION|>", "command"),
+        ("<|tool_call|>{<|/tool_call|>", "phi4_mini"),
+        ("<|tool|>{{ tool }}<|/tool|>", "phi4_mini"),
+        ("formatted as functools[{", "functools"),
+        ("calls in a single JSON array: [{'name': 'tool_call_name'", "xlam"),
+        ('<function=example_function_name>{"example_name"', "functionary"),
+        (">>>${recipient}\\n${content}", "functionary_32"),
+        ("<seed:tool_call><function=f><parameter=a>", "seed_oss"),
+        ('<minimax:tool_call><invoke name="', "minimax_m2"),
+        ("<functions><function_calls>", "olmo3"),
     ],
 )
 def test_the_format_is_chosen_from_the_template(sign: str, name: str) -> None:

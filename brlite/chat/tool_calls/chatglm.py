@@ -1,6 +1,6 @@
-"""ChatGLM3 and GLM-4: the first line of the reply is a tool's name.
+"""ChatGLM3, GLM-4 and Functionary 3.2: the first line of the reply is a tool's name, and the arguments follow.
 
-Then GLM-4 writes a JSON object, ChatGLM3 the code ``tool_call(a=1)`` in a fence.
+They are a JSON object; ChatGLM3 writes the code ``tool_call(a=1)`` in a fence.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from brlite.chat.tool_calls.pythonic import keyword_arguments
 from brlite.chat.tool_calls.source import BrokenCall, Step
 from brlite.chat.tools import Tool
 
-MARK = "<|assistant|>"  # before each further call
 FENCE = "```"
 
 
 class ChatGlmParser(ToolCallParser):
-    """If the first line is not a tool's name, it is plain text."""
+    """If the first line is not a tool's name, it is plain text. `separator` stands before each further call."""
 
     name = "chatglm"
-    marks = (MARK,)
+    marks = ("<|assistant|>",)
+    separator = marks[0]
+    is_leading = True
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
-        return CallGrammar(trigger="", begin=f"{tool.name}\n", end="", separator=MARK, is_leading=True)
+        return cls.enclosed(f"{tool.name}\n", "")
 
     def read_reply(self) -> Step[None]:
         yield from self._call(self._named(), self._source.at, is_marked=False)
-        while (yield from self._source.until((MARK,), self._content)):
-            yield from self._call(self._named(), self._source.at - len(MARK), is_marked=False)
+        while (yield from self._source.until((self.separator,), self._content)):
+            yield from self._call(self._named(), self._source.at - len(self.separator), is_marked=False)
 
     def _named(self) -> Step[None]:
         source = self._source
@@ -49,3 +50,15 @@ class ChatGlmParser(ToolCallParser):
         self._begin(line.strip())
         yield from self._json_arguments()
         self._end()
+
+
+class Functionary32Parser(ChatGlmParser):
+    """Functionary 3.2. Text follows the name `all`. The mark before the first name ends the prompt."""
+
+    name = "functionary_32"
+    marks = (">>>",)
+    call_mark = separator = marks[0]
+
+    def read_reply(self) -> Step[None]:
+        yield from self._source.take("all\n")
+        yield from super().read_reply()

@@ -22,11 +22,11 @@ class HarmonyParser(ToolCallParser):
 
     name = "harmony"
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+    call_mark, marks_each, is_single = CHANNEL, True, True  # `<|call|>` ends a reply
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
-        begin = f"{CHANNEL}commentary to={RECIPIENT}{tool.name} {CONSTRAIN}json{MESSAGE}"
-        return CallGrammar(trigger=CHANNEL, begin=begin, end="", is_single=True)  # `<|call|>` ends a reply
+        return cls.enclosed(f"commentary to={RECIPIENT}{tool.name} {CONSTRAIN}json{MESSAGE}", "")
 
     def read_reply(self) -> Step[None]:
         source = self._source

@@ -49,8 +49,17 @@ class ToolCallParser:
     name: ClassVar[str]
     # Texts that mark calls. One that is a special token of the vocabulary must be kept in the text.
     marks: ClassVar[tuple[str, ...]] = ()
-    call_mark: ClassVar[str]  # the text before calls, for a format that does not override `read_reply`
     has_short_ids: ClassVar[bool] = False
+    # Calls are `call_mark`, the opening bracket, the calls with `separator` between them, the closing bracket,
+    # `end_mark`. With `marks_each`, marks and brackets enclose each call. With `is_leading`, calls at the beginning of
+    # a reply have no marks.
+    call_mark: ClassVar[str] = ""
+    end_mark: ClassVar[str] = ""
+    brackets: ClassVar[tuple[str, str]] = ("", "")
+    separator: ClassVar[str] = ""
+    marks_each: ClassVar[bool] = False
+    is_leading: ClassVar[bool] = False
+    is_single: ClassVar[bool] = False  # a reply has at most one call
 
     def __init__(self, tools: Sequence[Tool], *, max_calls: int = 2**31, streams_arguments: bool = False) -> None:
         """`tools` may be called. Further calls after `max_calls` are passed on as content."""
@@ -77,6 +86,26 @@ class ToolCallParser:
     def grammar(cls, tool: Tool) -> CallGrammar | None:
         """The grammar of a call of this tool. None if the format cannot express it."""
         raise NotImplementedError
+
+    @classmethod
+    def enclosed(cls, begin: str, end: str, parameters: Mapping[str, Any] | None = None) -> CallGrammar:
+        """The grammar of calls that `begin` and `end` enclose, within the marks and brackets of the class."""
+        opening, closing = cls.brackets
+        if not cls.is_leading:
+            opening, closing = cls.call_mark + opening, closing + cls.end_mark
+        if cls.marks_each:
+            begin, end, opening, closing = opening + begin, end + closing, "", ""
+        return CallGrammar(
+            trigger=cls.call_mark,
+            begin=begin,
+            end=end,
+            opening=opening,
+            separator=cls.separator,
+            closing=closing,
+            is_leading=cls.is_leading,
+            is_single=cls.is_single,
+            parameters=parameters,
+        )
 
     @classmethod
     def write(cls, calls: Sequence[tuple[str, str]]) -> list[str] | None:
@@ -114,7 +143,9 @@ class ToolCallParser:
         return events
 
     def read_reply(self) -> Step[None]:
-        """Read the whole reply: content, and calls after each `call_mark`."""
+        """Read the whole reply: content, and calls after each `call_mark`; with `is_leading`, at the beginning too."""
+        if self.is_leading:
+            yield from self._call(self._leading_calls(), self._source.at, is_marked=False)
         while (yield from self._source.until((self.call_mark,), self._content)):
             yield from self._call(self.read_calls(), self._source.at - len(self.call_mark))
 
@@ -196,13 +227,14 @@ class ToolCallParser:
 
     # Used by several formats.
 
-    def _expect_leading(self, *words: str) -> Step[None]:
-        """Raise `BrokenCall` unless the reply begins with one of the words. Consumes white space only.
+    def _leading_calls(self) -> Step[None]:
+        """Read calls without a mark. Raises `BrokenCall` unless the reply begins like one.
 
         With `streams_arguments` it must begin with the full text that the grammar of a call begins with.
         """
         source = self._source
         yield from source.spaces()
+        words: tuple[str, ...] = (self.brackets[0] or "{",)
         if self._streams_arguments:
             grammars = filter(None, map(self.grammar, self._tools.values()))
             words = tuple(grammar.opening + grammar.begin for grammar in grammars)
@@ -212,6 +244,7 @@ class ToolCallParser:
         if not word:
             raise BrokenCall("it is plain text")
         source.at = start
+        yield from self.read_calls()
 
     def _json_arguments(self) -> Step[None]:
         """Read the arguments: a JSON object, or a string that holds one. Nothing and null are `{}`."""
@@ -225,61 +258,6 @@ class ToolCallParser:
             yield from self._source.json_value(pieces.append)
             text = "".join(pieces)
             self._arguments("{}" if text in ("", "null") else text)
-
-    def _json_calls(self) -> Step[None]:
-        """Read a JSON list of calls. The bracket at its end may be missing."""
-        source = self._source
-        yield from source.expect("[")
-        yield from source.spaces()
-        yield from self._json_call()
-        yield from source.spaces()
-        while (yield from source.take(",")):
-            yield from source.spaces()
-            yield from self._json_call()
-            yield from source.spaces()
-        yield from source.take("]")
-
-    def _json_call(self) -> Step[None]:
-        """Read a call written as an object of `name` and `arguments` or `parameters`, in any order.
-
-        Other keys are ignored.
-        """
-        source = self._source
-        yield from source.expect("{")
-        name: str | None = None
-        arguments: str | None = None
-        has_arguments = False
-        yield from source.spaces()
-        while (yield from source.peek()) == '"':
-            key = yield from source.json_string()
-            yield from source.spaces()
-            yield from source.expect(":")
-            yield from source.spaces()
-            pieces: list[str] = []
-            if key == "name" and name is None:
-                name = yield from source.json_string()
-                self._begin(name)
-            elif key not in ("arguments", "parameters") or has_arguments:
-                yield from source.json_value(pieces.append)
-            elif name is not None:
-                yield from self._json_arguments()
-                has_arguments = True
-            else:
-                yield from source.json_value(pieces.append)
-                arguments, has_arguments = "".join(pieces), True
-            yield from source.spaces()
-            if not (yield from source.take(",")):
-                break
-            yield from source.spaces()
-        yield from source.expect("}")
-        if name is None:
-            raise BrokenCall("it has no name")
-        if arguments is not None:
-            value = parse_json(arguments)
-            self._arguments(value or "{}" if isinstance(value, str) else "{}" if value is None else arguments)
-        elif not has_arguments:
-            self._arguments("{}")
-        self._end()
 
 
 def _written_one_by_one(arguments: str, notation: Mapping[str, Any]) -> str:

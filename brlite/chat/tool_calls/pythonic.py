@@ -1,8 +1,4 @@
-"""Llama 3.2 and 4, LFM2: a list of Python calls, `[f(a=1, b="x"), g()]`.
-
-Llama's reply is such a list, which may be enclosed in `<|python_start|>` and `<|python_end|>`. LFM2 writes it between
-`<|tool_call_start|>` and `<|tool_call_end|>`. Arguments are literals; nothing is evaluated.
-"""
+"""Llama 3.2 and 4, LFM2, Olmo 3: Python calls, `[f(a=1, b="x"), g()]`. Arguments are literals; nothing is evaluated."""
 
 from __future__ import annotations
 
@@ -10,16 +6,11 @@ import json
 import re
 import string
 import sys
-from typing import ClassVar
-
-import msgspec
 
 from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
 from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step
 from brlite.chat.tools import Tool
 
-START, END = "<|python_start|>", "<|python_end|>"
-LFM2_START, LFM2_END = "<|tool_call_start|>", "<|tool_call_end|>"
 _WORD = re.compile(r"[\w.+-]*")
 _CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)
@@ -32,37 +23,24 @@ class PythonicParser(ToolCallParser):
     """Without the mark, a reply has calls only if it begins with such a list."""
 
     name = "pythonic"
-    marks = (START, END)
-    end_mark: ClassVar[str] = END
+    marks = ("<|python_start|>", "<|python_end|>")
+    call_mark, end_mark = marks
+    brackets, separator = ("[", "]"), ", "
+    is_leading = True
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar | None:
         if _WORD.fullmatch(tool.name) is None:
             return None
         parameters = {"begin": "{}=", "separator": ", ", "has_python_constants": True}
-        return CallGrammar(
-            trigger=START,
-            opening="[",
-            begin=f"{tool.name}(",
-            end=")",
-            separator=", ",
-            closing="]",
-            is_leading=True,
-            parameters=parameters,
-        )
+        return cls.enclosed(f"{tool.name}(", ")", parameters)
 
-    def read_reply(self) -> Step[None]:
+    def read_calls(self) -> Step[None]:
         source = self._source
-        yield from self._call(self._list(is_leading=True), source.at, is_marked=False)
-        while (yield from source.until((START,), self._content)):
-            yield from self._call(self._list(is_leading=False), source.at - len(START))
-
-    def _list(self, *, is_leading: bool) -> Step[None]:
-        source = self._source
-        if is_leading:
-            yield from self._expect_leading("[")
         yield from source.spaces()
-        yield from source.expect("[")
+        is_list = self.brackets[0] == "["
+        if is_list:
+            yield from source.expect("[")
         while True:
             yield from source.spaces()
             name = yield from word(source)
@@ -72,34 +50,32 @@ class PythonicParser(ToolCallParser):
             yield from keyword_arguments(source, self._arguments)
             self._end()
             yield from source.spaces()
-            if not (yield from source.take(",")):
+            if is_list and not (yield from source.take(",")):
                 break
-        yield from source.expect("]")
-        yield from source.spaces()
+            if not is_list and (yield from source.peek()) in ("", self.end_mark[0]):
+                break
+        if is_list:
+            yield from source.expect("]")
+            yield from source.spaces()
         yield from source.take_end(self.end_mark)
 
 
 class Lfm2Parser(PythonicParser):
-    """The list between marks, anywhere in a reply."""
+    """LFM2: the list between marks, anywhere in a reply."""
 
     name = "lfm2"
-    marks = (LFM2_START, LFM2_END)
-    call_mark = LFM2_START
-    end_mark = LFM2_END
+    marks = ("<|tool_call_start|>", "<|tool_call_end|>")
+    call_mark, end_mark = marks
+    is_leading = False
 
-    @classmethod
-    def grammar(cls, tool: Tool) -> CallGrammar | None:
-        grammar = super().grammar(tool)
-        if grammar is None:
-            return None
-        opening, closing = f"{LFM2_START}[", f"]{LFM2_END}"
-        return msgspec.structs.replace(grammar, trigger=LFM2_START, opening=opening, closing=closing, is_leading=False)
 
-    def read_reply(self) -> Step[None]:
-        return ToolCallParser.read_reply(self)
+class Olmo3Parser(PythonicParser):
+    """Olmo 3: a line for each call, between marks."""
 
-    def read_calls(self) -> Step[None]:
-        return self._list(is_leading=False)
+    name = "olmo3"
+    marks = ("<function_calls>", "</function_calls>")
+    call_mark, end_mark = marks
+    brackets, separator, is_leading = ("\n", "\n"), "\n", False
 
 
 def word(source: ReplySource) -> Step[str]:
