@@ -6,7 +6,7 @@ Its errors have the engine's field names; `in_client_words` replaces them by the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Annotated, Any
 
@@ -102,7 +102,6 @@ class Generation(Struct, frozen=True, kw_only=True):
     - `splits_reasoning`: a chat's reasoning is separate from its text; without `shows_reasoning` it is left out.
     - `unset`: the sampling parameters of `MODEL_DEFAULTS` that the client left out.
     - `timeout_seconds`: after this time an error ends the answer.
-    - `line_seconds`: the answer ends soon after the first line feed that comes so long after its first token.
     - `priority`: lower values are served first; None: the key's.
     - `is_strict`: the request is refused if there would be a warning.
     - `tells_token_ids`: the answer has the token ids of prompt and answer; `tells_prompt_logprobs`: the prompt's
@@ -130,11 +129,14 @@ class Generation(Struct, frozen=True, kw_only=True):
     shows_reasoning: bool = True
     unset: tuple[str, ...] = ()
     timeout_seconds: float | None = None
-    line_seconds: float | None = None
     priority: int | None = None
     is_strict: bool = False
     tells_token_ids: bool = False
     tells_prompt_logprobs: bool = False
+
+    def text_end(self) -> Callable[[str], bool] | None:
+        """A function of one answer's text that is called with each piece of it. True: the generation ends there."""
+        return None
 
 
 def refuse_warnings(warnings: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ out, with a warning.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -81,13 +82,49 @@ class InfillRequest(StructuredFields, kw_only=True):
 
 
 class InfillGeneration(Generation, frozen=True, kw_only=True):
-    """The answer ends before a line that begins with fewer than `indent` blanks and tabs.
+    """The answer ends before a line that begins with fewer than `indent` blanks and tabs, and after the first line feed
+    that comes more than `line_seconds` after its first token.
 
     A response that is not streamed, and the last chunk of a stream, have only the fields of `shown`; empty: all.
     """
 
     indent: int = 0
+    line_seconds: float | None = None
     shown: tuple[str, ...] = ()
+
+    def text_end(self) -> LineEnd | None:
+        return LineEnd(self.indent, self.line_seconds) if self.indent or self.line_seconds is not None else None
+
+
+class LineEnd:
+    """Finds the line that an answer of an `InfillGeneration` ends with. It is called with each piece of the text."""
+
+    def __init__(self, indent: int, seconds: float | None) -> None:
+        # A line feed and too few blanks before another character.
+        self._outdent = re.compile(rf"\n[ \t]{{0,{indent - 1}}}(?=[^ \t])") if indent else None
+        self._last_line = ""  # with `_outdent`: the last line of the text, with the line feed before it
+        self._seconds = seconds
+        self._begun_at: float | None = None
+        self.is_cut = False
+
+    def __call__(self, text: str) -> bool:
+        """Whether the answer ends in this piece of its text."""
+        now = time.monotonic()
+        self._begun_at = self._begun_at or now
+        is_late = self._seconds is not None and now - self._begun_at > self._seconds
+        self.cut(text)
+        return self.is_cut or (is_late and "\n" in text)
+
+    def cut(self, text: str) -> str:
+        """The next piece of the text, up to the end of its last line that is indented enough."""
+        if self.is_cut:
+            return ""
+        if self._outdent is not None:
+            before, lines = self._last_line, self._last_line + text
+            self._last_line = lines[max(0, lines.rfind("\n")) :]
+            if match := self._outdent.search(lines):
+                text, self.is_cut = text[: match.end() - len(before)], True
+        return text
 
 
 class InfillAnswer(Struct, kw_only=True):
@@ -166,10 +203,7 @@ class InfillEncoder:
         assert isinstance(call, InfillGeneration)
         self._shown = call.shown
         self._ends_with_line = call.line_seconds is not None
-        # A line feed and too few blanks before another character.
-        self._outdent = re.compile(rf"\n[ \t]{{0,{call.indent - 1}}}(?=[^ \t])") if call.indent else None
-        self._last_line = ""  # with `_outdent`: the last line of the text, with the line feed before it
-        self._is_cut = False
+        self._line_end = LineEnd(call.indent, None)
 
     def opening(self, usage: TokenUsage) -> bytes:
         """Nothing."""
@@ -201,14 +235,8 @@ class InfillEncoder:
         return self._end(_answer(text, event.token_ids or [], usage, stop=True), event, warnings)
 
     def _indented(self, text: str) -> str:
-        """The next piece of the answer, up to the end of its last line that is indented enough."""
-        if self._is_cut:
-            return ""
-        if self._outdent is not None:
-            before, lines = self._last_line, self._last_line + text
-            self._last_line = lines[max(0, lines.rfind("\n")) :]
-            if match := self._outdent.search(lines):
-                text, self._is_cut = text[: match.end() - len(before)], True
+        """The next piece of the answer, up to its end."""
+        text = self._line_end.cut(text)
         self._has_new_line |= "\n" in text
         return text
 
@@ -217,9 +245,9 @@ class InfillEncoder:
         assert event.usage is not None
         reason = event.stop_reason if isinstance(event.stop_reason, str) else ""
         stop_types: dict[str | None, StopType] = {"stop": "word" if reason else "eos", "length": "limit"}
-        if self._ends_with_line:
+        if self._ends_with_line or self._line_end.is_cut:
             stop_types["abort"] = "limit"
-        if self._is_cut:
+        if self._line_end.is_cut:
             stop_types, reason = dict.fromkeys(stop_types, "limit"), ""
         answer.model = self._model
         answer.tokens_cached = event.usage.cached

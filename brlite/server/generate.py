@@ -147,7 +147,7 @@ class Delivery:
         self._error: BrliteError | None = None
         self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
         self._deadline: asyncio.TimerHandle | None = None
-        self._first_token_at: float | None = None  # on the loop's clock, for `line_seconds`
+        self._text_end = call.text_end()
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
@@ -240,8 +240,12 @@ class Delivery:
                 self._num_open -= output.finished
                 self._times = output.times or self._times
                 self._take(index, output)
-                if self._call.line_seconds is not None:
-                    self._end_with_line(output, self._call.line_seconds)
+                if (
+                    self._text_end is not None
+                    and not output.finished
+                    and any(self._text_end(each.text) for each in output.outputs)
+                ):
+                    asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
         except Exception:  # the engine logs it; without `_error` the handler would wait forever
             self._error = EngineError("the answer could not be made")
             raise
@@ -256,14 +260,6 @@ class Delivery:
         else:
             num_told = sum(len(completion.token_ids) for completion in output.outputs)
             self._num_searched += max(0, output.num_searched_tokens - num_told)
-
-    def _end_with_line(self, output: RequestOutput, seconds: float) -> None:
-        """End the generation at a line feed that comes more than `seconds` after the first token."""
-        loop = asyncio.get_running_loop()
-        self._first_token_at = self._first_token_at or loop.time()
-        is_late = loop.time() - self._first_token_at > seconds
-        if is_late and not output.finished and any("\n" in completion.text for completion in output.outputs):
-            loop.call_soon(self.abort)  # not inside the engine's update
 
     def _take(self, index: int, output: RequestOutput) -> None:
         if index in self._outputs:

@@ -311,6 +311,26 @@ async def test_the_answer_ends_before_a_line_that_is_not_indented(
     assert last["stop_type"] == "limit"
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_nothing_is_computed_behind_a_line_that_is_not_indented(
+    make_client: MakeClient, is_streamed: bool
+) -> None:
+    num_drawn = 0
+
+    def next_token(context: list[int], seed: Any) -> int:
+        nonlocal num_drawn
+        num_drawn += 1
+        return b"a\n  b\ncd"[min(len(context) - 7, 7)]
+
+    client = await make_client(next_token=next_token)
+    body = {**BODY, "n_indent": 2, "n_predict": 1000}
+
+    last = (await stream(client, body))[-1] if is_streamed else (await client.post("/infill", body))[1]
+
+    assert last["stop_type"] == "limit"
+    assert last["tokens_predicted"] <= num_drawn < 100
+
+
 async def test_a_late_answer_ends_with_its_line(make_client: MakeClient) -> None:
     def next_token(context: list[int], seed: Any) -> int:
         time.sleep(0.002)  # the step's own thread
