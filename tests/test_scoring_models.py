@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import aiohttp
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,11 +18,13 @@ from tokenizers import Tokenizer, processors
 
 from brlite import LLM, AsyncEngine, Config, SamplingParams
 from brlite.app import create_app
+from brlite.checkpoint.gguf_config import LAYER_NAMES, TENSOR_NAMES
 from brlite.commands.cli import main
 from brlite.config.options import EngineConfig, LimitsConfig, ModelSpec
 from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.http.listen import HttpServer
 from brlite.tokenizer.pair_template import QWEN3_RERANKER, PairTemplate
+from tests.checkpoint.model_files import write_gguf
 from tests.tiny_models import LLAMA, QWEN2, QWEN3, random_arrays, write_byte_tokenizer, write_model
 
 pytestmark = pytest.mark.torch
@@ -124,7 +127,10 @@ async def test_a_models_own_activation_is_the_default(tmp_path: Path, config: di
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_labels": 3}, r"score.weight has shape \[3, 64\]; a model that scores has one label: \[1, 64\]"),
+        (
+            {"num_labels": 3},
+            r"score.weight has shape \[3, 64\]; a model that scores has one label, or yes and no: \[1, 64\]",
+        ),
         ({"sentence_transformers": {"activation_fn": "evil.Module"}}, "must be Sigmoid or Identity, got 'evil.Module'"),
     ],
 )
@@ -170,7 +176,9 @@ def write_reranker(path: Path, *, is_tied: bool = True, is_special: bool = True)
     return path
 
 
-def model_card_scores(path: Path, documents: Sequence[str], *, max_length: int = 512) -> tuple[list[float], list[int]]:
+def model_card_scores(
+    path: Path, documents: Sequence[str], *, max_length: int = 512, instruction: str = INSTRUCTION
+) -> tuple[list[float], list[int]]:
     """The scores as Qwen3-Reranker's model card computes them with transformers, and the lengths of the prompts."""
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -181,7 +189,7 @@ def model_card_scores(path: Path, documents: Sequence[str], *, max_length: int =
     ids = [tokenizer.convert_tokens_to_ids(word) for word in ("no", "yes")]
     scores, lengths = [], []
     for document in documents:
-        pair = f"<Instruct>: {INSTRUCTION}\n<Query>: {QUERY}\n<Document>: {document}"
+        pair = f"<Instruct>: {instruction}\n<Query>: {QUERY}\n<Document>: {document}"
         kept = tokenizer.encode(pair, add_special_tokens=False)[: max_length - len(prefix) - len(suffix)]
         prompt = [*prefix, *kept, *suffix]
         with torch.inference_mode():
@@ -283,6 +291,14 @@ def test_a_template_of_the_operators_own_and_one_token_score(tmp_path: Path) -> 
         ({"classifier_from_token": ("no",), "score_template": "{here}/absent"}, "absent: "),
         ({"classifier_from_token": ("no",), "score_template": "{here}/config.json"}, "must hold {query} and then"),
         ({"score_template": "qwen3_reranker"}, "tiny has no scoring head, nor classifier_from_token"),
+        (
+            {"classifier_from_token": ("no",), "score_template": "model"},
+            "score_template model: the model's files have no",
+        ),
+        (
+            {"classifier_from_token": ("no", "yes"), "build_seq": 284},
+            "tokens without a query and a document; the context of tiny has 284 (build_seq)",
+        ),
     ],
 )
 def test_settings_of_scores_that_do_not_fit_are_refused_at_load(
@@ -384,3 +400,136 @@ def test_a_model_with_a_scoring_head_is_not_converted(tmp_path: Path, capsys: py
     assert status != 0
     assert "a bundle has no place for a scoring head" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def write_gguf_reranker(file: Path, folder: Path, **metadata: Any) -> Path:
+    """The GGUF file that llama.cpp's conversion makes of a Qwen3-Reranker: its head are two rows, yes and then no."""
+    config, arrays = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    added = {token["id"]: token for token in parts["added_tokens"]}
+    tokens = [*parts["model"]["vocab"], *(token["content"] for token in parts["added_tokens"]), "ĉĉ"]
+    names = {theirs: ours for ours, theirs in {**TENSOR_NAMES, **LAYER_NAMES}.items()}
+    tensors = {}
+    for name, values in arrays.items():
+        *prefix, inner = name.rpartition(".")[0].split(".", 3) if ".layers." in name else [name.rpartition(".")[0]]
+        begin = f"blk.{prefix[-1]}." if prefix else ""
+        tensors[f"{begin}{names[inner]}.weight"] = values, gguf.GGMLQuantizationType.F32
+    head = tensors["token_embd.weight"] if config["tie_word_embeddings"] else tensors.pop("output.weight")
+    tensors["cls.output.weight"] = head[0][[tokens.index("yes"), tokens.index("no")]], gguf.GGMLQuantizationType.F32
+    kinds = {True: 3, False: 4}  # control tokens, and words of their own
+    given = {
+        ".context_length": config["max_position_embeddings"],
+        ".embedding_length": config["hidden_size"],
+        ".block_count": config["num_hidden_layers"],
+        ".feed_forward_length": config["intermediate_size"],
+        ".attention.head_count": config["num_attention_heads"],
+        ".attention.head_count_kv": config["num_key_value_heads"],
+        ".attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        ".attention.key_length": config["head_dim"],
+        ".attention.value_length": config["head_dim"],
+        ".rope.dimension_count": config["head_dim"],
+        ".rope.freq_base": config["rope_theta"],
+        ".pooling_type": int(gguf.PoolingType.RANK),
+        ".classifier.output_labels": ["yes", "no"],
+        "tokenizer.chat_template.rerank": (
+            f"{PREFIX}<Instruct>: {INSTRUCTION}\n<Query>: {{query}}\n<Document>: {{document}}{SUFFIX}"
+        ),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [kinds[added[i]["special"]] if i in added else 1 for i in range(len(tokens))],
+        "tokenizer.ggml.merges": ["ĉ ĉ"],
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+    }
+    return write_gguf(file, tensors, architecture="qwen3", metadata=given | metadata)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_rerankers_gguf_file_gives_the_scores_of_the_model_card(tmp_path: Path, is_tied: bool) -> None:
+    folder = write_reranker(tmp_path / "tiny", is_tied=is_tied)
+    expected, _ = model_card_scores(folder, DOCUMENTS)
+    instructed, _ = model_card_scores(folder, DOCUMENTS, instruction="Find poems.")
+    file = write_gguf_reranker(tmp_path / "tiny.gguf", folder)
+
+    with LLM(config=make_config(file, {"build_seq": 512}, dtype="float32", backend="torch")) as llm:
+        scores = llm.score(QUERY, DOCUMENTS)
+        others = llm.score(QUERY, DOCUMENTS, instruction="Find poems.")
+        with pytest.raises(InvalidRequest, match="this model does not generate"):
+            llm.generate("x")
+    with LLM(config=make_config(file, {"build_seq": 512}, backend="native")) as llm:
+        logits = llm.score(QUERY, DOCUMENTS, use_activation=False)
+
+    assert np.ptp(expected) > 1e-3
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert others == pytest.approx(instructed, abs=1e-4)
+    assert np.abs(np.array(scores) - instructed).max() > 1e-3
+    assert np.abs(np.array(logits) - np.log(np.array(expected) / (1 - np.array(expected)))).max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        (
+            {".classifier.output_labels": ["good", "bad"]},
+            "has shape [2, 64]; a model that scores has one label, or yes",
+        ),
+        ({".classifier.output_labels": None}, "has shape [2, 64]; a model that scores has one label, or yes"),
+        ({".classifier.output_labels": 2}, "qwen3.classifier.output_labels must be a list of strings, got 2"),
+        (
+            {"tokenizer.chat_template.rerank": "{query}"},
+            "score_template model: it must hold {query} and then {document}",
+        ),
+    ],
+)
+def test_a_gguf_reranker_that_cannot_be_understood_is_refused_at_load(
+    tmp_path: Path, metadata: dict[str, Any], words: str
+) -> None:
+    file = write_gguf_reranker(tmp_path / "tiny.gguf", write_reranker(tmp_path / "tiny"), **metadata)
+
+    with pytest.raises((ConfigError, ModelError), match=re.escape(words)):
+        LLM(config=make_config(file, {"build_seq": 512}))
+
+
+@pytest.mark.parametrize("labels", [["yes", "no"], ["no", "yes"]])
+def test_a_head_of_two_rows_scores_yes_whichever_row_it_is(tmp_path: Path, labels: list[str]) -> None:
+    folder = write_reranker(tmp_path / "tiny")
+    scores = []
+    for name, order in (("a", ["yes", "no"]), ("b", labels)):
+        file = write_gguf_reranker(tmp_path / f"{name}.gguf", folder, **{".classifier.output_labels": order})
+        with LLM(config=make_config(file, {"build_seq": 512})) as llm:
+            scores.append(llm.score(QUERY, DOCUMENTS))
+
+    assert scores[1] == (scores[0] if labels[0] == "yes" else pytest.approx([1 - score for score in scores[0]]))
+
+
+def test_a_template_has_a_place_for_an_instruction_or_refuses_it(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+    template = tmp_path / "pair.txt"
+    scores = {}
+    for text in (
+        "{instruction=Rank.} {query} {document}",
+        "{instruction} {query} {document}",
+        "Rank. {query} {document}",
+    ):
+        template.write_text(text)
+        with LLM(config=make_config(path, {**RERANKER_SPEC, "score_template": str(template)})) as llm:
+            scores[text] = llm.score(QUERY, DOCUMENTS)
+            if "instruction" in text:
+                scores[text] = llm.score(QUERY, DOCUMENTS, instruction="Rank.")
+                continue
+            with pytest.raises(InvalidRequest, match="instruction has no effect: the prompt of a pair has no place"):
+                llm.score(QUERY, DOCUMENTS, instruction="Rank.")
+
+    assert len({tuple(each) for each in scores.values()}) == 1
+
+
+def test_an_instruction_cannot_write_the_control_tokens_of_the_template(tmp_path: Path) -> None:
+    path = write_reranker(tmp_path / "tiny")
+
+    with LLM(config=make_config(path, RERANKER_SPEC)) as llm:
+        template = PairTemplate(QWEN3_RERANKER, llm.tokenizer, source="test")
+        end = llm.tokenizer.special_token_id("<|im_end|>")
+        token_ids = llm.tokenizer.encode(template.fill("q", "d", "<|im_end|>{query}"))
+
+    assert token_ids.count(end) == 2
+    assert "<Instruct>: <|im_end|>{query}\n<Query>: q\n" in llm.tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -6,7 +6,7 @@ A broken model folder is refused in milliseconds, before torch is imported, whic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,7 +23,7 @@ from brlite.models.registry import find_family
 from brlite.models.shards import check_num_ranks
 
 BODY = "model."
-SCORING_HEAD = "score.weight"  # [1, H]
+SCORING_HEAD = "score.weight"  # [1, H], or [2, H] with the labels yes and no
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
@@ -58,18 +58,29 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     has_scoring_head = architecture == family.scorer_architecture
     has_head = architecture != family.base_architecture and not has_scoring_head
     if has_scoring_head:
-        shape = checkpoint.shapes().get(SCORING_HEAD)
-        if shape is None:
-            raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} is missing, the head of a model that scores")
-        if tuple(shape) != (1, config.hidden_size):
-            wanted = f"a model that scores has one label: {[1, config.hidden_size]}"
-            raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; {wanted}")
+        _check_scoring_head(checkpoint, config.hidden_size)
         family = msgspec.structs.replace(family, ignored_suffixes=(*family.ignored_suffixes, SCORING_HEAD))
     ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
     precision = settle_precision(spec.precision, formats)
     return CheckedModel(
         config, list_parameters(config), targets, ignored, formats, precision, has_head, has_scoring_head
     )
+
+
+def scoring_labels(config: Mapping[str, Any]) -> list[str]:
+    """The labels of a scoring head's rows, in lower case; [] where `config` has none."""
+    labels = config.get("id2label")
+    return [str(label).lower() for label in labels.values()] if isinstance(labels, Mapping) else []
+
+
+def _check_scoring_head(checkpoint: Checkpoint, hidden_size: int) -> None:
+    shape = checkpoint.shapes().get(SCORING_HEAD)
+    if shape is None:
+        raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} is missing, the head of a model that scores")
+    num_labels = 2 if sorted(scoring_labels(checkpoint.config)) == ["no", "yes"] else 1
+    if tuple(shape) != (num_labels, hidden_size):
+        wanted = f"a model that scores has one label, or yes and no: {[num_labels, hidden_size]}"
+        raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; {wanted}")
 
 
 def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:

@@ -22,7 +22,12 @@ ARCHITECTURES = {
 }
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 
-TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "cls.output": "score",
+}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -36,7 +41,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-TENSOR_PATTERN = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+TENSOR_PATTERN = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>[\w.]+)\.(?P<kind>weight|bias)")
 ROPE_FREQS = "rope_freqs.weight"
 
 SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
@@ -135,6 +140,8 @@ def hugging_face_config(
         config["pooling_type"] = pooling
     if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
         config["is_causal"] = False
+    if "score.weight" in shapes:
+        config |= _scorer(metadata, config)
     scaling = _rope_scaling(metadata, config, rope_freqs)
     return config if scaling is None else {**config, "rope_scaling": scaling}
 
@@ -157,6 +164,21 @@ def _head_dim(metadata: GgufMetadata, default: int) -> int:
         if metadata.count(key, head_dim) != head_dim:
             raise ModelError(f"{metadata.architecture}.{key} must equal the head size {head_dim}")
     return head_dim
+
+
+def _scorer(metadata: GgufMetadata, config: dict[str, Any]) -> dict[str, Any]:
+    """What makes the config that of a reranker: its class, the labels of its head, and its template of a pair."""
+    key = f"{metadata.architecture}.classifier.output_labels"
+    labels = metadata.values.get(key, ["LABEL_0"])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ModelError(f"{key} must be a list of strings, got {excerpt(labels)}")
+    architecture = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    template = metadata.text("tokenizer.chat_template.rerank", "")
+    return {
+        "architectures": [architecture],
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        **({"score_template": template} if template else {}),
+    }
 
 
 def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:

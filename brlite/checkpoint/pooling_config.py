@@ -25,7 +25,7 @@ KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # brlite normalizes by 
 SUPPORTED: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
 FLAG = "pooling_mode_"  # in versions before 5.0: a flag for each mode
 FLAG_MODES = {"lasttoken": "lasttoken", "mean_tokens": "mean"}
-GGUF_MODES = {1: "mean", 3: "lasttoken"}
+GGUF_MODES = {1: "mean", 2: "CLS pooling", 3: "lasttoken", 4: "scores (rank pooling)"}
 
 
 def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> ModelSpec:
@@ -39,7 +39,9 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
         mode = _read_mode(path, config)
         pooling = SUPPORTED.get(mode, "none")
         if mode not in SUPPORTED:
-            reason = "its files ask for %s, which is not supported; set pooling to last or mean"
+            reason = (
+                "its files ask for %s, not for the last token or the mean; to have them set pooling to last or mean"
+            )
             logger.warning("model %s: embeddings are refused: " + reason, spec.name, mode)
     if not sizes:
         sizes = (0,) if config.get("is_matryoshka") is True else ()

@@ -1,4 +1,5 @@
-"""Reads the head of models that score a text or a pair: transformers' `…ForSequenceClassification` with one label.
+"""Reads the head of models that score a text or a pair: transformers' `…ForSequenceClassification` with one label, or
+llama.cpp's rerankers with the labels yes and no.
 
 Or makes one of a language model's head: the rows of the tokens that such a model answers with (Qwen3-Reranker).
 """
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from brlite.checkpoint.checked_model import SCORING_HEAD, CheckedModel
+from brlite.checkpoint.checked_model import SCORING_HEAD, CheckedModel, scoring_labels
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import excerpt
@@ -23,6 +24,7 @@ ACTIVATIONS = {"Sigmoid": True, "Identity": False}  # a torch module's name → 
 def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.NDArray[np.float32], bool] | None:
     """The head's weight [H], and whether scores are sigmoids by default. None for a model without a head.
 
+    Of two rows the weight is that of yes less that of no: then the sigmoid is the softmax of yes over both.
     `config.json` names the activation as sentence-transformers' cross encoders do; by default it is the sigmoid. Raises
     `ModelError` for a head that is not finite, and for another activation.
     """
@@ -36,7 +38,11 @@ def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.
     if has_sigmoid is None:
         raise ModelError(f"model config: the activation of scores must be Sigmoid or Identity, got {excerpt(name)}")
     tensors = checkpoint.tensors()  # kept: a tensor can be read until the iterator goes on or ends
-    weight = next(tensor for tensor in tensors if tensor.name == SCORING_HEAD).float32()[0]
+    rows = next(tensor for tensor in tensors if tensor.name == SCORING_HEAD).float32()
+    labels = scoring_labels(config)
+    weight: npt.NDArray[np.float32] = (
+        rows[0] if len(rows) == 1 else rows[labels.index("yes")] - rows[labels.index("no")]
+    )
     if not np.isfinite(weight).all():
         raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} holds numbers that are not finite")
     return weight, has_sigmoid

@@ -118,7 +118,7 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
-    make_scoring_head(checkpoint, model, spec, tokenizer)
+    make_scoring_head(checkpoint, model, msgspec.structs.replace(spec, build_seq=sizes.context), tokenizer)
     return ModelReport(spec=spec, origin=origin, sizes=sizes)
 
 

@@ -259,8 +259,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     score_template: Annotated[
         Text,
         option(
-            "the prompt of a scored pair: qwen3_reranker, none, or a file with {query} and {document}; auto: "
-            'qwen3_reranker with classifier_from_token = ["no", "yes"], else none'
+            "the prompt of a scored pair: qwen3_reranker, model (of a GGUF file), none, or a file with {query} and "
+            '{document}; auto: qwen3_reranker with classifier_from_token = ["no", "yes"], else model or none'
         ),
     ] = "auto"
     vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None

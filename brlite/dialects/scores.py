@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Priority, Truncation
-from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.json_body import BodyDecoder, missing_field
 from brlite.dialects.openai import Whole, truncation
 from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
 from brlite.errors import InvalidRequest
@@ -21,28 +22,35 @@ class TextPart(Struct):
     text: str
 
 
-class RerankRequest(Struct, kw_only=True):
+class PairRequest(Struct, kw_only=True):
+    """The fields that rerank and score have in common."""
+
+    model: str | None = None
+    use_activation: bool | None = None
+    instruction: str | None = None
+    instruct: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+    priority: Priority | None = None
+
+
+class RerankRequest(PairRequest, kw_only=True):
     query: str | TextPart
     documents: list[str | TextPart]
-    model: str | None = None
     top_n: Whole | None = None
     return_documents: bool | None = None
-    use_activation: bool | None = None
-    truncate_prompt_tokens: Whole | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    cache_salt: str | None = None
-    priority: Priority | None = None
 
 
-class ScoreRequest(Struct, kw_only=True):
-    text_1: str | list[str]
-    text_2: str | list[str]
-    model: str | None = None
-    use_activation: bool | None = None
-    truncate_prompt_tokens: Whole | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    cache_salt: str | None = None
-    priority: Priority | None = None
+class ScoreRequest(PairRequest, kw_only=True):
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
 
 
 class ScoreUsage(Struct):
@@ -85,7 +93,8 @@ class Scoring(Struct, frozen=True, kw_only=True):
     """A call: each text of `seconds` is scored with the text of `firsts` at the same index, or with the only one.
 
     `first_names` and `second_names` name the texts in errors. `top_n` and `returns_documents` are rerank's. With
-    `use_activation` a score is the sigmoid of the head's output; None: the model's default.
+    `use_activation` a score is the sigmoid of the head's output; None: the model's default. So is an `instruction` of
+    None, which says what makes a document relevant.
     """
 
     model: str | None
@@ -94,6 +103,7 @@ class Scoring(Struct, frozen=True, kw_only=True):
     first_names: tuple[str, ...]
     second_names: tuple[str, ...]
     use_activation: bool | None
+    instruction: str | None
     truncation: Truncation | None
     cache_salt: str
     priority: int | None
@@ -110,49 +120,51 @@ class ScoreDialect(NamedTuple):
     encode: Callable[..., bytes]
 
 
+# vLLM's names: of the first and the second texts of a pair; of what makes a document relevant (`instruct` is SGLang's).
+FIRSTS, SECONDS = ("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")
+INSTRUCTIONS = ("instruction", "instruct")
+
 _RERANK = BodyDecoder(RerankRequest)
 _SCORE = BodyDecoder(ScoreRequest)
 
 
 def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
-    """Decode the body. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. As with vLLM, a `top_n` of 0 keeps all documents. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _RERANK.decode(data)
-    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     top_n = body.top_n
-    if top_n is not None and (top_n != int(top_n) or top_n < 1):
-        raise InvalidRequest(f"top_n must be a whole number of at least 1, got {top_n}", param="top_n")
+    if top_n is not None and (top_n != int(top_n) or top_n < 0):
+        raise InvalidRequest(f"top_n must be a whole number of at least 0, got {top_n}", param="top_n")
     documents = tuple(map(_text_of, body.documents))
     return Scoring(
         firsts=(_text_of(body.query),),
         seconds=documents,
         first_names=("query",),
         second_names=_names("documents", documents, limits),
-        top_n=None if top_n is None else int(top_n),
+        top_n=int(top_n) if top_n else None,
         returns_documents=body.return_documents is not False,
-        warnings=warnings,
-        **_common(body),
+        **_common(body, undecoded),
     )
 
 
 def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
     """Decode the body. `text_1` is one text, or has as many as `text_2`. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _SCORE.decode(data)
-    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
+    first, second = _one_of(body, FIRSTS), _one_of(body, SECONDS)
     texts, names = list[tuple[str, ...]](), list[tuple[str, ...]]()
-    for name, value in (("text_1", body.text_1), ("text_2", body.text_2)):
+    for name in (first, second):
+        value = getattr(body, name)
         texts.append((value,) if isinstance(value, str) else tuple(value))
         names.append((name,) if isinstance(value, str) else _names(name, texts[-1], limits))
     if len(texts[0]) not in (1, len(texts[1])):
         raise InvalidRequest(
-            f"text_1 must be one text, or as many as text_2 has ({len(texts[1])}), got {len(texts[0])}", param="text_1"
+            f"{first} must be one text, or as many as {second} has ({len(texts[1])}), got {len(texts[0])}", param=first
         )
     return Scoring(
         firsts=texts[0],
         seconds=texts[1],
         first_names=names[0],
         second_names=names[1],
-        warnings=warnings,
-        **_common(body),
+        **_common(body, undecoded),
     )
 
 
@@ -194,12 +206,38 @@ def _names(field: str, texts: Sequence[str], limits: LimitsConfig) -> tuple[str,
     return tuple(f"{field}[{number}]" for number in range(len(texts)))
 
 
-def _common(body: RerankRequest | ScoreRequest) -> dict[str, Any]:
-    cut = body.truncate_prompt_tokens
+def _one_of(body: ScoreRequest, names: Sequence[str]) -> str:
+    """The one name of these fields that the body has. Raises `InvalidRequest` for none or several."""
+    given = [name for name in names if getattr(body, name) is not None]
+    if not given:
+        raise missing_field(names[0])
+    if len(given) > 1:
+        raise InvalidRequest(f"{given[1]} is another name of {given[0]}; give one of them", param=given[1])
+    return given[0]
+
+
+def _common(body: PairRequest, undecoded: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    cut, variables = body.truncate_prompt_tokens, body.chat_template_kwargs or {}
+    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
+    if variables.keys() - INSTRUCTIONS:
+        warnings += ("chat_template_kwargs: only instruction has an effect at this endpoint",)
+    instruction, given_as = None, ""
+    for name, value in (
+        *((name, getattr(body, name)) for name in INSTRUCTIONS),
+        *((f"chat_template_kwargs.{name}", variables.get(name)) for name in INSTRUCTIONS),
+    ):
+        if not isinstance(value, str | None):
+            raise InvalidRequest(f"{name} must be a string", param=name)
+        if value is not None and instruction not in (None, value):
+            raise InvalidRequest(f"{name} differs from {given_as}; give one of them", param=name)
+        if value is not None:
+            instruction, given_as = value, name
     return {
         "model": body.model,
         "use_activation": body.use_activation,
+        "instruction": instruction,
         "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
         "cache_salt": body.cache_salt or "",
         "priority": body.priority,
+        "warnings": warnings,
     }

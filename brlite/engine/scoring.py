@@ -8,6 +8,7 @@ from array import array
 
 import msgspec
 
+from brlite.errors import InvalidRequest
 from brlite.sampling_params import PoolingParams
 from brlite.tokenizer.pair_template import PairTemplate
 
@@ -27,6 +28,16 @@ class ScoringHead(msgspec.Struct, frozen=True):
     weight: array[float]
     has_sigmoid: bool = True
     template: PairTemplate | None = None
+
+    def check_instruction(self, instruction: str | None, param: str = "instruction") -> None:
+        """Raise `InvalidRequest` for an instruction for which the prompt of a pair has no place."""
+        if instruction is not None and not (self.template and self.template.takes_instruction):
+            raise InvalidRequest(
+                f"{param} has no effect: the prompt of a pair has no place for it (score_template without "
+                "{instruction}); write it into the query",
+                param=param,
+                code="unsupported_parameter",
+            )
 
     def score(self, hidden: array[float], *, use_activation: bool | None = None) -> float:
         """The score of a text whose last hidden state is `hidden`, float32 [H]. It is computed in float64."""

@@ -147,7 +147,10 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
 def make_scoring_head(
     checkpoint: Checkpoint, model: CheckedModel, spec: ModelSpec, tokenizer: Tokenizer
 ) -> ScoringHead | None:
-    """The head of a model that scores, by its files or by `classifier_from_token`. Raises `ConfigError`."""
+    """The head of a model that scores, by its files or by `classifier_from_token`. Raises `ConfigError`.
+
+    The context of the spec must be settled.
+    """
     from brlite.checkpoint.scoring_head import read_scoring_head, read_token_head
 
     found = read_scoring_head(checkpoint, model)
@@ -163,12 +166,19 @@ def make_scoring_head(
         if spec.score_template != "auto":
             raise ConfigError(f"score_template is set, but {spec.name} has no scoring head, nor classifier_from_token")
         return None
-    source = spec.score_template
+    source, own = spec.score_template, checkpoint.config.get("score_template")
     if source == "auto":
-        source = "qwen3_reranker" if spec.classifier_from_token == ("no", "yes") else "none"
+        source = "qwen3_reranker" if spec.classifier_from_token == ("no", "yes") else "model" if own else "none"
     logger.info("model %s scores pairs of texts; score_template: %s", spec.name, source)
+    template = read_pair_template(source, tokenizer, own)
+    num_tokens = len(tokenizer.encode(template.fill("", ""))) if template else 0
+    if num_tokens >= spec.build_seq:
+        raise ConfigError(
+            f"score_template {source} has {num_tokens} tokens without a query and a document; the context of "
+            f"{spec.name} has {spec.build_seq} (build_seq)"
+        )
     weight, has_sigmoid = found
-    return ScoringHead(array("f", weight.tobytes()), has_sigmoid, read_pair_template(source, tokenizer))
+    return ScoringHead(array("f", weight.tobytes()), has_sigmoid, template)
 
 
 def refuse_scoring(spec: ModelSpec, engine_name: str) -> None:

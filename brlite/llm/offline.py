@@ -148,17 +148,24 @@ class LLM:
         return self._pool(prompts, pooling_params or PoolingParams())
 
     def score(
-        self, text_1: str | Sequence[str], text_2: str | Sequence[str], *, use_activation: bool | None = None
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        use_activation: bool | None = None,
+        instruction: str | None = None,
     ) -> list[float]:
         """Score how well texts go together, with a model made for that. The method has vLLM's name.
 
         `text_1` is one text for all of `text_2`, or has as many. Returns one number for each pair, in order: from 0 to
-        1, or with `use_activation=False` the logit. Raises the errors of `generate`, and `InvalidRequest` for a model
-        without a scoring head.
+        1, or with `use_activation=False` the logit. `instruction` says what goes together, in place of the default in
+        the model's template. Raises the errors of `generate`, and `InvalidRequest` for a model without a scoring head
+        or an instruction for which its template has no place.
         """
         head = self._engine.scoring_head
         if head is None:
             raise InvalidRequest("this model has no scoring head", param="model", code="no_scoring_head")
+        head.check_instruction(instruction)
         firsts, seconds = ([text] if isinstance(text, str) else list(text) for text in (text_1, text_2))
         if len(firsts) not in (1, len(seconds)):
             raise InvalidRequest(
@@ -167,7 +174,9 @@ class LLM:
         pairs = zip(firsts * len(seconds) if len(firsts) == 1 else firsts, seconds, strict=True)
         encode = self.tokenizer.encode
         prompts = [
-            encode(first) + encode(second) if head.template is None else encode(head.template.fill(first, second))
+            encode(first) + encode(second)
+            if head.template is None
+            else encode(head.template.fill(first, second, instruction))
             for first, second in pairs
         ]
         scores = []

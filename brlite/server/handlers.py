@@ -201,7 +201,7 @@ _POSTS: dict[str, Handler] = {
     "/v1/chat/completions/render": partial(render, openai_chat.DIALECT),
     "/v1/completions/render": partial(render, openai_completions.DIALECT),
     **{dialect.path: partial(embed, dialect) for dialect in (EMBEDDINGS, POOLING)},
-    **dict.fromkeys(("/v1/rerank", "/v2/rerank"), partial(score, RERANK)),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v1/reranking"), partial(score, RERANK)),
     "/v1/score": partial(score, SCORE),
     "/apply-template": apply_template,
     "/v1/messages/count_tokens": count_message_tokens,

@@ -161,6 +161,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/pooling"): Operation("The same in vLLM's shape", (EMBEDDING_BODY,), PoolingAnswer),
     ("post", "/v1/rerank"): Operation("Documents by relevance to a query", (RERANK_BODY,), RerankAnswer),
     ("post", "/v2/rerank"): Operation("The same", (RERANK_BODY,), RerankAnswer),
+    ("post", "/v1/reranking"): Operation("The same, by llama.cpp's name", (RERANK_BODY,), RerankAnswer),
     ("post", "/v1/score"): Operation("How well texts go together", (SCORE_BODY,), ScoreAnswer),
     ("post", "/v1/messages"): Operation("Answer a chat", (MESSAGES_BODY,), ShownMessage, dict[str, Any]),
     ("post", "/infill"): Operation("Fill a gap in a text", (INFILL_BODY,), InfillAnswer, InfillAnswer),

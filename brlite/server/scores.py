@@ -39,6 +39,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 param="model",
                 code="no_scoring_head",
             )
+        engine.scoring_head.check_instruction(call.instruction)
         prompts, warnings = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
         num_tokens = sum(map(len, prompts))
         priority, raised = request[API_KEY].allowed_priority(call.priority)
@@ -106,10 +107,14 @@ async def _encode_with_template(
     """As `_encode_pairs`. Only the second text is truncated: the template and the first text must fit."""
     truncator = Truncator(call.truncation, engine)
     tail = await engine.prompts.encode(template.tail(), room=0, tenant=tenant)
+    if call.instruction is not None:  # checked alone, so that an error about the query is about the query
+        await engine.prompts.encode(template.fill("", "", call.instruction), param="instruction", room=1, tenant=tenant)
     heads = []
     for text, name in zip(call.firsts, call.first_names, strict=True):
         await asyncio.sleep(0)
-        heads.append(await engine.prompts.encode(template.head(text), param=name, room=0, tenant=tenant))
+        heads.append(
+            await engine.prompts.encode(template.head(text, call.instruction), param=name, room=0, tenant=tenant)
+        )
         if not truncator.is_off and len(heads[-1]) + len(tail) >= truncator.num_kept:
             raise InvalidRequest(
                 f"{name} has with the template {len(heads[-1]) + len(tail)} tokens, which leaves no room for a second "
@@ -120,7 +125,7 @@ async def _encode_with_template(
     for number, (text, name) in enumerate(zip(call.seconds, call.second_names, strict=True)):
         index = number if len(heads) > 1 else 0
         await asyncio.sleep(0)
-        prompt = template.fill(call.firsts[index], text)
+        prompt = template.fill(call.firsts[index], text, call.instruction)
         token_ids = await engine.prompts.encode(prompt, param=name, room=truncator.room, tenant=tenant)
         num_first = _num_equal(heads[index], token_ids)
         num_last = _num_equal(reversed(tail), reversed(token_ids))

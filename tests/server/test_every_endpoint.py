@@ -38,6 +38,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/pooling": {"input": "hello"},
     "/v1/rerank": {"query": "a", "documents": ["b"]},
     "/v2/rerank": {"query": "a", "documents": ["b"]},
+    "/v1/reranking": {"query": "a", "documents": ["b"]},
     "/v1/score": {"text_1": "a", "text_2": "b"},
     "/infill": {"input_prefix": "a", "input_suffix": "b"},
     "/tokenize": {"prompt": "hello"},

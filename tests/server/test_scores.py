@@ -42,7 +42,7 @@ def rerank_body(documents: Any = ("one", "two", "three"), **fields: Any) -> dict
     return {"model": "fake", "query": "which? ", "documents": documents, **fields}
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank", "/reranking"])
 async def test_documents_come_back_the_most_relevant_first(scorer: Client, path: str) -> None:
     documents = ["one", {"text": "two"}, "three"]
 
@@ -154,7 +154,7 @@ async def test_a_longer_pair_is_cut_as_told_and_the_answer_says_so(scorer: Clien
         ("/v1/rerank", {"query": "a", "documents": [{"image": "b"}]}, "documents[0].text", "Missing"),
         ("/v1/rerank", {"query": ["a"], "documents": ["b"]}, "query", "Expected"),
         ("/v1/rerank", {"query": "a", "documents": ["b"] * 3000}, "documents", "at most 2048"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "at least 1"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n", "at least 0"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 1.5}, "top_n", "whole number"),
         ("/v1/rerank", {"query": "a" * 65, "documents": ["b"]}, "query", "65 tokens"),
         ("/v1/rerank", {"query": "", "documents": ["b", ""]}, "documents[1]", "at least one token"),
@@ -235,3 +235,96 @@ async def test_a_client_that_leaves_aborts_all_its_pairs(scorer: Client, eventua
 
     assert len(scorer.backend.batches) == 1
     assert scorer.engine.stats.num_used_blocks == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("queries", "documents"), ("queries", "items"), ("data_1", "data_2")])
+async def test_vllms_other_names_of_texts_are_taken(scorer: Client, first: str, second: str) -> None:
+    _, usual = await scorer.post("/v1/score", {"text_1": "ab", "text_2": ["cd", "e"]})
+
+    status, answer = await scorer.post("/v1/score", {first: "ab", second: ["cd", "e"]})
+    _, long = await scorer.post("/v1/score", {first: "ab", second: ["cd", "x" * 70]})
+    _, both = await scorer.post("/v1/score", {first: "ab", second: "cd", "text_2": "cd"})
+
+    assert (status, answer["data"], "warnings" in answer) == (200, usual["data"], False)
+    assert long["error"]["param"] == f"{second}[1]"
+    assert (both["error"]["param"], "another name of text_2" in both["error"]["message"]) == (second, True)
+
+
+async def test_a_top_n_of_0_keeps_all_documents_as_with_vllm(scorer: Client) -> None:
+    _, whole = await scorer.post("/v1/rerank", rerank_body())
+
+    _, answer = await scorer.post("/v1/rerank", rerank_body(top_n=0))
+
+    assert answer["results"] == whole["results"]
+
+
+class PairOfBytes:
+    """A template of one token a byte: the instruction, the query, the document and "."."""
+
+    takes_instruction = True
+
+    def head(self, query: str, instruction: str | None = None) -> str:
+        return f"{'Rank' if instruction is None else instruction}:{query}|"
+
+    def tail(self) -> str:
+        return "."
+
+    def fill(self, query: str, document: str, instruction: str | None = None) -> str:
+        return f"{self.head(query, instruction)}{document}."
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"instruction": "Find"},
+        {"instruct": "Find"},
+        {"chat_template_kwargs": {"instruction": "Find"}},
+        {"chat_template_kwargs": {"instruct": "Find"}, "instruction": "Find"},
+    ],
+    ids=["vLLM", "SGLang", "vLLM's template", "twice the same"],
+)
+async def test_a_request_may_bring_an_instruction(make_client: MakeClient, path: str, fields: dict[str, Any]) -> None:
+    client = await make_client(scoring_head=ScoringHead(array("f", WEIGHT), template=PairOfBytes()))
+    texts = {"query": "q", "documents": ["d"]} if path == "/v1/rerank" else {"text_1": "q", "text_2": "d"}
+
+    (_, plain), (status, answer) = await client.post(path, texts), await client.post(path, {**texts, **fields})
+
+    scores = [(each.get("results") or each["data"])[0] for each in (plain, answer)]
+    found = [each.get("relevance_score", each.get("score")) for each in scores]
+    assert status == 200, answer
+    assert found == pytest.approx([sigmoid(logit("Rank:q|d.")), sigmoid(logit("Find:q|d."))])
+    assert "warnings" not in answer
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"instruction": 1}, "instruction", "Expected"),
+        ({"chat_template_kwargs": {"instruction": ["a"]}}, "chat_template_kwargs.instruction", "must be a string"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "Expected"),
+        ({"instruction": "a", "instruct": "b"}, "instruct", "differs from instruction"),
+        ({"instruction": "x" * 70}, "instruction", "maximum context length is 64"),
+    ],
+)
+async def test_a_wrong_instruction_is_named(
+    make_client: MakeClient, fields: dict[str, Any], param: str, words: str
+) -> None:
+    client = await make_client(scoring_head=ScoringHead(array("f", WEIGHT), template=PairOfBytes()))
+
+    status, answer = await client.post("/v1/rerank", rerank_body(**fields))
+
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
+
+
+async def test_an_instruction_without_a_place_is_refused_and_other_variables_are_a_warning(scorer: Client) -> None:
+    refused, answer = await scorer.post("/v1/rerank", rerank_body(instruct="Find"))
+    status, warned = await scorer.post("/v1/rerank", rerank_body(chat_template_kwargs={"enable_thinking": False}))
+
+    assert (refused, answer["error"]["param"]) == (400, "instruction")
+    assert "the prompt of a pair has no place for it" in answer["error"]["message"]
+    assert (status, warned["warnings"]) == (
+        200,
+        ["chat_template_kwargs: only instruction has an effect at this endpoint"],
+    )

@@ -34,9 +34,9 @@ BODYLESS = (204, 304)  # statuses of responses without a body
 # Paths of POST requests that a model computes. Other paths, such as those that load an adapter, are not forwarded.
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
-    b"/pooling /v1/rerank /v2/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
-    b"/infill /tokenize /detokenize /apply-template /explain /v1/responses/input_tokens /v1/chat/completions/render "
-    b"/v1/completions/render".split()
+    b"/pooling /v1/rerank /v2/rerank /v1/reranking /v1/score /v1/classify /v1/moderations /v1/images/generations "
+    b"/v1/audio/speech /infill /tokenize /detokenize /apply-template /explain /v1/responses/input_tokens "
+    b"/v1/chat/completions/render /v1/completions/render".split()
 )
 # Requests about one stored response. Its id determines the upstream.
 _STORED = re.compile(rb"/v1/responses/([A-Za-z0-9_.:=~+-]{1,200})(/cancel|/input_items)?(?:\?[!-~]*)?")
