@@ -118,7 +118,7 @@ class FakeBackend:
     Keeps the tokens themselves where a model keeps keys and values: any slip in paging, prefix caching or preemption
     changes the text. `fault` may raise for a batch, or return an error for a sequence. With `max_draft_tokens` it
     verifies guesses; what wrong ones wrote into its cache stays there. With `can_run_ahead` a step that was launched is
-    computed when its result is fetched, as late as on any device.
+    computed when its result is fetched, as late as on any device. Logits processors get 1 for its token, 0 for others.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class FakeBackend:
         pooling: Literal["last", "mean", "none"] = "last",
         matryoshka_dimensions: tuple[int, ...] = (),
         can_run_ahead: bool = False,
+        runs_logits_processors: bool = True,
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
         logprob: Callable[[int], float] = lambda token_id: -0.5,
@@ -158,6 +159,7 @@ class FakeBackend:
             pooling=pooling,
             matryoshka_dimensions=matryoshka_dimensions,
             can_run_ahead=can_run_ahead,
+            runs_logits_processors=runs_logits_processors,
         )
         self.batches: list[Batch] = []
         self.is_closed = False
@@ -195,7 +197,7 @@ class FakeBackend:
         assert self._launched.popleft() is batch, "results are fetched in order"
         drawn, self._last_drawn = self._last_drawn, {}
         seqs = [seq.with_last_draw(drawn.get(seq.seq_id, 0)) if seq.takes_last_draw else seq for seq in batch.seqs]
-        result = self.execute(Batch(seqs, batch.masks))
+        result = self.execute(Batch(seqs, batch.masks, batch.processors))
         self._last_drawn = {seq.seq_id: seq.tokens[-1].token_id for seq in result.seqs if seq.tokens}
         return result
 
@@ -259,6 +261,14 @@ class FakeBackend:
                 if not allowed:
                     return
                 token_id = allowed[0]
+            if batch.processors is not None and seq.seq_id in batch.processors:
+                assert not seq.num_draft_tokens
+                logits = np.zeros(self.info.vocab_size, np.float32)
+                logits[token_id] = 1
+                logits = batch.processors[seq.seq_id].run(logits, lambda found: None)
+                if logits is None:
+                    return
+                token_id = int(logits.argmax())
             num_top = sampling.params.logprobs
             yield SampledToken(token_id, None if num_top is None else self._logprob(token_id, num_top))
             if context[length : length + 1] != [token_id]:

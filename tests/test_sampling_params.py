@@ -69,6 +69,14 @@ ACCEPTED: dict[str, list[Any]] = {
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],
     "skip_special_tokens": [True, False],
+    "logits_processors": [
+        [],
+        None,
+        ["name"],
+        [len],
+        ("name", {"qualname": "other", "args": [1], "kwargs": {"x": 2}}),
+        [{"qualname": "other", "args": None}],
+    ],
     "structured": [None, StructuredOutput(json_object=True), StructuredOutput(choice=["a"])],
 }
 
@@ -111,6 +119,7 @@ REFUSED: dict[str, list[Any]] = {
     "logprobs": [-1],
     "prompt_logprobs": [-1],
     "skip_special_tokens": [],
+    "logits_processors": ["name", len, [7], [{"name": "x"}], [{"qualname": "x", "more": 1}], ["name"] * 17],
     "structured": [{}, {"json_object": True}, "a", True],
 }
 REFUSED_BY_KIND: dict[tuple[str, ...], list[Any]] = {
@@ -201,6 +210,7 @@ def test_a_beam_search_has_as_many_beams_as_answers_to_choose_from(given: dict[s
         ({"best_of": 4, "repetition_penalty": 1.1}, "repetition_penalty"),
         ({"best_of": 4, "logit_bias": {1: 1}}, "logit_bias"),
         ({"best_of": 4, "bad_words": ["x"]}, "bad_words"),
+        ({"best_of": 4, "logits_processors": ["x"]}, "logits_processors"),
         ({"best_of": 4, "structured": StructuredOutput(json_object=True)}, "structured"),
         ({"best_of": 4, "structured": StructuredOutput(choice=("x",), param="guided_choice")}, "guided_choice"),
         ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),

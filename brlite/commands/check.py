@@ -101,9 +101,11 @@ def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = Fals
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     """A model's origin and sizes, without downloading it. Opens all its files, and raises the errors of `serve`."""
     from brlite.backends.plugins.discovery import check_engine_name
+    from brlite.engine.logits_processors import load_factories
     from brlite.llm.loading import make_scoring_head, refuse_scoring
     from brlite.tokenizer import load_tokenizer
 
+    load_factories(engine.logits_processors)
     if engine.name is not None:
         check_engine_name(engine.name)
         refuse_scoring(spec, engine.name)

@@ -147,6 +147,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int, Meta(ge=1, le=16), option("drafted tokens of one sequence in one step, 1 to 16")
     ] = 7
     max_draft_seqs: Annotated[int, Meta(ge=1, le=4096), option("draft only while at most so many sequences run")] = 4
+    logits_processors: Annotated[
+        tuple[Word, ...],
+        option(
+            "installed entry points of brlite.logits_processors that requests may name; no others are imported",
+            ["my_processor"],
+        ),
+    ] = ()
     memory_gib: Annotated[
         float,
         Meta(ge=0, le=10**6),

@@ -180,6 +180,9 @@ UNUSUAL = (
     ObeyedField("top_n_sigma", (RESPONSES, MESSAGES, INFILL), (LLAMA_CPP,)),
     ObeyedField("logit_bias", (RESPONSES, MESSAGES, INFILL), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES, INFILL), (VLLM,)),
+    ObeyedField(
+        "logits_processors", ALL_FIVE, (VLLM,), "names that the config allows ([more](http-api.md#logits-processors))"
+    ),
     ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES, INFILL), (VLLM_04, VLLM)),
     ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES, INFILL), VLLM_AND_SGLANG),
 )
@@ -264,8 +267,7 @@ NOT_DECODED = (
     Field("image", (SGLANG,)),
     # Sampling.
     Field("beam_width", (SGLANG,), (1,), "use_beam_search"),
-    Field("logits_processors", (VLLM,), ([],), "logit_bias, allowed_token_ids, bad_words or a grammar"),
-    Field("logit_processors custom_logit_processor", (SGLANG,), ("", []), "logit_bias or a grammar"),
+    Field("logit_processors custom_logit_processor", (SGLANG,), ("", []), "logits_processors, by name"),
     Field("custom_params vllm_xargs", (SGLANG, VLLM), ({},)),
     Field("repetition_detection watermark", (VLLM, SGLANG), (False,)),
     Field("mirostat", (LLAMA_CPP,), (0,)),

@@ -41,6 +41,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
         raise InvalidRequest("best_of is not for completions that are given as they come", param="best_of")
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
         raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")
+    if request.processors is not None and not info.runs_logits_processors:
+        raise InvalidRequest("logits_processors cannot be had from this server's engine", param="logits_processors")
 
     half = max(1, info.max_model_len // 2)
     allowed = min(half, length - num_prompt_tokens)

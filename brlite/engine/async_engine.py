@@ -25,6 +25,7 @@ from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, CanRun
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.guidance import StepGuidance
+from brlite.engine.logits_processors import Processors
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.prompt_encoder import PromptEncoder
 from brlite.engine.request import Request, Sink
@@ -186,6 +187,16 @@ class EngineLoop:
         self._check_loop()
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
 
+    async def make_processors(self, params: SamplingParams, *, tenant: str = "") -> Processors | None:
+        """The logits processors for `Request.processors`, made on the thread that compiles grammars.
+
+        Raises `InvalidRequest` for a name that is not allowed, and for arguments that its factory refuses.
+        """
+        if not params.logits_processors:
+            return None
+        self._check_loop()
+        return await self._compiler.run(tenant, functools.partial(self._engine.processor_maker.make, params))
+
     async def generate(
         self,
         prompt: str | list[int],
@@ -213,6 +224,7 @@ class EngineLoop:
             tenant=tenant,
             grammar=await self.compile(params.structured, tenant=tenant),
             bad_words=await self.prompts.encode_bad_words(params, tenant=tenant),
+            processors=await self.make_processors(params, tenant=tenant),
         )
         stream = OutputStream()
         self.submit(request, stream.put)

@@ -1,20 +1,22 @@
 """The interface between scheduling and computing: a `Batch` goes down, a `StepResult` comes up.
 
 Both are plain data, without tensors and logits. Structs of one sequence are never in a reference cycle: `gc=False`.
-A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks (its masks are not sent: rank 0
-draws), or written into a test.
+A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks (its masks and processors are
+not sent: rank 0 draws), or written into a test.
 """
 
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import threading
+import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import msgspec
 
@@ -22,6 +24,8 @@ from brlite.config.options import STEP_TOKENS
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import BackendLost, EngineError
 from brlite.sampling_params import PoolingParams, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
 _WORD_BYTES = 4
@@ -161,14 +165,67 @@ class TokenMasks:
         return TokenMask(words, memoryview(self.is_filled)[row : row + 1])
 
 
+class LogitsProcessor(NamedTuple):
+    """Python code of others that edits logits: `function` gets `num_inputs` arguments (see `LogitsProcessors.run`)."""
+
+    name: str
+    function: Callable[..., Any]
+    num_inputs: int
+
+
+class LogitsProcessors:
+    """The logits processors of one sequence. A backend runs them once before each draw of the sequence.
+
+    `error` says why no token can be drawn any more, `seconds` how long each processor took in the last step, by its
+    name.
+    """
+
+    def __init__(self, processors: Sequence[LogitsProcessor], prompt_token_ids: Iterable[int]) -> None:
+        self.error: str | None = None
+        self.seconds: dict[str, float] = {}
+        self._processors = processors
+        self._prompt_token_ids = tuple(prompt_token_ids)
+        self._output_token_ids: list[int] = []
+
+    def begin(self, output_token_ids: list[int]) -> None:
+        """Prepare the next draw, after these tokens of the answer. The list is the processors' own."""
+        self._output_token_ids, self.seconds = output_token_ids, {}
+
+    def run(self, logits: Any, find_fault: Callable[[Any], str | None]) -> Any:
+        """The logits (numpy float32 [V]) after all processors; None where one failed. On the step's thread.
+
+        They are the model's own, before any other edit, and may be overwritten. A processor is called as
+        `(output_token_ids, logits)` or `(prompt_token_ids, output_token_ids, logits)` and returns the new logits.
+        `find_fault` says what is wrong with these. A failure ends this sequence alone.
+        """
+        for name, function, num_inputs in self._processors:
+            start = time.perf_counter()
+            try:
+                prompt = (self._prompt_token_ids,) if num_inputs == 3 else ()
+                logits = function(*prompt, self._output_token_ids, logits)
+                fault = find_fault(logits)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # even SystemExit must not end the requests of others
+                logger.warning("the logits processor %s failed", name, exc_info=error)
+                fault = f"failed: {type(error).__name__}"
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if fault is not None:
+                self.error = f"the logits processor {name} {fault}"
+                return None
+        return logits
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One step's work: prompt chunks and single tokens mixed, each sequence at most once.
 
-    `masks` say which tokens some of the sequences may draw.
+    `masks` say which tokens some of the sequences may draw, `processors` edit the logits of some, by `seq_id`; such a
+    sequence has no guesses and does not run ahead.
     """
 
     seqs: list[ScheduledSeq]
     masks: TokenMasks | None = None
+    processors: Mapping[int, LogitsProcessors] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -190,6 +247,7 @@ class Undrawn(enum.Enum):
     """Why no token could be drawn for a row. The value is the text of the request's error."""
 
     NOT_FINITE = "the model produced logits that are not finite"
+    PROCESSOR_FAILED = "a logits processor failed"
     NOTHING_ALLOWED = "no token may be drawn: what restricts the next token excludes all of them"
 
 
@@ -238,6 +296,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     a sequence in one step. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size` of 0 no
     pooling. `pooling` is the model's own way to make embeddings ("none": it has none). `matryoshka_dimensions` are the
     lengths that they may be cut to (with 0 among them: any). A model that cannot generate has no head and never draws.
+    Without `runs_logits_processors` it gets no `Batch.processors`.
     A backend that `can_run_ahead` is a `CanRunAhead` and gets its steps by `launch`. `step_tokens` is the default limit
     of tokens in a step: so many that one read of the matrices serves many tokens.
     """
@@ -266,6 +325,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     can_generate: bool = True
     can_run_ahead: bool = False
     step_tokens: int = STEP_TOKENS
+    runs_logits_processors: bool = False
 
 
 class Backend(Protocol):

@@ -24,13 +24,23 @@ import msgspec
 
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit
-from brlite.engine.backend import Backend, BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
+from brlite.engine.backend import (
+    Backend,
+    BackendInfo,
+    Batch,
+    LogitsProcessors,
+    SampledToken,
+    SeqResult,
+    StepResult,
+    Undrawn,
+)
 from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.beam_sequences import BeamSequences
 from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
+from brlite.engine.logits_processors import Factory, ProcessorMaker
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import (
@@ -54,12 +64,15 @@ from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+SLOW_PROCESSOR_SECONDS = 0.01  # of a call; a token of a small model takes about as long
+
 
 class Step(NamedTuple):
     """A step that was scheduled and has not ended. `runs` has each sequence and its number of tokens to compute."""
 
     runs: list[tuple[Sequence, int]]
     guidance: StepGuidance | None
+    processors: dict[int, LogitsProcessors] | None
     start: float
 
 
@@ -78,8 +91,10 @@ class Engine:
         sampling_defaults: Mapping[str, Any] | None = None,
         scoring_head: ScoringHead | None = None,
         draft_backend: Backend | None = None,
+        logits_processors: Mapping[str, Factory] | None = None,
     ) -> None:
-        """`sampling_defaults` are the model's own, for requests that leave these parameters out.
+        """`sampling_defaults` are the model's own, for requests that leave these parameters out. `logits_processors`
+        are the factories that requests may name.
 
         `draft_backend` computes a smaller model of the same vocabulary that guesses tokens ahead. The caller runs it
         before each `schedule` (see `plan_drafts`), and closes it.
@@ -92,6 +107,8 @@ class Engine:
         self.scoring_head = scoring_head  # for callers that score hidden states; not used here
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
+        self.processor_maker = ProcessorMaker(logits_processors or {}, tokenizer)
+        self._slow_processors: set[str] = set()  # the log has them already
         self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
         self._preemptions_before = 0
         self._clock = clock
@@ -143,8 +160,16 @@ class Engine:
             )
         if request.params.bad_words and request.bad_words is None:
             raise EngineError("the request's bad words were not encoded")
+        params = request.params
+        if params.logits_processors:
+            if request.processors is None:
+                raise EngineError("the request's logits processors were not made")
+            params = msgspec.structs.replace(params, logits_processors=())  # code is not sent to ranks
         request = msgspec.structs.replace(
-            request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
+            request,
+            params=params,
+            prompt_token_ids=list(request.prompt_token_ids),
+            group=request.group or request.request_id,
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
         if len(self._queue) >= self.limits.max_waiting:
@@ -243,10 +268,17 @@ class Engine:
             if seq.matcher is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens
         ]
         self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
-        batch = make_batch(runs, self.tokenizer.eos_token_ids, None if guidance is None else guidance.masks)
+        processors: dict[int, LogitsProcessors] | None = None
+        for seq, num_tokens in runs:
+            if seq.processors is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens:
+                seq.processors.begin(seq.token_ids[seq.num_prompt_tokens :])
+                processors = processors or {}
+                processors[seq.seq_id] = seq.processors
+        masks = None if guidance is None else guidance.masks
+        batch = make_batch(runs, self.tokenizer.eos_token_ids, masks, processors)
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens += num_tokens
-        self._steps.append(Step(runs, guidance, start))
+        self._steps.append(Step(runs, guidance, processors, start))
         return batch
 
     def update(self, result: StepResult) -> None:
@@ -255,6 +287,8 @@ class Engine:
         step = self._steps.popleft()
         if step.guidance is not None:
             step.guidance.advance(result)
+        if step.processors is not None:
+            self._note_processors(step.processors)
         seconds, self._last_end = now - max(step.start, self._last_end), now
         self.stats.num_step_threads = result.num_threads
         self.stats.host_draws += result.num_host_draws
@@ -359,6 +393,9 @@ class Engine:
             block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
             repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
+            processors=None
+            if state.request.processors is None
+            else LogitsProcessors(state.request.processors[index], prompt_token_ids),
         )
         state.sequences.append(seq)
         return seq
@@ -367,7 +404,8 @@ class Engine:
         state, reason = seq.state, None
         if result.error is not None:
             is_excluded = result.error == Undrawn.NOTHING_ALLOWED.value
-            reason = (seq.matcher and seq.matcher.error) or (result.error if is_excluded else None)
+            error = (seq.matcher and seq.matcher.error) or (seq.processors and seq.processors.error)
+            reason = error or (result.error if is_excluded else None)
             if reason is None:
                 self._blocks.unseal(seq)  # the error may come from a chunk that was sealed earlier
                 self._end_with_error(state, EngineError(result.error))
@@ -445,6 +483,20 @@ class Engine:
             self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
         if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
             self._end_as_error(seq, matcher.error)
+
+    def _note_processors(self, processors: Mapping[int, LogitsProcessors]) -> None:
+        """Count the calls of a step, and log each processor the first time that it is slow."""
+        for each in processors.values():
+            self.stats.logits_processor_calls += len(each.seconds)
+            self.stats.logits_processor_seconds += sum(each.seconds.values())
+            for name, seconds in each.seconds.items():
+                if seconds > SLOW_PROCESSOR_SECONDS and name not in self._slow_processors:
+                    self._slow_processors.add(name)
+                    logger.warning(
+                        "a call of the logits processor %s took %.0f ms; all requests of the step waited for it",
+                        name,
+                        1000 * seconds,
+                    )
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
         """End one completion for which no token can be drawn. Others of its request continue."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from brlite.engine.backend import LogitsProcessor, LogitsProcessors
 from brlite.engine.beam_search import BeamSearch
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.drafting import NgramDrafter
@@ -39,7 +40,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
       of one `group` share a turn; a request without a group is a group of its own.
     * A request that is exempt from the queue timeout waits without a limit. It belongs to a body whose first request
       is not exempt.
-    * `grammar` is the compiled `params.structured`; `bad_words` are the tokens of `params.bad_words`.
+    * `grammar` is the compiled `params.structured`; `bad_words` are the tokens of `params.bad_words`; `processors` are
+      made from `params.logits_processors`, those of each answer.
     * With `is_strict` the request is refused instead of having a limit cut.
     * `shown_token_ids` are special tokens that stay in the text, although others are left out.
     * With `pooling` the result is the prompt's embedding, and no completion.
@@ -57,6 +59,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     is_exempt_from_queue_timeout: bool = False
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] | None = None
+    processors: tuple[tuple[LogitsProcessor, ...], ...] | None = None
     is_strict: bool = False
     shown_token_ids: frozenset[int] = frozenset()
     pooling: PoolingParams | None = None
@@ -135,6 +138,7 @@ class Sequence:
     cache_root: bytes
     matcher: Matcher | None = None
     repetitions: Repetitions | None = None  # with DRY only
+    processors: LogitsProcessors | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0

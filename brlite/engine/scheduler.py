@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice, takewhile
 
-from brlite.engine.backend import Batch, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
+from brlite.engine.backend import Batch, LogitsProcessors, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
@@ -129,7 +130,7 @@ class Scheduler:
         """Whether the next step can be decided before the result of the one under way is known.
 
         It cannot if the input of a sequence's next draw depends on the token that is being drawn (a grammar, a window
-        of penalties, DRY, bad words), if guesses may be made, or if a sequence must be preempted.
+        of penalties, DRY, bad words, logits processors), if guesses may be made, or if a sequence must be preempted.
         """
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
@@ -383,7 +384,10 @@ def _ngrams(seq: Sequence) -> NgramDrafter | None:
 
 
 def make_batch(
-    scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...], masks: TokenMasks | None = None
+    scheduled: list[tuple[Sequence, int]],
+    eos_token_ids: tuple[int, ...],
+    masks: TokenMasks | None = None,
+    processors: Mapping[int, LogitsProcessors] | None = None,
 ) -> Batch:
     """The scheduled sequences as a `Batch`, plain data for a backend."""
     seqs = []
@@ -414,16 +418,16 @@ def make_batch(
                 takes_last_draw=is_being_drawn,
             )
         )
-    return Batch(seqs, masks)
+    return Batch(seqs, masks, processors)
 
 
 def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
     """How many drafts may follow the `num_tokens` that a step computes of the sequence.
 
     None unless the step draws for it, and unless each draw depends only on the tokens before: penalties, bad words and
-    `min_tokens` change with each draw, and beams with each step. Guesses need one token of output; forced tokens may
-    also follow the end of a prompt. The last token that `max_tokens` allows is never a draft. None while another step
-    with it is under way.
+    `min_tokens` change with each draw, logits processors may, and beams change with each step. Guesses need one token
+    of output; forced tokens may also follow the end of a prompt. The last token that `max_tokens` allows is never a
+    draft. None while another step with it is under way.
     """
     request = seq.state.request
     is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
@@ -433,13 +437,15 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
         return 0
     if seq.counts is not None or seq.repetitions is not None or request.bad_words or seq.state.search is not None:
         return 0
+    if seq.processors is not None:
+        return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 
 
 def _depends_on_last_draw(seq: Sequence) -> bool:
     """Whether a draw needs the token before it as input. Backends add it to the counts of a whole text themselves."""
-    is_windowed = isinstance(seq.counts, WindowCounts)
-    return is_windowed or seq.matcher is not None or seq.repetitions is not None or bool(seq.state.request.bad_words)
+    is_edited = isinstance(seq.counts, WindowCounts) or seq.repetitions is not None or seq.processors is not None
+    return is_edited or seq.matcher is not None or bool(seq.state.request.bad_words)
 
 
 def _latest_of_last_class(running: list[Sequence]) -> Sequence:

@@ -105,6 +105,8 @@ class EngineStats:
         self.step_failures = 0
         self.engine_failures = 0
         self.host_draws = 0  # tokens that the host drew while a device that runs ahead waited
+        self.logits_processor_calls = 0
+        self.logits_processor_seconds = 0.0
         self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
         self.finished: Counter[str] = Counter()
         self._latencies: dict[float, int] = {}  # of the step's tokens: sequences that run together have the same

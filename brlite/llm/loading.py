@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from brlite.config.options import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Config, LimitsConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
+from brlite.engine.logits_processors import load_factories
 from brlite.engine.scoring import ScoringHead
 from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.sampling_params import SamplingParams
@@ -53,6 +54,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     `on_progress` gets the name of a stage and the fraction of it that is done. Raises `ModelError` or `ConfigError`.
     """
     spec = spec or config.model[0]
+    factories = load_factories(config.engine.logits_processors)  # first: a model takes minutes to load
     load = _load_builtin if config.engine.name is None else _load_from_contract
     tokenizer, backend, path, scoring_head, draft_backend = load(config, spec, on_progress or ignore_progress)
     defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
@@ -67,6 +69,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
         sampling_defaults=defaults,
         scoring_head=scoring_head,
         draft_backend=draft_backend,
+        logits_processors=factories,
     )
     return Assembly(engine, backend)
 

@@ -260,6 +260,7 @@ class LLM:
             params=params if params.best_of is None else params.for_all_answers(),
             grammar=self._engine.compiler.compile_on_thread(params.structured),
             bad_words=self._engine.encode_bad_words(params),
+            processors=self._engine.processor_maker.make(params),
             group="generate",  # the requests of one call share one turn in the queue
             pooling=pooling,
         )

@@ -23,6 +23,7 @@ from brlite.sampling_params.structured_output import StructuredOutput
 MAX = sys.float_info.max  # as a bound it refuses infinity and NaN
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
+MAX_LOGITS_PROCESSORS = 16  # each is a Python call for every token
 ALL_TOKENS = 2**30  # SGLang's `top_k` for all tokens
 MAX_LENGTH_PENALTY = 16  # a length of millions to this power does not overflow a float
 RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
@@ -34,7 +35,7 @@ _REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # r
 NOT_IN_BEAM_SEARCH = (
     *("temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "xtc_probability", "dynatemp_range"),
     *("dry_multiplier", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("logit_bias", "allowed_token_ids", "bad_words"),
+    *("logit_bias", "allowed_token_ids", "bad_words", "logits_processors"),
 )
 
 Pooling = Literal["last", "mean"]
@@ -71,6 +72,14 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
                 f"dimensions must be a whole number of at least 1, got {reprlib.repr(self.dimensions)}",
                 param="dimensions",
             )
+
+
+class NamedProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A logits processor that the config allows, and the arguments of its factory. The fields are vLLM's."""
+
+    name: str = msgspec.field(name="qualname")
+    args: tuple[Any, ...] | None = None
+    kwargs: dict[str, Any] | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +252,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: Annotated[
         CountOrNone, _parameter("a 64-bit integer, at least 0", "the same for the tokens of the prompt")
     ] = None
+    logits_processors: Annotated[
+        tuple[Any, ...],
+        _parameter(
+            f"a list of at most {MAX_LOGITS_PROCESSORS} names, or offline of callables",
+            "Python code that edits the logits before each draw; the server's config allows names",
+            max_length=MAX_LOGITS_PROCESSORS,
+        ),
+    ] = ()
     skip_special_tokens: Annotated[bool, _parameter("true or false", "leave control tokens out of the text")] = True
     structured: Annotated[
         StructuredOutput | None, _parameter("a StructuredOutput, or null", "what the answer must look like")
@@ -438,6 +455,18 @@ def _biases(value: Any) -> dict[int, float]:
     return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
 
 
+def _processors(value: Any) -> tuple[Any, ...]:
+    """Read callables, names, and vLLM's `{"qualname": name, "args": [...], "kwargs": {...}}`."""
+    return tuple(
+        item
+        if callable(item) or isinstance(item, NamedProcessor)
+        else NamedProcessor(item)
+        if isinstance(item, str)
+        else msgspec.convert(item, NamedProcessor)
+        for item in _items(value)
+    )
+
+
 def _structured(value: Any) -> StructuredOutput | None:
     if value is not None and not isinstance(value, StructuredOutput):
         raise TypeError("not a StructuredOutput")
@@ -480,6 +509,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "logprobs": _optional_integer,
     "prompt_logprobs": _optional_integer,
     "structured": _structured,
+    "logits_processors": _processors,
     **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), lambda value: value),
     **dict.fromkeys(("use_beam_search", "early_stopping"), lambda value: value),
     "length_penalty": _number,

@@ -83,6 +83,7 @@ async def make_requests(
                 is_exempt_from_queue_timeout=index > 0,
                 grammar=grammar,
                 bad_words=bad_words,
+                processors=await engine.make_processors(params, tenant=tenant) if params.logits_processors else None,
                 is_strict=call.is_strict,
             )
         )

@@ -139,6 +139,8 @@ OWN_COUNTERS = [
     Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
     Series("brlite:promotions", "Requests moved to the first class: they waited too long.", lambda s: s.promotions),
     Series("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),
+    Series("brlite:logits_processor_calls", "Calls of logits processors.", lambda s: s.logits_processor_calls),
+    Series("brlite:logits_processor_seconds", "Seconds in these calls.", lambda s: s.logits_processor_seconds),
     Series("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
 ]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]

@@ -88,6 +88,7 @@ class Driver:
             grammar=None if structured is None else self.engine.compiler.compile(structured),
             pooling=pooling,
             bad_words=self.engine.encode_bad_words(sampling),
+            processors=self.engine.processor_maker.make(sampling),
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
         return request.request_id

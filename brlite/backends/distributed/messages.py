@@ -172,7 +172,7 @@ def read_work(message: Compute) -> RankBatch:
 
 
 def compute_frame(batch: Batch) -> bytes:
-    """The frame of a step, the same for every rank. Masks are left out: only rank 0 draws."""
+    """The frame of a step, the same for every rank. Masks and processors are left out: only rank 0 draws."""
     return frame(Compute(msgspec.Raw(msgspec.msgpack.encode(Batch(batch.seqs)))))
 
 

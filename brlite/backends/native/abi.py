@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -40,6 +40,7 @@ _CTYPES: dict[str, Any] = {
     "double": c_double,
     "const int32_t*": c_void_p,
     "const float*": c_void_p,
+    "float*": c_void_p,
     "const uint8_t*": c_void_p,
 }
 DRAW_PARAMETERS = tuple(
@@ -146,7 +147,6 @@ class NativeBatch(ctypes.Structure):
         ("spans", c_void_p),
         ("draws", c_void_p),
         ("drawn", c_void_p),
-        ("logits", c_void_p),
         ("poolings", c_void_p),
         ("num_poolings", c_int32),
         ("reserved", c_int32),

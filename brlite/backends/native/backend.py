@@ -26,11 +26,13 @@ from brlite.backends.native.packer import LoadedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows
 from brlite.backends.pooling import pooled_result
+from brlite.backends.sampling.host import NativeSampler, sample_processed
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     BackendGuard,
     BackendInfo,
     Batch,
+    LogitsProcessors,
     SampledToken,
     ScheduledSeq,
     SeqResult,
@@ -74,6 +76,7 @@ class NativeBackend:
             self._vocab_size = plan.config.vocab_size
             self._hidden_size = plan.config.hidden_size
             self._draws = NativeDraws(self._vocab_size)
+            self._host_sampler = NativeSampler(native, self._vocab_size)
             # Not with ranks: a rank also waits for others, so its times do not show whether its threads have cores.
             is_adaptive = plan.engine.adaptive_threads and plan.shard is None
             self._threads = AdaptiveThreads(plan.num_threads) if is_adaptive else None
@@ -93,11 +96,16 @@ class NativeBackend:
         """Compute one step. After an exception the cache of other sequences is unchanged."""
         rows = _Rows(batch.seqs)
         drawings: list[Drawing] = []
+        processed: dict[int, LogitsProcessors] = {}  # by the index of the drawing
         targets: list[DrawTarget] = []
         for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
             if (sampling := seq.sampling) is not None:
+                logits = None
+                if batch.processors is not None and seq.seq_id in batch.processors:
+                    processed[len(drawings)] = batch.processors[seq.seq_id]
+                    logits = np.empty(self._vocab_size, np.float32)
                 drawings += [
-                    Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i))
+                    Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i), logits)
                     for i, row in enumerate(_drawing_rows(seq, first))
                 ]
             targets += [
@@ -116,7 +124,14 @@ class NativeBackend:
                 self._library.brlite_last_time(self._engine, ctypes.addressof(self._last_time))
                 self._threads.observe(*self._last_time)
                 self._num_threads = self._threads.num_threads
-            tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
+            drawn = draws.tokens()
+            if processed and batch.masks is not None:
+                batch.masks.wait()
+            for index, processors in processed.items():
+                _, sampling, _, mask, logits = drawings[index]
+                assert logits is not None
+                drawn[index] = sample_processed(self._host_sampler, logits, sampling, mask, processors)
+            tokens, logprobs = iter(drawn), iter(draws.target_logprobs())
             results = [_result(seq, tokens, logprobs) for seq in batch.seqs]
         if poolings is not None:
             totals = iter(poolings.totals)
@@ -158,10 +173,10 @@ class NativeBackend:
         """Run a step and return the logits of the `wanted` rows."""
         out = np.empty((len(wanted), self._vocab_size), np.float32)
         draws, drawn = (abi.Draw * len(wanted))(), (abi.Drawn * len(wanted))()
-        for row, draw in zip(wanted, draws, strict=True):
-            draw.row, draw.target, draw.num_logprobs = row, 0, -1
+        for row, draw, logits in zip(wanted, draws, out, strict=True):
+            draw.row, draw.target, draw.num_logprobs, draw.logits = row, 0, -1, logits.ctypes.data
         with self._guard.step():
-            self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
+            self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn))
         return out
 
     def _run(
@@ -170,7 +185,6 @@ class NativeBackend:
         num_draws: int,
         draws: int,
         drawn: int,
-        logits: int | None = None,
         poolings: _Poolings | None = None,
     ) -> None:
         """Call it only inside `guard.step`; otherwise `close` could release memory that the library reads."""
@@ -183,7 +197,6 @@ class NativeBackend:
             spans=rows.spans.ctypes.data,
             draws=draws,
             drawn=drawn,
-            logits=logits,
         )
         if poolings is not None:
             batch.poolings, batch.num_poolings = ctypes.addressof(poolings.structs), len(poolings.structs)
@@ -283,6 +296,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         is_batch_invariant=True,
+        runs_logits_processors=True,
         fingerprint=fingerprint.hexdigest(),
         notes=(note,) if is_raised else (),
     )

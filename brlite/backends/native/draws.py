@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
-from brlite.backends.sampling.rows import allowed_words
+from brlite.backends.sampling.rows import Logits, allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
@@ -28,12 +28,16 @@ _UNDRAWN = {-1: Undrawn.NOT_FINITE, -2: Undrawn.NOTHING_ALLOWED}  # as in sample
 
 
 class Drawing(NamedTuple):
-    """A token to draw after `row` of the step. `position` is `sampling.position`, or later after draft tokens."""
+    """A token to draw after `row` of the step. `position` is `sampling.position`, or later after draft tokens.
+
+    With `logits`, float32 [V], the step copies the row there, and the token that it draws has no meaning.
+    """
 
     row: int
     sampling: SamplingInput
     position: int
     mask: TokenMask | None = None
+    logits: Logits | None = None
 
 
 class DrawTarget(NamedTuple):
@@ -134,12 +138,16 @@ class StepDraws:
         return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
 
     def _point_to_edits(self, packed: bytearray) -> None:
-        """Set the pointers to what changes with each step, for drawings that have any: bans, masks, counts, costs."""
+        """Set the pointers to what changes with each step, where there is any: bans, masks, counts, costs, logits."""
         self._banned: list[npt.NDArray[np.int32]] = []
-        for i, ((_, sampling, _, mask), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
-            if not (sampling.banned_token_ids or entry.is_penalised or mask or sampling.costs):
+        for i, ((_, sampling, _, mask, logits), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
+            is_copied = logits is not None
+            if not (sampling.banned_token_ids or entry.is_penalised or mask or sampling.costs or is_copied):
                 continue
             draw = abi.Draw.from_buffer(packed, i * _DRAW.itemsize)
+            if logits is not None:
+                draw.logits, draw.target, draw.num_logprobs = logits.ctypes.data, 0, min(draw.num_logprobs, 0)
+                continue
             if mask:
                 draw.mask, draw.is_mask_filled = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in mask)
             banned = np.array(sampling.banned_token_ids, dtype=np.int32)

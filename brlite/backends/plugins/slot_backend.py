@@ -19,13 +19,14 @@ from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, Pl
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.pooling import pooled_result
-from brlite.backends.sampling.host import HostSampler, choose_sampler
+from brlite.backends.sampling.host import HostSampler, choose_sampler, sample_processed
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     BackendGuard,
     BackendInfo,
     Batch,
     SampledToken,
+    SamplingInput,
     ScheduledSeq,
     SeqResult,
     StepResult,
@@ -193,15 +194,24 @@ class SlotBackend:
 
     def _draw(self, work: Sequence[SlotWork], batch: Batch) -> dict[int, SampledToken | Undrawn]:
         """The next token of each sequence that wants one, by its slot."""
-        drawing = [(each, each.seq.sampling) for each in work if each.seq.sampling is not None]
-        if not drawing:
-            return {}
-        logits = np.stack([each.logits[-1] for each, _ in drawing])
+        drawing, processors = list[tuple[SlotWork, SamplingInput]](), batch.processors or {}
+        tokens: dict[int, SampledToken | Undrawn] = {}
         if batch.masks is not None:
             batch.masks.wait()
-        masks = [batch.mask_of(each.seq.seq_id) for each, _ in drawing]
-        tokens = self._sampler.sample(logits, [sampling for _, sampling in drawing], masks)
-        return dict(zip((each.slot for each, _ in drawing), tokens, strict=True))
+        for each in work:
+            seq, sampling = each.seq, each.seq.sampling
+            if sampling is not None and seq.seq_id in processors:
+                tokens[each.slot] = sample_processed(
+                    self._sampler, each.logits[-1].copy(), sampling, batch.mask_of(seq.seq_id), processors[seq.seq_id]
+                )
+            elif sampling is not None:
+                drawing.append((each, sampling))
+        if drawing:
+            logits = np.stack([each.logits[-1] for each, _ in drawing])
+            masks = [batch.mask_of(each.seq.seq_id) for each, _ in drawing]
+            found = self._sampler.sample(logits, [sampling for _, sampling in drawing], masks)
+            tokens.update(zip((each.slot for each, _ in drawing), found, strict=True))
+        return tokens
 
     def _result(self, work: SlotWork, token: SampledToken | Undrawn | None) -> SeqResult:
         seq, prompt_logprobs = work.seq, list[TokenLogprob]()
@@ -254,6 +264,7 @@ def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) 
         fingerprint=capabilities.fingerprint,
         is_batch_invariant=capabilities.is_batch_invariant,
         has_prompt_logprobs=capabilities.can_chunk_prompts,
+        runs_logits_processors=True,
         hidden_size=capabilities.hidden_size,
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,

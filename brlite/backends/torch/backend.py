@@ -158,7 +158,8 @@ class TorchBackend:
             step = self._steps.forward(batch.seqs, last)
             rows, inputs = dict[int, int](), list[SamplingInput]()  # of the draws that the device makes
             for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
-                if seq.sampling is not None and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
+                is_processed = batch.processors is not None and seq.seq_id in batch.processors
+                if seq.sampling and not is_processed and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
                     rows[seq.seq_id] = first + len(seq.token_ids) - 1
                     inputs.append(seq.sampling)
             drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
@@ -243,7 +244,16 @@ class TorchBackend:
         logits = self._logits(step, rows)
         if batch.masks is not None:
             batch.masks.wait()
-        return dict(zip(seq_ids, self._sampler.sample(logits, inputs, masks), strict=True))
+        processors, tokens = batch.processors or {}, dict[int, SampledToken | Undrawn]()
+        for seq_id, row, entry, mask in zip(seq_ids, logits, inputs, masks, strict=True) if processors else ():
+            if seq_id in processors:
+                tokens[seq_id] = self._sampler.sample_processed(row, entry, mask, processors[seq_id])
+        rest = [index for index, seq_id in enumerate(seq_ids) if seq_id not in processors]
+        if rest:
+            logits = logits[rest] if processors else logits
+            drawn = self._sampler.sample(logits, [inputs[index] for index in rest], [masks[index] for index in rest])
+            tokens.update(zip([seq_ids[index] for index in rest], drawn, strict=True))
+        return tokens
 
     def _prompt_logprobs(self, seq: ScheduledSeq, step: ComputedStep, first: int) -> list[TokenLogprob]:
         """The logprobs of `prompt_targets`. Their hidden states begin at row `first`."""
@@ -304,8 +314,8 @@ def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, La
         seqs.append(seq)
         sources.append(source)
     if before is None or max(sources) < 0:
-        return Batch(seqs, batch.masks), None
-    return Batch(seqs, batch.masks), LastDraws(before.drawn.clamp(min=0), sources)
+        return msgspec.structs.replace(batch, seqs=seqs), None
+    return msgspec.structs.replace(batch, seqs=seqs), LastDraws(before.drawn.clamp(min=0), sources)
 
 
 def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
@@ -343,6 +353,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         can_run_ahead=rules.runs_ahead and plan.shard is None,
+        runs_logits_processors=True,
         is_batch_invariant=steps.is_batch_invariant,
         step_tokens=rules.step_tokens,
         notes=tuple(notes),

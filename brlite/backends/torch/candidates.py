@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from brlite.backends.sampling import reference
-from brlite.backends.sampling.host import choose_sampler
+from brlite.backends.sampling.host import choose_sampler, sample_processed
 from brlite.backends.sampling.random_numbers import Floats, Integers
 from brlite.backends.sampling.rows import BLOCK_SIZE, Logits, Shortlist, sorted_shortlist
-from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
+from brlite.engine.backend import LogitsProcessors, SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.engine.outputs import TokenLogprob
 
 _MAX_SCRATCH_ELEMENTS = 2**21
@@ -112,6 +112,12 @@ class TorchSampler:
         if logits.is_cpu:
             return self._on_host.sample(logits.numpy(), inputs, masks)
         return reference.sample(TorchRows(logits), inputs, masks)
+
+    def sample_processed(
+        self, logits: Tensor, entry: SamplingInput, mask: TokenMask | None, processors: LogitsProcessors
+    ) -> SampledToken | Undrawn:
+        """Draw the token of one sequence on the host, after its logits processors. `logits` are [V] float32."""
+        return sample_processed(self._on_host, np.array(logits.cpu().numpy()), entry, mask, processors)
 
     def token_logprobs(self, logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
         """The logprob of each row's target, with its `num_top` best alternatives."""

@@ -31,9 +31,9 @@ bool step(brlite_engine* engine, int32_t* tokens, int first, int end, uint64_t& 
         draws[row].repetition_penalty = 1.0f;
         draws[row].uniform = 0.37;
         draws[row].num_logprobs = -1;
+        draws[row].logits = logits[row];
     }
-    const brlite_batch batch = {end - first, 1,       end - first, 0, tokens + first, &span, draws, drawn,
-                                logits[0],   nullptr, 0,           0};
+    const brlite_batch batch = {end - first, 1, end - first, 0, tokens + first, &span, draws, drawn, nullptr, 0, 0};
     if (brlite_run(engine, &batch)) return false;
     checksum = 31 * checksum + brlite_checksum(nullptr, logits, (size_t)(end - first) * sizeof *logits);
     tokens[end] = drawn[end - first - 1].token;

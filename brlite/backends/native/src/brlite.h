@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 11
+#define BRLITE_ABI_VERSION 12
 #define BRLITE_KERNEL_VERSION 3  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -177,7 +177,6 @@ typedef struct brlite_batch {
     const brlite_span* spans;
     const brlite_draw* draws;
     brlite_drawn* drawn;
-    float* logits;  // null, or [num_draws][vocab_size] to be filled
     const brlite_pooling* poolings;
     int32_t num_poolings;
     int32_t reserved;

@@ -33,3 +33,4 @@ FIELD(const float*, costs)                 // taken off the logits of `cost_ids`
 FIELD(const int32_t*, mask)                // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 allows token t
 FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled `mask`; a draw waits for 1
 FIELD(const int32_t*, allowed)             // as `mask`, for every draw of the request: its allowed_token_ids
+FIELD(float*, logits)                      // null, or [vocabulary]: a step copies the row there, before all edits

@@ -113,9 +113,9 @@ struct Worker {
         Counter& draws = next();
         for (int i = draws.take(1); i < num_rows && plan.rank == 0; i = draws.take(1)) {
             float* logits = plan.logits + (long)i * plan.head.row_size;
-            if (batch.logits)
-                memcpy(batch.logits + (long)(first + i) * plan.vocab_size, logits, plan.vocab_size * sizeof(float));
-            draw_token(batch.draws[first + i], logits, plan.vocab_size, batch.drawn[first + i], scratch);
+            const brlite_draw& draw = batch.draws[first + i];
+            if (draw.logits) memcpy(draw.logits, logits, plan.vocab_size * sizeof(float));
+            draw_token(draw, logits, plan.vocab_size, batch.drawn[first + i], scratch);
         }
         // The next logits overwrite these.
         meet(plan.head.meets && first + BRLITE_HEAD_ROWS < batch.num_draws);

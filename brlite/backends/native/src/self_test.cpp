@@ -125,8 +125,8 @@ class Batch {
     void run(brlite_engine* engine, Outcome& outcome) {
         const int32_t num_rows = (int32_t)token_ids_.size(), num_spans = (int32_t)spans_.size();
         const brlite_batch batch = {
-            num_rows,       num_spans, num_rows, 0, token_ids_.data(), spans_.data(), draws_.data(), drawn_.data(),
-            logits_.data(), nullptr,   0,        0};
+            num_rows,      num_spans, num_rows, 0, token_ids_.data(), spans_.data(), draws_.data(),
+            drawn_.data(), nullptr,   0,        0};
         outcome.is_computed &= brlite_run(engine, &batch) == 0;
         for (const brlite_drawn& drawn : drawn_) {
             outcome.drawn.push_back(drawn.token);
@@ -154,6 +154,7 @@ class Batch {
         for (size_t row = 0; row < num_rows; row++) {
             draws_.push_back(ways[row % ways.size()]);
             draws_[row].row = (int32_t)row;
+            draws_[row].logits = &logits_[row * Toy::VOCABULARY];
             draws_[row].uniform = (row + 0.5) / Toy::MAX_ROWS;
             drawn_.push_back({0, 0.0f, &top_ids_[row * NUM_LOGPROBS], &top_logprobs_[row * NUM_LOGPROBS]});
         }
