@@ -75,9 +75,9 @@ class ReplyParser:
         return self._warnings if self._calls is None else [*self._warnings, *self._calls.warnings]
 
     @property
-    def num_calls(self) -> int:
-        """The number of tool calls so far."""
-        return 0 if self._calls is None else self._calls.num_calls
+    def has_calls(self) -> bool:
+        """Whether there are tool calls so far, all of them whole."""
+        return self._calls is not None and self._calls.num_calls > 0 and not self._calls.is_broken
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """The events that this text completes."""

@@ -36,6 +36,9 @@ STACK_BYTES = 512 * 1024**2  # address space; only a deep schema uses much of it
 NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
 # Without it llguidance 1.9.1 never returns from computing the forced tokens of /a+/ /a+/, which its lexer cannot split.
 NO_FORCING = '%llguidance {"no_forcing": true}\n'
+# Of a long forced text only the beginning is encoded: 200,000 characters took 0.3 s, once for each `MAX_FORCED` tokens.
+MAX_ENCODED = 2048  # characters
+NUM_UNSURE = 16  # tokens at the end of a text that was cut, which may be others in the whole text
 MAX_LEAVES_TRIED = 500  # subschemas that are compiled alone to find the place of an error
 # The memory of a compiled grammar, measured on large ones. A full cache takes 20 % more through fragmentation, which
 # stops growing after some 2,000 grammars; malloc_trim frees it.
@@ -321,9 +324,12 @@ class _TokenSource:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """The token ids of a forced text, which continues the answer."""
+        """The token ids of a forced text, which continues the answer, or of its beginning."""
+        if not self._tokenizer.encodes_in_process:
+            return []
         decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode_continuation(decoded) if self._tokenizer.encodes_in_process else []
+        token_ids = self._tokenizer.encode_continuation(decoded[:MAX_ENCODED])
+        return token_ids if len(decoded) <= MAX_ENCODED else token_ids[: max(1, len(token_ids) - NUM_UNSURE)]
 
 
 @contextmanager

@@ -171,7 +171,7 @@ class EventBuilder:
             events.append(Event(choice=event.choice, text=""))  # the finish reason does not travel with a call
         if events:
             reason = event.finish_reason
-            ends_with_calls = reason == "stop" and parser.num_calls > 0 and not replies.is_named
+            ends_with_calls = reason == "stop" and parser.has_calls and not replies.is_named
             events[-1] = structs.replace(
                 events[-1],
                 tokens=event.tokens,

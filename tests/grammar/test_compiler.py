@@ -12,7 +12,7 @@ import pytest
 
 from brlite.config.options import GrammarConfig
 from brlite.errors import InvalidRequest
-from brlite.grammar.compiler import GrammarCompiler, deep_stack
+from brlite.grammar.compiler import MAX_ENCODED, GrammarCompiler, deep_stack
 from brlite.sampling_params import StructuredOutput
 from tests.fakes import EOS
 from tests.grammar.answers import LongTokens, write
@@ -344,3 +344,28 @@ def test_expressions_side_by_side_do_not_force_tokens_without_end():
     with pytest.raises(InvalidRequest, match="sets options of llguidance"):
         COMPILER.compile(StructuredOutput(grammar='%llguidance {"no_forcing": false}\nstart: /a+/ /a+/'))
     assert texts(grammar='%llguidance {}\nstart: "a"') == ["a"] * 8
+
+
+class CountingTokens(LongTokens):
+    """Keeps the length of the longest text that was encoded."""
+
+    longest = 0
+
+    def encode_continuation(self, text: str) -> list[int]:
+        self.longest = max(self.longest, len(text))
+        return super().encode_continuation(text)
+
+
+def test_of_a_long_forced_text_only_the_beginning_is_encoded_at_once():
+    tokenizer = CountingTokens()
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, GrammarConfig())
+    text = "the answer to it all, " * 1000
+
+    matcher = compiler.compile(StructuredOutput(json_schema=json.dumps({"const": text}))).matcher()
+    token_ids = list[int]()
+    while not matcher.is_complete:
+        token_ids += matcher.forced
+        matcher.advance(list(matcher.forced))
+
+    assert json.loads(tokenizer.decode(token_ids)) == text
+    assert tokenizer.longest <= MAX_ENCODED

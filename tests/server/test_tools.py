@@ -106,6 +106,18 @@ async def test_a_turn_of_calls_may_have_null_content(serve: Ask) -> None:
         assert answer.choices[0].message.content == "<tool_response>\n5\n</tool_response>"
 
 
+async def test_a_stop_string_inside_a_call_ends_the_answer_without_the_reason_of_calls(serve: Ask) -> None:
+    client = await serve()
+
+    answer = await ask(client, f"{CALL_NOW}\n{CALL}", stop=["Par"])
+    whole = await ask(client, f"{CALL_NOW}\n{CALL}", stop=["Rome"])
+
+    assert answer.choices[0].finish_reason == "stop"
+    assert calls_of(answer.choices[0].message)[0] == ("now", "{}")
+    assert "looks like a tool call" in answer.warnings[0]
+    assert whole.choices[0].finish_reason == "tool_calls"
+
+
 @pytest.mark.parametrize("text", [f"I look.\n{CALL}\n{CALL_NOW}", CALL, "No call < here.", "<tool_call>\n{bad", ""])
 async def test_a_stream_says_what_a_whole_answer_says(serve: Ask, text: str) -> None:
     client = await serve()

@@ -70,6 +70,7 @@ class ToolCallParser:
         self._source = ReplySource()
         self._events: list[ReplyEvent] = []
         self.num_calls = 0
+        self.is_broken = False  # a call whose beginning was passed on does not parse
         self._is_cut = False
         self._spaces = ""  # white space of the content, held until text follows
         self._has_content = False
@@ -183,6 +184,7 @@ class ToolCallParser:
             if self._has_begun:
                 self._events.append(ToolCallEnd(self.num_calls))
                 self.num_calls += 1
+                self.is_broken = True
             self._call_events = []
             self._content(self._source.text[self._passed_on : self._source.at])
             return False
