@@ -28,7 +28,7 @@ from brlite.engine.guidance import StepGuidance
 from brlite.engine.logits_processors import Processors
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.prompt_encoder import PromptEncoder
-from brlite.engine.request import Request, Sink
+from brlite.engine.request import Origin, Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.grammar.compiler import Grammar, deep_stack
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 LOST = "a process or device that computes the model is gone; the request was not completed"
 RETRY_SECONDS = 5  # Retry-After of a request to an engine that does not run
 _NO_COMPLETION = SamplingParams()
+UNKNOWN_ORIGIN = Origin()
 
 
 class BegunStep(NamedTuple):
@@ -243,11 +244,8 @@ class EngineLoop:
         prompts: Sequence[str | Sequence[int]],
         params: PoolingParams | None = None,
         *,
+        origin: Origin = UNKNOWN_ORIGIN,
         request_id: str | None = None,
-        cache_salt: str = "",
-        tenant: str = "",
-        weight: int = 1,
-        priority: int = 0,
         names: Sequence[str] = (),
     ) -> list[RequestOutput]:
         """One output for each prompt, in order, with its `.embedding`. The prompts share one turn in the queue.
@@ -264,14 +262,14 @@ class EngineLoop:
             request = Request(
                 request_id=f"{prefix}-{number}",
                 prompt=text,
-                prompt_token_ids=await self.prompts.encode(text, param=param, room=0, tenant=tenant)
+                prompt_token_ids=await self.prompts.encode(text, param=param, room=0, tenant=origin.tenant)
                 if text is not None
                 else read_token_ids(prompt),
                 params=_NO_COMPLETION,
-                cache_salt=cache_salt,
-                tenant=tenant,
-                weight=weight,
-                priority=priority,
+                cache_salt=origin.cache_salt,
+                tenant=origin.tenant,
+                weight=origin.weight,
+                priority=origin.priority,
                 group=prefix,
                 is_exempt_from_queue_timeout=number > 0,
                 pooling=params or PoolingParams(),

@@ -32,6 +32,15 @@ Sink = Callable[[RequestOutput | BrliteError], None]
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Where requests come from, which sets their order and the cached prefixes that they share; see `Request`."""
+
+    tenant: str = ""
+    weight: int = 1
+    priority: int = 0
+    cache_salt: str = ""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request to the engine. Requests share cached prefixes only if their `cache_salt` is the same.
 

@@ -20,8 +20,10 @@ from brlite.dialects.embeddings import (
 )
 from brlite.dialects.generation import Text
 from brlite.dialects.openai_answer import PromptTokensDetails
+from brlite.dialects.scores import Scoring
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
+from brlite.engine.request import Origin
 from brlite.errors import RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
@@ -43,18 +45,9 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         check_pooling(call.params, engine.info)
         prompts, warnings = await encode_inputs(call, engine, tenant)
         num_tokens = sum(map(len, prompts))
-        priority, raised = request[API_KEY].allowed_priority(call.priority)
+        origin, raised = origin_of(request, call)
         with charge(request, name, num_tokens):
-            outputs = await engine.embed(
-                prompts,
-                call.params,
-                request_id=answer_id,
-                cache_salt=call.cache_salt,
-                tenant=tenant,
-                weight=request[API_KEY].weight,
-                priority=priority,
-                names=call.names,
-            )
+            outputs = await engine.embed(prompts, call.params, origin=origin, request_id=answer_id, names=call.names)
     items = []
     for index, output in enumerate(outputs):
         assert output.embedding is not None
@@ -71,6 +64,13 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         warnings=[*call.warnings, *warnings, *raised] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
+
+
+def origin_of(request: web.Request, call: Embedding | Scoring) -> tuple[Origin, tuple[str, ...]]:
+    """The origin of a call's prompts, and a warning if its key does not allow the priority that it asks for."""
+    key = request[API_KEY]
+    priority, raised = key.allowed_priority(call.priority)
+    return Origin(key.tenant, key.weight, priority, call.cache_salt), raised
 
 
 @contextmanager

@@ -69,7 +69,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def get_model(request: web.Request) -> web.Response:
-    name, models, key = request.match_info["name"], request.app[MODELS], request[API_KEY]
+    name, models, key = request.match_info["name"].rstrip("/"), request.app[MODELS], request[API_KEY]
     if (forwarded := models.find_forwarded(name)) is not None:
         key.check_model(forwarded.model, name)
         return json_response(forwarded_card(forwarded))
@@ -248,11 +248,11 @@ ROUTES = [
     web.route("*", "/", root),
     *(web.post(path, handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     web.get("/v1/models/{name:[^/].*}", get_model),
-    web.get("/models/{name:[^/].*}", get_model),
     *(web.get(path, handler) for path, handler in _GETS.items()),
     *(web.get(path, handler) for path, handler in _PROBES.items()),
     *(web.get(f"{path}/", handler) for path, handler in _PROBES.items()),
     # Patterns come after the usual spellings, which aiohttp looks up by their text.
+    web.get(spellings("/v1/models", end="/+") + "{name:[^/].*}", get_model),
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     *(web.delete(spellings(path), handler) for path, handler in _DELETES.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),

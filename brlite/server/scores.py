@@ -18,7 +18,7 @@ from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
-from brlite.server.embeddings import QUICK_ITEMS, charge
+from brlite.server.embeddings import QUICK_ITEMS, charge, origin_of
 from brlite.server.generate import CONFIG, admit
 from brlite.server.truncation import Truncator
 from brlite.tokenizer.pair_template import PairTemplate
@@ -42,18 +42,9 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
         engine.scoring_head.check_instruction(call.instruction)
         prompts, warnings = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
         num_tokens = sum(map(len, prompts))
-        priority, raised = request[API_KEY].allowed_priority(call.priority)
+        origin, raised = origin_of(request, call)
         with charge(request, name, num_tokens):
-            outputs = await engine.embed(
-                prompts,
-                SCORING,
-                request_id=answer_id,
-                cache_salt=call.cache_salt,
-                tenant=tenant,
-                weight=request[API_KEY].weight,
-                priority=priority,
-                names=call.second_names,
-            )
+            outputs = await engine.embed(prompts, SCORING, origin=origin, request_id=answer_id, names=call.second_names)
     num_cached = sum(output.num_cached_tokens for output in outputs)
     body = dialect.encode(
         call,

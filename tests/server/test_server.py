@@ -128,7 +128,18 @@ async def test_a_path_is_found_as_clients_spell_it(client: Client, path: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models/", "/models", "//v1//models", "/models/fake", "/version/", "/v1/tokenizer_info", "/health/"]
+    "path",
+    [
+        "/v1/models/",
+        "/models",
+        "//v1//models",
+        "/models/fake",
+        "/v1/models/fake/",
+        "//v1//models//fake",
+        "/version/",
+        "/v1/tokenizer_info",
+        "/health/",
+    ],
 )
 async def test_a_path_to_read_is_found_as_clients_spell_it(client: Client, path: str) -> None:
     status, _ = await client.get(path)
