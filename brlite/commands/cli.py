@@ -95,6 +95,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         open_closed_streams()
         show_all_text()
         args = parser.parse_args(argv)
+        del parser  # 0.2 MB, which the command's imports can use
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if getattr(args, "prints_data", False) or getattr(args, "json", False):
@@ -121,6 +122,11 @@ def _status_of(args: argparse.Namespace) -> int:
         configure_logging(level)
     try:
         gc.disable()  # imports leave no garbage, and collecting takes a twentieth of a proxy's start
+        if getattr(args, "is_server", False):
+            from brlite.http.certificates import certificates_read_late
+
+            with certificates_read_late():
+                import aiohttp  # noqa: F401
         command = import_module(f"brlite.commands.{args.command.replace('-', '_')}")
         gc.enable()
         return int(command.run(args))

@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from brlite.files.quoting import shown
@@ -108,6 +107,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error in one line, and exit with status 2."""
+        from difflib import get_close_matches
+
         if match := BAD_CHOICE.match(message):
             ours = OTHER_COMMANDS.get(match[1], "")
             is_known = ours.startswith("--") or ours.partition(" ")[0] in self._choices()
@@ -118,6 +119,8 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _hint(self, rest: Sequence[str]) -> str:
+        from difflib import get_close_matches
+
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for word in (word.partition("=")[0] for word in rest if word.startswith("-")):
             ours = OTHERS.get(word, "")

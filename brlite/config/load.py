@@ -13,11 +13,6 @@ from brlite.errors import ConfigError
 from brlite.files.text_file import TextError
 from brlite.files.text_file import read_text as read_text_file
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 def read_text(path: Path) -> str:
     """The text of a config file. Raises `ConfigError` if the file does not exist or is not UTF-8."""
@@ -29,6 +24,11 @@ def read_text(path: Path) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The data of a TOML file, not checked yet. Raises `ConfigError` if it is not TOML."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         data: dict[str, Any] = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

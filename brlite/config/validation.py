@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_args
 
@@ -64,6 +63,8 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     except (LookupError, TypeError, ValueError):  # a key of the data makes the path in msgspec's error ambiguous
         return fault.problem
     if fault.unknown is not None:
+        from difflib import get_close_matches
+
         allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
         near = "".join(f"did you mean {match}? " for match in get_close_matches(fault.unknown, allowed, 1))
         field, shown = join_path(path, fault.unknown), show(value.get(fault.unknown))

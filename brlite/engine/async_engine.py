@@ -31,7 +31,8 @@ from brlite.engine.prompt_encoder import PromptEncoder
 from brlite.engine.request import Origin, Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
-from brlite.grammar.compiler import Grammar, deep_stack
+from brlite.grammar.compiler import deep_stack
+from brlite.grammar.matcher import Grammar
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 
 logger = logging.getLogger(__name__)

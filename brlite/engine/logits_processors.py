@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from brlite.engine.backend import LogitsProcessor
@@ -24,9 +24,11 @@ Factory = Callable[..., Callable[..., Any]]
 Processors = tuple[tuple[LogitsProcessor, ...], ...]  # of each answer of a request
 
 
-def load_factories(names: Iterable[str]) -> dict[str, Factory]:
+def load_factories(names: Collection[str]) -> dict[str, Factory]:
     """Import the entry points of these names alone. Raises `ConfigError` where one is missing or cannot be imported."""
-    from importlib.metadata import entry_points  # 10 ms, which a server without processors does not spend
+    if not names:
+        return {}
+    from importlib.metadata import entry_points  # 0.1 s and 0.6 MB, which a server without processors does not spend
 
     factories: dict[str, Factory] = {}
     installed = {point.name: point for point in entry_points(group=GROUP)}

@@ -21,8 +21,7 @@ from brlite.engine.drafting import NgramDrafter
 from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
 from brlite.engine.repetitions import Repetitions
 from brlite.errors import BrliteError
-from brlite.grammar.compiler import Grammar
-from brlite.grammar.matcher import Matcher
+from brlite.grammar.matcher import Grammar, Matcher
 from brlite.sampling_params import FinishReason, Pooling, PoolingParams, SamplingParams
 from brlite.tokenizer import Tokenizer
 

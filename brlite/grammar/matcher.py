@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -57,6 +57,23 @@ class Matcher(Protocol):
         All rows must be 0. Rows after a draft token that is not allowed stay 0: no token is drawn there.
         """
         ...
+
+
+class Grammar:
+    """A compiled grammar. Each answer gets a matcher of its own."""
+
+    def __init__(self, make: Callable[[], Matcher], first_mask: bytes) -> None:
+        """`first_mask` has a bit for each token that an answer may begin with."""
+        self._make = make
+        self._first_mask = first_mask
+
+    def may_begin_with(self, token_ids: Iterable[int]) -> bool:
+        """Whether an answer may begin with one of these tokens."""
+        return any(self._first_mask[token_id // 8] >> token_id % 8 & 1 for token_id in token_ids)
+
+    def matcher(self) -> Matcher:
+        """A matcher at the beginning of an answer. Takes microseconds."""
+        return self._make()
 
 
 class NumberTokens:

@@ -28,7 +28,6 @@ from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, RUNNING, admit, generate, json_response
 from brlite.server.model_actions import load_model, unload_model
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props, model_slots
-from brlite.server.openapi import document
 from brlite.server.response_store import STORE
 from brlite.server.responses import (
     cancel_response,
@@ -268,6 +267,8 @@ METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 @functools.cache
 def _documentation() -> tuple[str, str]:
     """The OpenAPI document of all endpoints, and its HTML page. The first call makes both, in 0.2 s."""
+    from brlite.server.openapi import document
+
     gets = (*_GETS, "/v1/models/{name}", *_PROBES)
     paths = {"post": tuple(_POSTS), "get": gets, "delete": tuple(_DELETES)}
     made = document([(method, path) for method, each in paths.items() for path in each])

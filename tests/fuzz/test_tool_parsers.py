@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from brlite.chat.tool_calls import PARSERS
 from brlite.chat.tools import Tool, ToolChoice, collect
 from brlite.config.options import GrammarConfig
-from brlite.grammar.compiler import Grammar, GrammarCompiler
+from brlite.grammar.compiler import GrammarCompiler
+from brlite.grammar.matcher import Grammar
 from brlite.sampling_params import StructuredOutput
 from brlite.server.chat_replies import call_grammar
 from tests.chat.replies import CASES, TOOLS, function, joined, order, read

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from brlite.grammar.compiler import Grammar
+from brlite.grammar.matcher import Grammar
 from tests.fakes import EOS, ByteTokenizer
 
 # Beside single bytes: tokens that cross what a grammar keeps apart, as those of real vocabularies do.

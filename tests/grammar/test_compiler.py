@@ -261,7 +261,7 @@ def test_a_prepared_compiler_does_not_read_the_vocabulary_again(monkeypatch: pyt
     compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())
 
     compiler.prepare()
-    monkeypatch.setattr("brlite.grammar.compiler.Library", None)
+    monkeypatch.setattr("brlite.grammar.library.Library", None)
     grammar = compiler.compile(StructuredOutput(choice=("yes", "no")))
 
     assert write(grammar, TOKENIZER, temperature=1.0, seed=0).text in ("yes", "no")

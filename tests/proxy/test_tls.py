@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +23,31 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
 from brlite.server.served_model import ModelTable
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, Gated, ask
+
+AIOHTTP_IMPORTED_BY_A_SERVER = """
+import asyncio, ssl, sys
+from brlite.http.certificates import certificates_read_late
+
+with certificates_read_late():
+    import aiohttp
+
+contexts = [each for each in vars(aiohttp.connector).values() if isinstance(each, ssl.SSLContext)]
+print(len(contexts), *[len(each.get_ca_certs()) for each in contexts])
+
+async def ask():
+    async with aiohttp.ClientSession() as session:
+        for _ in range(2):
+            try:
+                async with session.get(sys.argv[1]) as response:
+                    print("answered")
+            except aiohttp.ClientConnectorCertificateError:
+                print("not trusted")
+
+asyncio.run(ask())
+print(len(ssl.create_default_context().get_ca_certs()))
+"""
 
 Connect = Callable[..., openai.AsyncOpenAI]
 
@@ -116,3 +143,19 @@ def test_an_authority_that_cannot_be_read_is_an_error_of_the_config(tmp_path: Pa
 
     with pytest.raises(ConfigError, match=r"ca_file .*ca\.pem: "):
         Forwarder(Config(model=(), upstream=(upstream,)))
+
+
+@pytest.mark.parametrize(
+    ("authority", "said", "num_read"), [("cert.pem", "answered", 1), (os.devnull, "not trusted", 0)]
+)
+async def test_clients_of_aiohttp_read_the_systems_certificates_when_they_first_connect(
+    folder: Path, port: int, authority: str, said: str, num_read: int
+) -> None:
+    environment = {**os.environ, "SSL_CERT_FILE": str(folder / authority), "SSL_CERT_DIR": str(folder / "absent")}
+    command = [sys.executable, "-c", AIOHTTP_IMPORTED_BY_A_SERVER, f"https://localhost:{port}/"]
+
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=subprocess.PIPE)
+    output, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+
+    assert process.returncode == 0
+    assert output.decode().splitlines() == ["2 0 0", said, said, str(num_read)]

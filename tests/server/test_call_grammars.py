@@ -12,7 +12,8 @@ from brlite.chat.tool_calls import PARSERS, harmony
 from brlite.chat.tools import Tool, ToolChoice, collect
 from brlite.config.options import GrammarConfig
 from brlite.errors import InvalidRequest
-from brlite.grammar.compiler import Grammar, GrammarCompiler
+from brlite.grammar.compiler import GrammarCompiler
+from brlite.grammar.matcher import Grammar
 from brlite.sampling_params import Calls, Reasoning, StructuredOutput
 from brlite.server.chat_replies import call_grammar
 from tests.chat.replies import function, joined, read

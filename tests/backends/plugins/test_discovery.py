@@ -19,7 +19,7 @@ CAPABILITIES = Capabilities(name="x", max_seqs=2, max_model_len=64, vocab_size=1
 
 
 @pytest.mark.parametrize(("name", "kind"), [("brlite", BuiltinEngine), ("toy", ToyEngine), ("suinfer_llm", SuinferLlm)])
-def test_what_brlite_brings_is_found_by_its_entry_point(name: str, kind: type) -> None:
+def test_what_brlite_brings_is_found_by_its_name(name: str, kind: type) -> None:
     check_engine_name(name)
 
     assert isinstance(make_engine(name), kind)
