@@ -189,6 +189,15 @@ async def test_a_factory_that_breaks_is_no_fault_of_the_client(client: Client, c
     assert "a secret of the operator" in caplog.text
 
 
+async def test_explain_shows_the_names_and_calls_no_processor(client: Client):
+    item = {"qualname": "spell", "args": None, "kwargs": {"text": "x"}}
+
+    status, answer = await client.post("/explain", prompt="hello", logits_processors=[item])
+
+    assert status == 200
+    assert answer["parameters"]["logits_processors"] == {"value": [item], "from": "request"}
+
+
 async def test_a_beam_search_refuses_it(client: Client):
     status, answer = await client.post(
         COMPLETIONS, prompt="x", use_beam_search=True, temperature=0, n=2, logits_processors=["spell"]

@@ -6,13 +6,22 @@ import random
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
 from brlite.backends.torch.backend import TorchBackend
 from brlite.backends.torch.device import DeviceRules
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks
+from brlite.engine.backend import (
+    Batch,
+    LogitsProcessor,
+    LogitsProcessors,
+    SamplingInput,
+    ScheduledSeq,
+    SeqResult,
+    TokenMasks,
+)
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import BackendLost
 from brlite.sampling_params import SamplingParams, StructuredOutput
@@ -81,6 +90,22 @@ def test_what_the_host_draws_is_drawn_before_the_next_step_and_counted(backend: 
     expected = backend.execute(Batch([follow.with_last_draw(token)])).seqs[0]
     assert token_of(results[1].seqs[0]) == token_of(expected)
     assert [result.num_host_draws for result in results] == [1, 1]
+
+
+def test_logits_processors_run_on_the_host_and_the_device_draws_for_the_others(backend: TorchBackend) -> None:
+    def only_69(output_token_ids: list[int], logits: Any) -> Any:
+        logits[:69], logits[70:] = -np.inf, -np.inf
+        return logits
+
+    processors = LogitsProcessors([LogitsProcessor("only_69", only_69, 2)], [5, 6])
+    alone = backend.execute(Batch([run(1, 0, [7])]))
+
+    result = backend.launch(Batch([run(0, 0, [5, 6]), run(1, 0, [7])], processors={0: processors}))()
+    follow = backend.launch(Batch([run(0, 2, [0], takes_last_draw=True)], processors={0: processors}))()
+
+    assert [token_of(seq) for seq in result.seqs] == [69, token_of(alone.seqs[0])]
+    assert token_of(follow.seqs[0]) == 69
+    assert (result.num_host_draws, alone.num_host_draws) == (1, 0)
 
 
 def test_masks_are_waited_for_when_the_result_is(backend: TorchBackend) -> None:
@@ -154,13 +179,18 @@ def test_any_mix_of_requests_gets_the_same_whether_steps_are_launched_ahead_or_n
     assert outputs[0] == outputs[1]
 
 
+def prefer_even(output_token_ids: list[int], logits: Any) -> Any:
+    logits[::2] += len(output_token_ids)
+    return logits
+
+
 def submit_some(driver: Driver, choose: random.Random, number: int) -> None:
     """A request of any kind; two of three are drawn on the device."""
     more: dict[str, Any] = choose.choice(
         [
             *[{}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9}, {"n": 2}, {"min_tokens": 4}, {"stop": ["a", "b"]}],
             *[{"logprobs": 1}, {"prompt_logprobs": 2}, {"presence_penalty": 1.0}, {"repetition_penalty": 1.2}],
-            {"structured": StructuredOutput(regex="[ab]{2,9}")},
+            *[{"structured": StructuredOutput(regex="[ab]{2,9}")}, {"logits_processors": [prefer_even]}],
         ]
     )
     prompt = choose.choice(["", "abcab"]) + "".join(choose.choices("abc", k=choose.randint(1, 12)))
