@@ -8,7 +8,6 @@ from brlite.sampling_params.params import (
     MAX,
     MODEL_DEFAULTS,
     FinishReason,
-    NamedProcessor,
     Pooling,
     PoolingParams,
     SamplingParameter,
@@ -16,6 +15,7 @@ from brlite.sampling_params.params import (
     check_token_ids,
     parameters,
 )
+from brlite.sampling_params.readers import NamedProcessor
 from brlite.sampling_params.structured_output import (
     CallPart,
     Calls,

@@ -11,22 +11,33 @@ import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import compress
-from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, inspect
 
 from brlite.errors import InvalidRequest
+from brlite.sampling_params.readers import (
+    read_biases,
+    read_integer,
+    read_number,
+    read_optional_integer,
+    read_processors,
+    read_seed,
+    read_structured,
+    read_texts,
+    read_token_ids,
+    read_top_k,
+    read_top_n_sigma,
+    read_unless_minus_1,
+)
 from brlite.sampling_params.structured_output import StructuredOutput
 
 MAX = sys.float_info.max  # as a bound it refuses infinity and NaN
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGITS_PROCESSORS = 16  # each is a Python call for every token
-ALL_TOKENS = 2**30  # SGLang's `top_k` for all tokens
 MAX_LENGTH_PENALTY = 16  # a length of millions to this power does not overflow a float
-RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
 # Parameters that a model's generation_config.json sets if the request does not: vLLM's list, without the length limit.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # raised for an invalid value
@@ -46,9 +57,12 @@ Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
 CountOrNone = Annotated[int, Meta(ge=0)] | None
 
 
-def _parameter(allowed: str, text: str, **bounds: Any) -> Meta:
-    """The metadata of a parameter: its range as text, its description, and the bounds that msgspec checks."""
-    return Meta(description=text, extra={"allowed": allowed}, **bounds)
+def _parameter(allowed: str, text: str, *, read: Callable[[Any], Any] | None = None, **bounds: Any) -> Meta:
+    """The metadata of a parameter: its range as text, its description, and the bounds that msgspec checks.
+
+    `read` is the reader of its values, unless that follows from the type.
+    """
+    return Meta(description=text, extra={"allowed": allowed, "read": read}, **bounds)
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,14 +86,6 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
                 f"dimensions must be a whole number of at least 1, got {reprlib.repr(self.dimensions)}",
                 param="dimensions",
             )
-
-
-class NamedProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A logits processor that the config allows, and the arguments of its factory. The fields are vLLM's."""
-
-    name: str = msgspec.field(name="qualname")
-    args: tuple[Any, ...] | None = None
-    kwargs: dict[str, Any] | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +152,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         float, _parameter("a number in (0, 1]", "the fewest best tokens with this share of the probability", gt=0, le=1)
     ] = 1.0
     top_k: Annotated[
-        int, _parameter("-1, 0 or a 64-bit integer, at least 1", "so many best tokens; -1 and 0: all", ge=-1)
+        int,
+        _parameter(
+            "-1, 0 or a 64-bit integer, at least 1", "so many best tokens; -1 and 0: all", read=read_top_k, ge=-1
+        ),
     ] = -1
     min_p: Annotated[
         float, _parameter("a number in [0, 1]", "tokens with this share of the best one's probability", ge=0, le=1)
@@ -156,6 +165,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _parameter(
             "-1 or a finite number, at least 0",
             "tokens whose logit is within so many standard deviations of the best one; -1 and 0: off",
+            read=read_top_n_sigma,
             ge=0,
             le=MAX,
         ),
@@ -213,7 +223,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = ("\n", ":", '"', "*")
     seed: Annotated[
         int | None,
-        _parameter("a 64-bit integer", "of the random numbers; the same one gives the same answer; -1: none"),
+        _parameter(
+            "a 64-bit integer", "of the random numbers; the same one gives the same answer; -1: none", read=read_seed
+        ),
     ] = None
     stop: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
@@ -227,7 +239,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: Annotated[bool, _parameter("true or false", "go on after the model's end of text")] = False
     max_tokens: Annotated[
         Annotated[int, Meta(ge=1)] | None,
-        _parameter("a 64-bit integer, at least 1", "at most; -1: as many as fit"),
+        _parameter("a 64-bit integer, at least 1", "at most; -1: as many as fit", read=read_unless_minus_1),
     ] = 16
     min_tokens: Annotated[int, _parameter("a 64-bit integer, at least 0", "no end of text before", ge=0)] = 0
     logit_bias: Annotated[
@@ -235,6 +247,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _parameter(
             f"token ids with numbers in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
             "added to these tokens' logits",
+            read=read_biases,
         ),
     ] = {}
     allowed_token_ids: Annotated[
@@ -257,12 +270,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _parameter(
             f"a list of at most {MAX_LOGITS_PROCESSORS} names, or offline of callables",
             "Python code that edits the logits before each draw; the server's config allows names",
+            read=read_processors,
             max_length=MAX_LOGITS_PROCESSORS,
         ),
     ] = ()
     skip_special_tokens: Annotated[bool, _parameter("true or false", "leave control tokens out of the text")] = True
     structured: Annotated[
-        StructuredOutput | None, _parameter("a StructuredOutput, or null", "what the answer must look like")
+        StructuredOutput | None,
+        _parameter("a StructuredOutput, or null", "what the answer must look like", read=read_structured),
     ] = None
 
     def __post_init__(self) -> None:
@@ -356,13 +371,14 @@ def _check_beam_search(params: SamplingParams) -> None:
 
 
 class SamplingParameter(NamedTuple):
-    """A sampling parameter: its type with its bounds, its range as text, its default, and its description."""
+    """A sampling parameter: its type with its bounds, its range as text, its default, its description, its reader."""
 
     name: str
     type: Any
     allowed: str
     default: Any
     text: str
+    read: Callable[[Any], Any]
 
 
 def parameters() -> dict[str, SamplingParameter]:
@@ -379,7 +395,7 @@ def _refusal(given: dict[str, Any]) -> InvalidRequest:
             if name == "logit_bias" and isinstance(value, Mapping):
                 for key, bias in value.items():  # show the first wrong entry
                     try:
-                        msgspec.convert({name: _biases({key: bias})}, _FIELDS)
+                        msgspec.convert({name: read_biases({key: bias})}, _FIELDS)
                     except _REFUSALS:
                         value = {key: bias}
                         break
@@ -387,133 +403,20 @@ def _refusal(given: dict[str, Any]) -> InvalidRequest:
     raise LookupError("all values are in their ranges")
 
 
-def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError("a truth value is no number")
-    integer = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-    if not -(2**63) <= integer < 2**64:
-        raise OverflowError("more than 64 bits")
-    return integer
+def _reader_of(kind: inspect.Type) -> Callable[[Any], Any]:
+    """The usual reader of a type's values. Truth values are given as they are."""
+    if isinstance(kind, inspect.VarTupleType):
+        return read_texts if isinstance(kind.item_type, inspect.StrType) else read_token_ids
+    if isinstance(kind, inspect.UnionType) and not kind.includes_none:  # true, false or a word
+        return lambda value: value
+    readers: dict[type[inspect.Type], Callable[[Any], Any]] = {
+        inspect.IntType: read_integer,
+        inspect.FloatType: read_number,
+        inspect.UnionType: read_optional_integer,
+    }
+    return readers.get(type(kind), lambda value: value)
 
 
-def _number(value: Any) -> float:
-    if type(value) is float:  # the check of the abstract class takes 0.3 µs
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError("not a number")
-    return float(value)
-
-
-def _optional_integer(value: Any) -> int | None:
-    return None if value is None else _integer(value)
-
-
-def _unless_minus_1(value: Any) -> int | None:
-    """Read -1 as None: a random seed, or an answer of any length. Front ends of llama.cpp and vLLM send -1."""
-    integer = None if value is None else _integer(value)
-    return None if integer == -1 else integer
-
-
-def _top_k(value: Any) -> int:
-    """Read 0 (vLLM, llama.cpp) and 2**30 (SGLang) as -1, the manual's value for all tokens."""
-    number = _integer(value)
-    return -1 if number in (0, ALL_TOKENS) else number
-
-
-def _seed(value: Any) -> int | None:
-    """Read -1 and 2**32 - 1 as None, a random seed. llama.cpp reports its -1 as an unsigned 32-bit number."""
-    seed = _unless_minus_1(value)
-    return None if seed == RANDOM_SEED else seed
-
-
-def _top_n_sigma(value: Any) -> float:
-    """Read -1, llama.cpp's value for off, as 0."""
-    number = _number(value)
-    return 0.0 if number == -1 else number
-
-
-def _items(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (str, bytes, Mapping)):
-        raise TypeError("not a list")
-    return () if value is None else tuple(value)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """Read a string or a list of strings. Empty strings are dropped: front ends send them for an empty input box."""
-    texts = tuple(item for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
-    "".join(texts).encode()  # raises for other types, and for lone surrogates, which no output can have
-    return texts
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    return tuple(_integer(item) for item in _items(value))
-
-
-def _biases(value: Any) -> dict[int, float]:
-    """Read a map of biases. Token ids may be strings, because JSON keys are."""
-    biases = {} if value is None else dict(value)
-    return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
-
-
-def _processors(value: Any) -> tuple[Any, ...]:
-    """Read callables, names, and vLLM's `{"qualname": name, "args": [...], "kwargs": {...}}`."""
-    return tuple(
-        item
-        if callable(item) or isinstance(item, NamedProcessor)
-        else NamedProcessor(item)
-        if isinstance(item, str)
-        else msgspec.convert(item, NamedProcessor)
-        for item in _items(value)
-    )
-
-
-def _structured(value: Any) -> StructuredOutput | None:
-    if value is not None and not isinstance(value, StructuredOutput):
-        raise TypeError("not a StructuredOutput")
-    return value
-
-
-# By parameter, the function that reads its value. It accepts other forms: 6.0 for 6, -1 for none, numpy's numbers, one
-# string for a list.
-_READ: dict[str, Callable[[Any], Any]] = {
-    "n": _integer,
-    "best_of": _optional_integer,
-    "presence_penalty": _number,
-    "frequency_penalty": _number,
-    "repetition_penalty": _number,
-    "temperature": _number,
-    "top_p": _number,
-    "top_k": _top_k,
-    "min_p": _number,
-    "typical_p": _number,
-    "xtc_probability": _number,
-    "xtc_threshold": _number,
-    "dynatemp_range": _number,
-    "dynatemp_exponent": _number,
-    "repeat_last_n": _integer,
-    "top_n_sigma": _top_n_sigma,
-    "dry_multiplier": _number,
-    "dry_base": _number,
-    "dry_allowed_length": _integer,
-    "dry_penalty_last_n": _integer,
-    "dry_sequence_breakers": _texts,
-    "seed": _seed,
-    "stop": _texts,
-    "stop_token_ids": _token_ids,
-    "stop_tokens_ids": _token_ids,
-    "allowed_token_ids": _token_ids,
-    "bad_words": _texts,
-    "max_tokens": _unless_minus_1,
-    "min_tokens": _integer,
-    "logit_bias": _biases,
-    "logprobs": _optional_integer,
-    "prompt_logprobs": _optional_integer,
-    "structured": _structured,
-    "logits_processors": _processors,
-    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), lambda value: value),
-    **dict.fromkeys(("use_beam_search", "early_stopping"), lambda value: value),
-    "length_penalty": _number,
-}
 _PARAMETERS: dict[str, SamplingParameter] = {}
 for _field in msgspec.structs.fields(SamplingParams):
     _info = inspect.type_info(_field.type)
@@ -524,8 +427,10 @@ for _field in msgspec.structs.fields(SamplingParams):
         allowed=(_info.extra or {})["allowed"],
         default={} if _field.default is msgspec.NODEFAULT else _field.default,
         text=(_info.extra_json_schema or {})["description"],
+        read=(_info.extra or {})["read"] or _reader_of(_info.type),
     )
 _NAMES = tuple(_PARAMETERS)
+_READ = {parameter.name: parameter.read for parameter in _PARAMETERS.values()}
 _DEFAULTS = [parameter.default for parameter in _PARAMETERS.values()]
 _values = operator.attrgetter(*_NAMES)
 # The same fields without `__post_init__`, so that one call checks all given values.
