@@ -12,7 +12,8 @@ import pytest
 
 from brlite.config.options import GrammarConfig
 from brlite.errors import InvalidRequest
-from brlite.grammar.compiler import MAX_ENCODED, GrammarCompiler, deep_stack
+from brlite.grammar.compiler import GrammarCompiler, deep_stack
+from brlite.grammar.library import MAX_ENCODED
 from brlite.sampling_params import StructuredOutput
 from tests.fakes import EOS
 from tests.grammar.answers import LongTokens, write
