@@ -116,7 +116,7 @@ def hidden_states_are_those_of_the_last_token(subject: EngineUnderTest) -> str:
         states.append(engine.hidden_states([0]))
         if states[-1].shape != shape or states[-1].dtype != np.float32:
             raise CheckFailed(f"hidden states are {states[-1].dtype} {states[-1].shape}; promised are float32 {shape}")
-    subject.same("the whole prompt and its pieces", states[1][0], states[0][0], is_exact=_is_invariant(subject))
+    subject.same("the whole prompt and its pieces", states[1][0], states[0][0])
     subject.clear()
     _fresh(subject, prompt[:-1])
     if np.array_equal(engine.hidden_states([0]), states[0]):
@@ -128,7 +128,7 @@ def decodes_continue_prompts(subject: EngineUnderTest) -> str:
     prompt = subject.prompt(LONG)
     expected = _fresh(subject, prompt)
     found = _in_pieces(subject, prompt, [len(prompt) - 3, 1, 1, 1])
-    return _seen(subject.same("3 decodes after a prompt", found, expected, is_exact=_is_invariant(subject)))
+    return _seen(subject.same("3 decodes after a prompt", found, expected))
 
 
 def chunks_equal_the_whole(subject: EngineUnderTest) -> str:
@@ -138,18 +138,17 @@ def chunks_equal_the_whole(subject: EngineUnderTest) -> str:
     for size in (1, 2, 3, 16, 23):
         sizes = [min(size, len(prompt) - start) for start in range(0, len(prompt), size)]
         found = _in_pieces(subject, prompt, sizes)
-        differences.append(subject.same(f"chunks of {size}", found, expected, is_exact=_is_invariant(subject)))
+        differences.append(subject.same(f"chunks of {size}", found, expected))
     return _seen(*differences)
 
 
 def the_same_again(subject: EngineUnderTest) -> str:
-    is_exact = subject.capabilities.is_deterministic or _is_invariant(subject)
     prompts = {slot: subject.prompt(LONG, salt=slot) for slot in range(min(4, subject.capabilities.max_seqs))}
     first, differences = subject.feed(prompts), []
     for _ in range(NUM_REPEATS):
         subject.clear()
         found = subject.feed(prompts)
-        differences += [subject.same("once more", found[slot], first[slot], is_exact=is_exact) for slot in prompts]
+        differences += [subject.same("once more", found[slot], first[slot], is_repeated=True) for slot in prompts]
     return _seen(*differences)
 
 
@@ -160,7 +159,7 @@ def slots_are_alike(subject: EngineUnderTest) -> str:
     differences = []
     for slot in range(1, subject.capabilities.max_seqs):
         found = subject.alone(slot, prompt)
-        differences.append(subject.same(f"slot {slot} and slot 0", found, expected, is_exact=_is_invariant(subject)))
+        differences.append(subject.same(f"slot {slot} and slot 0", found, expected))
         subject.release(slot)
     return _seen(*differences)
 
@@ -168,14 +167,13 @@ def slots_are_alike(subject: EngineUnderTest) -> str:
 def slots_are_isolated(subject: EngineUnderTest) -> str:
     subject.need_slots(2)
     prompt, last = subject.prompt(MIDDLE), subject.capabilities.max_seqs - 1
-    first, then = _fresh(subject, prompt, 7), None
-    differences = []
+    first, differences = _fresh(subject, prompt, 7), []
     for salt in (1, 2):
         subject.clear()
         subject.feed({slot: subject.prompt(LONG, salt=100 * salt + slot) for slot in range(last)})
         subject.alone(last, prompt)
         then = subject.feed({slot: [7] for slot in range(last + 1)})[last]
-        differences.append(subject.same("alone and in a full house", then, first, is_exact=_is_invariant(subject)))
+        differences.append(subject.same("alone and in a full house", then, first))
     return _seen(*differences)
 
 
@@ -186,8 +184,7 @@ def ragged_prompts_do_not_mix(subject: EngineUnderTest) -> str:
     subject.clear()
     subject.feed(prompts)
     found = subject.feed({slot: [3] for slot in prompts})
-    is_exact = _is_invariant(subject)
-    return _seen(*(subject.same(f"slot {slot}", found[slot], expected[slot], is_exact=is_exact) for slot in prompts))
+    return _seen(*(subject.same(f"slot {slot}", found[slot], expected[slot]) for slot in prompts))
 
 
 def idle_slots_keep_what_they_hold(subject: EngineUnderTest) -> str:
@@ -198,9 +195,7 @@ def idle_slots_keep_what_they_hold(subject: EngineUnderTest) -> str:
     for slot in range(1, subject.capabilities.max_seqs):
         subject.alone(slot, subject.prompt(LONG, salt=slot))
         subject.alone(slot, [1])
-    return _seen(
-        subject.same("after steps of others", subject.alone(0, [7]), expected, is_exact=_is_invariant(subject))
-    )
+    return _seen(subject.same("after steps of others", subject.alone(0, [7]), expected))
 
 
 def the_order_of_rows_is_free(subject: EngineUnderTest) -> str:
@@ -214,10 +209,7 @@ def the_order_of_rows_is_free(subject: EngineUnderTest) -> str:
         for slot in slots:
             subject.alone(slot, subject.prompt(SHORT, salt=slot))
         results.append(subject.step([subject.row(slot, [slot]) for slot in order]))
-    is_exact = _is_invariant(subject)
-    return _seen(
-        *(subject.same(f"slot {slot}", results[1][slot], results[0][slot], is_exact=is_exact) for slot in slots)
-    )
+    return _seen(*(subject.same(f"slot {slot}", results[1][slot], results[0][slot]) for slot in slots))
 
 
 def prompts_and_decodes_mix(subject: EngineUnderTest) -> str:
@@ -227,10 +219,9 @@ def prompts_and_decodes_mix(subject: EngineUnderTest) -> str:
     decoded, prefilled = _fresh(subject, first, 7), _fresh(subject, second)
     subject.alone(0, first)
     found = subject.step([subject.row(0, [7]), subject.row(1, second)])
-    is_exact = _is_invariant(subject)
     return _seen(
-        subject.same("the decode beside a prompt", found[0], decoded, is_exact=is_exact),
-        subject.same("the prompt beside a decode", found[1], prefilled, is_exact=is_exact),
+        subject.same("the decode beside a prompt", found[0], decoded),
+        subject.same("the prompt beside a decode", found[1], prefilled),
     )
 
 
@@ -241,8 +232,7 @@ def prompts_come_together(subject: EngineUnderTest) -> str:
     prompts = {slot: _one_row(subject, RAGGED[3 + slot], salt=slot) for slot in slots}
     expected = {slot: _fresh(subject, prompt) for slot, prompt in prompts.items()}
     found = subject.step([subject.row(slot, prompt) for slot, prompt in prompts.items()])
-    is_exact = _is_invariant(subject)
-    return _seen(*(subject.same(f"slot {slot}", found[slot], expected[slot], is_exact=is_exact) for slot in prompts))
+    return _seen(*(subject.same(f"slot {slot}", found[slot], expected[slot]) for slot in prompts))
 
 
 def a_released_slot_is_clean(subject: EngineUnderTest) -> str:
@@ -254,7 +244,7 @@ def a_released_slot_is_clean(subject: EngineUnderTest) -> str:
         subject.release(0)
         subject.alone(0, prompt)
         found = subject.alone(0, [7])
-        subject.same("a short prompt after a long one", found, expected, is_exact=_is_invariant(subject))
+        subject.same("a short prompt after a long one", found, expected)
         subject.release(0)
     return f"{NUM_REPEATS} times"
 
@@ -268,7 +258,7 @@ def a_release_leaves_others_alone(subject: EngineUnderTest) -> str:
         subject.alone(slot, subject.prompt(SHORT, salt=slot))
     for slot in others:
         subject.release(slot)
-    return _seen(subject.same("after others left", subject.alone(0, [7]), expected, is_exact=_is_invariant(subject)))
+    return _seen(subject.same("after others left", subject.alone(0, [7]), expected))
 
 
 def a_release_may_come_at_any_time(subject: EngineUnderTest) -> str:
@@ -321,17 +311,15 @@ def a_refusal_changes_nothing(subject: EngineUnderTest) -> str:
     wrong = PluginRow(1, subject.lengths[1] + 1, _ids(1))
     subject.expect_refusal("a step with one wrong row of two", [subject.row(0, [3]), wrong])
     found = subject.feed({0: [7], 1: [7]})
-    is_exact = _is_invariant(subject)
-    return _seen(*(subject.same(f"slot {slot}", found[slot], expected, is_exact=is_exact) for slot in (0, 1)))
+    return _seen(*(subject.same(f"slot {slot}", found[slot], expected) for slot in (0, 1)))
 
 
 def it_opens_again_as_it_was(subject: EngineUnderTest) -> str:
     prompt = subject.prompt(MIDDLE)
-    expected, is_exact = _fresh(subject, prompt), subject.capabilities.is_deterministic or _is_invariant(subject)
-    differences = []
+    expected, differences = _fresh(subject, prompt), []
     for is_new in (False, True):
         subject.reopen(is_new=is_new)
-        differences.append(subject.same("after a new start", subject.alone(0, prompt), expected, is_exact=is_exact))
+        differences.append(subject.same("after a new start", subject.alone(0, prompt), expected, is_repeated=True))
     return _seen(*differences)
 
 
@@ -399,10 +387,6 @@ def _in_pieces(subject: EngineUnderTest, prompt: Sequence[int], sizes: Sequence[
 
 def _ids(token_id: int) -> TokenIds:
     return np.array([token_id], np.int32)
-
-
-def _is_invariant(subject: EngineUnderTest) -> bool:
-    return subject.capabilities.is_batch_invariant
 
 
 def _seen(*differences: float) -> str:

@@ -117,9 +117,12 @@ class EngineUnderTest:
         if not getattr(self.capabilities, capability):
             raise NotApplicable(f"{capability} is not claimed")
 
-    def same(self, what: str, found: Logit, expected: Logit, *, is_exact: bool) -> float:
-        """The difference of two rows as a share of their magnitude. Fails if it is above the tolerance."""
-        if is_exact:
+    def same(self, what: str, found: Logit, expected: Logit, *, is_repeated: bool = False) -> float:
+        """The difference of two rows as a share of their magnitude. Fails if it is above the tolerance.
+
+        A batch-invariant engine must give the same bits; where the same steps `is_repeated`, a deterministic one too.
+        """
+        if self.capabilities.is_batch_invariant or (is_repeated and self.capabilities.is_deterministic):
             if not np.array_equal(found, expected):
                 raise CheckFailed(f"{what}: not the same bits; they differ by {_difference(found, expected):.2g}")
             return 0.0
