@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from brlite.backends.distributed.messages import Join, Joined, Loaded, RankBatch, Setup, compute_frame, frame
+from brlite.backends.distributed.messages import Join, Joined, Loaded, RankBatch, Setup, compute_message
 from brlite.backends.distributed.processes import CAUSE_SECONDS, OnLost, Ranks
 from brlite.engine.backend import BackendGuard, BackendInfo, Batch, StepResult
 from brlite.errors import BackendLost, RankGone
@@ -80,7 +80,7 @@ class ParallelBackend:
             model = load()
             loaded = ranks.hear(Loaded)
             place = model.open(host)
-            ranks.tell(frame(Join(place)))
+            ranks.tell(Join(place))
             model.join(place)
             ranks.hear(Joined)
             return cls(model, ranks, describe(model.info, loaded))
@@ -108,7 +108,7 @@ class ParallelBackend:
                 raise self._lost
             self._is_between_steps.clear()
             try:
-                self._ranks.tell(compute_frame(batch))
+                self._ranks.tell(compute_message(batch))
                 return self._model.execute(batch)
             except Exception as error:
                 reason = BackendLost(f"a step failed on rank 0: {error}")

@@ -171,9 +171,9 @@ def read_work(message: Compute) -> RankBatch:
     return _WORK.decode(message.batch)
 
 
-def compute_frame(batch: Batch) -> bytes:
-    """The frame of a step, the same for every rank. Masks and processors are left out: only rank 0 draws."""
-    return frame(Compute(msgspec.Raw(msgspec.msgpack.encode(Batch(batch.seqs)))))
+def compute_message(batch: Batch) -> Compute:
+    """The message of a step, the same for every rank. Masks and processors are left out: only rank 0 draws."""
+    return Compute(msgspec.Raw(msgspec.msgpack.encode(Batch(batch.seqs))))
 
 
 def frame(message: Message) -> bytes:

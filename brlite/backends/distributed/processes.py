@@ -62,8 +62,9 @@ class Ranks:
         for member in self._members:
             member.channel.send(message_for(member.rank))
 
-    def tell(self, data: bytes) -> None:
-        """Send the same frame to all ranks. Raises `ChannelClosed` if a rank is gone."""
+    def tell(self, message: Message) -> None:
+        """Send all ranks the same message, encoded once. Raises `ChannelClosed` if a rank is gone."""
+        data = frame(message)
         for member in self._members:
             member.channel.send_frame(data)
 
@@ -101,7 +102,7 @@ class Ranks:
             self.kill()
         for member in self._members:
             with suppress(ChannelClosed):  # it is gone
-                member.channel.send_frame(frame(Stop()))
+                member.channel.send(Stop())
         for member in self._members:
             if member.process is not None:
                 try:

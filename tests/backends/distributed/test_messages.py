@@ -21,7 +21,8 @@ from brlite.backends.distributed.messages import (
     Message,
     Setup,
     Stop,
-    compute_frame,
+    compute_message,
+    frame,
     read_work,
 )
 from brlite.config.options import EngineConfig, ModelSpec
@@ -59,7 +60,7 @@ def test_a_rank_reads_of_a_batch_all_but_how_tokens_are_drawn(channels: tuple[Ch
     drawn = ScheduledSeq(1, 40, [7, 8, 9], [4, 2], SamplingInput(PARAMS, 2**64 - 1, 3, b"ab", b"cd", (2,)))
     drawn = msgspec.structs.replace(drawn, num_draft_tokens=2)
     plain = ScheduledSeq(2, 0, [5, 6], [9], prompt_targets=[6], num_prompt_logprobs=3)
-    channels[0].send_frame(compute_frame(Batch([drawn, plain], TokenMasks(100, {1: 3}))))
+    channels[0].send(compute_message(Batch([drawn, plain], TokenMasks(100, {1: 3}))))
 
     message = channels[1].receive()
     assert isinstance(message, Compute)
@@ -73,7 +74,7 @@ def test_a_rank_reads_of_a_batch_all_but_how_tokens_are_drawn(channels: tuple[Ch
 
 def test_messages_that_arrive_in_pieces_and_together_are_told_apart(channels: tuple[Channel, Channel]) -> None:
     batch = Batch([ScheduledSeq(number, 0, list(range(500)), [number]) for number in range(40)])
-    frames = compute_frame(batch) + compute_frame(Batch([]))
+    frames = frame(compute_message(batch)) + frame(compute_message(Batch([])))
     for start in range(0, len(frames), 1000):
         channels[0].send_frame(frames[start : start + 1000])
 
