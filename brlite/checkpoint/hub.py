@@ -7,19 +7,15 @@ are brlite's own, the same for both hubs. `download.py` fetches the files.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 from urllib.parse import quote, urlencode
 
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.hub_http import (
-    HubAddress,
-    get_json,
-)
+from brlite.checkpoint.hub_http import HubAddress, get_json
 from brlite.checkpoint.model_name import ModelName, choose_files
 from brlite.checkpoint.repository import Repository
 from brlite.checkpoint.transfer import HubFile
@@ -27,13 +23,9 @@ from brlite.errors import ModelError
 from brlite.files.cache import default_cache
 from brlite.files.quoting import excerpt
 
-logger = logging.getLogger(__name__)
-
 REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # of Hugging Face's library: seconds that the hub may take to list files
 SHORT_REACH_SECONDS = 3.0  # if another source may have the model, and the variable is not set
 MODELSCOPE_MAIN = "master"
-
-T = TypeVar("T")
 
 
 class NotHere(ModelError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,15 +99,14 @@ def record_of(content: bytes) -> FileRecord:
     return FileRecord(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def read_record(file: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> FileRecord:
-    """Read a file, and return its size and hash. `on_bytes` gets the number of bytes just read."""
+def read_record(file: Path) -> FileRecord:
+    """Read a file, and return its size and hash."""
     digest, total = hashlib.sha256(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with file.open("rb", buffering=0) as stream:
         while num_read := stream.readinto(buffer):
             digest.update(buffer[:num_read])
             total += num_read
-            on_bytes(num_read)
     return FileRecord(num_bytes=total, sha256=digest.hexdigest())
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from brlite.checkpoint.new_file import write_whole
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line, reason
-from brlite.files.temporary import create_temporary
 
 FOLDER_PREFIX = "models--"
 PART_SUFFIX = ".brlite-part"
@@ -141,10 +141,7 @@ class Repository:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = create_temporary(file)
-    with open(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    temporary.replace(file)
+    write_whole(file, text.encode())
 
 
 def cached_repositories(cache: Path) -> list[Repository]:

@@ -12,7 +12,6 @@ The weights are mapped, not read, so several servers share one copy. Steps are a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import mmap
@@ -26,7 +25,7 @@ import numpy as np
 
 from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.model_file import describe_file
-from brlite.files.temporary import create_temporary
+from brlite.checkpoint.new_file import NewFile
 
 MAGIC = b"brlite\x00\x01"
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -122,17 +121,11 @@ class MappedPackedFile:
 def write_packed_file(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
     """Write `memory` to a temporary file beside `path`, then rename it to `path`. Raises `OSError`."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    handle, temporary = create_temporary(path)
-    try:
-        with open(handle, "wb") as file:
-            file.write(packed_file_header(key, sums))
-            file.write(memory.bytes().data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    header = packed_file_header(key, sums)
+    with NewFile(path) as new:
+        new.write(header, 0)
+        new.write(memory.bytes().data, len(header))
+        new.publish()
 
 
 def read_packed_file_key(path: Path) -> PackedFileKey:
