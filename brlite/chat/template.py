@@ -22,7 +22,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import one_line
 from brlite.files.text_file import TextError
 from brlite.files.text_file import read_text as read_text_file
-from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
+from brlite.process.sandbox import ChildLimits, ChildProcess
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PACKAGES = ("jinja2", "markupsafe")
@@ -49,15 +49,8 @@ class ChatTemplate:
         self.tool_parser: str | None = None
         self._control_tokens = control_tokens or ControlTokens({})
         self._child = ChildProcess(_WORKER, _PACKAGES, limits or ChildLimits())
-        setup = {
-            "template": template,
-            "controls": self._control_tokens.texts,
-            "variables": dict(special_tokens),
-        }
-        try:
-            answer = self._child.set_up(setup)
-        except ChildFailed as error:
-            answer = {"error": str(error)}
+        setup = {"template": template, "controls": self._control_tokens.texts, "variables": dict(special_tokens)}
+        answer = self._child.set_up(setup)
         if "error" in answer:
             self._child.close()
             raise ModelError(f"{source}: the chat template is broken: {one_line(answer['error'])}")
@@ -92,7 +85,7 @@ class ChatTemplate:
         }
         try:
             answer = self._child.call(message)
-        except (ChildFailed, TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise template_refusal(str(error)) from None
         if "error" in answer:
             raise template_refusal(one_line(answer["error"]))

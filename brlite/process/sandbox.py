@@ -50,7 +50,7 @@ class ChildLimits(NamedTuple):
     memory_bytes: int = 512 * 1024 * 1024
 
 
-class ChildFailed(Exception):
+class _Failed(Exception):
     """The child ended before it answered. The text says why."""
 
 
@@ -80,8 +80,10 @@ class ChildProcess:
         return self.call(None)
 
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
-        """The child's answer, which may be an `error`. Raises `ChildFailed` if it ended before it answered, and
-        `EngineError` if it cannot be started or is killed by another process twice."""
+        """The child's answer. Its `error` says what went wrong, also if the child ended before it answered.
+
+        Raises `EngineError` if the child cannot be started, or is killed by another process twice.
+        """
         data = None if message is None else encode_message(message)  # an error here does not end the child
         if self._pid != os.getpid():
             self._forget()  # after a fork the child belongs to the parent, and the lock may be held for ever
@@ -96,7 +98,7 @@ class ChildProcess:
                 raise EngineError(f"a child process was {error}, not by brlite, twice in a row") from None
 
     def close(self) -> None:
-        """End the child. Calls in progress raise `ChildFailed` at once. May be called twice."""
+        """End the child. Calls in progress end with an `error` at once. May be called twice."""
         self._is_closed = True
         if self._pid != os.getpid():
             return
@@ -111,6 +113,8 @@ class ChildProcess:
             answer = self._started()
             if data is not None and "error" not in answer:
                 answer = self._exchange(data, WALL_SECONDS)
+        except _Failed as error:
+            answer = {"error": str(error), "is_last": True}
         except BaseException:
             self._end()
             raise
@@ -133,7 +137,7 @@ class ChildProcess:
             self._process = _start()
             self._finalizer = weakref.finalize(self, _end, self._process, self._pid)
             if self._is_closed:
-                raise ChildFailed("the model is being closed")
+                raise _Failed("the model is being closed")
             paths = set()
             for name in self._packages:
                 spec = find_spec(name)
@@ -164,12 +168,12 @@ class ChildProcess:
                     view = view[os.write(descriptor, view) :]
             (length,) = LENGTH.unpack(_read(self._process, LENGTH.size, deadline))
             if length > MAX_ANSWER_BYTES:
-                raise ChildFailed(f"its process sent more than {MAX_ANSWER_BYTES} bytes")
+                raise _Failed(f"its process sent more than {MAX_ANSWER_BYTES} bytes")
             answer: dict[str, Any] = json.loads(_read(self._process, length, deadline))
         except (BrokenPipeError, EOFError):
-            raise ChildFailed(self._death()) from None
+            raise _Failed(self._death()) from None
         except TimeoutError:
-            raise ChildFailed(f"its process did not answer in {seconds:g} s") from None
+            raise _Failed(f"its process did not answer in {seconds:g} s") from None
         return answer
 
     def _death(self) -> str:

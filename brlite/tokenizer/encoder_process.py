@@ -7,7 +7,7 @@ from typing import Any
 
 from brlite.errors import InvalidRequest, ModelError
 from brlite.files.quoting import one_line
-from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
+from brlite.process.sandbox import ChildLimits, ChildProcess
 
 TABLE_GROWTH = 32  # the most bytes that a library's tables take for each byte of their file
 
@@ -22,20 +22,14 @@ class EncoderProcess:
         """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` if the package cannot read it."""
         limits = limits._replace(memory_bytes=limits.memory_bytes + TABLE_GROWTH * num_bytes)
         self._child = ChildProcess(Path(__file__).with_name("encoder_worker.py"), (package,), limits)
-        try:
-            self.description = self._child.set_up(setup)
-        except ChildFailed as error:
-            self.description = {"error": str(error)}
+        self.description = self._child.set_up(setup)
         if "error" in self.description:
             self._child.close()
             raise ModelError(f"the tokenizer cannot be read: {one_line(self.description['error'])}")
 
     def encode(self, **message: Any) -> list[int]:
         """The ids of a text. Raises `InvalidRequest` if the tokenizer fails on it."""
-        try:
-            answer = self._child.call(message)
-        except ChildFailed as error:
-            answer = {"error": str(error)}
+        answer = self._child.call(message)
         if "error" in answer:
             raise InvalidRequest(f"the model's tokenizer failed on the text: {one_line(answer['error'])}")
         ids: list[int] = answer["ids"]
