@@ -29,8 +29,7 @@ NUM_THREADS = 8
 REPORT_SECONDS = 0.1
 HASH = re.compile(r"[0-9a-f]{40,64}")  # a hub's hash becomes the name of a file, so its form is checked
 
-COUNT = struct.Struct("<Q")
-HEAD = struct.Struct("<QQ")  # the file's bytes, a segment's bytes
+NUMBER_BYTES = 8  # of a number in the file of counts: the file's bytes, a segment's bytes, then each segment's count
 
 
 class HubFile(NamedTuple):
@@ -45,11 +44,9 @@ class HubFile(NamedTuple):
     def key(self) -> str:
         """The name of its content in the cache: a hash."""
         told = self.sha256 or self.git_hash or ""
-        return (
-            told
-            if HASH.fullmatch(told)
-            else hashlib.sha256(f"{self.name} {self.num_bytes} {told}".encode()).hexdigest()
-        )
+        if HASH.fullmatch(told):
+            return told
+        return hashlib.sha256(f"{self.name} {self.num_bytes} {told}".encode()).hexdigest()
 
 
 class Wanted(NamedTuple):
@@ -61,6 +58,14 @@ class Wanted(NamedTuple):
 
 # (file, from, to or None for all of it) → a response
 OpenSpan = Callable[[HubFile, tuple[int, int] | None], Any]
+
+
+class _Task(NamedTuple):
+    """A segment to fetch. A file's first one adds the tasks for its others: it shows whether the server has ranges."""
+
+    part: _PartFile
+    segment: int
+    is_first: bool
 
 
 class Transfer:
@@ -81,7 +86,7 @@ class Transfer:
         self._retries = retries
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
-        self._tasks: queue.SimpleQueue[tuple[_PartFile, int] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._num_open = 0
         self._is_over = threading.Event()
         self._error: BaseException | None = None
@@ -94,9 +99,9 @@ class Transfer:
         parts = [_PartFile(each, self._segment_bytes) for each in wanted]
         try:
             self._total_bytes = sum(part.num_bytes for part in parts)
-            self._done_bytes = sum(part.done_bytes for part in parts)
+            self._done_bytes = sum(sum(part.counts) for part in parts)
             self._on_progress(self._sized_stage(), self._done_bytes / max(1, self._total_bytes))
-            firsts = [(part, pending[0]) for part in parts if (pending := part.pending())]
+            firsts = [_Task(part, pending[0], True) for part in parts if (pending := part.pending())]
             self._num_open = len(firsts)
             if firsts:
                 for task in firsts:
@@ -121,7 +126,7 @@ class Transfer:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None and not self._is_over.is_set():
             try:
-                more = self._fetch_segment(*task)
+                more = self._fetch_segment(task)
             except BaseException as error:
                 with self._lock:
                     self._error = self._error or error
@@ -135,16 +140,17 @@ class Transfer:
             if is_last:
                 self._is_over.set()
 
-    def _fetch_segment(self, part: _PartFile, segment: int) -> list[tuple[_PartFile, int]]:
+    def _fetch_segment(self, task: _Task) -> list[_Task]:
         """Fetch a segment. A file's first one returns the tasks for its other segments."""
-        is_first = part.claim()
+        part, segment, is_first = task
         failures = 0
         while not self._is_over.is_set():
-            before = part.count(segment)
+            before = part.counts[segment]
             try:
-                self._read(part, segment, is_first=is_first)
+                self._read(task)
+                break
             except PassingFailure as failure:
-                failures = 0 if part.count(segment) > before else failures
+                failures = 0 if part.counts[segment] > before else failures
                 wait = wait_before(failures, failure, self._retries)
                 if wait is None:
                     raise ModelError(
@@ -152,13 +158,12 @@ class Transfer:
                     ) from failure
                 failures += 1
                 self._is_over.wait(wait)
-                continue
-            break
-        return [(part, other) for other in part.pending() if other != segment] if is_first else []
+        return [_Task(part, other, False) for other in part.pending() if other != segment] if is_first else []
 
-    def _read(self, part: _PartFile, segment: int, *, is_first: bool) -> None:
+    def _read(self, task: _Task) -> None:
+        part, segment, is_first = task
         begin, end = part.span(segment)
-        begin += part.count(segment)
+        begin += part.counts[segment]
         if begin == end:
             return
         is_whole = begin == 0 and end == part.num_bytes
@@ -187,45 +192,35 @@ class Transfer:
 
 
 class _PartFile:
-    """An unfinished file, and how many bytes of each segment it has."""
+    """An unfinished file, and in `counts` how many bytes of each segment it has."""
 
     def __init__(self, wanted: Wanted, segment_bytes: int) -> None:
         self.file, self._target = wanted
         self.num_bytes = self.file.num_bytes
         self._segment_bytes = segment_bytes
-        self.num_segments = -(-self.num_bytes // segment_bytes)
+        num_segments = -(-self.num_bytes // segment_bytes)
         self._path = self._target.with_name(self._target.name + PART_SUFFIX)
         self._counts_path = self._path.with_name(self._path.name + COUNTS_SUFFIX)
         self._lock = threading.Lock()
-        self._is_claimed = self._is_closed = False
+        self._is_closed = False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._counts = [0] * self.num_segments
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._handle = os.open(self._path, flags, 0o666)
         self._counts_handle = os.open(self._counts_path, flags, 0o666)
         # Resume what an earlier download left, if its counts are of this file in these segments; else begin anew.
-        head = HEAD.pack(self.num_bytes, self._segment_bytes)
-        size = HEAD.size + COUNT.size * self.num_segments
-        kept = os.pread(self._counts_handle, size + 1, 0)
-        is_ours = len(kept) == size and kept.startswith(head) and os.fstat(self._handle).st_size == self.num_bytes
-        if is_ours:
-            counts = [
-                COUNT.unpack_from(kept, HEAD.size + COUNT.size * number)[0] for number in range(self.num_segments)
-            ]
-            lengths = [end - begin for begin, end in map(self.span, range(self.num_segments))]
-            self._counts = [min(count, length) for count, length in zip(counts, lengths, strict=True)]
+        table = struct.Struct(f"<{2 + num_segments}Q")
+        head = (self.num_bytes, segment_bytes)
+        kept = os.pread(self._counts_handle, table.size + 1, 0)
+        numbers = table.unpack(kept) if len(kept) == table.size else ()
+        if numbers[:2] == head and os.fstat(self._handle).st_size == self.num_bytes:
+            lengths = [end - begin for begin, end in map(self.span, range(num_segments))]
+            self.counts = list(map(min, numbers[2:], lengths))
         else:
+            self.counts = [0] * num_segments
             os.ftruncate(self._handle, 0)
             os.ftruncate(self._handle, self.num_bytes)
             os.ftruncate(self._counts_handle, 0)
-            os.pwrite(self._counts_handle, head.ljust(size, b"\0"), 0)
-
-    @property
-    def done_bytes(self) -> int:
-        return sum(self._counts)
-
-    def count(self, segment: int) -> int:
-        return self._counts[segment]
+            os.pwrite(self._counts_handle, table.pack(*head, *self.counts), 0)
 
     def span(self, segment: int) -> tuple[int, int]:
         begin = segment * self._segment_bytes
@@ -233,17 +228,8 @@ class _PartFile:
 
     def pending(self) -> list[int]:
         """The numbers of the unfinished segments."""
-        return [
-            number
-            for number in range(self.num_segments)
-            if self.count(number) < self.span(number)[1] - self.span(number)[0]
-        ]
-
-    def claim(self) -> bool:
-        """True for the first caller."""
-        with self._lock:
-            is_first, self._is_claimed = not self._is_claimed, True
-            return is_first
+        spans = map(self.span, range(len(self.counts)))
+        return [number for number, (begin, end) in enumerate(spans) if self.counts[number] < end - begin]
 
     def write(self, data: bytes, position: int) -> int:
         """Write `data`, which may reach into further segments. Returns how many bytes are new."""
@@ -257,10 +243,11 @@ class _PartFile:
                 while left:
                     num_written = os.pwrite(self._handle, left, position)
                     left, position = left[num_written:], position + num_written
-                count = max(self._counts[segment], position - begin)
-                new += count - self._counts[segment]
-                self._counts[segment] = count
-                os.pwrite(self._counts_handle, COUNT.pack(count), HEAD.size + COUNT.size * segment)
+                count = max(self.counts[segment], position - begin)
+                new += count - self.counts[segment]
+                self.counts[segment] = count
+                number = count.to_bytes(NUMBER_BYTES, "little")
+                os.pwrite(self._counts_handle, number, NUMBER_BYTES * (2 + segment))
         return new
 
     def publish(self, on_progress: OnProgress) -> None:
