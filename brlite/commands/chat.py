@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def chat_with_model(config: Config, system: str | None, given: Mapping[str, Any]) -> None:
     """Load the config's model and chat with it. Parameters that are not `given` have the model's defaults."""
-    from brlite.checkpoint.fetch import progress_bar
+    from brlite.checkpoint.progress import progress_bar
     from brlite.llm import AsyncEngine
 
     with ExitStack() as bar:

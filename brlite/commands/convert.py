@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from brlite.checkpoint.fetch import locate_model, progress_bar
+from brlite.checkpoint.fetch import locate_model
 from brlite.checkpoint.model_name import may_be_a_name
+from brlite.checkpoint.progress import progress_bar
 from brlite.errors import ConfigError
 
 

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from brlite.backends.sizes import sizes_at
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.fetch import local_sources, locate_model, progress_bar, remote_sources
+from brlite.checkpoint.fetch import local_sources, locate_model, remote_sources
 from brlite.checkpoint.folder import has_weights
 from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
 from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
+from brlite.checkpoint.progress import progress_bar
 from brlite.checkpoint.repository import FOLDER_PREFIX, Repository, cached_repositories
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.errors import BrliteError, ConfigError, ModelError

