@@ -24,16 +24,15 @@ from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.model_file import exists, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
-from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.hf import read_eos_token_ids, read_json
 from brlite.tokenizer.sentencepiece_model import SentencePieceModel
-from brlite.tokenizer.tokenizer import Tokenizer
+from brlite.tokenizer.tokenizer import SpecialTokenIds, Tokenizer, TokenizerOptions
 
 MODEL_FILE = "tokenizer.model"
 # Baichuan2's role tokens: key of the generation config, which may give another id → default piece.
 BAICHUAN2_ROLES = {"user_token_id": "<reserved_106>", "assistant_token_id": "<reserved_107>"}
 
-Loader = Callable[[Path, "Path | None", "ChildLimits | None"], Tokenizer]
+Loader = Callable[[Path, TokenizerOptions], Tokenizer]
 
 
 def find_loader(folder: Path) -> Loader | None:
@@ -43,27 +42,25 @@ def find_loader(folder: Path) -> Loader | None:
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
 
 
-def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
+def load_baichuan2(folder: Path, options: TokenizerOptions) -> Tokenizer:
     """No BOS, no EOS; two pieces of the vocabulary mark the turns of the user and of the assistant."""
-    model = SentencePieceModel(folder / MODEL_FILE, limits=limits)
+    model = SentencePieceModel(folder / MODEL_FILE, limits=options.limits)
     roles = _baichuan2_roles(folder, model)
     names = {token_id: model.pieces[token_id].text for token_id in roles.values()}
-    chat_format: ChatFormat | None = _operators(
-        chat_template, {text: token_id for token_id, text in names.items()}, limits
-    )
+    chat_format: ChatFormat | None = _operators(options, {text: token_id for token_id, text in names.items()})
     if chat_format is None and roles.keys() == BAICHUAN2_ROLES.keys():
         chat_format = Baichuan2Format(**roles, names=names)
     return Tokenizer(
         model.encoder(control_ids=roles.values()),
         model.token_bytes(),
-        bos_token_id=None,
-        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id),
-        special_token_ids=[*model.special_token_ids, *roles.values()],
-        chat_template=chat_format,
+        SpecialTokenIds(
+            None, read_eos_token_ids(folder, model.eos_token_id), [*model.special_token_ids, *roles.values()]
+        ),
+        chat_format,
     )
 
 
-def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
+def load_chatglm3(folder: Path, options: TokenizerOptions) -> Tokenizer:
     """`[gMASK]sop` before every text. Control tokens have ids after the vocabulary; no text is encoded to them."""
     code = folder / "tokenization_chatglm.py"
     # Both versions have one `model_type`. Only ChatGLM3's code, which is not run, has role tokens.
@@ -72,33 +69,31 @@ def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: Child
     else:
         is_chatglm2 = "chatglm2" in str(read_json(folder / "config.json").get("_name_or_path")).lower()
     control_tokens = CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS
-    model = SentencePieceModel(folder / MODEL_FILE, control_tokens, limits=limits)
+    model = SentencePieceModel(folder / MODEL_FILE, control_tokens, limits=options.limits)
     own_format = (ChatGLM2Format if is_chatglm2 else ChatGLM3Format)(model.ids)
     ends = [] if is_chatglm2 else [model.ids[text] for text in CHATGLM3_ENDS]
     return Tokenizer(
         model.encoder(prefix=[model.ids[text] for text in CHATGLM3_PREFIX]),
         model.token_bytes(),
-        bos_token_id=None,
-        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id, *ends),
-        special_token_ids=model.special_token_ids,
-        chat_template=_operators(chat_template, model.ids, limits) or own_format,
+        SpecialTokenIds(None, read_eos_token_ids(folder, model.eos_token_id, *ends), model.special_token_ids),
+        _operators(options, model.ids) or own_format,
     )
 
 
 LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_chatglm3}
 
 
-def _operators(chat_template: Path | None, ids: Mapping[str, int], limits: ChildLimits | None) -> ChatTemplate | None:
+def _operators(options: TokenizerOptions, ids: Mapping[str, int]) -> ChatTemplate | None:
     """The template of the operator's file. It can write the control tokens in `ids`; texts of messages cannot."""
-    if chat_template is None:
+    if options.chat_template is None:
         return None
     tokens = {text: ControlToken(token_id) for text, token_id in ids.items()}
     return ChatTemplate(
-        read_template(chat_template),
-        source=str(chat_template),
+        read_template(options.chat_template),
+        source=str(options.chat_template),
         special_tokens={},
         control_tokens=ControlTokens(tokens, are_written_by_id=True),
-        limits=limits,
+        limits=options.limits,
     )
 
 

@@ -19,13 +19,12 @@ from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.gguf_header import GGUF_KEYS, read_gguf_header
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
-from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_bos_eos, add_typed_tokens, build_backend
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
 from brlite.tokenizer.token_bytes import read_token_bytes
-from brlite.tokenizer.tokenizer import Tokenizer
+from brlite.tokenizer.tokenizer import SpecialTokenIds, Tokenizer, TokenizerOptions
 
 # A GGUF file names only some of its end tokens. These end a text or a turn, too, in any vocabulary that has them:
 # those of `_ENDS`, which have no other use, whatever type the converter gave them; those of `_CONTROL_ENDS` only if
@@ -51,37 +50,29 @@ _INFILL_KEYS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middl
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # defaults of a `llama` vocabulary
 
 
-def load_gguf(
-    path: Path,
-    *,
-    chat_template: Path | None = None,
-    limits: ChildLimits | None = None,
-    control_tokens_in_text: bool = False,
-) -> Tokenizer:
-    """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key.
-
-    With `control_tokens_in_text` the text of a control token in a chat message becomes that token.
-    """
+def load_gguf(path: Path, options: TokenizerOptions) -> Tokenizer:
+    """The tokenizer of a GGUF file. Raises `ModelError`, naming the key."""
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build_with_ends(vocabulary)
-    template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
+    file, limits, control_tokens_in_text = options
+    template = read_template(file) if file else vocabulary.get("tokenizer.chat_template", str)
     special = _special_token_ids(backend)
-    return Tokenizer(
-        BackendEncoder(backend),
-        read_token_bytes(backend, source=str(path)),
-        bos_token_id=vocabulary.token_id("bos"),
-        eos_token_ids=_eos_token_ids(vocabulary, special),
-        special_token_ids=special,
-        chat_template=None
-        if template is None
-        else ChatTemplate(
+    token_bytes, eos_token_ids = read_token_bytes(backend, source=str(path)), _eos_token_ids(vocabulary, special)
+    chat_format = None
+    if template is not None:
+        chat_format = ChatTemplate(
             template,
-            source=str(chat_template or path),
+            source=str(file or path),
             special_tokens=vocabulary.named_tokens(),
             control_tokens=None if control_tokens_in_text else read_control_tokens(backend),
             limits=limits,
-        ),
-        infill=find_infill_tokens(backend.token_to_id, vocabulary.infill_token_ids()),
+        )
+    return Tokenizer(
+        BackendEncoder(backend),
+        token_bytes,
+        SpecialTokenIds(vocabulary.token_id("bos"), eos_token_ids, special),
+        chat_format,
+        find_infill_tokens(backend.token_to_id, vocabulary.infill_token_ids()),
     )
 
 

@@ -21,7 +21,6 @@ from brlite.chat.template import ChatTemplate, NamedTemplates, read_template
 from brlite.checkpoint.model_file import exists, read_json_object, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.json_check import check_tokenizer_json
@@ -30,7 +29,7 @@ from brlite.tokenizer.pieces import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import ends_soon
 from brlite.tokenizer.sentencepiece_model import read_sentencepiece
 from brlite.tokenizer.token_bytes import read_token_bytes
-from brlite.tokenizer.tokenizer import Encoder, Tokenizer
+from brlite.tokenizer.tokenizer import Encoder, SpecialTokenIds, Tokenizer, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +41,8 @@ _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _SENTENCEPIECE_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
 
 
-def load_folder(
-    folder: Path,
-    *,
-    chat_template: Path | None = None,
-    limits: ChildLimits | None = None,
-    control_tokens_in_text: bool = False,
-) -> Tokenizer:
-    """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
-
-    With `control_tokens_in_text` the text of a control token in a chat message becomes that token.
+def load_folder(folder: Path, options: TokenizerOptions) -> Tokenizer:
+    """The tokenizer of a folder. Raises `ModelError`, naming the file.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
     `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do. With that file's `legacy`, each stretch between
@@ -63,11 +54,10 @@ def load_folder(
         **read_json(folder / "special_tokens_map.json"),
         **read_json(folder / "tokenizer_config.json"),
     }
-    backend, ends = (
-        _read_tokenizer_json(folder / "tokenizer.json")
-        if has_json
-        else (read_sentencepiece(folder / "tokenizer.model", limits), True)
-    )
+    if has_json:
+        backend, ends = _read_tokenizer_json(folder / "tokenizer.json")
+    else:
+        backend, ends = read_sentencepiece(folder / "tokenizer.model", options.limits), True
     _add_listed_tokens(backend, folder, config)
     given = [name for name in _NAMED_TOKENS if config.get(name) is not None]
     tokens = {name: _special_token(config[name], name, folder) for name in given}
@@ -77,19 +67,17 @@ def load_folder(
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
     token_bytes = read_token_bytes(backend, source=str(folder))
     if has_json or config.get("legacy"):
-        encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits())
+        encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else options.limits)
     else:
         encoder = PieceEncoder(backend, add_space_prefix=token_bytes.strips_first_space)
-    controls = None if control_tokens_in_text else read_control_tokens(backend)
-    make_template = partial(ChatTemplate, special_tokens=named, control_tokens=controls, limits=limits)
+    controls = None if options.control_tokens_in_text else read_control_tokens(backend)
+    make_template = partial(ChatTemplate, special_tokens=named, control_tokens=controls, limits=options.limits)
     return Tokenizer(
         encoder,
         token_bytes,
-        bos_token_id=ids.get("bos_token"),
-        eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
-        special_token_ids=special,
-        chat_template=_read_chat_format(folder, config, chat_template, make_template),
-        infill=find_infill_tokens(backend.token_to_id),
+        SpecialTokenIds(ids.get("bos_token"), read_eos_token_ids(folder, ids.get("eos_token")), special),
+        _read_chat_format(folder, config, options.chat_template, make_template),
+        find_infill_tokens(backend.token_to_id),
     )
 
 

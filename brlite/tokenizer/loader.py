@@ -8,7 +8,7 @@ from pathlib import Path
 from brlite.checkpoint.model_file import exists
 from brlite.errors import ModelError
 from brlite.process.sandbox import ChildLimits
-from brlite.tokenizer.tokenizer import Tokenizer
+from brlite.tokenizer.tokenizer import Tokenizer, TokenizerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +26,12 @@ def load_tokenizer(
     it for one chat. With `control_tokens_in_text` the text of a control token in a message becomes that token. No code
     from the model is run. Templates run in a process of their own, which `Tokenizer.close` ends.
     """
+    options = TokenizerOptions(chat_template, template_limits or ChildLimits(), control_tokens_in_text)
     gguf_file = _gguf_file(path)
     if gguf_file is not None:
         from brlite.tokenizer.gguf_vocabulary import load_gguf
 
-        return load_gguf(
-            gguf_file,
-            chat_template=chat_template,
-            limits=template_limits,
-            control_tokens_in_text=control_tokens_in_text,
-        )
+        return load_gguf(gguf_file, options)
     from brlite.tokenizer.coded_folders import find_loader
     from brlite.tokenizer.hf import load_folder
 
@@ -43,13 +39,8 @@ def load_tokenizer(
     if load_coded is not None:
         if control_tokens_in_text:
             logger.warning("%s: control_tokens_in_text has no effect: its tokenizer finds no control tokens", path)
-        return load_coded(path, chat_template, template_limits)
-    return load_folder(
-        path,
-        chat_template=chat_template,
-        limits=template_limits,
-        control_tokens_in_text=control_tokens_in_text,
-    )
+        return load_coded(path, options)
+    return load_folder(path, options)
 
 
 def _gguf_file(path: Path) -> Path | None:

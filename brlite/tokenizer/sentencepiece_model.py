@@ -32,7 +32,7 @@ _SAMPLES = (
 )
 
 
-def read_sentencepiece(path: Path, limits: ChildLimits | None = None) -> Backend:
+def read_sentencepiece(path: Path, limits: ChildLimits) -> Backend:
     """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
     file = read_sentencepiece_file(path)
     with closing(_start_process(path, file, limits)) as process:
@@ -52,10 +52,10 @@ def read_sentencepiece(path: Path, limits: ChildLimits | None = None) -> Backend
     return backend
 
 
-def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits | None) -> EncoderProcess:
+def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits) -> EncoderProcess:
     setup = {"sentencepiece": base64.b64encode(file.data).decode()}
     try:
-        process = EncoderProcess("sentencepiece", setup, len(file.data), limits or ChildLimits())
+        process = EncoderProcess("sentencepiece", setup, len(file.data), limits)
     except ModelError as error:
         raise ModelError(f"{path}: not a sentencepiece model: {error}") from None
     if process.description["num_pieces"] != len(file.pieces):
@@ -96,7 +96,7 @@ class SentencePieceEncoder(Encoder):
 class SentencePieceModel:
     """The pieces of a model in the order of their ids, then `control_tokens`, which no text is encoded to."""
 
-    def __init__(self, path: Path, control_tokens: Sequence[str] = (), *, limits: ChildLimits | None = None) -> None:
+    def __init__(self, path: Path, control_tokens: Sequence[str] = (), *, limits: ChildLimits) -> None:
         """Raises `ModelError` for a file that is no sentencepiece model. `limits` are for one text."""
         self._path = path
         file = read_sentencepiece_file(path)

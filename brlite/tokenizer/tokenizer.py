@@ -6,16 +6,38 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from brlite.chat.control_tokens import MarkedText, cut_before_last
 from brlite.chat.turns import NO_EXTRAS, TemplateExtras, joined_text
 from brlite.errors import InvalidRequest
+from brlite.process.sandbox import ChildLimits
 
 if TYPE_CHECKING:
     from brlite.chat.formats import ChatFormat
     from brlite.tokenizer.infill import InfillText, InfillTokens
     from brlite.tokenizer.token_bytes import TokenBytes
+
+
+class TokenizerOptions(NamedTuple):
+    """How a tokenizer is loaded. `chat_template` is the file that replaces the model's own template.
+
+    `limits` are for one chat or text in a child process. With `control_tokens_in_text` the text of a control token in a
+    message becomes that token.
+    """
+
+    chat_template: Path | None
+    limits: ChildLimits
+    control_tokens_in_text: bool
+
+
+class SpecialTokenIds(NamedTuple):
+    """BOS, the tokens that end a completion, and all control tokens. Repetitions have no meaning."""
+
+    bos: int | None
+    eos: Iterable[int]
+    control: Iterable[int]
 
 
 class Encoder(Protocol):
@@ -56,21 +78,18 @@ class Tokenizer:
         self,
         encoder: Encoder,
         token_bytes: TokenBytes,
-        *,
-        bos_token_id: int | None,
-        eos_token_ids: Iterable[int],
-        special_token_ids: Iterable[int],
-        chat_template: ChatFormat | None,
+        special: SpecialTokenIds,
+        chat_format: ChatFormat | None,
         infill: InfillTokens | None = None,
     ) -> None:
         self.vocab_size = len(token_bytes.table)
-        self.bos_token_id = bos_token_id
-        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
-        self.special_token_ids = frozenset(special_token_ids)
+        self.bos_token_id = special.bos
+        self.eos_token_ids = tuple(dict.fromkeys(special.eos))
+        self.special_token_ids = frozenset(special.control)
         self._encoder = encoder
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
-        self.chat_format = chat_template
+        self.chat_format = chat_format
         self.infill = infill
         self._special_ids: dict[str, int] = {}  # by text; filled at the first use
         # The most characters of a text that become one token; 0: no limit.

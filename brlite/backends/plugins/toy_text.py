@@ -14,7 +14,7 @@ from brlite.chat.turns import NO_EXTRAS, TemplateExtras, prepare_turns
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.token_bytes import TokenBytes
-from brlite.tokenizer.tokenizer import Encoder
+from brlite.tokenizer.tokenizer import Encoder, SpecialTokenIds
 
 END, SYSTEM, USER, ASSISTANT = range(256, 260)
 NAMES = {END: "<|end|>", SYSTEM: "<|system|>", USER: "<|user|>", ASSISTANT: "<|assistant|>"}
@@ -28,10 +28,8 @@ def toy_tokenizer() -> Tokenizer:
     return Tokenizer(
         ByteEncoder(),
         TokenBytes(table, strips_first_space=False),
-        bos_token_id=None,
-        eos_token_ids=(END,),
-        special_token_ids=NAMES,
-        chat_template=ToyChat(),
+        SpecialTokenIds(None, (END,), NAMES),
+        ToyChat(),
     )
 
 
