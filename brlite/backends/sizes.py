@@ -27,6 +27,7 @@ from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
+from brlite.models.precision import Precision
 from brlite.models.registry import find_family
 from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
 from brlite.process.machine import find_memory, show_bytes
@@ -147,26 +148,12 @@ def measure(
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     check_spec(spec, config)
-    obstacle = find_obstacle(config, spec, engine)
-    is_native = obstacle is None
     precision = settle_precision(spec.precision, formats)
-    if obstacle is not None:
-        check_activations(precision, obstacle)
-    is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
-    dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
-    kv_dtype = cache_dtype(precision, engine.dtype)
-    if precision.weights == "int8" and not is_native:
-        check_groups(config, spec.tensor_parallel)
-    keeps_forms = not is_native and rules_for(select_device(engine.device)).keeps_forms(precision)
-    targets = family.weight_targets(config)
-    model = CheckedModel(config, list_parameters(config), targets, set(), formats, precision)
+    holding = _find_holding(config, spec, engine, precision)
+    is_native, kv_dtype = holding.is_native, cache_dtype(precision, engine.dtype)
+    model = CheckedModel(config, list_parameters(config), family.weight_targets(config), set(), formats, precision)
     shards = [Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)]
-    if is_native:
-        num_bytes, held_as = _native_weights(model, shards)
-    else:
-        num_bytes, held_as = _torch_weights(model, shards, dtype, keeps_forms=keeps_forms)
-    kv_bytes = [kv_bytes_per_token(shard_config(config, shard), kv_dtype) for shard in shards]
-    ranks = list(map(RankSizes, num_bytes, kv_bytes))
+    ranks, dtype = _rank_sizes(model, shards, holding, kv_dtype)
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
     room = partial(_cache_room, engine, ranks, is_native=is_native)
     context, num_blocks, reason = _find_context(config, spec, block_size, room)
@@ -175,8 +162,8 @@ def measure(
         max_context=config.max_context,
         context=context,
         context_reason=reason,
-        dtype=held_as,
-        precision=describe_precision(model, spec, is_native=is_native, keeps_codes=is_native or keeps_forms),
+        dtype=dtype,
+        precision=describe_precision(model, spec, is_native=is_native, keeps_codes=holding.keeps_forms),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
@@ -186,26 +173,45 @@ def measure(
     )
 
 
-def _native_weights(model: CheckedModel, shards: Sequence[Shard]) -> tuple[list[int], str]:
-    """Bytes of each rank's packed weights, and the types of their matrices: int4, int8, bfloat16, or several."""
-    num_bytes, forms = [], set()
-    for shard in shards:
-        parts = matrix_parts(model, shard)
-        forms |= {part.form.partition("_")[0] for matrix in parts.values() for part in matrix}
-        num_bytes.append(native_weight_bytes(rank_parameters(model.config, shard), parts))
-    return num_bytes, " and ".join(sorted(forms))
+class Holding(NamedTuple):
+    """How weights are held: by native code, or by torch with each weight in `dtype` that is not in its form."""
+
+    is_native: bool = True
+    dtype: KVDtype = "bfloat16"
+    keeps_forms: bool = True
 
 
-def _torch_weights(
-    model: CheckedModel, shards: Sequence[Shard], dtype: KVDtype, *, keeps_forms: bool
-) -> tuple[list[int], str]:
-    """The same in torch, with each weight in `dtype` that is not in its form."""
-    num_bytes, found = [], set()
+def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, precision: Precision) -> Holding:
+    """How the backend that computes the model holds it. Raises `ConfigError` for a precision that it does not have."""
+    obstacle = find_obstacle(config, spec, engine)
+    if obstacle is None:
+        return Holding()
+    check_activations(precision, obstacle)
+    device = select_device(engine.device)
+    if precision.weights == "int8":
+        check_groups(config, spec.tensor_parallel)
+    is_bfloat16 = compute_dtype(engine.dtype, device).itemsize == 2
+    return Holding(False, "bfloat16" if is_bfloat16 else "float32", rules_for(device).keeps_forms(precision))
+
+
+def _rank_sizes(
+    model: CheckedModel, shards: Sequence[Shard], holding: Holding, kv_dtype: KVDtype
+) -> tuple[list[RankSizes], str]:
+    """The sizes of each rank, and the types of the matrices: int4, int8, bfloat16, or several."""
+    ranks, types = [], set()
     for shard in shards:
-        forms = card_forms(model, shard if len(shards) > 1 else None) if keeps_forms else {}
-        found |= {form.partition("_")[0] for form in forms.values()}
-        num_bytes.append(weight_bytes(shard_config(model.config, shard), KV_BYTES[dtype], forms))
-    return num_bytes, " and ".join(sorted(found)) or dtype
+        config = shard_config(model.config, shard)
+        if holding.is_native:
+            parts = matrix_parts(model, shard)
+            forms = {part.form for matrix in parts.values() for part in matrix}
+            num_bytes = native_weight_bytes(rank_parameters(model.config, shard), parts)
+        else:
+            by_name = card_forms(model, shard if len(shards) > 1 else None) if holding.keeps_forms else {}
+            forms = set(by_name.values())
+            num_bytes = weight_bytes(config, KV_BYTES[holding.dtype], by_name)
+        types |= {form.partition("_")[0] for form in forms}
+        ranks.append(RankSizes(num_bytes, kv_bytes_per_token(config, kv_dtype)))
+    return ranks, " and ".join(sorted(types)) or holding.dtype
 
 
 def settle_context(
