@@ -30,6 +30,12 @@ WRAPPERS = (
 )
 
 
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, type[Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+# How many values an operation takes from the stack; others take those above the last mark.
+_NUM_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "NEWOBJ": 2, "REDUCE": 2}
+
+
 class Global(NamedTuple):
     """A name that the pickle refers to, as "module name". It is never imported."""
 
@@ -118,35 +124,33 @@ class _Machine:
                 pass
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            case _ if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case _ if name in _EMPTY:
+                stack.append(_EMPTY[name]())
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 self._memo[len(self._memo) if argument is None else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "MARK":
                 self._marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(self._take(len(stack) - self._marks.pop())))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._take(int(name[-1]))))
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._take(name)))
             case "SETITEM" | "SETITEMS":
-                items = self._take(2 if name == "SETITEM" else len(stack) - self._marks.pop())
+                items = self._take(name)
                 if not all(isinstance(key, str | int) for key in items[::2]):
                     # A nested tuple can take exponential time to hash.
                     raise _Refused(f"has a dict with the keys {excerpt(items[::2])}")
                 stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "APPEND" | "APPENDS":
-                items = self._take(1 if name == "APPEND" else len(stack) - self._marks.pop())
+                items = self._take(name)
                 stack[-1].extend(items)
             case "GLOBAL":
                 stack.append(Global(argument))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "NEWOBJ" | "REDUCE":
-                stack.append((_new_object if name == "NEWOBJ" else _call)(*self._take(2)))
+                stack.append((_new_object if name == "NEWOBJ" else _call)(*self._take(name)))
             case "BUILD":
                 record, state = stack[-2], stack.pop()
                 if not isinstance(record, Record) or not isinstance(state, dict):
@@ -155,11 +159,11 @@ class _Machine:
             case _:
                 raise _Refused(f"has the operation {name}")
 
-    def _take(self, count: int) -> list[Any]:
-        """The last `count` values, which leave the stack."""
-        if not 0 <= count <= len(self.stack):
+    def _take(self, name: str) -> list[Any]:
+        """The values that an operation takes from the end of the stack."""
+        start = len(self.stack) - _NUM_TAKEN[name] if name in _NUM_TAKEN else self._marks.pop()
+        if not 0 <= start <= len(self.stack):
             raise IndexError("takes more values than there are")
-        start = len(self.stack) - count
         items = self.stack[start:]
         del self.stack[start:]
         return items
