@@ -39,7 +39,7 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
 
         return QuantizedCheckpoint(path, weights.files, config)
     if weights.kind == "safetensors":
-        from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
+        from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path, weights.files)
     if weights.kind == "bin":

@@ -21,7 +21,7 @@ import msgspec
 
 from brlite.checkpoint.model_file import check_model_file, exists
 from brlite.checkpoint.new_file import FileRecord
-from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
+from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, PrecisionName, PrecisionOption

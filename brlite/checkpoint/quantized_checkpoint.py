@@ -18,7 +18,7 @@ import numpy as np
 from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.quantization import Quantization, read_quantization, without_quantization
 from brlite.checkpoint.quantized_matrix import LAYOUTS, SCALES, Array, QuantizedMatrix
-from brlite.checkpoint.safetensors_header import TensorEntry, read_headers
+from brlite.checkpoint.safetensors import TensorEntry, read_headers
 from brlite.checkpoint.stored_tensor import (
     ALLOWED_DTYPES,
     PLAIN_FORMATS,

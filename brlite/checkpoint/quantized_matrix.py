@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.checkpoint.quantization import ACT_ORDER, FOLDER_FORMS, ZERO_POINTS, Quantization
-from brlite.checkpoint.safetensors_header import TensorEntry
+from brlite.checkpoint.safetensors import TensorEntry
 from brlite.checkpoint.stored_tensor import (
     PLAIN_FORMATS,
     Bytes,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
-from brlite.checkpoint.safetensors_header import LENGTH_BYTES
+from brlite.checkpoint.safetensors import LENGTH_BYTES
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32, to_bfloat16
 
 CHUNK_ELEMENTS = 1 << 18

@@ -16,7 +16,7 @@ from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import KEPT_FORMS, describe_precision
 from brlite.checkpoint.quantization import FOLDER_FORMS, Quantization
 from brlite.checkpoint.quantized_matrix import E4M3_VALUES, Fp8Matrix, Int8Matrix
-from brlite.checkpoint.safetensors_header import TensorEntry
+from brlite.checkpoint.safetensors import TensorEntry
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.safetensors_header import DTYPE_BYTES
+from brlite.checkpoint.safetensors import DTYPE_BYTES
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError

@@ -1,6 +1,7 @@
-"""The header of a safetensors file (github.com/huggingface/safetensors), checked against the file's size.
+"""Reads safetensors (github.com/huggingface/safetensors), one file or several shards, with numpy alone.
 
-Reads no tensor data. The format's own library also checks headers, but its errors name neither file nor missing bytes.
+A header is checked against its file's size. The format's own library also checks headers, but its errors name neither
+file nor missing bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import math
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from brlite.checkpoint.checkpoint import weights_identity
+from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES
+from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS, LocatedTensors, TensorLocation
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
@@ -42,6 +45,30 @@ class SafetensorsHeader(NamedTuple):
     entries: list[TensorEntry]
     num_bytes: int
     raw: bytes
+
+
+class SafetensorsCheckpoint(LocatedTensors):
+    """Implements `Checkpoint`. Opening it checks all headers."""
+
+    def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_config(path)
+        headers = read_headers(files)
+        for file, header in headers.items():
+            for entry in header.entries:
+                if entry.dtype not in PLAIN_FORMATS:
+                    found = f"{excerpt(entry.name)} has dtype {excerpt(entry.dtype)}"
+                    raise ModelError(f"{file}: {found}; allowed are {ALLOWED_DTYPES}")
+        super().__init__(
+            {
+                file: [
+                    TensorLocation(name, PLAIN_FORMATS[dtype], shape, begin)
+                    for name, dtype, shape, _, begin, _ in entries
+                ]
+                for file, (entries, _, _) in headers.items()
+            }
+        )
+        self.identity = weights_identity(self.config, {file: header.raw for file, header in headers.items()})
 
 
 def read_headers(files: Sequence[Path]) -> dict[Path, SafetensorsHeader]:
