@@ -1,21 +1,25 @@
-"""Encodes text as token ids with Hugging Face's `tokenizers`.
+"""Encodes text as token ids with Hugging Face's `tokenizers`, here or in a child process (`encoder_worker.py`).
 
-A panic of that library is a `BaseException` in Python. Here it becomes an `InvalidRequest` for the text that caused it.
+A text that makes a third party's tokenizer hang, abort or exhaust memory is refused by the child process. A panic of
+`tokenizers` here is a `BaseException` in Python; it becomes an `InvalidRequest` for the text that caused it.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from brlite.chat.control_tokens import is_control
-from brlite.errors import InvalidRequest
-from brlite.files.quoting import reason
-from brlite.process.sandbox import ChildLimits
-from brlite.tokenizer.encoder_process import EncoderProcess
+from brlite.errors import InvalidRequest, ModelError
+from brlite.files.quoting import one_line, reason
+from brlite.process.sandbox import ChildLimits, ChildProcess
 from brlite.tokenizer.tokenizer import Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)
+_TABLE_GROWTH = 32  # the most bytes that a library's tables take for each byte of their file
 _MAX_COMPOSED = 4  # the most characters that Unicode normalization composes into one
 
 
@@ -82,6 +86,34 @@ class BackendEncoder(Encoder):
         if self._process is None:
             return _encode(self._backends[index], text, add_special_tokens=add_special_tokens)
         return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
+
+
+class EncoderProcess:
+    """One child with a tokenizer. Thread-safe; texts are encoded one at a time. `description` is its first answer.
+
+    The memory of `limits` is increased by `_TABLE_GROWTH` times the tokenizer's size.
+    """
+
+    def __init__(self, package: str, setup: dict[str, Any], num_bytes: int, limits: ChildLimits) -> None:
+        """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` if the package cannot read it."""
+        limits = limits._replace(memory_bytes=limits.memory_bytes + _TABLE_GROWTH * num_bytes)
+        self._child = ChildProcess(Path(__file__).with_name("encoder_worker.py"), (package,), limits)
+        self.description = self._child.set_up(setup)
+        if "error" in self.description:
+            self._child.close()
+            raise ModelError(f"the tokenizer cannot be read: {one_line(self.description['error'])}")
+
+    def encode(self, **message: Any) -> list[int]:
+        """The ids of a text. Raises `InvalidRequest` if the tokenizer fails on it."""
+        answer = self._child.call(message)
+        if "error" in answer:
+            raise InvalidRequest(f"the model's tokenizer failed on the text: {one_line(answer['error'])}")
+        ids: list[int] = answer["ids"]
+        return ids
+
+    def close(self) -> None:
+        """End the child. May be called twice."""
+        self._child.close()
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -24,10 +24,9 @@ from brlite.files.quoting import excerpt, reason
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.json_check import check_tokenizer_json
-from brlite.tokenizer.piece_encoder import PieceEncoder
 from brlite.tokenizer.pieces import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import ends_soon
-from brlite.tokenizer.sentencepiece_model import read_sentencepiece
+from brlite.tokenizer.sentencepiece_model import PieceEncoder, read_sentencepiece
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Encoder, SpecialTokenIds, Tokenizer, TokenizerOptions
 

@@ -1,7 +1,7 @@
 """A strict reader of `tokenizer.model`, sentencepiece's protocol buffer, since the library reads it without checks.
 
 Checks lengths against the file's size, the kinds and texts of the pieces, and the tables that normalise characters.
-Encodes no text: the library does, in a child process (`encoder_process.py`).
+Encodes no text: the library does, in a child process (`encoder.py`).
 """
 
 from __future__ import annotations

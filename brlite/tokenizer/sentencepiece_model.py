@@ -12,15 +12,16 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from brlite.chat.control_tokens import ControlToken, ControlTokens, is_control
 from brlite.errors import InvalidRequest, ModelError
 from brlite.process.sandbox import ChildLimits
-from brlite.tokenizer.encoder_process import EncoderProcess
-from brlite.tokenizer.piece_encoder import PieceEncoder
+from brlite.tokenizer.encoder import EncoderProcess
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, build_backend
 from brlite.tokenizer.sentencepiece_file import SentencePieceFile, read_sentencepiece_file
 from brlite.tokenizer.token_bytes import TokenBytes
 from brlite.tokenizer.tokenizer import Encoder
 
+_SPACE = "▁"
 # Texts that a rebuilt tokenizer.model must encode as sentencepiece itself does; else it is refused.
 _SAMPLES = (
     "Hello world",
@@ -62,6 +63,45 @@ def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits) -> 
         process.close()
         raise ModelError(f"{path}: not a sentencepiece model: the library finds another number of pieces")
     return process
+
+
+class PieceEncoder(Encoder):
+    """An `Encoder` for a tokenizer of `build_backend`, which puts one space before a text, as sentencepiece does.
+
+    The `tokenizers` package adds a space after each added token, too. So added tokens are found here, and the text
+    between them is given to that package. They are control tokens or words.
+    """
+
+    max_composed = 0  # tokens may absorb white space
+
+    def __init__(self, backend: Backend, *, add_space_prefix: bool) -> None:
+        added = backend.get_added_tokens_decoder()
+        tokens = {
+            token.content: ControlToken(token_id, token.lstrip, token.rstrip, token.single_word)
+            for token_id, token in added.items()
+        }
+        is_word = {token.content: not is_control(token) for token in added.values()}
+        self._controls = ControlTokens({text: token for text, token in tokens.items() if not is_word[text]})
+        self._words = ControlTokens({text: token for text, token in tokens.items() if is_word[text]})
+        self._pieces = Backend(backend.model)  # for text that has `▁` in place of spaces
+        self._prefix = _SPACE if add_space_prefix else ""
+        # The ids before and after a text that is encoded with special tokens.
+        whole, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
+        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+        self._before, self._after = whole[:start], whole[start + len(bare) :]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(self._controls.split(text)):
+            ids += [part] if isinstance(part, int) else self.encode_words(part, is_first=index == 0)
+        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        prefix = self._prefix if is_first and text else ""
+        ids: list[int] = []
+        for part in self._words.split(prefix + text.replace(" ", _SPACE)):
+            ids += [part] if isinstance(part, int) else self._pieces.encode(part, add_special_tokens=False).ids
+        return ids
 
 
 class SentencePieceEncoder(Encoder):
@@ -138,7 +178,7 @@ class SentencePieceModel:
         table = [
             bytes.fromhex(piece.text.removeprefix("<0x").removesuffix(">"))
             if piece.kind is PieceKind.BYTE
-            else piece.text.replace("▁", " ").encode()
+            else piece.text.replace(_SPACE, " ").encode()
             for piece in (*self.pieces, *control)
         ]
         return TokenBytes(tuple(table), self._process.description["starts_with_space"])
