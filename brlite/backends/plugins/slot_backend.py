@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, Pl
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.pooling import pooled_result
-from brlite.backends.sampling.host import HostSampler, choose_sampler, sample_processed
+from brlite.backends.sampling.host import choose_sampler, sample_processed
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     BackendGuard,
@@ -69,13 +69,7 @@ class SlotWork:
 class SlotBackend:
     """A `Backend`. Owns the engine, and the thread that all its calls come from, until `close`."""
 
-    def __init__(
-        self,
-        engine: PluginEngine,
-        spec: ModelSpec,
-        config: EngineConfig,
-        choose: Callable[[int], HostSampler] = choose_sampler,
-    ) -> None:
+    def __init__(self, engine: PluginEngine, spec: ModelSpec, config: EngineConfig) -> None:
         """Opens the engine, which may take minutes. Raises the engine's exceptions."""
         self._engine = engine
         self._guard = BackendGuard()
@@ -85,7 +79,7 @@ class SlotBackend:
             check_capabilities(self._capabilities, spec)
             if self._capabilities.hidden_size and not isinstance(engine, GivesHiddenStates):
                 raise EngineError(f"engine {self._capabilities.name} has a hidden_size, and no hidden_states")
-            self._sampler = choose(self._capabilities.vocab_size)
+            self._sampler = choose_sampler(self._capabilities.vocab_size)
         except Exception:  # not for Ctrl-C: closing would wait until the engine is open
             self.close()
             raise
@@ -103,7 +97,8 @@ class SlotBackend:
             for index in range(max((len(each.rows) for each in work), default=0)):
                 rows = [each.rows[index] for each in work if index < len(each.rows) and each.error is None]
                 for call in plan_calls(rows, self._capabilities):
-                    failures += self._call(call, work)
+                    if (error := self._call(call, work)) is not None:
+                        failures.append(error)
             if failures and all(each.error is not None for each in work):
                 raise failures[-1]
             for error in failures:
@@ -148,8 +143,8 @@ class SlotBackend:
         slot.waiting = []
         return work
 
-    def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Iterator[Exception]:
-        """Call the engine once. Yields an exception that it raises, which ends the sequences of the call."""
+    def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Exception | None:
+        """Call the engine once. Returns an exception that it raises, which ends the sequences of the call."""
         concerned = {each.slot: each for each in work}
         padded = with_every_slot(rows, self._capabilities)
         try:
@@ -168,14 +163,14 @@ class SlotBackend:
             for row in rows:
                 concerned[row.slot].error = STEP_FAILED
                 self._release(row.slot, is_certain=True)
-            yield error
-            return
+            return error
         for row, row_logits in zip(padded, logits, strict=True):
             if len(row.token_ids):
                 self._slots[row.slot].length = row.end
                 concerned[row.slot].logits.append(row_logits)
         for number, state in zip(pooled, hidden, strict=True):
             concerned[number].hidden.append(state)
+        return None
 
     def _checked(self, array: object, what: str, dtype: str, shape: tuple[int, int]) -> Logits:
         """The engine's array as float32. Raises `EngineError` for another type or shape than the engine promised."""
