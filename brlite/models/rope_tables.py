@@ -7,8 +7,7 @@ step by step as in transformers. The backends apply the rotation, each in its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,13 +36,19 @@ def pair_tables(rope: RopeConfig, length: int) -> PairTables:
 
 def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
     """Radians per position of each pair [rotary_dim / 2], scaled by the config for a context of `length` tokens."""
-    if isinstance(rope.scaling, DynamicScaling):
-        factor, original = rope.scaling.factor, rope.scaling.original_positions
-        stretch = factor * max(length, original) / original - (factor - 1)
-        theta = rope.theta * math.pow(stretch, rope.rotary_dim / (rope.rotary_dim - 2))
-        return _frequencies(theta, rope.rotary_dim)
     frequencies = _frequencies(rope.theta, rope.rotary_dim)
-    return SCALINGS[type(rope.scaling)](frequencies, rope)
+    match rope.scaling:
+        case DynamicScaling(factor=factor, original_positions=original):
+            stretch = factor * max(length, original) / original - (factor - 1)
+            theta = rope.theta * math.pow(stretch, rope.rotary_dim / (rope.rotary_dim - 2))
+            return _frequencies(theta, rope.rotary_dim)
+        case LinearScaling(factor=factor):
+            return frequencies / factor
+        case Llama3Scaling():
+            return _llama3(frequencies, rope.scaling)
+        case YarnScaling():
+            return _yarn(frequencies, rope, rope.scaling)
+    return frequencies
 
 
 def _rounded(function: np.ufunc, angles: Float32) -> Float32:
@@ -60,17 +65,13 @@ def _frequencies(theta: float, rotary_dim: int) -> Float32:
     return frequencies
 
 
-def _llama3(frequencies: Float32, rope: RopeConfig) -> Float32:
-    scaling = rope.scaling
-    assert isinstance(scaling, Llama3Scaling)
+def _llama3(frequencies: Float32, scaling: Llama3Scaling) -> Float32:
     turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return _blend(frequencies / scaling.factor, frequencies, blend)
 
 
-def _yarn(frequencies: Float32, rope: RopeConfig) -> Float32:
-    scaling = rope.scaling
-    assert isinstance(scaling, YarnScaling)
+def _yarn(frequencies: Float32, rope: RopeConfig, scaling: YarnScaling) -> Float32:
     # The pairs, as real numbers, that rotate `beta_fast` and `beta_slow` times within the original context.
     low, high = (
         rope.rotary_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -86,11 +87,3 @@ def _yarn(frequencies: Float32, rope: RopeConfig) -> Float32:
 def _blend(at_zero: Float32, at_one: Float32, position: Float32) -> Float32:
     weight: Float32 = position.clip(0, 1)
     return at_zero * (1 - weight) + at_one * weight
-
-
-SCALINGS: dict[type[Any], Callable[[Float32, RopeConfig], Float32]] = {
-    type(None): lambda frequencies, rope: frequencies,
-    LinearScaling: lambda frequencies, rope: frequencies / rope.scaling.factor,  # type: ignore[union-attr]  # by its key
-    Llama3Scaling: _llama3,
-    YarnScaling: _yarn,
-}
