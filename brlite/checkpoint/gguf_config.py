@@ -65,16 +65,20 @@ class GgufMetadata:
             raise ModelError(f"{key} must be a string, got {excerpt(value)}")
         return value
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The unchecked value of a key, which is relative to the architecture, as in `count`, `number` and `has`."""
+        return self.values.get(f"{self.architecture}.{key}", default)
+
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero; `key` is relative to the architecture."""
-        value = self.values.get(f"{self.architecture}.{key}", default)
+        """A whole number above zero."""
+        value = self.get(key, default)
         if type(value) is not int or value < 1:
             raise ModelError(f"{self.architecture}.{key} must be a whole number above 0, got {excerpt(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero; `key` is relative to the architecture."""
-        value = self.values.get(f"{self.architecture}.{key}", default)
+        """A finite number above zero."""
+        value = self.get(key, default)
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ModelError(f"{self.architecture}.{key} must be a number above 0, got {excerpt(value)}")
         return float(value)
@@ -135,10 +139,10 @@ def hugging_face_config(
         window = {"sliding_window": metadata.count("attention.sliding_window")}
         is_mistral = metadata.architecture == "llama"
         config |= window | (MISTRAL if is_mistral else {"use_sliding_window": True, "max_window_layers": 0})
-    pooling = metadata.values.get(f"{metadata.architecture}.pooling_type", 0)
+    pooling = metadata.get("pooling_type", 0)
     if pooling != 0:  # 0 is no pooling in llama.cpp
         config["pooling_type"] = pooling
-    if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
+    if metadata.get("attention.causal", True) is False:
         config["is_causal"] = False
     if "score.weight" in shapes:
         config |= _scorer(metadata, config)
@@ -216,7 +220,7 @@ def _rope_scaling(
         return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
     if kind == "none":
         return None
-    factor = metadata.number("rope.scaling.factor", metadata.values.get(f"{metadata.architecture}.rope.scale_linear"))
+    factor = metadata.number("rope.scaling.factor", metadata.get("rope.scale_linear"))
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         original = metadata.count("rope.scaling.original_context_length", metadata.count("context_length"))
