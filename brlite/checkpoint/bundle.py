@@ -28,7 +28,6 @@ from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, PrecisionName, Pr
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
-INDEX_FILE = "model.safetensors.index.json"
 PACKED_SUFFIX = ".brlite"
 FORMAT = "brlite bundle"
 FORMAT_VERSION = 1

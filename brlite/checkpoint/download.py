@@ -18,7 +18,7 @@ from typing import Any
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, read_config
 from brlite.checkpoint.hub import REACH_VARIABLE, Hub, RepositoryListing
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, get, read_some, tried_again
-from brlite.checkpoint.model_name import BIN_FILES, ModelName, choose_files
+from brlite.checkpoint.model_name import ModelName, choose_files
 from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import read_quantization, without_quantization
 from brlite.checkpoint.repository import Repository
@@ -110,7 +110,7 @@ class Download:
 
     def _check_architecture(self, wanted: Sequence[HubFile]) -> None:
         """Raise an error if the model cannot be served. Reads its config.json, or the header of its GGUF file."""
-        if any(file.name in BIN_FILES for file in wanted) and find_spec("torch") is None:
+        if any(file.name.endswith(".bin") for file in wanted) and find_spec("torch") is None:
             raise MissingExtra("a model in PyTorch's .bin files", "torch", ModuleNotFoundError(name="torch"))
         gguf = next((file for file in wanted if file.name.lower().endswith(".gguf")), None)
         config_file = next((file for file in wanted if file.name == CONFIG_FILE), None)

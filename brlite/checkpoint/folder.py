@@ -14,11 +14,13 @@ WeightsKind = Literal["safetensors", "bin", "gguf"]
 
 CONFIG_FILE = "config.json"
 
-# In order of preference: the file that holds all weights, and the index that names the shards.
-WEIGHT_FILES: tuple[tuple[WeightsKind, str, str], ...] = (
-    ("safetensors", "model.safetensors", "model.safetensors.index.json"),
-    ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+INDEX_FILE = "model.safetensors.index.json"
+# In order of preference: the file that holds all weights, the index that names the shards, and what shards are called.
+WEIGHT_FILES: tuple[tuple[WeightsKind, str, str, str], ...] = (
+    ("safetensors", "model.safetensors", INDEX_FILE, "model-?????-of-?????.safetensors"),
+    ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 )
+WEIGHT_NAMES = tuple(name for _, single, index, _ in WEIGHT_FILES for name in (single, index))
 TRACED_HINT = "; a traced .pt is named by model_file, beside the folder of its config, or converted with --from-pt"
 SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
@@ -36,7 +38,7 @@ def find_weights(path: Path) -> Weights:
         return Weights("gguf", (_whole_gguf(path),))
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or file")
-    for kind, single, index in WEIGHT_FILES:
+    for kind, single, index, _ in WEIGHT_FILES:
         files = (path / single,) if exists(path / single) else _shards(path / index) if exists(path / index) else ()
         if files:
             check_model_file(path / CONFIG_FILE)
@@ -46,17 +48,15 @@ def find_weights(path: Path) -> Weights:
         raise ModelError(f"{path}: holds {len(files)} .gguf files; give the path of one of them")
     if files:
         return Weights("gguf", (_whole_gguf(files[0]),))
-    looked_for = ", ".join(name for _, single, index in WEIGHT_FILES for name in (single, index))
     names = sorted(file.name for file in path.iterdir())
     found = ", ".join(map(excerpt, names[:6])) or "an empty folder"
     found += f" and {len(names) - 6} more" if len(names) > 6 else ""
-    raise ModelError(f"{path}: no weights: looked for {looked_for} or one .gguf file; found {found}")
+    raise ModelError(f"{path}: no weights: looked for {', '.join(WEIGHT_NAMES)} or one .gguf file; found {found}")
 
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds weights. Some of their files may be missing."""
-    names = {name for _, single, index in WEIGHT_FILES for name in (single, index)}
-    return any(file.name in names or file.suffix.lower() == ".gguf" for file in folder.iterdir())
+    return any(file.name in WEIGHT_NAMES or file.suffix.lower() == ".gguf" for file in folder.iterdir())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
-from brlite.checkpoint.folder import SPLIT_GGUF
+from brlite.checkpoint.folder import SPLIT_GGUF, WEIGHT_FILES
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.cache import expand_home
@@ -22,7 +22,7 @@ HubName = Literal["huggingface", "modelscope"]
 
 HUB_VARIABLE = "BRLITE_HUB"
 HUB_PREFIXES: dict[str, HubName] = {"hf": "huggingface", "huggingface": "huggingface", "modelscope": "modelscope"}
-PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+PLAIN_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # never with `..`, nor in what follows it
 FULL_NAME = re.compile(
     rf"(?:(?P<hub>{'|'.join(HUB_PREFIXES)}):)?(?P<repository>{PLAIN_NAME.pattern})"
     r"(?::(?P<quantization>\w[\w.-]*))?(?:@(?P<revision>\w[\w./-]*))?",
@@ -54,8 +54,6 @@ COMPANION_FILES = (
     MODULES_FILE,
     POOLING_FILE,
 )
-SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
-BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin")
 
 
 class ModelName(NamedTuple):
@@ -78,7 +76,7 @@ def parse_model_name(text: str) -> ModelName:
     Raises `ModelError` for a text that is no name.
     """
     match = FULL_NAME.fullmatch(text)
-    if match is None or ".." in text or len(text) > MAX_NAME:
+    if match is None or len(text) > MAX_NAME:
         raise ModelError(f"{excerpt(text)} is not a model name such as organisation/model[:QUANT][@revision]")
     prefix = match["hub"]
     hub = HUB_PREFIXES[prefix.lower()] if prefix else default_hub()
@@ -98,7 +96,7 @@ def default_hub() -> HubName:
 
 def is_model_name(text: str) -> bool:
     """Whether `text` has the form of a model's name on a hub."""
-    return FULL_NAME.fullmatch(text) is not None and ".." not in text
+    return FULL_NAME.fullmatch(text) is not None
 
 
 def may_be_a_name(path: str) -> bool:
@@ -114,7 +112,7 @@ def check_path(path: str) -> None:
 
 def check_name(name: str) -> None:
     """Raise `ModelError` unless `name` has the form of a plain name: `model` or `organisation/model`."""
-    if not PLAIN_NAME.fullmatch(name) or ".." in name:
+    if not PLAIN_NAME.fullmatch(name):
         raise ModelError(f"{excerpt(name)} is not a model name such as organisation/model")
 
 
@@ -125,7 +123,7 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
     one GGUF file. Raises `ModelError` with the choices if several GGUF files fit.
     """
     if quantization is None:
-        for weights in (SAFETENSORS_FILES, BIN_FILES):
+        for _, *weights in WEIGHT_FILES:
             if any(_matches(name, weights) for name in names):
                 return [name for name in names if _matches(name, (*COMPANION_FILES, *weights))]
     bases = {name: PurePosixPath(name).name.lower() for name in names}
@@ -169,5 +167,5 @@ def _is_meant(file_name: str, wanted: str) -> bool:
     return re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", base.removesuffix(".gguf")) is not None
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from brlite.backends.sizes import sizes_at
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.fetch import local_sources, locate_model, remote_sources
-from brlite.checkpoint.folder import has_weights
+from brlite.checkpoint.folder import WEIGHT_NAMES, has_weights
 from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
-from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
+from brlite.checkpoint.model_name import quantization_of
 from brlite.checkpoint.progress import progress_bar
 from brlite.checkpoint.repository import FOLDER_PREFIX, Repository, cached_repositories
 from brlite.config.options import EngineConfig, ModelSpec
@@ -144,7 +144,7 @@ def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
     for file, quantization in zip(files, told, strict=True):
         is_only = told.count(quantization) == 1
         yield quantization if quantization and is_only else file.name, file
-    if has_weights(snapshot) and any((snapshot / name).exists() for name in (*SAFETENSORS_FILES, *BIN_FILES)):
+    if any((snapshot / name).exists() for name in WEIGHT_NAMES):
         yield None, snapshot
 
 

@@ -24,7 +24,6 @@ from brlite.backends.native.packer import LAYOUT_VERSION, PackingThreads
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import (
     IDENTITY_CHARACTERS,
-    INDEX_FILE,
     MANIFEST_FILE,
     PACKED_SUFFIX,
     PROGRESS_FILE,
@@ -35,6 +34,7 @@ from brlite.checkpoint.bundle import (
     read_progress,
 )
 from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.folder import INDEX_FILE
 from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
 from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
