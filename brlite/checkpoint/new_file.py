@@ -57,11 +57,7 @@ class NewFile:
         self.temporary.unlink(missing_ok=True)
 
     def write(self, data: Buffer, position: int) -> None:
-        left = memoryview(data).cast("B")
-        num_bytes = len(left)
-        while len(left):
-            num_written = os.pwrite(self._handle, left, position)
-            left, position = left[num_written:], position + num_written
+        num_bytes = write_at(self._handle, data, position)
         # Without flushes the system would keep gigabytes until the end, and the disk would idle until then.
         with self._lock:
             self._num_unflushed += num_bytes
@@ -85,6 +81,16 @@ class NewFile:
         """Wait until all bytes are on the disk, then give the file its name, in place of a file that has it."""
         self.sync()
         self.temporary.replace(self._file)
+
+
+def write_at(handle: int, data: Buffer, position: int) -> int:
+    """Write all of `data` from byte `position` of an open file on. Returns the number of bytes."""
+    left = memoryview(data).cast("B")
+    num_bytes = len(left)
+    while left:
+        num_written = os.pwrite(handle, left, position)
+        left, position = left[num_written:], position + num_written
+    return num_bytes
 
 
 def write_whole(file: Path, content: bytes) -> FileRecord:

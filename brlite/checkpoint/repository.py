@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from brlite.checkpoint.new_file import write_whole
+from brlite.checkpoint.progress import folder_bytes
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line, reason
+from brlite.process.machine import show_bytes
 
 FOLDER_PREFIX = "models--"
 PART_SUFFIX = ".brlite-part"
@@ -96,8 +98,6 @@ class Repository:
 
     def check_space(self, num_bytes: int, variable: str) -> None:
         """Raise `ModelError` if the disk has less than `num_bytes` free; `variable` is the one that sets the folder."""
-        from brlite.process.machine import show_bytes
-
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if num_bytes > free:
@@ -108,7 +108,7 @@ class Repository:
 
     def num_bytes(self) -> int:
         """The bytes that the repository takes on the disk, with the parts of an interrupted download."""
-        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
+        return folder_bytes(self.folder)
 
     def has_parts(self) -> bool:
         """Whether a download was interrupted, or is under way."""

@@ -14,14 +14,17 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, read_some, wait_before
+from brlite.checkpoint.new_file import write_at
 from brlite.checkpoint.progress import OnProgress, SizedStage
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX
 from brlite.errors import ModelError
+from brlite.process.waiting import start_daemon
 
 SEGMENT_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
@@ -89,7 +92,6 @@ class Transfer:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._num_open = 0
         self._is_over = threading.Event()
-        self._error: BaseException | None = None
         self._done_bytes = 0
         self._total_bytes = 0
         self._reported_at = 0.0
@@ -107,15 +109,11 @@ class Transfer:
                 for task in firsts:
                     self._tasks.put(task)
                 try:
-                    for number in range(NUM_THREADS):
-                        threading.Thread(target=self._work, name=f"brlite-fetch-{number}", daemon=True).start()
-                    self._is_over.wait()
+                    threads = [start_daemon(self._work, f"brlite-fetch-{number}") for number in range(NUM_THREADS)]
+                    for ended in wait(threads, return_when=FIRST_EXCEPTION).done:
+                        ended.result()
                 finally:
-                    self._is_over.set()  # an interrupt comes here too
-                    for _ in range(NUM_THREADS):
-                        self._tasks.put(None)
-                if self._error is not None:
-                    raise self._error
+                    self._end()  # an interrupt comes here too
             for part in parts:
                 part.publish(self._on_progress)
             self._on_progress(self._sized_stage(), 1.0)
@@ -125,20 +123,20 @@ class Transfer:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None and not self._is_over.is_set():
-            try:
-                more = self._fetch_segment(task)
-            except BaseException as error:
-                with self._lock:
-                    self._error = self._error or error
-                self._is_over.set()
-                return
+            more = self._fetch_segment(task)
             with self._lock:
                 self._num_open += len(more) - 1
                 is_last = self._num_open == 0
             for each in more:
                 self._tasks.put(each)
             if is_last:
-                self._is_over.set()
+                self._end()
+
+    def _end(self) -> None:
+        """End the threads: at once, but for those that wait for the network."""
+        self._is_over.set()
+        for _ in range(NUM_THREADS):
+            self._tasks.put(None)
 
     def _fetch_segment(self, task: _Task) -> list[_Task]:
         """Fetch a segment. A file's first one returns the tasks for its other segments."""
@@ -239,10 +237,7 @@ class _PartFile:
                 segment = position // self._segment_bytes
                 begin, end = self.span(segment)
                 piece, data = data[: end - position], data[end - position :]
-                left = memoryview(piece)
-                while left:
-                    num_written = os.pwrite(self._handle, left, position)
-                    left, position = left[num_written:], position + num_written
+                position += write_at(self._handle, piece, position)
                 count = max(self.counts[segment], position - begin)
                 new += count - self.counts[segment]
                 self.counts[segment] = count
