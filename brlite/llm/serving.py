@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import Config, ModelSpec
@@ -16,7 +15,6 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.llm.loading import Assembly, build_engine
 from brlite.process.waiting import start_daemon
 
-T = TypeVar("T")
 # Up to here the vocabulary is read with the first grammar, in some 50 ms and 4 MB: most is the import of llguidance.
 SMALL_VOCABULARY = 1024
 
@@ -39,7 +37,16 @@ class AsyncEngine(EngineLoop):
                 assembly.engine.compiler.prepare()
             return assembly
 
-        assembly = await _on_a_thread(build, Assembly.close)
+        def close_unwanted(done: Future[Assembly]) -> None:
+            if done.exception() is None:
+                done.result().close()
+
+        building = start_daemon(build, "brlite-load")
+        try:
+            assembly = await asyncio.wrap_future(building)
+        except asyncio.CancelledError:
+            building.add_done_callback(close_unwanted)
+            raise
         engine = cls(assembly.engine, assembly.backend)
         await engine.start()
         return engine
@@ -66,7 +73,7 @@ async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress |
         path = locate_model(spec.name, spec.path, on_progress or ignore_progress)
         return sizes_at(path, spec, config.engine).num_bytes
 
-    return await _on_a_thread(measure, lambda _: None)
+    return await asyncio.wrap_future(start_daemon(measure, "brlite-load"))
 
 
 class EngineLoader:
@@ -87,18 +94,3 @@ class EngineLoader:
 
     def release_memory(self) -> None:
         gc.collect()
-
-
-async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
-    """Run `work` on a daemon thread. If the caller is cancelled, `drop` is called with the later result, if any."""
-
-    def drop_result(done: Future[T]) -> None:
-        if done.exception() is None:
-            drop(done.result())
-
-    done = start_daemon(work, "brlite-load")
-    try:
-        return await asyncio.wrap_future(done)
-    except asyncio.CancelledError:
-        done.add_done_callback(drop_result)
-        raise
