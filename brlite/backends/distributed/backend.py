@@ -85,7 +85,7 @@ class ParallelBackend:
             ranks.hear(Joined)
             return cls(model, ranks, describe(model.info, loaded))
         except BaseException as error:
-            loss = ranks.find_loss(CAUSE_SECONDS) if isinstance(error, RankGone) else None
+            loss = ranks.find_loss() if isinstance(error, RankGone) else None
             ranks.close(at_once=True)
             if model is not None:
                 model.close()

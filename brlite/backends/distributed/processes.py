@@ -72,13 +72,13 @@ class Ranks:
         """Receive one message of this kind from each rank. Raises a rank's error, or `BackendLost` if a rank ended."""
         return [self._hear(member, kind) for member in self._members]
 
-    def find_loss(self, seconds: float, beside: Member | None = None) -> BackendLost | ConfigError | None:
-        """During loading: why a rank other than `beside` ends within `seconds`. None if none does."""
+    def find_loss(self, beside: Member | None = None) -> BackendLost | ConfigError | None:
+        """During loading: why a rank other than `beside` ends within `CAUSE_SECONDS`. None if none does."""
         with selectors.DefaultSelector() as selector:
             for member in self._members:
                 if member is not beside:
                     selector.register(member.channel.stream, selectors.EVENT_READ, member)
-            return _wait_for_loss(selector, seconds)
+            return _wait_for_loss(selector, CAUSE_SECONDS)
 
     def watch(self, on_lost: OnLost) -> None:
         """Call `on_lost` once, on another thread, when a rank ends. After this call ranks send only `Failed`.
@@ -121,7 +121,7 @@ class Ranks:
             return message
         loss = _loss_of(member, message)
         if isinstance(message, Failed) and message.is_consequence:
-            loss = self.find_loss(CAUSE_SECONDS, beside=member) or loss
+            loss = self.find_loss(beside=member) or loss
         raise loss
 
 

@@ -153,7 +153,7 @@ def the_same_again(subject: EngineUnderTest) -> str:
 
 
 def slots_are_alike(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompt = subject.prompt(MIDDLE)
     expected = _fresh(subject, prompt)
     differences = []
@@ -165,7 +165,7 @@ def slots_are_alike(subject: EngineUnderTest) -> str:
 
 
 def slots_are_isolated(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompt, last = subject.prompt(MIDDLE), subject.capabilities.max_seqs - 1
     first, differences = _fresh(subject, prompt, 7), []
     for salt in (1, 2):
@@ -178,7 +178,7 @@ def slots_are_isolated(subject: EngineUnderTest) -> str:
 
 
 def ragged_prompts_do_not_mix(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompts = {slot: subject.prompt(RAGGED[slot % 8], salt=slot) for slot in range(subject.capabilities.max_seqs)}
     expected = {slot: _fresh(subject, prompt, 3) for slot, prompt in prompts.items()}
     subject.clear()
@@ -188,7 +188,7 @@ def ragged_prompts_do_not_mix(subject: EngineUnderTest) -> str:
 
 
 def idle_slots_keep_what_they_hold(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompt = subject.prompt(MIDDLE)
     expected = _fresh(subject, prompt, 7)
     subject.alone(0, prompt)
@@ -199,7 +199,7 @@ def idle_slots_keep_what_they_hold(subject: EngineUnderTest) -> str:
 
 
 def the_order_of_rows_is_free(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     if subject.capabilities.needs_every_slot:
         raise NotApplicable("needs_every_slot: rows are in the order of slots")
     slots = range(min(4, subject.capabilities.max_seqs))
@@ -214,7 +214,7 @@ def the_order_of_rows_is_free(subject: EngineUnderTest) -> str:
 
 def prompts_and_decodes_mix(subject: EngineUnderTest) -> str:
     subject.need("can_mix_rows")
-    subject.need_slots(2)
+    subject.need_two_slots()
     first, second = subject.prompt(MIDDLE, salt=1), _one_row(subject, SHORT, salt=2)
     decoded, prefilled = _fresh(subject, first, 7), _fresh(subject, second)
     subject.alone(0, first)
@@ -227,7 +227,7 @@ def prompts_and_decodes_mix(subject: EngineUnderTest) -> str:
 
 def prompts_come_together(subject: EngineUnderTest) -> str:
     subject.need("can_prefill_together")
-    subject.need_slots(2)
+    subject.need_two_slots()
     slots = range(min(4, subject.capabilities.max_seqs))
     prompts = {slot: _one_row(subject, RAGGED[3 + slot], salt=slot) for slot in slots}
     expected = {slot: _fresh(subject, prompt) for slot, prompt in prompts.items()}
@@ -250,7 +250,7 @@ def a_released_slot_is_clean(subject: EngineUnderTest) -> str:
 
 
 def a_release_leaves_others_alone(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompt, others = subject.prompt(MIDDLE), range(1, subject.capabilities.max_seqs)
     expected = _fresh(subject, prompt, 7)
     subject.alone(0, prompt)
@@ -303,7 +303,7 @@ def what_is_wrong_is_refused(subject: EngineUnderTest) -> str:
 
 
 def a_refusal_changes_nothing(subject: EngineUnderTest) -> str:
-    subject.need_slots(2)
+    subject.need_two_slots()
     prompt = subject.prompt(MIDDLE)
     expected = _fresh(subject, prompt, 7)
     subject.alone(0, prompt)

@@ -109,9 +109,9 @@ class EngineUnderTest:
         token_ids: list[int] = random.integers(0, self.capabilities.vocab_size, min(length, room)).tolist()
         return token_ids
 
-    def need_slots(self, count: int) -> None:
-        if self.capabilities.max_seqs < count:
-            raise NotApplicable(f"needs {count} slots, and it has {self.capabilities.max_seqs}")
+    def need_two_slots(self) -> None:
+        if self.capabilities.max_seqs < 2:
+            raise NotApplicable(f"needs 2 slots, and it has {self.capabilities.max_seqs}")
 
     def need(self, capability: str) -> None:
         if not getattr(self.capabilities, capability):
