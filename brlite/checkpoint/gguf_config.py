@@ -146,8 +146,7 @@ def hugging_face_config(
         config["is_causal"] = False
     if "score.weight" in shapes:
         config |= _scorer(metadata, config)
-    scaling = _rope_scaling(metadata, config, rope_freqs)
-    return config if scaling is None else {**config, "rope_scaling": scaling}
+    return config | _rope_scaling(metadata, config, rope_freqs)
 
 
 def llama3_divisors(factor: float, head_dim: int, rope_theta: float) -> list[float]:
@@ -192,10 +191,8 @@ def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
     return tokens if bos is None else {**tokens, "bos_token_id": bos}
 
 
-def _rope_scaling(
-    metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Sequence[float] | None
-) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json; None for a model without it."""
+def _rope_scaling(metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Sequence[float] | None) -> dict[str, Any]:
+    """The key `rope_scaling` of config.json; nothing for a model without it."""
     prefix = f"{metadata.architecture}.rope.scaling."
     unknown = [key for key in metadata.values if key.startswith(prefix) and key[len(prefix) :] not in SCALING_KEYS]
     if unknown:
@@ -217,9 +214,9 @@ def _rope_scaling(
         if not same:
             found = f"does not hold Llama 3's rope scaling with factor {factor:g}; no other is known"
             raise ModelError(f"{ROPE_FREQS} {found}")
-        return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
+        return {"rope_scaling": {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}}
     if kind == "none":
-        return None
+        return {}
     factor = metadata.number("rope.scaling.factor", metadata.get("rope.scale_linear"))
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
@@ -228,4 +225,4 @@ def _rope_scaling(
         for name in ("beta_fast", "beta_slow"):
             if metadata.has(f"rope.scaling.yarn_{name}"):
                 scaling[name] = metadata.number(f"rope.scaling.yarn_{name}")
-    return scaling
+    return {"rope_scaling": scaling}

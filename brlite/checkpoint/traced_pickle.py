@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickletools
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,9 @@ WRAPPERS = (
     "torch.jit._pickle restore_type_tag",
     "torch._utils _rebuild_parameter",
 )
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, type[Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-# How many values an operation takes from the stack; others take those above the last mark.
+# The value that an operation pushes, and how many values it takes; others take those above the last mark.
+_PUSHED: dict[str, Any] = {"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": ()}
+_PUSHED |= {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NUM_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "NEWOBJ": 2, "REDUCE": 2}
 
 
@@ -124,10 +123,8 @@ class _Machine:
                 pass
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
                 stack.append(argument)
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case _ if name in _EMPTY:
-                stack.append(_EMPTY[name]())
+            case _ if name in _PUSHED:
+                stack.append(copy(_PUSHED[name]))
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 self._memo[len(self._memo) if argument is None else argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":

@@ -171,10 +171,6 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
-    assert load_text(tmp_path, "\ufeff[server]\nport = 9000\n").server.port == 9000
-
-
 def test_an_override_replaces_one_field_and_leaves_the_config_alone():
     config = Config()
 
