@@ -129,6 +129,19 @@ def test_two_ranks_call_it_once_and_answer_as_one_process_does(folder: Path):
     assert calls == [list(range(12))] * 2
 
 
+@pytest.mark.parametrize("engine", ["native", "toy"])
+def test_an_array_that_a_processor_keeps_is_not_changed(folder: Path, engine: str):
+    kept = np.zeros(VOCAB_SIZE if engine == "native" else 260, np.float32)[::-1]  # not contiguous either
+    params = SamplingParams(
+        **DRAWN, logit_bias={5: -100}, min_tokens=3, logits_processors=[lambda output, logits: kept]
+    )
+
+    with LLM(config=config(folder, ENGINES[engine])) as llm:
+        assert llm.generate("hello", params)[0].outputs[0].finish_reason == "length"
+
+    assert not kept.any()
+
+
 def test_a_grammar_and_a_processor_restrict_one_draw(folder: Path):
     wish = StructuredOutput(choice=["left", "right"])
     greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "structured": wish}

@@ -176,20 +176,20 @@ class LogitsProcessor(NamedTuple):
 class LogitsProcessors:
     """The logits processors of one sequence. A backend runs them once before each draw of the sequence.
 
-    `error` says why no token can be drawn any more, `seconds` how long each processor took in the last step, by its
-    name.
+    `error` says why no token can be drawn any more. `seconds` has the name of each processor that the last step called,
+    and the time that it took.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor], prompt_token_ids: Iterable[int]) -> None:
         self.error: str | None = None
-        self.seconds: dict[str, float] = {}
+        self.seconds: list[tuple[str, float]] = []
         self._processors = processors
         self._prompt_token_ids = tuple(prompt_token_ids)
         self._output_token_ids: list[int] = []
 
     def begin(self, output_token_ids: list[int]) -> None:
         """Prepare the next draw, after these tokens of the answer. The list is the processors' own."""
-        self._output_token_ids, self.seconds = output_token_ids, {}
+        self._output_token_ids, self.seconds = output_token_ids, []
 
     def run(self, logits: Any, find_fault: Callable[[Any], str | None]) -> Any:
         """The logits (numpy float32 [V]) after all processors; None where one failed. On the step's thread.
@@ -209,7 +209,7 @@ class LogitsProcessors:
             except BaseException as error:  # even SystemExit must not end the requests of others
                 logger.warning("the logits processor %s failed", name, exc_info=error)
                 fault = f"failed: {type(error).__name__}"
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds.append((name, time.perf_counter() - start))
             if fault is not None:
                 self.error = f"the logits processor {name} {fault}"
                 return None

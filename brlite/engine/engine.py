@@ -488,8 +488,8 @@ class Engine:
         """Count the calls of a step, and log each processor the first time that it is slow."""
         for each in processors.values():
             self.stats.logits_processor_calls += len(each.seconds)
-            self.stats.logits_processor_seconds += sum(each.seconds.values())
-            for name, seconds in each.seconds.items():
+            for name, seconds in each.seconds:
+                self.stats.logits_processor_seconds += seconds
                 if seconds > SLOW_PROCESSOR_SECONDS and name not in self._slow_processors:
                     self._slow_processors.add(name)
                     logger.warning(

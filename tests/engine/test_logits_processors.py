@@ -160,9 +160,10 @@ def test_a_slow_one_is_logged_once(make_driver: MakeDriver, caplog: pytest.LogCa
     driver = make_driver()
 
     with caplog.at_level(logging.WARNING):
-        driver.submit("hello", max_tokens=4, logits_processors=[Recorder()])
+        driver.submit("hello", max_tokens=4, logits_processors=[Recorder(), Recorder()])
         driver.finish()
 
+    assert driver.engine.stats.logits_processor_calls == 8
     assert [record.getMessage().split(" took ")[0] for record in caplog.records] == [
         "a call of the logits processor Recorder"
     ]

@@ -81,7 +81,8 @@ def sample_processed(
     processed = processors.run(logits, find_fault)
     if processed is None:
         return Undrawn.PROCESSOR_FAILED
-    (token,) = sampler.sample(np.ascontiguousarray(processed)[None], [entry], [mask])
+    # The array may be the processor's own, for its next call too, and the sampler overwrites its logits.
+    (token,) = sampler.sample(processed[None].copy(), [entry], [mask])
     if own is None or isinstance(token, Undrawn):
         return token
     (logprob,) = sampler.token_logprobs(own, [token.token_id], entry.params.logprobs or 0)
