@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import InvalidRequest
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams, StructuredOutput
+from tests.test_structured_output import config
 from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
 
 Logits = Any
@@ -31,11 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     write_byte_tokenizer(path)
     return path
-
-
-def config(folder: Path, engine: dict[str, Any], **model: Any) -> Config:
-    spec = ModelSpec(**{"name": "tiny", "path": str(folder), "build_seq": 128, "build_batch": 8, **model})
-    return Config(model=(spec,), engine=EngineConfig(device="cpu", **engine))
 
 
 def only(llm: LLM | AsyncEngine, text: str) -> Callable[[list[int], Logits], Logits]:
@@ -79,7 +74,7 @@ def test_each_engine_draws_from_the_new_logits_and_leaves_the_rest_of_the_batch_
     same = SamplingParams(**DRAWN, repetition_penalty=1.2, logits_processors=[unchanged])
     faulty = [SamplingParams(**DRAWN, logits_processors=[process]) for process, _ in FAULTS]
 
-    with LLM(config=config(folder, engine)) as llm:
+    with LLM(config=config(folder, engine, build_batch=8)) as llm:
         spelled = SamplingParams(**DRAWN, n=2, logits_processors=[unchanged, only(llm, "sea ")])
         alone = llm.generate("hello", free)[0].outputs[0]
         first, again, both, *ended = llm.generate(["hello"] * (3 + len(faulty)), [free, same, spelled, *faulty])

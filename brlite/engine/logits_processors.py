@@ -89,7 +89,7 @@ class ProcessorMaker:
 
 
 def _num_inputs(function: Callable[..., Any]) -> int:
-    """3 for a processor that gets the prompt, too, by the rule of vLLM (`model_executor/layers/logits_processor.py`)."""
+    """3 for a processor that gets the prompt, too: vLLM's rule (its `model_executor/layers/logits_processor.py`)."""
     try:
         return len(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # not callable, or a function in C
