@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, get_args
+from typing import TypeVar, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
@@ -18,36 +18,21 @@ from brlite.proxy.routing.breaker import State
 from brlite.proxy.routing.route_table import Route
 from brlite.proxy.routing.upstream import Upstream
 
+S = TypeVar("S")
+# Families: of each the name, the help text, and a function that reads its value.
+Rows = list[tuple[str, str, Callable[[S], float]]]
 
-class UpstreamRow(NamedTuple):
-    """One metric of upstreams: its name, its help text, and its value."""
-
-    name: str
-    about: str
-    value: Callable[[Upstream], float]
-
-
-class ModelRow(NamedTuple):
-    """One metric of models."""
-
-    name: str
-    about: str
-    value: Callable[[Route], float]
-
-
-MODEL_GAUGES = [
-    ModelRow("brlite:proxy_in_flight", "Requests that an upstream works on.", lambda t: t.limit.num_in_flight),
-    ModelRow("brlite:proxy_queued", "Requests that wait in the queue.", lambda t: t.limit.num_waiting),
+MODEL_GAUGES: Rows[Route] = [
+    ("brlite:proxy_in_flight", "Requests that an upstream works on.", lambda t: t.limit.num_in_flight),
+    ("brlite:proxy_queued", "Requests that wait in the queue.", lambda t: t.limit.num_waiting),
 ]
-UPSTREAM_COUNTERS = [
-    UpstreamRow("brlite:upstream_retries", "Attempts that were followed by another.", lambda u: u.num_retries),
-    UpstreamRow("brlite:upstream_events", "Events of relayed streams.", lambda u: u.num_events),
+UPSTREAM_COUNTERS: Rows[Upstream] = [
+    ("brlite:upstream_retries", "Attempts that were followed by another.", lambda u: u.num_retries),
+    ("brlite:upstream_events", "Events of relayed streams.", lambda u: u.num_events),
 ]
-UPSTREAM_GAUGES = [
-    UpstreamRow("brlite:upstream_in_flight", "Requests that it works on.", lambda u: u.num_in_flight),
-    UpstreamRow(
-        "brlite:upstream_connections", "Open connections to it, idle ones too.", lambda u: len(u.pool.connections)
-    ),
+UPSTREAM_GAUGES: Rows[Upstream] = [
+    ("brlite:upstream_in_flight", "Requests that it works on.", lambda u: u.num_in_flight),
+    ("brlite:upstream_connections", "Open connections to it, idle ones too.", lambda u: len(u.pool.connections)),
 ]
 
 
@@ -66,27 +51,27 @@ class ForwardingCollector(Collector):
             answers.add_metric([model, str(status)], count)
         yield answers
         yield from self._times()
-        for row in MODEL_GAUGES:
-            family = GaugeMetricFamily(row.name, row.about, labels=["model"])
-            for target in self._forwarder.table:
-                family.add_metric([target.model], row.value(target))
-            yield family
+        models = [(route.model, route) for route in self._forwarder.table]
+        upstreams = [(upstream.name, upstream) for upstream in self._forwarder.table.upstreams]
+        yield from _families(GaugeMetricFamily, MODEL_GAUGES, "model", models)
         about = "Attempts to have a request answered, by outcome."
         outcomes = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
-        for upstream in self._forwarder.table.upstreams:
+        for name, upstream in upstreams:
             for outcome, count in upstream.outcomes.items():
-                outcomes.add_metric([upstream.name, outcome], count)
+                outcomes.add_metric([name, outcome], count)
         yield outcomes
-        yield from self._upstreams(CounterMetricFamily, UPSTREAM_COUNTERS)
-        yield from self._upstreams(GaugeMetricFamily, UPSTREAM_GAUGES)
+        yield from _families(CounterMetricFamily, UPSTREAM_COUNTERS, "upstream", upstreams)
+        yield from _families(GaugeMetricFamily, UPSTREAM_GAUGES, "upstream", upstreams)
         now = self._forwarder.loop.time()
-        up = UpstreamRow("brlite:upstream_up", "1 if it is healthy and not ejected, else 0.", lambda u: u.is_up(now))
-        yield from self._upstreams(GaugeMetricFamily, [up])
+        is_up: Rows[Upstream] = [
+            ("brlite:upstream_up", "1 if it is healthy and not ejected, else 0.", lambda u: u.is_up(now))
+        ]
+        yield from _families(GaugeMetricFamily, is_up, "upstream", upstreams)
         about = "1 for the state of its circuit breaker, 0 for the others; an open one gets no requests."
         breakers = GaugeMetricFamily("brlite:upstream_breaker_state", about, labels=["upstream", "state"])
-        for upstream in self._forwarder.table.upstreams:
+        for name, upstream in upstreams:
             for state in get_args(State):
-                breakers.add_metric([upstream.name, state], upstream.breaker.state(now) == state)
+                breakers.add_metric([name, state], upstream.breaker.state(now) == state)
         yield breakers
         owners = self._forwarder.owners.store
         about = "Ids of stored responses whose upstream is known."
@@ -106,15 +91,17 @@ class ForwardingCollector(Collector):
 
     def _summary(self, name: str, about: str, counts: Mapping[str, int], sums: Mapping[str, float]) -> Metric:
         family = SummaryMetricFamily(name, about, labels=["model"])
-        for model in dict.fromkeys([*(target.model for target in self._forwarder.table), *counts]):
+        for model in dict.fromkeys([*(route.model for route in self._forwarder.table), *counts]):
             family.add_metric([model], count_value=counts.get(model, 0), sum_value=sums.get(model, 0.0))
         return family
 
-    def _upstreams(
-        self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[UpstreamRow]
-    ) -> Iterable[Metric]:
-        for row in rows:
-            family = kind(row.name, row.about, labels=["upstream"])
-            for upstream in self._forwarder.table.upstreams:
-                family.add_metric([upstream.name], row.value(upstream))
-            yield family
+
+def _families(
+    kind: type[GaugeMetricFamily | CounterMetricFamily], rows: Rows[S], label: str, subjects: list[tuple[str, S]]
+) -> Iterable[Metric]:
+    """A family for each row. It has a sample for each of `subjects`: its value of the label, and what is read."""
+    for name, about, value in rows:
+        family = kind(name, about, labels=[label])
+        for shown, subject in subjects:
+            family.add_metric([shown], value(subject))
+        yield family

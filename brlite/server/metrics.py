@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import TypeVar
 
 from aiohttp import web
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
@@ -39,35 +39,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENDINGS = ("stop", "length", "abort", "error")
 
 
-class Series(NamedTuple):
-    """One family: its name, its help text, and a function that reads its value."""
-
-    name: str
-    about: str
-    value: Callable[[EngineStats], float]
-
-
-class Distribution(NamedTuple):
-    """One histogram family."""
-
-    name: str
-    about: str
-    value: Callable[[EngineStats], Histogram]
-
-
-class ModelSeries(NamedTuple):
-    """One family about a model itself, also while it is not loaded."""
-
-    name: str
-    about: str
-    value: Callable[[ServedModel], float]
-
-
-class KeySample(NamedTuple):
-    """One sample of a key's metric: `label` is the value of its second label, and `value` reads the number."""
-
-    label: str
-    value: Callable[[KeyUsage], float]
+S = TypeVar("S")
+# Families: of each the name, the help text, and a function that reads its value.
+Rows = list[tuple[str, str, Callable[[S], float]]]
+Histograms = list[tuple[str, str, Callable[[EngineStats], Histogram]]]
 
 
 def _kv_usage(stats: EngineStats) -> float:
@@ -75,98 +50,98 @@ def _kv_usage(stats: EngineStats) -> float:
 
 
 # vLLM 0.4.0.post1: exactly these names, types and the label model_name. Swapping does not exist here: always 0.
-SEED_GAUGES = [
-    Series("vllm:num_requests_running", "Sequences that are being computed.", lambda s: s.num_running),
-    Series("vllm:num_requests_swapped", "Always 0: nothing is swapped out.", lambda s: 0),
-    Series("vllm:num_requests_waiting", "Sequences that wait to be computed.", lambda s: s.num_waiting),
-    Series("vllm:gpu_cache_usage_perc", "Part of the KV cache in use, 0 to 1, wherever it lies.", _kv_usage),
-    Series("vllm:cpu_cache_usage_perc", "Always 0: there is no swap space.", lambda s: 0),
-    Series("vllm:avg_prompt_throughput_toks_per_s", "Prompt tokens per second, lately.", lambda s: s.prompt_rate.value),
-    Series(
+SEED_GAUGES: Rows[EngineStats] = [
+    ("vllm:num_requests_running", "Sequences that are being computed.", lambda s: s.num_running),
+    ("vllm:num_requests_swapped", "Always 0: nothing is swapped out.", lambda s: 0),
+    ("vllm:num_requests_waiting", "Sequences that wait to be computed.", lambda s: s.num_waiting),
+    ("vllm:gpu_cache_usage_perc", "Part of the KV cache in use, 0 to 1, wherever it lies.", _kv_usage),
+    ("vllm:cpu_cache_usage_perc", "Always 0: there is no swap space.", lambda s: 0),
+    ("vllm:avg_prompt_throughput_toks_per_s", "Prompt tokens per second, lately.", lambda s: s.prompt_rate.value),
+    (
         "vllm:avg_generation_throughput_toks_per_s",
         "Generated tokens per second, lately.",
         lambda s: s.generation_rate.value,
     ),
 ]
-SEED_COUNTERS = [
-    Series("vllm:prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
-    Series("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+SEED_COUNTERS: Rows[EngineStats] = [
+    ("vllm:prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
+    ("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
 ]
-SEED_HISTOGRAMS = [
-    Distribution("vllm:time_to_first_token_seconds", "Arrival to first token.", lambda s: s.time_to_first_token),
-    Distribution("vllm:time_per_output_token_seconds", "Token to token.", lambda s: s.inter_token_latency),
-    Distribution("vllm:e2e_request_latency_seconds", "Arrival to end.", lambda s: s.e2e_latency),
+SEED_HISTOGRAMS: Histograms = [
+    ("vllm:time_to_first_token_seconds", "Arrival to first token.", lambda s: s.time_to_first_token),
+    ("vllm:time_per_output_token_seconds", "Token to token.", lambda s: s.inter_token_latency),
+    ("vllm:e2e_request_latency_seconds", "Arrival to end.", lambda s: s.e2e_latency),
 ]
 
 # vLLM's V1 engine. Names that are also in the set above are not repeated.
-V1_GAUGES = [Series("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", _kv_usage)]
-V1_COUNTERS = [
-    Series("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_cache_queries),
-    Series("vllm:prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_cache_hits),
-    Series("vllm:gpu_prefix_cache_queries", "The same, by an older name.", lambda s: s.prefix_cache_queries),
-    Series("vllm:gpu_prefix_cache_hits", "The same, by an older name.", lambda s: s.prefix_cache_hits),
-    Series("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
-    Series("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
-    Series("vllm:spec_decode_num_drafts", "Guesses at a sequence, by n-grams or a draft model.", lambda s: s.drafts),
-    Series("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda s: s.draft_tokens),
-    Series("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right.", lambda s: s.accepted_tokens),
+V1_GAUGES: Rows[EngineStats] = [("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", _kv_usage)]
+V1_COUNTERS: Rows[EngineStats] = [
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_cache_queries),
+    ("vllm:prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_cache_hits),
+    ("vllm:gpu_prefix_cache_queries", "The same, by an older name.", lambda s: s.prefix_cache_queries),
+    ("vllm:gpu_prefix_cache_hits", "The same, by an older name.", lambda s: s.prefix_cache_hits),
+    ("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
+    ("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
+    ("vllm:spec_decode_num_drafts", "Guesses at a sequence, by n-grams or a draft model.", lambda s: s.drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda s: s.draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right.", lambda s: s.accepted_tokens),
 ]
-V1_HISTOGRAMS = [
-    Distribution("vllm:inter_token_latency_seconds", "Token to token.", lambda s: s.inter_token_latency),
-    Distribution("vllm:request_time_per_output_token_seconds", "A request's mean.", lambda s: s.time_per_output_token),
-    Distribution("vllm:request_queue_time_seconds", "Arrival to first step.", lambda s: s.queue_time),
-    Distribution("vllm:request_prefill_time_seconds", "First step to first token.", lambda s: s.prefill_time),
-    Distribution("vllm:request_decode_time_seconds", "First token to end.", lambda s: s.decode_time),
-    Distribution("vllm:request_inference_time_seconds", "First step to end.", lambda s: s.inference_time),
-    Distribution(
-        "vllm:iteration_tokens_total", "Prompt tokens done and tokens generated in a step.", lambda s: s.step_tokens
-    ),
-    Distribution("vllm:request_prompt_tokens", "Prompt tokens of a request.", lambda s: s.prompt_length),
-    Distribution("vllm:request_generation_tokens", "Tokens of a completion.", lambda s: s.generation_length),
-    Distribution(
+V1_HISTOGRAMS: Histograms = [
+    ("vllm:inter_token_latency_seconds", "Token to token.", lambda s: s.inter_token_latency),
+    ("vllm:request_time_per_output_token_seconds", "A request's mean.", lambda s: s.time_per_output_token),
+    ("vllm:request_queue_time_seconds", "Arrival to first step.", lambda s: s.queue_time),
+    ("vllm:request_prefill_time_seconds", "First step to first token.", lambda s: s.prefill_time),
+    ("vllm:request_decode_time_seconds", "First token to end.", lambda s: s.decode_time),
+    ("vllm:request_inference_time_seconds", "First step to end.", lambda s: s.inference_time),
+    ("vllm:iteration_tokens_total", "Prompt tokens done and tokens generated in a step.", lambda s: s.step_tokens),
+    ("vllm:request_prompt_tokens", "Prompt tokens of a request.", lambda s: s.prompt_length),
+    ("vllm:request_generation_tokens", "Tokens of a completion.", lambda s: s.generation_length),
+    (
         "vllm:request_max_num_generation_tokens",
         "Tokens of the longest completion.",
         lambda s: s.longest_length,
     ),
-    Distribution("vllm:request_params_max_tokens", "max_tokens of a request.", lambda s: s.max_tokens),
-    Distribution("vllm:request_params_n", "n of a request.", lambda s: s.params_n),
+    ("vllm:request_params_max_tokens", "max_tokens of a request.", lambda s: s.max_tokens),
+    ("vllm:request_params_n", "n of a request.", lambda s: s.params_n),
 ]
 
-OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step.", lambda s: s.num_step_threads)]
-OWN_COUNTERS = [
-    Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
-    Series("brlite:engine_failures", "Errors of the engine between steps, lost blocks.", lambda s: s.engine_failures),
-    Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
-    Series("brlite:promotions", "Requests moved to the first class: they waited too long.", lambda s: s.promotions),
-    Series("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),
-    Series("brlite:logits_processor_calls", "Calls of logits processors.", lambda s: s.logits_processor_calls),
-    Series("brlite:logits_processor_seconds", "Seconds in these calls.", lambda s: s.logits_processor_seconds),
-    Series("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
+OWN_GAUGES: Rows[EngineStats] = [
+    ("brlite:step_threads", "Threads that computed the last step.", lambda s: s.num_step_threads)
 ]
-OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
+OWN_COUNTERS: Rows[EngineStats] = [
+    ("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
+    ("brlite:engine_failures", "Errors of the engine between steps, lost blocks.", lambda s: s.engine_failures),
+    ("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
+    ("brlite:promotions", "Requests moved to the first class: they waited too long.", lambda s: s.promotions),
+    ("brlite:draft_model_failures", "Draft models given up after an error.", lambda s: s.draft_model_failures),
+    ("brlite:logits_processor_calls", "Calls of logits processors.", lambda s: s.logits_processor_calls),
+    ("brlite:logits_processor_seconds", "Seconds in these calls.", lambda s: s.logits_processor_seconds),
+    ("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
+]
+OWN_HISTOGRAMS: Histograms = [("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 
-MODEL_COUNTERS = [
-    ModelSeries("brlite:model_loads", "Times that the model was loaded.", lambda m: m.num_loads),
-    ModelSeries("brlite:model_unloads", "Times that its memory was given back.", lambda m: m.num_unloads),
+MODEL_COUNTERS: Rows[ServedModel] = [
+    ("brlite:model_loads", "Times that the model was loaded.", lambda m: m.num_loads),
+    ("brlite:model_unloads", "Times that its memory was given back.", lambda m: m.num_unloads),
 ]
-MODEL_GAUGES = [
-    ModelSeries("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)
+MODEL_GAUGES: Rows[ServedModel] = [
+    ("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)
 ]
 
-KEY_OUTCOMES = [
-    KeySample("admitted", lambda u: u.num_admitted),
-    KeySample("rate_limited", lambda u: u.num_rate_limited),
-    KeySample("forbidden", lambda u: u.num_forbidden),
-]
-KEY_TOKENS = [
-    KeySample("prompt", lambda u: u.prompt_tokens),
-    KeySample("completion", lambda u: u.completion_tokens),
-]
-KEY_SECONDS = [
-    KeySample("queue", lambda u: u.queue_seconds),
-    KeySample("prefill", lambda u: u.prefill_seconds),
-    KeySample("decode", lambda u: u.decode_seconds),
-]
+KEY_OUTCOMES: dict[str, Callable[[KeyUsage], float]] = {
+    "admitted": lambda u: u.num_admitted,
+    "rate_limited": lambda u: u.num_rate_limited,
+    "forbidden": lambda u: u.num_forbidden,
+}
+KEY_TOKENS: dict[str, Callable[[KeyUsage], float]] = {
+    "prompt": lambda u: u.prompt_tokens,
+    "completion": lambda u: u.completion_tokens,
+}
+KEY_SECONDS: dict[str, Callable[[KeyUsage], float]] = {
+    "queue": lambda u: u.queue_seconds,
+    "prefill": lambda u: u.prefill_seconds,
+    "decode": lambda u: u.decode_seconds,
+}
 
 SEED_LABELS = ("model_name",)
 V1_LABELS = ("model_name", "engine")
@@ -182,55 +157,28 @@ class EngineCollector(Collector):
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
+        models = [([model.name], model) for model in self._models]
+        seed = [([model.name], model.stats) for model in self._models]
+        v1 = [([model.name, "0"], model.stats) for model in self._models]
         yield self._cache_config()
-        yield from self._families(GaugeMetricFamily, SEED_GAUGES, SEED_LABELS)
-        yield from self._families(CounterMetricFamily, SEED_COUNTERS, SEED_LABELS)
-        yield from self._histograms(SEED_HISTOGRAMS, SEED_LABELS)
-        yield from self._families(GaugeMetricFamily, V1_GAUGES, V1_LABELS)
-        yield from self._families(CounterMetricFamily, V1_COUNTERS, V1_LABELS)
-        yield from self._histograms(V1_HISTOGRAMS, V1_LABELS)
+        yield from _families(GaugeMetricFamily, SEED_GAUGES, SEED_LABELS, seed)
+        yield from _families(CounterMetricFamily, SEED_COUNTERS, SEED_LABELS, seed)
+        yield from _histograms(SEED_HISTOGRAMS, SEED_LABELS, seed)
+        yield from _families(GaugeMetricFamily, V1_GAUGES, V1_LABELS, v1)
+        yield from _families(CounterMetricFamily, V1_COUNTERS, V1_LABELS, v1)
+        yield from _histograms(V1_HISTOGRAMS, V1_LABELS, v1)
         yield from self._divided()
-        yield from self._families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS)
-        yield from self._families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS)
-        yield from self._histograms(OWN_HISTOGRAMS, SEED_LABELS)
-        yield from self._traits(CounterMetricFamily, MODEL_COUNTERS)
-        yield from self._traits(GaugeMetricFamily, MODEL_GAUGES)
+        yield from _families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS, seed)
+        yield from _families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS, seed)
+        yield from _histograms(OWN_HISTOGRAMS, SEED_LABELS, seed)
+        yield from _families(CounterMetricFamily, MODEL_COUNTERS, SEED_LABELS, models)
+        yield from _families(GaugeMetricFamily, MODEL_GAUGES, SEED_LABELS, models)
         yield from self._loaded()
-
-    def _each(self, labels: tuple[str, ...]) -> Iterator[tuple[list[str], EngineStats]]:
-        for model in self._models:
-            yield [model.name, "0"][: len(labels)], model.stats
 
     def _engines(self) -> Iterator[tuple[str, EngineLoop]]:
         for model in self._models:
             if model.engine is not None:
                 yield model.name, model.engine
-
-    def _families(
-        self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[Series], labels: tuple[str, ...]
-    ) -> Iterator[Metric]:
-        for row in rows:
-            family = kind(row.name, row.about, labels=labels)
-            for values, stats in self._each(labels):
-                family.add_metric(values, row.value(stats))
-            yield family
-
-    def _traits(self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[ModelSeries]) -> Iterator[Metric]:
-        for row in rows:
-            family = kind(row.name, row.about, labels=SEED_LABELS)
-            for model in self._models:
-                family.add_metric([model.name], row.value(model))
-            yield family
-
-    def _histograms(self, rows: list[Distribution], labels: tuple[str, ...]) -> Iterator[Metric]:
-        for row in rows:
-            family = HistogramMetricFamily(row.name, row.about, labels=labels)
-            for values, stats in self._each(labels):
-                histogram = row.value(stats)
-                bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
-                buckets = list(zip(bounds, map(float, itertools.accumulate(histogram.counts)), strict=True))
-                family.add_metric(values, buckets=buckets, sum_value=histogram.total)
-            yield family
 
     def _cache_config(self) -> Metric:
         # vLLM 0.4.0's labels do not name the model: models with the same settings share a line.
@@ -271,7 +219,13 @@ class EngineCollector(Collector):
             "Tokens guessed right, by their place in the draft.",
             labels=(*V1_LABELS, "position"),
         )
-        for values, stats in self._each(V1_LABELS):
+        sleep = GaugeMetricFamily(
+            "vllm:engine_sleep_state",
+            "awake while the model is loaded, else discard_all.",
+            labels=(*V1_LABELS, "sleep_state"),
+        )
+        for model in self._models:
+            values, stats = [model.name, "0"], model.stats
             for ending in ENDINGS:
                 ended.add_metric([*values, ending], stats.finished[ending])
             waiting.add_metric([*values, "capacity"], stats.num_waiting)
@@ -281,16 +235,9 @@ class EngineCollector(Collector):
             sources.add_metric([*values, "external_kv_transfer"], 0)
             for position, num_accepted in sorted(stats.accepted_by_position.items()):
                 accepted.add_metric([*values, str(position)], num_accepted)
-        sleep = GaugeMetricFamily(
-            "vllm:engine_sleep_state",
-            "awake while the model is loaded, else discard_all.",
-            labels=(*V1_LABELS, "sleep_state"),
-        )
-        for model in self._models:
-            is_loaded = model.engine is not None
-            sleep.add_metric([model.name, "0", "awake"], is_loaded)
-            sleep.add_metric([model.name, "0", "weights_offloaded"], 0)
-            sleep.add_metric([model.name, "0", "discard_all"], not is_loaded)
+            sleep.add_metric([*values, "awake"], model.engine is not None)
+            sleep.add_metric([*values, "weights_offloaded"], 0)
+            sleep.add_metric([*values, "discard_all"], model.engine is None)
         yield from (ended, waiting, sources, accepted, sleep)
 
     def _loaded(self) -> Iterator[Metric]:
@@ -308,6 +255,33 @@ class EngineCollector(Collector):
             for priority, seconds in {0: 0.0, **engine.longest_waits()}.items():
                 waits.add_metric([name, str(priority)], seconds)
         yield from (backends, waits)
+
+
+def _families(
+    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    rows: Rows[S],
+    labels: tuple[str, ...],
+    subjects: list[tuple[list[str], S]],
+) -> Iterator[Metric]:
+    """A family for each row. It has a sample for each of `subjects`: its values of the labels, and what is read."""
+    for name, about, value in rows:
+        family = kind(name, about, labels=labels)
+        for values, subject in subjects:
+            family.add_metric(values, value(subject))
+        yield family
+
+
+def _histograms(
+    rows: Histograms, labels: tuple[str, ...], subjects: list[tuple[list[str], EngineStats]]
+) -> Iterator[Metric]:
+    for name, about, value in rows:
+        family = HistogramMetricFamily(name, about, labels=labels)
+        for values, stats in subjects:
+            histogram = value(stats)
+            bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+            buckets = list(zip(bounds, map(float, itertools.accumulate(histogram.counts)), strict=True))
+            family.add_metric(values, buckets=buckets, sum_value=histogram.total)
+        yield family
 
 
 class KeyCollector(Collector):
@@ -331,11 +305,11 @@ class KeyCollector(Collector):
             priorities.add_metric([key.name], key.priority)
         yield from (weights, priorities)
 
-    def _family(self, name: str, about: str, label: str, rows: list[KeySample]) -> Metric:
+    def _family(self, name: str, about: str, label: str, rows: dict[str, Callable[[KeyUsage], float]]) -> Metric:
         family = CounterMetricFamily(name, about, labels=("key", label))
         for key in self._keys:
-            for row in rows:
-                family.add_metric([key.name, row.label], row.value(key.usage))
+            for value, read in rows.items():
+                family.add_metric([key.name, value], read(key.usage))
         return family
 
 
