@@ -24,7 +24,7 @@ from brlite.http.errors import CLIENT_LEFT, status_of
 from brlite.proxy.attempt import UPSTREAM_RETRY_SECONDS, Attempt, Downstream
 from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.request_model import Inbound, replace_model
-from brlite.proxy.routing.concurrency import Waiter, Waiting
+from brlite.proxy.routing.concurrency import Waiting
 from brlite.proxy.routing.listing import says_no_model
 from brlite.proxy.routing.route_table import Route
 from brlite.proxy.routing.upstream import Upstream
@@ -160,7 +160,7 @@ class Exchange:
         self.state = QUEUED
         self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
         try:
-            self._waiting = limit.wait(key.tenant, Waiter(self._try_next, self._end_with), key.weight)
+            self._waiting = limit.wait(key.tenant, self._try_next, self._end_with, weight=key.weight)
         except RequestError as error:
             self._downstream.refuse(error)
             self._close(status_of(error).http)

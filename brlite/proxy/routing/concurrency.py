@@ -8,7 +8,6 @@ removes requests that have waited too long.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
 
 from brlite.errors import QueueFull
 from brlite.http.fair_queue import FairQueue
@@ -17,26 +16,26 @@ from brlite.http.fair_queue import FairQueue
 QUEUE_RETRY_SECONDS = 5
 
 
-class Waiter(NamedTuple):
-    """Callbacks of a waiting request: it has got a slot, or it was dropped with this error.
+class Waiting:
+    """A request in the queue. `on_turn` is called when it has got a slot, which its holder must then release.
 
-    Both are called from within another request's `release` or `wait`, and must not raise.
+    `on_dropped` is called if it is dropped from a full queue. Both are called from within another request's `release`
+    or `wait`, and must not raise.
     """
 
-    on_turn: Callable[[], None]
-    on_dropped: Callable[[QueueFull], None]
+    __slots__ = ("_key", "_queue", "on_dropped", "on_turn")
 
-
-class Waiting:
-    """A request's turn in the queue. Once `has_turn`, its holder has a slot and must release it."""
-
-    __slots__ = ("_key", "_queue", "has_turn", "waiter")
-
-    def __init__(self, queue: FairQueue[Hashable, Waiting], key: Hashable, waiter: Waiter) -> None:
+    def __init__(
+        self,
+        queue: FairQueue[Hashable, Waiting],
+        key: Hashable,
+        on_turn: Callable[[], None],
+        on_dropped: Callable[[QueueFull], None],
+    ) -> None:
         self._queue = queue
         self._key = key
-        self.waiter = waiter
-        self.has_turn = False
+        self.on_turn = on_turn
+        self.on_dropped = on_dropped
 
     def leave(self) -> None:
         """Leave the queue. Does nothing after its turn has come: then its holder releases the slot."""
@@ -85,8 +84,10 @@ class ConcurrencyLimit:
         self._num_running[key] = self._num_running.get(key, 0) + 1
         return True
 
-    def wait(self, key: Hashable, waiter: Waiter, weight: int = 1) -> Waiting:
-        """Enter the queue, after `acquire` returned False. Raises `QueueFull`.
+    def wait(
+        self, key: Hashable, on_turn: Callable[[], None], on_dropped: Callable[[QueueFull], None], *, weight: int = 1
+    ) -> Waiting:
+        """Enter the queue, after `acquire` returned False. Raises `QueueFull`. The callbacks are those of `Waiting`.
 
         While requests wait, keys get slots in proportion to their weights. If another key fills the queue, its newest
         request is dropped.
@@ -96,7 +97,7 @@ class ConcurrencyLimit:
             self._weights[key] = weight
         elif self._weights:
             self._weights.pop(key, None)
-        waiting = Waiting(self._queue, key, waiter)
+        waiting = Waiting(self._queue, key, on_turn, on_dropped)
         dropped = self._queue.add(key, waiting)
         if dropped is not None:
             error = QueueFull(
@@ -106,7 +107,7 @@ class ConcurrencyLimit:
             )
             if dropped is waiting:
                 raise error
-            dropped.waiter.on_dropped(error)
+            dropped.on_dropped(error)
         return waiting
 
     def release(self, key: Hashable) -> None:
@@ -132,7 +133,6 @@ class ConcurrencyLimit:
                 key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0) / self._weights.get(key, 1))
                 waiting = self._queue.pop(key)
                 self._num_running[key] = self._num_running.get(key, 0) + 1
-                waiting.has_turn = True
-                waiting.waiter.on_turn()
+                waiting.on_turn()
         finally:
             self._is_handing_on = False

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from brlite.errors import QueueFull
-from brlite.proxy.routing.concurrency import ConcurrencyLimit, Waiter, Waiting
+from brlite.proxy.routing.concurrency import ConcurrencyLimit, Waiting
 
 KEY = "key"
 
@@ -24,7 +24,7 @@ def not_dropped(error: QueueFull) -> None:
 
 
 def queue_up(limit: ConcurrencyLimit, on_turn: Callable[[], None], key: str = KEY) -> Waiting:
-    return limit.wait(key, Waiter(on_turn, not_dropped))
+    return limit.wait(key, on_turn, not_dropped)
 
 
 def full_limit(max_in_flight: int = 1, max_queued: int = 10) -> ConcurrencyLimit:
@@ -55,13 +55,12 @@ def test_a_place_given_back_can_be_taken_again() -> None:
 def test_a_place_given_back_goes_to_whoever_has_waited_longest() -> None:
     limit = full_limit()
     turns: list[str] = []
-    first = queue_up(limit, lambda: turns.append("first"))
-    second = queue_up(limit, lambda: turns.append("second"))
+    queue_up(limit, lambda: turns.append("first"))
+    queue_up(limit, lambda: turns.append("second"))
 
     limit.release(KEY)
 
     assert turns == ["first"]
-    assert (first.has_turn, second.has_turn) == (True, False)
     assert (limit.num_in_flight, limit.num_waiting) == (1, 1)
     assert not limit.acquire(KEY)
 
@@ -98,17 +97,17 @@ def test_whoever_leaves_is_passed_over_and_makes_room_in_the_queue() -> None:
     limit.release(KEY)
 
     assert turns == ["patient"]
-    assert not impatient.has_turn
 
 
 def test_leaving_after_the_turn_came_leaves_the_place_with_its_holder() -> None:
     limit = full_limit()
-    waiting = queue_up(limit, lambda: None)
+    turns: list[str] = []
+    waiting = queue_up(limit, lambda: turns.append("only"))
     limit.release(KEY)
 
     waiting.leave()
 
-    assert waiting.has_turn
+    assert turns == ["only"]
     assert limit.num_in_flight == 1
 
 
@@ -175,10 +174,10 @@ def test_one_keys_backlog_does_not_shut_another_key_out() -> None:
     limit = full_limit(max_in_flight=2, max_queued=3)
     dropped: list[QueueFull] = []
     for _ in range(3):
-        limit.wait(KEY, Waiter(no_turn, dropped.append))
+        limit.wait(KEY, no_turn, dropped.append)
     turns: list[str] = []
 
-    limit.wait("other", Waiter(lambda: turns.append("other"), not_dropped))
+    limit.wait("other", lambda: turns.append("other"), not_dropped)
     limit.release(KEY)
 
     assert turns == ["other"]
@@ -209,7 +208,7 @@ class PlacesMachine(RuleBasedStateMachine):
             self.running.append(request)
             return
         try:
-            self.turns[request] = self.limit.wait(key, Waiter(lambda: self.come(request), lambda _: self.drop(request)))
+            self.turns[request] = self.limit.wait(key, lambda: self.come(request), lambda _: self.drop(request))
         except QueueFull:
             assert len(self.waiting) == self.max_queued
         else:
@@ -268,8 +267,8 @@ def test_places_are_shared_in_proportion_to_weights() -> None:
     assert all(limit.acquire("first") for _ in range(4))
     turns: list[str] = []
     for _ in range(10):
-        limit.wait("heavy", Waiter(lambda: turns.append("heavy"), not_dropped), weight=3)
-        limit.wait("light", Waiter(lambda: turns.append("light"), not_dropped))
+        limit.wait("heavy", lambda: turns.append("heavy"), not_dropped, weight=3)
+        limit.wait("light", lambda: turns.append("light"), not_dropped)
 
     for _ in range(4):
         limit.release("first")
