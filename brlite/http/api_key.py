@@ -16,6 +16,7 @@ from brlite.http.bucket import Bucket
 
 PLACE_RETRY_SECONDS = 1
 MAX_SHOWN_NAME = 200
+NO_RULES = KeyConfig(name="")
 
 
 @dataclass
@@ -42,47 +43,21 @@ class ApiKey:
     the minute's budget. The key's next requests are then refused until the budget has refilled.
     """
 
-    def __init__(
-        self,
-        name: str = "",
-        *,
-        models: tuple[str, ...] = (),
-        requests_per_minute: int = 0,
-        tokens_per_minute: int = 0,
-        max_concurrent: int = 0,
-        tenant: str = "",
-        weight: int = 1,
-        priority: int = 0,
-        is_admin: bool = False,
-    ) -> None:
-        self.name = name
-        self.weight = weight
-        self.priority = priority
+    def __init__(self, rules: KeyConfig = NO_RULES, *, tenant: str = "") -> None:
+        self.name = rules.name
+        self.weight = rules.weight
+        self.priority = rules.priority
         self.tenant = tenant
-        self.is_admin = is_admin
+        self.is_admin = rules.admin
         self.usage = KeyUsage()
         self.num_running = 0
         self.num_arriving = 0  # requests whose bodies are being read
-        self._models = models
-        self._max_concurrent = max_concurrent
-        per_minute = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._models = rules.models
+        self._max_concurrent = rules.max_concurrent
+        per_minute = {"requests": rules.requests_per_minute, "tokens": rules.tokens_per_minute}
         self._buckets = {noun: Bucket(limit) for noun, limit in per_minute.items() if limit}
-        self.has_limits = bool(max_concurrent or self._buckets)
-        self.has_rules = bool(name or models or self.has_limits)  # without rules there is nothing to check or count
-
-    @classmethod
-    def from_config(cls, config: KeyConfig) -> ApiKey:
-        return cls(
-            config.name,
-            models=config.models,
-            requests_per_minute=config.requests_per_minute,
-            tokens_per_minute=config.tokens_per_minute,
-            max_concurrent=config.max_concurrent,
-            weight=config.weight,
-            priority=config.priority,
-            tenant=f"name:{config.name}",
-            is_admin=config.admin,
-        )
+        self.has_limits = bool(self._max_concurrent or self._buckets)
+        self.has_rules = bool(self.name or self._models or self.has_limits)  # else there is nothing to check or count
 
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r})"

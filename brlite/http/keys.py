@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-from brlite.config.options import Config
+from brlite.config.options import Config, KeyConfig
 from brlite.errors import ConfigError, Unauthorized
 from brlite.files.text_file import TextError, read_text
 from brlite.http.api_key import ApiKey
@@ -35,7 +35,8 @@ class ApiKeys:
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
         self.anybody = ApiKey()  # the key of every request if no key is needed
         self._named = tuple(key for _, key in named)
-        known = {digest: ApiKey(tenant=f"digest:{digest.hex()}", is_admin=is_admin) for digest in map(_digest, plain)}
+        rules = KeyConfig(name="", admin=is_admin)
+        known = {digest: ApiKey(rules, tenant=f"digest:{digest.hex()}") for digest in map(_digest, plain)}
         for secret, key in named:
             other = known.setdefault(_digest(secret), key)
             if other is not key:
@@ -52,7 +53,7 @@ class ApiKeys:
             secret = key.key or "" if key.env is None else read_secret(key.env)
             if key.env is not None and not secret:
                 raise ConfigError(f"key[{index}].env: the environment variable {key.env} is not set, or empty")
-            named.append((secret or "", ApiKey.from_config(key)))
+            named.append((secret or "", ApiKey(key, tenant=f"name:{key.name}")))
         plain, from_env = list(config.keys.keys), read_secret(config.keys.env)
         if (path := config.keys.file) is not None:
             try:

@@ -23,7 +23,7 @@ def test_a_key_without_rules_may_do_everything() -> None:
 
 
 def test_a_model_that_is_not_its_own_is_refused_with_those_that_are() -> None:
-    key = ApiKey("team-a", models=("small", "large"))
+    key = ApiKey(KeyConfig(name="team-a", models=("small", "large")))
 
     with pytest.raises(Forbidden) as caught:
         key.check_model("secret-model")
@@ -35,7 +35,7 @@ def test_a_model_that_is_not_its_own_is_refused_with_those_that_are() -> None:
 
 
 def test_a_long_name_of_a_model_is_cut_in_the_refusal() -> None:
-    key = ApiKey(models=("small",))
+    key = ApiKey(KeyConfig(name="", models=("small",)))
 
     with pytest.raises(Forbidden) as caught:
         key.check_model("x" * 10**6)
@@ -44,7 +44,7 @@ def test_a_long_name_of_a_model_is_cut_in_the_refusal() -> None:
 
 
 def test_requests_beyond_the_minutes_are_refused_until_one_has_come_back() -> None:
-    key = ApiKey(requests_per_minute=2)
+    key = ApiKey(KeyConfig(name="", requests_per_minute=2))
     key.begin(0.0, "m")
     key.begin(0.0, "m")
 
@@ -57,7 +57,7 @@ def test_requests_beyond_the_minutes_are_refused_until_one_has_come_back() -> No
 
 
 def test_tokens_are_charged_afterwards_and_a_debt_is_waited_for() -> None:
-    key = ApiKey(tokens_per_minute=60)
+    key = ApiKey(KeyConfig(name="", tokens_per_minute=60))
     key.begin(0.0, "m")
     key.begin(0.0, "m")
     key.spend(0.0, 50, 100)
@@ -71,7 +71,7 @@ def test_tokens_are_charged_afterwards_and_a_debt_is_waited_for() -> None:
 
 
 def test_a_place_is_given_back_at_the_end() -> None:
-    key = ApiKey(max_concurrent=2)
+    key = ApiKey(KeyConfig(name="", max_concurrent=2))
     key.begin(0.0, "m")
     key.begin(0.0, "m")
 
@@ -85,7 +85,7 @@ def test_a_place_is_given_back_at_the_end() -> None:
 
 
 def test_a_refused_request_takes_nothing() -> None:
-    key = ApiKey(requests_per_minute=3, max_concurrent=1)
+    key = ApiKey(KeyConfig(name="", requests_per_minute=3, max_concurrent=1))
     key.begin(0.0, "m")
 
     for _ in range(10):
@@ -97,7 +97,7 @@ def test_a_refused_request_takes_nothing() -> None:
 
 
 def test_the_headers_are_those_of_openai() -> None:
-    key = ApiKey(requests_per_minute=60, tokens_per_minute=6000, max_concurrent=5)
+    key = ApiKey(KeyConfig(name="", requests_per_minute=60, tokens_per_minute=6000, max_concurrent=5))
     key.begin(0.0, "m")
     key.spend(0.0, 6000, 1000)
 
@@ -133,7 +133,7 @@ def test_the_config_is_taken_as_it_is() -> None:
         name="team-a", key="sk", models=("m",), requests_per_minute=7, tokens_per_minute=8, max_concurrent=1
     )
 
-    key = ApiKey.from_config(config)
+    key = ApiKey(config)
     key.begin(0.0, "m")
 
     assert (key.name, key.may_use("m"), key.may_use("n")) == ("team-a", True, False)

@@ -171,7 +171,7 @@ def test_an_empty_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="must not be empty"):
         ApiKeys(("good", " "))
     with pytest.raises(ConfigError, match="must not be empty"):
-        ApiKeys(named=[("", ApiKey("team-a"))])
+        ApiKeys(named=[("", ApiKey(KeyConfig(name="team-a")))])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_the_bearer_token_goes_before_the_other_header(authorization, x_api_key,
 
 
 def test_each_key_is_found_with_its_own_rules() -> None:
-    team_a, team_b = ApiKey("team-a"), ApiKey("team-b")
+    team_a, team_b = ApiKey(KeyConfig(name="team-a")), ApiKey(KeyConfig(name="team-b"))
     keys = ApiKeys(["plain-1", "plain-2"], [("sk-a", team_a), ("sk-b", team_b)])
 
     found = [keys.find(secret) for secret in ("sk-a", "sk-b", "sk-c", "", None)]
@@ -199,14 +199,15 @@ def test_each_key_is_found_with_its_own_rules() -> None:
     assert found == [team_a, team_b, None, None, None]
     plain = [keys.find("plain-1"), keys.find("plain-2")]
     assert [key is not None and (key.name, key.has_limits) for key in plain] == [("", False)] * 2
-    tenants = {key.tenant for key in (*plain, ApiKey.from_config(KeyConfig(name="a", key="x"))) if key is not None}
+    named = ApiKeys.from_config(Config(key=(KeyConfig(name="a", key="x"),)))
+    tenants = {key.tenant for key in (*plain, *named) if key is not None}
     assert len(tenants) == 3  # each shares turns and caches with itself only
     assert list(keys) == [team_a, team_b]
     assert repr(keys) == "ApiKeys(4 keys)"
 
 
 def test_a_key_with_rules_alone_closes_the_server() -> None:
-    keys = ApiKeys(named=[("sk-a", ApiKey("team-a"))])
+    keys = ApiKeys(named=[("sk-a", ApiKey(KeyConfig(name="team-a")))])
 
     assert not keys.is_open
     with pytest.raises(Unauthorized, match="didn't provide"):
@@ -258,11 +259,16 @@ def test_a_secret_belongs_to_one_key_only_and_is_not_shown(plain: tuple[str, ...
 
 
 def test_replaced_keys_are_those_of_the_others_and_what_a_name_has_used_stays_used() -> None:
-    keys = ApiKeys(["plain-1"], [("sk-a", ApiKey("team-a", requests_per_minute=1)), ("sk-b", ApiKey("team-b"))])
+    keys = ApiKeys(
+        ["plain-1"],
+        [("sk-a", ApiKey(KeyConfig(name="team-a", requests_per_minute=1))), ("sk-b", ApiKey(KeyConfig(name="team-b")))],
+    )
     key = keys.require("sk-a")
     key.begin(0.0, "m")
 
-    is_changed = keys.replace(ApiKeys(["plain-2"], [("sk-new", ApiKey("team-a", requests_per_minute=1))]))
+    is_changed = keys.replace(
+        ApiKeys(["plain-2"], [("sk-new", ApiKey(KeyConfig(name="team-a", requests_per_minute=1)))])
+    )
 
     assert is_changed
     assert [keys.find(secret) for secret in ("plain-1", "sk-a", "sk-b")] == [None, None, None]
@@ -275,10 +281,10 @@ def test_replaced_keys_are_those_of_the_others_and_what_a_name_has_used_stays_us
 
 
 def test_a_key_whose_limit_changes_begins_a_new_minute_and_keeps_its_count() -> None:
-    key = ApiKey("team-a", requests_per_minute=1)
+    key = ApiKey(KeyConfig(name="team-a", requests_per_minute=1))
     key.begin(0.0, "m")
 
-    key.take_rules(ApiKey("team-a", requests_per_minute=2, models=("m",)))
+    key.take_rules(ApiKey(KeyConfig(name="team-a", requests_per_minute=2, models=("m",))))
 
     key.begin(1.0, "m")
     assert key.usage.num_admitted == 2
@@ -286,9 +292,9 @@ def test_a_key_whose_limit_changes_begins_a_new_minute_and_keeps_its_count() -> 
 
 
 def test_keys_that_stay_the_same_are_no_change() -> None:
-    keys = ApiKeys(["plain"], [("sk-a", ApiKey("team-a"))])
+    keys = ApiKeys(["plain"], [("sk-a", ApiKey(KeyConfig(name="team-a")))])
 
-    is_changed = keys.replace(ApiKeys(["plain"], [("sk-a", ApiKey("team-a", requests_per_minute=5))]))
+    is_changed = keys.replace(ApiKeys(["plain"], [("sk-a", ApiKey(KeyConfig(name="team-a", requests_per_minute=5)))]))
 
     assert not is_changed
     assert keys.require("sk-a").has_limits
