@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TypeVar
 
 import aiohttp
@@ -90,32 +90,28 @@ class UpstreamClient:
 
     async def status(self, path: str) -> int:
         """The status of `GET path`. Raises `UpstreamError`."""
-
-        async def read(response: aiohttp.ClientResponse) -> int:
-            return response.status
-
-        return await self._ask(path, read)
+        status, _ = await self._ask(path)
+        return status
 
     async def read(self, path: str, max_bytes: int) -> bytes:
         """The body of `GET path`. Raises `UpstreamError` for another status than 200, or a longer body."""
+        status, body = await self._ask(path, max_bytes)
+        if status != 200:
+            raise UpstreamError(f"answered {status} to GET {path}")
+        if len(body) > max_bytes:
+            raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
+        return body
 
-        async def read(response: aiohttp.ClientResponse) -> bytes:
-            if response.status != 200:
-                raise UpstreamError(f"answered {response.status} to GET {path}")
-            parts, num_bytes = [], 0
-            async for part in response.content.iter_any():
-                parts.append(part)
-                num_bytes += len(part)
-                if num_bytes > max_bytes:
-                    raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
-            return b"".join(parts)
+    async def _ask(self, path: str, max_bytes: int | None = None) -> tuple[int, bytes]:
+        """The status and, of a 200, the body, read until it is longer than `max_bytes`; None reads none."""
 
-        return await self._ask(path, read)
-
-    async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
-        async def get() -> T:
+        async def get() -> tuple[int, bytes]:
+            body = bytearray()
             async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
-                return await read(response)
+                if response.status == 200 and max_bytes is not None:
+                    while len(body) <= max_bytes and (part := await response.content.readany()):
+                        body += part
+                return response.status, bytes(body)
 
         # aiohttp's own time limits do not cover a body that it cannot parse: it would wait without end.
         try:
