@@ -97,15 +97,15 @@ class IdempotentAnswers:
         if num_seen:
             raise not_resumable()
 
-        recorder = Recorder(self._limits.max_idempotent_bytes)
-        recorded = dialect._replace(make_encoder=recorder.wrap(dialect.make_encoder))
+        recorder = RecordingEncoder(dialect.make_encoder, self._limits.max_idempotent_bytes)
+        recorded = dialect._replace(make_encoder=recorder.make)
         stream = None if num_seen is None else RecordedStream(self._limits.max_idempotent_bytes)
         self._running[tenant, key] = RunningAnswer(digest, stream)
         if is_streamed and stream is None:
             try:
                 return await run(recorded, request)
             finally:
-                self._end(tenant, key, recorder.stream, "text/event-stream")
+                self._end(tenant, key, recorder.kept_stream, "text/event-stream")
         if stream is not None:
             request[RECORDED] = stream
         task = asyncio.ensure_future(run(recorded, request))
@@ -115,10 +115,10 @@ class IdempotentAnswers:
             self._tasks.discard(task)
             has_failed = task.cancelled() or task.exception() is not None
             if stream is None:
-                self._end(tenant, key, None if has_failed else recorder.whole, "application/json")
+                self._end(tenant, key, None if has_failed else recorder.kept_body, "application/json")
             else:
                 stream.close()
-                self._end(tenant, key, recorder.stream, "text/event-stream")
+                self._end(tenant, key, recorder.kept_stream, "text/event-stream")
 
         task.add_done_callback(on_done)
         if stream is not None and await stream.begun():
@@ -166,32 +166,26 @@ class IdempotentAnswers:
 ANSWERS = web.AppKey("answers", IdempotentAnswers)
 
 
-class Recorder:
-    """Keeps an encoder's bytes, at most `max_bytes`: `whole`, or `stream` once the stream has ended without error."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.whole: bytes | None = None
-        self.stream: bytes | None = None
-
-    def wrap(
-        self, make_encoder: Callable[[Generation, str, str, str], ResponseEncoder]
-    ) -> Callable[[Generation, str, str, str], ResponseEncoder]:
-        def make(call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
-            return RecordingEncoder(make_encoder(call, answer_id, model, fingerprint), self)
-
-        return make
-
-
 class RecordingEncoder:
-    """An encoder that passes its bytes to a `Recorder`."""
+    """An encoder that keeps the bytes of another one, at most `max_bytes`; `make` is its dialect's `make_encoder`.
 
-    def __init__(self, encoder: ResponseEncoder, recorder: Recorder) -> None:
-        self._encoder = encoder
-        self._recorder = recorder
+    `kept_body` is set by `whole`, `kept_stream` once the stream has ended without error.
+    """
+
+    _encoder: ResponseEncoder  # set by `make`, which is called once
+
+    def __init__(self, make_encoder: Callable[[Generation, str, str, str], ResponseEncoder], max_bytes: int) -> None:
+        self._make_encoder = make_encoder
+        self._max_bytes = max_bytes
         self._stream: list[bytes] = []
         self._num_bytes = 0
         self._is_aborted = False
+        self.kept_body: bytes | None = None
+        self.kept_stream: bytes | None = None
+
+    def make(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
+        self._encoder = self._make_encoder(call, answer_id, model, fingerprint)
+        return self
 
     def opening(self, usage: TokenUsage) -> bytes:
         return self._kept(self._encoder.opening(usage))
@@ -202,8 +196,8 @@ class RecordingEncoder:
 
     def closing(self, usage: TokenUsage) -> bytes:
         data = self._kept(self._encoder.closing(usage))
-        if not self._is_aborted and self._num_bytes <= self._recorder.max_bytes:
-            self._recorder.stream = b"".join(self._stream)
+        if not self._is_aborted and self._num_bytes <= self._max_bytes:
+            self.kept_stream = b"".join(self._stream)
         return data
 
     def failing(self, error: BaseException) -> bytes:
@@ -212,18 +206,18 @@ class RecordingEncoder:
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         data = self._encoder.whole(events, usage, warnings)
         if all(event.finish_reason != "abort" for event in events):
-            self._recorder.whole = data
+            self.kept_body = data
         return data
 
     def _kept(self, data: bytes) -> bytes:
         self._num_bytes += len(data)
-        if self._num_bytes <= self._recorder.max_bytes:
+        if self._num_bytes <= self._max_bytes:
             self._stream.append(data)
         elif self._stream:
             self._stream.clear()
             logger.warning(
                 "a stream is not kept for retries: it has more than limits.max_idempotent_bytes = %d",
-                self._recorder.max_bytes,
+                self._max_bytes,
             )
         return data
 
