@@ -27,7 +27,15 @@ from brlite.server.embeddings import embed
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, RUNNING, admit, generate, json_response
 from brlite.server.model_actions import load_model, unload_model
-from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props, model_slots
+from brlite.server.model_list import (
+    ModelList,
+    forwarded_card,
+    forwarded_progress,
+    local_card,
+    local_progress,
+    model_props,
+    model_slots,
+)
 from brlite.server.response_store import STORE
 from brlite.server.responses import (
     cancel_response,
@@ -156,20 +164,7 @@ async def ready(request: web.Request) -> web.Response:
     is_ready = models.takes_requests
     answer: dict[str, object] = {"status": models.status}
     if key is not None:
-        answer["models"] = [
-            {
-                "model": model.name,
-                "status": model.status,
-                **(
-                    {"stage": model.loading.stage, "progress": round(model.loading.fraction, 3)}
-                    if model.status == "loading"
-                    else {}
-                ),
-                **({"draft_model": "failed"} if model.engine and model.engine.has_failed_draft_model else {}),
-            }
-            for model in models
-            if key.may_use(model.name)
-        ]
+        answer["models"] = [local_progress(model) for model in models if key.may_use(model.name)]
         forwarded = [model for model in models.forwarded if model.name == model.model and key.may_use(model.model)]
         if forwarded:
             answer["forwarded"] = [forwarded_progress(model) for model in forwarded]

@@ -129,6 +129,16 @@ def forwarded_card(model: RemoteModel) -> ModelCard:
     )
 
 
+def local_progress(model: ServedModel) -> dict[str, object]:
+    """The `/ready` entry of a local model."""
+    shown: dict[str, object] = {"model": model.name, "status": model.status}
+    if model.status == "loading":
+        shown |= {"stage": model.loading.stage, "progress": round(model.loading.fraction, 3)}
+    if model.engine is not None and model.engine.has_failed_draft_model:
+        shown["draft_model"] = "failed"
+    return shown
+
+
 def forwarded_progress(model: RemoteModel) -> dict[str, object]:
     """The `/ready` entry of a remote model."""
     return {"model": model.name, "upstreams": model.num_upstreams, "available": model.num_available}
