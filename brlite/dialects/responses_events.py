@@ -116,8 +116,11 @@ class ItemEvent(StreamEvent, tag="", kw_only=True):
     output_index: int
 
 
-class PartAdded(ItemEvent, tag="response.content_part.added", kw_only=True):
-    content_index: int = 0
+class PartEvent(ItemEvent, tag="", kw_only=True):
+    content_index: int = 0  # an item has one part
+
+
+class PartAdded(PartEvent, tag="response.content_part.added", kw_only=True):
     part: OutputText | ReasoningText
 
 
@@ -125,25 +128,21 @@ class PartDone(PartAdded, tag="response.content_part.done"):
     pass
 
 
-class TextDeltaEvent(ItemEvent, tag="response.output_text.delta", kw_only=True):
-    content_index: int = 0
+class TextDeltaEvent(PartEvent, tag="response.output_text.delta", kw_only=True):
     delta: str
     logprobs: list[DeltaLogprobs] = []
 
 
-class TextDone(ItemEvent, tag="response.output_text.done", kw_only=True):
-    content_index: int = 0
+class TextDone(PartEvent, tag="response.output_text.done", kw_only=True):
     text: str
     logprobs: list[DeltaLogprobs] = []
 
 
-class ReasoningDeltaEvent(ItemEvent, tag="response.reasoning_text.delta", kw_only=True):
-    content_index: int = 0
+class ReasoningDeltaEvent(PartEvent, tag="response.reasoning_text.delta", kw_only=True):
     delta: str
 
 
-class ReasoningDone(ItemEvent, tag="response.reasoning_text.done", kw_only=True):
-    content_index: int = 0
+class ReasoningDone(PartEvent, tag="response.reasoning_text.done", kw_only=True):
     text: str
 
 
