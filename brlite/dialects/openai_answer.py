@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -117,13 +118,17 @@ class OpenAIEncoder:
     """The base of both encoders. `model` is the model name in the answer, `fingerprint` the backend's or empty."""
 
     _empty_text: bytes  # an empty text field in a chunk. It cannot occur inside a JSON string: quotes are escaped there
+    _has_reasoning: bool  # whether the usage counts the tokens of reasoning
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._call = call
-        self._id = answer_id
-        self._created = int(time.time())
-        self._model = model
-        self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
+        # The fields that chunks and whole answers have in common.
+        self._common: dict[str, Any] = {
+            "id": answer_id,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"fp_{fingerprint}" if fingerprint else UNSET,
+        }
         # The usage field of all chunks but the last, which has only the usage.
         self._no_usage: UnsetType | None = None if call.include_usage else UNSET
         self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice: the bytes before and after a chunk's text
@@ -144,6 +149,10 @@ class OpenAIEncoder:
 
     def _chunk_of(self, event: Event) -> bytes:
         """The event as one chunk."""
+        raise NotImplementedError
+
+    def _chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> bytes:
+        """A framed chunk."""
         raise NotImplementedError
 
     def _encode_end(self, event: Event) -> bytes:
@@ -167,7 +176,9 @@ class OpenAIEncoder:
 
     def closing(self, usage: TokenUsage) -> bytes:
         """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
-        raise NotImplementedError
+        if not self._call.include_usage:
+            return DONE_EVENT
+        return self._chunk([], shown_usage(usage, has_reasoning=self._has_reasoning)) + DONE_EVENT
 
     def failing(self, error: BaseException) -> bytes:
         """The events that end a stream after an error."""

@@ -49,7 +49,7 @@ from brlite.dialects.openai_tools import (
     shown_function,
     turn_calls,
 )
-from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's roles; a template may refuse some
@@ -323,10 +323,11 @@ class ChatEncoder(OpenAIEncoder):
     """Encodes events as chunks, or as one whole answer."""
 
     _empty_text = b'"content":""'
+    _has_reasoning = True
 
     def opening(self, usage: TokenUsage) -> bytes:
         choices = (ChatChunkChoice(index, _FIRST_DELTA) for index in range(self._call.params.n))
-        return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
+        return b"".join(self._chunk([choice], self._no_usage) for choice in choices)
 
     def _chunk_of(self, event: Event) -> bytes:
         if event.calls and self._call.calls_functions:
@@ -345,12 +346,7 @@ class ChatEncoder(OpenAIEncoder):
             token_ids=UNSET if event.token_ids is None else event.token_ids,
         )
         usage = self._no_usage if event.usage is None else shown_usage(event.usage, has_reasoning=True)
-        return frame(self._chunk([choice], usage, event.warnings, event.prompt_token_ids))
-
-    def closing(self, usage: TokenUsage) -> bytes:
-        """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
-        told = frame(self._chunk([], shown_usage(usage, has_reasoning=True))) if self._call.include_usage else b""
-        return told + DONE_EVENT
+        return self._chunk([choice], usage, event.warnings, event.prompt_token_ids)
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed. There is one event per choice."""
@@ -374,12 +370,9 @@ class ChatEncoder(OpenAIEncoder):
         prompt_token_ids, prompt_tokens = events[0].prompt_token_ids, events[0].prompt_tokens
         return encode_json(
             ChatCompletion(
-                id=self._id,
-                created=self._created,
-                model=self._model,
+                **self._common,
                 choices=choices,
                 usage=shown_usage(usage, has_reasoning=True),
-                system_fingerprint=self._fingerprint,
                 warnings=warnings or UNSET,
                 prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
                 prompt_logprobs=UNSET if prompt_tokens is None else shown_prompt_logprobs(prompt_tokens),
@@ -396,18 +389,14 @@ class ChatEncoder(OpenAIEncoder):
         warnings: Sequence[str] = (),
         prompt_token_ids: list[int] | None = None,
     ) -> bytes:
-        return encode_json(
-            ChatChunk(
-                id=self._id,
-                created=self._created,
-                model=self._model,
-                choices=choices,
-                usage=usage,
-                system_fingerprint=self._fingerprint,
-                warnings=warnings or UNSET,
-                prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
-            )
+        chunk = ChatChunk(
+            **self._common,
+            choices=choices,
+            usage=usage,
+            warnings=warnings or UNSET,
+            prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
         )
+        return frame(encode_json(chunk))
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
         return chat_logprobs(tokens, names_are_ids=self._call.names_are_ids)

@@ -35,7 +35,7 @@ from brlite.dialects.openai_answer import (
     shown_usage,
     token_name,
 )
-from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat's default is the engine's
@@ -149,15 +149,16 @@ class CompletionEncoder(OpenAIEncoder):
     """Encodes events as chunks, or as one whole answer."""
 
     _empty_text = b'"text":""'
+    _has_reasoning = False
 
     def _chunk_of(self, event: Event) -> bytes:
         usage = self._no_usage if event.usage is None else shown_usage(event.usage)
-        return frame(self._completion([self._choice(event)], usage, event.warnings))
+        return self._chunk([self._choice(event)], usage, event.warnings)
 
-    def closing(self, usage: TokenUsage) -> bytes:
-        """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
-        told = frame(self._completion([], shown_usage(usage), ())) if self._call.include_usage else b""
-        return told + DONE_EVENT
+    def _chunk(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, warnings: Sequence[str] = ()
+    ) -> bytes:
+        return frame(self._completion(choices, usage, warnings))
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed. There is one event per choice."""
@@ -180,17 +181,7 @@ class CompletionEncoder(OpenAIEncoder):
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, warnings: Sequence[str]
     ) -> bytes:
-        return encode_json(
-            Completion(
-                id=self._id,
-                created=self._created,
-                model=self._model,
-                choices=choices,
-                usage=usage,
-                system_fingerprint=self._fingerprint,
-                warnings=warnings or UNSET,
-            )
-        )
+        return encode_json(Completion(**self._common, choices=choices, usage=usage, warnings=warnings or UNSET))
 
 
 def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> CompletionLogprobs:

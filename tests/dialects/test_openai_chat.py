@@ -34,7 +34,7 @@ def decoded(**fields: Any) -> Generation:
 def encoder(call: Generation = PLAIN, fingerprint: str = "") -> ChatEncoder:
     made = DIALECT.make_encoder(call, "chatcmpl-1", "m", fingerprint)
     assert isinstance(made, ChatEncoder)
-    made._created = 7
+    made._common["created"] = 7
     return made
 
 

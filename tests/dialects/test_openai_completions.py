@@ -21,7 +21,7 @@ def decoded(prompt: object = "ab", **fields: Any) -> Generation:
 def encoder(call: Generation) -> CompletionEncoder:
     made = DIALECT.make_encoder(call, "cmpl-1", "m", "")
     assert isinstance(made, CompletionEncoder)
-    made._created = 7
+    made._common["created"] = 7
     return made
 
 
