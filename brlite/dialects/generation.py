@@ -106,6 +106,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     - `is_strict`: the request is refused if there would be a warning.
     - `tells_token_ids`: the answer has the token ids of prompt and answer; `tells_prompt_logprobs`: the prompt's
       logprobs.
+    - `make_text_end`: makes a function that is called with each piece of the answer's text. If it returns True, the
+      generation ends there.
     """
 
     model: str | None
@@ -133,10 +135,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     is_strict: bool = False
     tells_token_ids: bool = False
     tells_prompt_logprobs: bool = False
-
-    def text_end(self) -> Callable[[str], bool] | None:
-        """A function of one answer's text that is called with each piece of it. True: the generation ends there."""
-        return None
+    make_text_end: Callable[[], Callable[[str], bool]] | None = None
 
 
 def refuse_warnings(warnings: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
@@ -92,9 +93,6 @@ class InfillGeneration(Generation, frozen=True, kw_only=True):
     line_seconds: float | None = None
     shown: tuple[str, ...] = ()
 
-    def text_end(self) -> LineEnd | None:
-        return LineEnd(self.indent, self.line_seconds) if self.indent or self.line_seconds is not None else None
-
 
 class LineEnd:
     """Finds the line that an answer of an `InfillGeneration` ends with. It is called with each piece of the text."""
@@ -168,7 +166,8 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
             warnings = (*warnings, INFILL_WARNING)
     if body.max_tokens == 0:
         given["max_tokens"] = 1
-    common = generation_fields(body)
+    common, indent = generation_fields(body), body.n_indent or 0
+    line_seconds = body.t_max_predict_ms / 1e3 if body.t_max_predict_ms and body.t_max_predict_ms > 0 else None
     return InfillGeneration(
         prompts=(infill,),
         params=sampling_params(body, limits, field_names, structured=structured_output(body), **given),
@@ -177,8 +176,9 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
         field_names=field_names,
         warnings=warnings,
         tells_token_ids=bool(body.stream or body.return_tokens),
-        line_seconds=body.t_max_predict_ms / 1e3 if body.t_max_predict_ms and body.t_max_predict_ms > 0 else None,
-        indent=body.n_indent or 0,
+        make_text_end=partial(LineEnd, indent, line_seconds) if indent or line_seconds is not None else None,
+        line_seconds=line_seconds,
+        indent=indent,
         shown=tuple(body.response_fields or ()),
         **{**common, "unset": tuple(name for name in common["unset"] if name not in given)},
     )

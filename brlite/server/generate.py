@@ -147,7 +147,7 @@ class Delivery:
         self._error: BrliteError | None = None
         self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
         self._deadline: asyncio.TimerHandle | None = None
-        self._text_end = call.text_end()
+        self._text_end = None if call.make_text_end is None else call.make_text_end()
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
