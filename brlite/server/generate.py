@@ -105,7 +105,8 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     """
     models, key = request.app[MODELS], request[API_KEY]
     model = models.get(name)
-    key.begin(time.monotonic(), (name or "") if model is None else model.name, name or "")
+    if key.has_rules:
+        key.begin(time.monotonic(), (name or "") if model is None else model.name, name or "")
     try:
         if model is None:
             raise models.unknown(name, key.may_use)
@@ -114,7 +115,8 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
         with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):
             yield model
     finally:
-        key.end()
+        if key.has_rules:
+            key.end()
 
 
 def end_all(app: web.Application) -> None:
