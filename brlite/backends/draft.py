@@ -79,7 +79,7 @@ def load_draft(spec: ModelSpec, engine: EngineConfig, served: BackendInfo, on_pr
     """
     if spec.draft is None or engine.speculation == "off":
         return None
-    if not served.max_draft_tokens:
+    if not served.verifies_guesses:
         raise ConfigError(
             f"model {spec.name}: draft: the {served.name} backend cannot verify guesses; leave out {spec.draft.path}"
         )

@@ -140,8 +140,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, option("true: API keys share the prefix cache; false: each key has its own part")
     ] = False
     speculation: Annotated[
-        Literal["auto", "off"],
-        option("auto: draft repeated text where the backend can verify it; off. The answers are the same"),
+        Literal["auto", "on", "off"],
+        option(
+            "auto: draft repeated text where the backend can verify it, not on cards; on: there too; off. "
+            "The answers are the same"
+        ),
     ] = "auto"
     max_draft_tokens: Annotated[
         int, Meta(ge=1, le=16), option("drafted tokens of one sequence in one step, 1 to 16")

@@ -96,6 +96,10 @@ class EngineLoop:
         return self._engine.config
 
     @property
+    def may_guess(self) -> bool:
+        return self._engine.may_guess
+
+    @property
     def stats(self) -> EngineStats:
         return self._engine.stats
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from brlite.sampling_params import PoolingParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+MAX_DRAFT_TOKENS = 16  # the largest number of guesses of a sequence in a step of brlite's backends
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
 _WORD_BYTES = 4
 
@@ -91,7 +93,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tokens or prompt targets, and only as many as `BackendInfo.max_draft_tokens`.
 
     With `takes_last_draw` the run is the one token that the step before draws for this sequence, which is not known
-    yet; `token_ids` is [0] in its place. That comes only to `CanRunAhead.launch`.
+    yet; `token_ids` is [0] in its place. That comes only to `CanRunAhead.launch`, and never behind a step with guesses.
     """
 
     seq_id: int
@@ -104,6 +106,11 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_draft_tokens: int = 0
     pooling: PoolingInput | None = None
     takes_last_draw: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        """How many tokens are drawn: after its last real token, and after each guess."""
+        return 0 if self.sampling is None else 1 + self.num_draft_tokens
 
     def with_last_draw(self, token_id: int) -> ScheduledSeq:
         """The run as it is once the token that it takes is known."""
@@ -267,6 +274,23 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     embedding: bytes = b""
 
     @classmethod
+    def of_draws(
+        cls, seq: ScheduledSeq, drawn: Iterable[SampledToken | Undrawn], prompt_logprobs: list[TokenLogprob]
+    ) -> SeqResult:
+        """The result of a run's `num_draws` draws, in order. Those after the first guess that is wrong are dropped."""
+        tokens: list[SampledToken] = []
+        guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
+        for token, guess in zip(drawn, guesses, strict=False):
+            if isinstance(token, Undrawn):
+                return cls.undrawn(seq.seq_id, token)
+            tokens.append(token)
+            if token.token_id != guess:
+                break
+        if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+            return cls.not_finite(seq.seq_id)
+        return cls(seq.seq_id, tokens, prompt_logprobs)
+
+    @classmethod
     def not_finite(cls, seq_id: int) -> SeqResult:
         """The result of a sequence whose logits hold NaN or an infinity."""
         return cls.undrawn(seq_id, Undrawn.NOT_FINITE)
@@ -288,17 +312,40 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     num_host_draws: int = 0
 
 
+class RowCosts(NamedTuple):
+    """The cost of one more row, in steps of one row.
+
+    Up to `num_cheap` rows a step is limited by memory bandwidth, and a row costs `cheap`. Beyond that it is limited by
+    computing, and a row costs `other`.
+    """
+
+    num_cheap: int
+    cheap: float
+    other: float
+
+    def cost(self, num_rows: int) -> float:
+        """The cost of a step."""
+        num_cheap = min(num_rows, self.num_cheap)
+        return 1 + self.cheap * (num_cheap - 1) + self.other * (num_rows - num_cheap)
+
+
+CPU_ROWS = RowCosts(4, 0.09, 0.2)  # measured with native int8 steps on two cores
+CARD_ROWS = RowCosts(64, 0.009, 0.03)  # measured on one H200 in bf16: 1, 64 and 128 rows of the 8B shape
+
+
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A backend's properties and capacity. Sizes are bytes; `notes` are fallbacks an operator should know of.
 
     `fingerprint` identifies weights, precision and kernels: equal fingerprints give equal bits. A batch-invariant
-    backend gives a row the same bits in any batch. Only such a backend can verify guesses: up to `max_draft_tokens` of
-    a sequence in one step. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size` of 0 no
-    pooling. `pooling` is the model's own way to make embeddings ("none": it has none). `matryoshka_dimensions` are the
-    lengths that they may be cut to (with 0 among them: any). A model that cannot generate has no head and never draws.
+    backend gives a row the same bits in any batch. A step can have up to `max_draft_tokens` guesses of a sequence. A
+    backend that is not batch-invariant gets only those that a grammar forces: its mask allows no other token there, so
+    rounding cannot change an answer. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size`
+    of 0 no pooling. `pooling` is the model's own way to make embeddings ("none": it has none). `matryoshka_dimensions`
+    are the lengths that they may be cut to (with 0 among them: any). A model that cannot generate never draws.
     Without `runs_logits_processors` it gets no `Batch.processors`.
     A backend that `can_run_ahead` is a `CanRunAhead` and gets its steps by `launch`. `step_tokens` is the default limit
-    of tokens in a step: so many that one read of the matrices serves many tokens.
+    of tokens in a step: so many that one read of the matrices serves many tokens. `row_costs` are for the decision
+    whether guesses pay.
     """
 
     name: str
@@ -326,6 +373,12 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     can_run_ahead: bool = False
     step_tokens: int = STEP_TOKENS
     runs_logits_processors: bool = False
+    row_costs: RowCosts = CPU_ROWS
+
+    @property
+    def verifies_guesses(self) -> bool:
+        """Whether it can verify guesses of n-grams and draft models."""
+        return self.is_batch_invariant and self.max_draft_tokens > 0
 
 
 class Backend(Protocol):

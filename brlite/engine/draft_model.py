@@ -28,6 +28,7 @@ SHARED_WEIGHT = 0.05  # weight of one guess in the running estimate that new seq
 FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
 MAX_TRIAL_STEPS = 4096
 TRIAL_GUESSES = 2
+REST_STEPS = 16  # launched ahead after guesses did not pay; each decision whether they pay costs one that is not
 TRIAL_SHARE = 0.02  # the largest share of the time that trials may take
 LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the served one, until it is measured
 
@@ -75,7 +76,8 @@ class DraftModel:
     def __init__(self, backend: Backend, served: BackendInfo) -> None:
         """`served` is the model that verifies. Guesses beyond its vocabulary are cut off."""
         self.info = backend.info
-        self.cost = DraftCost(max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes)))
+        expected = max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes))
+        self.cost = DraftCost(expected, served.row_costs)
         self.acceptance = INITIAL_ACCEPTANCE
         self.is_off = False  # true after a failure
         self.backend = backend
@@ -84,6 +86,7 @@ class DraftModel:
         self._followed: dict[Sequence, DraftSeq] = {}
         self._num_steps_without = 0
         self._trial_steps = FIRST_TRIAL_STEPS
+        self._num_steps_to_rest = 0
 
     def release_stopped(self) -> None:
         """Free the blocks of sequences that do not run. Their contents stay in the cache until they are reused."""
@@ -133,6 +136,18 @@ class DraftModel:
         self._num_steps_without = 0
         self._trial_steps = min(2 * self._trial_steps, MAX_TRIAL_STEPS)
         return True
+
+    def rest(self) -> None:
+        """Note that guesses did not pay, so that the next `REST_STEPS` steps may be launched ahead."""
+        self._num_steps_to_rest = REST_STEPS
+
+    def takes_rest(self) -> bool:
+        """Whether the next step may be launched ahead, without a plan of guesses. Call it once for each."""
+        if self.is_off:
+            return True
+        self._num_steps_to_rest -= 1
+        self._num_steps_without += 1
+        return self._num_steps_to_rest >= 0
 
     def note_paying(self) -> None:
         """Note that guesses pay: the next trial comes after `FIRST_TRIAL_STEPS` again."""

@@ -7,17 +7,16 @@ a grammar forces are drafts that are always right. Uses token ids only: no block
 
 from __future__ import annotations
 
+from brlite.engine.backend import CPU_ROWS, RowCosts
+
 INITIAL_ACCEPTANCE = 0.2
 TIME_WEIGHT = 0.1  # weight of the last step in the running mean of step times
 NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: a right guess starts drafting, a few wrong ones end it
 MARGIN = 1.2  # a guess must yield its cost times this: choosing the best estimate favours those that are too high
 MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 
-# The cost of one more row, in steps of one row. Measured with native int8 steps on two cores: up to four rows a step is
-# limited by memory bandwidth, and a row is nearly free; beyond that it is limited by computing.
-CHEAP_ROWS = 4
-CHEAP_ROW_COST = 0.09
-ROW_COST = 0.2
+INITIAL_WAIT_COST = 0.5  # assumed until it is measured: no card has measured it yet
+MAX_WAIT_COST = 4.0  # a longer wait was somebody else's
 
 
 class NgramDrafter:
@@ -71,9 +70,10 @@ class StepForecast:
     The unit of cost is a step of one row.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        num_cheap = min(num_rows, CHEAP_ROWS)
-        self.cost = 1 + CHEAP_ROW_COST * (num_cheap - 1) + ROW_COST * (num_rows - num_cheap)
+    def __init__(self, num_rows: int, costs: RowCosts) -> None:
+        self.cost = costs.cost(num_rows)
+        self._plain_rate = num_rows / self.cost
+        self._costs = costs
         self._num_rows = num_rows
         self._yield = float(num_rows)
 
@@ -82,18 +82,21 @@ class StepForecast:
         """Expected tokens for each unit of cost."""
         return self._yield / self.cost
 
+    def gains(self, wait_cost: float) -> bool:
+        """Whether the guesses are expected to give more than none, though with them the step costs a wait more."""
+        return self._yield / (self.cost + wait_cost) > self._plain_rate
+
     def add_forced(self, token_ids: list[int]) -> list[int]:
         """Add tokens that are certain, and return them. They always pay: else each would take a later step."""
         for _ in token_ids:
             self._add(1.0, 0.0)
         return token_ids
 
-    def add_guesses(self, acceptance: float, limit: int, draft_cost: float = 0.0) -> int:
+    def add_guesses(self, acceptance: float, limit: int, draft_cost: float = 0.0, chance: float = 1.0) -> int:
         """Add guesses of one sequence while they raise the ratio of yield to cost, up to `limit`. Returns their number.
 
-        `draft_cost` is the cost of making one guess, in addition to its row.
+        `draft_cost` is the cost of making one guess, in addition to its row. `chance` is that of having guesses.
         """
-        chance = 1.0
         for num_guesses in range(limit):
             chance *= acceptance  # a guess counts only if all before it are right
             if chance * self.cost <= MARGIN * (draft_cost + self._row_cost) * self._yield:
@@ -103,7 +106,7 @@ class StepForecast:
 
     @property
     def _row_cost(self) -> float:
-        return CHEAP_ROW_COST if self._num_rows < CHEAP_ROWS else ROW_COST
+        return self._costs.cheap if self._num_rows < self._costs.num_cheap else self._costs.other
 
     def _add(self, chance: float, draft_cost: float) -> None:
         self.cost += draft_cost + self._row_cost
@@ -114,25 +117,47 @@ class StepForecast:
 class DraftCost:
     """The measured cost of a draft model's step, in steps of one row of the served model."""
 
-    def __init__(self, expected: float) -> None:
+    def __init__(self, expected: float, rows: RowCosts = CPU_ROWS) -> None:
         """`expected` is the cost of a step of one row before there are measurements."""
         self._expected = expected
+        self._rows = rows
         self._draft_seconds = self._seconds = 0.0  # of a step of one row, 0: not measured yet
 
     def per_guess(self, num_seqs: int) -> float:
         """The cost of one guess if `num_seqs` sequences guess together."""
         is_measured = self._draft_seconds and self._seconds
         cost = self._draft_seconds / self._seconds if is_measured else self._expected
-        return cost * StepForecast(num_seqs).cost / num_seqs
+        return cost * self._rows.cost(num_seqs) / num_seqs
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
         """Record the time of a step of the served model."""
-        self._seconds = _mean(self._seconds, seconds / StepForecast(num_rows).cost)
+        self._seconds = _mean(self._seconds, seconds / self._rows.cost(num_rows))
 
     def observe_drafts(self, num_rows: list[int], seconds: float) -> None:
         """Record the total time of steps of the draft model, with the number of rows of each."""
-        cost = sum(StepForecast(num).cost for num in num_rows)
+        cost = sum(map(self._rows.cost, num_rows))
         self._draft_seconds = _mean(self._draft_seconds, seconds / cost)
+
+
+class WaitCost:
+    """The measured time that a device loses if the next step is launched after a result, not before: the host's work.
+
+    `cost` is in steps of one row.
+    """
+
+    def __init__(self, rows: RowCosts) -> None:
+        self.cost = INITIAL_WAIT_COST
+        self._rows = rows
+        self._seconds = 0.0  # of a step of one row that was launched ahead, 0: not measured yet
+
+    def observe(self, num_rows: int, seconds: float, *, is_ahead: bool) -> None:
+        """Record the time between the ends of two steps. `is_ahead`: the later one was launched ahead."""
+        cost = self._rows.cost(num_rows)
+        if is_ahead:
+            self._seconds = _mean(self._seconds, seconds / cost)
+        elif self._seconds:
+            wait = min(max(0.0, seconds / self._seconds - cost), MAX_WAIT_COST)
+            self.cost += TIME_WEIGHT * (wait - self.cost)
 
 
 def _mean(before: float, newest: float) -> float:

@@ -39,6 +39,7 @@ from brlite.engine.beam_sequences import BeamSequences
 from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
+from brlite.engine.drafting import WaitCost
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.logits_processors import Factory, ProcessorMaker
 from brlite.engine.outputs import CompletionOutput, RequestOutput
@@ -74,6 +75,7 @@ class Step(NamedTuple):
     guidance: StepGuidance | None
     processors: dict[int, LogitsProcessors] | None
     start: float
+    is_ahead: bool
 
 
 class Engine:
@@ -115,12 +117,21 @@ class Engine:
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
         self.draft_model = None if draft_backend is None else DraftModel(draft_backend, info)
+        self.may_guess = info.verifies_guesses and (
+            config.speculation == "on"
+            or (config.speculation == "auto" and (draft_backend is not None or not info.can_run_ahead))
+        )
+        self._wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
+        self._has_model_guesses = False  # in the next step
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=config.step_tokens(info.step_tokens),
-            max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation == "auto" else 0,
+            max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation != "off" else 0,
             max_draft_seqs=config.max_draft_seqs,
+            may_guess=self.may_guess,
+            row_costs=info.row_costs,
+            wait_cost=self._wait_cost,
             pace=self._pace,
             draft_model=self.draft_model,
         )
@@ -229,6 +240,7 @@ class Engine:
         """Store the draft model's guesses. The next step verifies them."""
         assert self.draft_model is not None, "it made the plan"
         self.draft_model.take_in(plan, guesses, self._clock())
+        self._has_model_guesses = True
         self.stats.draft_model_failures += guesses is None
 
     def schedule_ahead(self) -> Batch | None:
@@ -278,7 +290,7 @@ class Engine:
         batch = make_batch(runs, self.tokenizer.eos_token_ids, masks, processors)
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens += num_tokens
-        self._steps.append(Step(runs, guidance, processors, start))
+        self._steps.append(Step(runs, guidance, processors, start, is_ahead=bool(self._steps)))
         return batch
 
     def update(self, result: StepResult) -> None:
@@ -289,10 +301,17 @@ class Engine:
             step.guidance.advance(result)
         if step.processors is not None:
             self._note_processors(step.processors)
-        seconds, self._last_end = now - max(step.start, self._last_end), now
+        between, seconds = now - self._last_end, now - max(step.start, self._last_end)
+        self._last_end = now
         self.stats.num_step_threads = result.num_threads
         self.stats.host_draws += result.num_host_draws
         has_chunk = max(step.runs, key=itemgetter(1))[1] > 1
+        is_plain = not (has_chunk or step.guidance or self._has_model_guesses)
+        if self._wait_cost is not None and is_plain:
+            num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
+            if step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs):  # else there was none before it
+                self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
+        self._has_model_guesses = False
         if self._pace is not None and has_chunk:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
             self._pace.observe(chunks, seconds)

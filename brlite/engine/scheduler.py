@@ -11,11 +11,20 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import islice, takewhile
 
-from brlite.engine.backend import Batch, LogitsProcessors, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
+from brlite.engine.backend import (
+    CPU_ROWS,
+    Batch,
+    LogitsProcessors,
+    PoolingInput,
+    RowCosts,
+    SamplingInput,
+    ScheduledSeq,
+    TokenMasks,
+)
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
-from brlite.engine.drafting import ROW_COST, NgramDrafter, StepForecast
+from brlite.engine.drafting import NgramDrafter, StepForecast, WaitCost
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
@@ -45,6 +54,9 @@ class Scheduler:
     Drafts: while at most `max_draft_seqs` run, sequences may guess ahead with the rest of the budgets. Tokens that a
     grammar forces are drafts for any number of sequences: they must be computed anyway.
 
+    `may_guess` is for guesses alone, not for forced tokens. With a `wait_cost` they must also pay for the time that the
+    device waits: no step is decided behind one with guesses.
+
     A step may be decided while the one before is under way, if `can_schedule_ahead`. A sequence that the earlier step
     ends is then in one step too many. It keeps its blocks until that step has ended.
     """
@@ -57,6 +69,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_draft_tokens: int = 0,
         max_draft_seqs: int = 0,
+        may_guess: bool = True,
+        row_costs: RowCosts = CPU_ROWS,
+        wait_cost: WaitCost | None = None,
         pace: StepPace | None = None,
         draft_model: DraftModel | None = None,
     ) -> None:
@@ -69,6 +84,9 @@ class Scheduler:
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
         self._max_draft_tokens = max_draft_tokens
         self._max_draft_seqs = max_draft_seqs
+        self._may_guess = may_guess and max_draft_tokens > 0
+        self._row_costs = row_costs
+        self._wait_cost = wait_cost
         self._pace = pace
         self._draft_model = draft_model
         self._now = 0.0  # the time of the last `schedule`
@@ -129,12 +147,13 @@ class Scheduler:
     def can_schedule_ahead(self) -> bool:
         """Whether the next step can be decided before the result of the one under way is known.
 
-        It cannot if the input of a sequence's next draw depends on the token that is being drawn (a grammar, a window
-        of penalties, DRY, bad words, logits processors), if guesses may be made, or if a sequence must be preempted.
+        It cannot if that result tells how many guesses were right, if the input of a sequence's next draw depends on
+        the token that is being drawn (a grammar, a window of penalties, DRY, bad words, logits processors), if the next
+        step is expected to gain from guesses, or if a sequence must be preempted.
         """
-        if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
-            return False
         for seq in self.running:
+            if seq.draft_token_ids:
+                return False
             if seq.is_being_drawn:
                 if _depends_on_last_draw(seq) and not seq.ends_with_step:
                     return False
@@ -144,7 +163,8 @@ class Scheduler:
             max(0, self._blocks.num_blocks_for(seq.num_scheduled_tokens + seq.num_left) - len(seq.block_table))
             for seq in self.running
         )
-        return num_missing <= self._blocks.num_free and self._next_to_replace() is None
+        has_room = num_missing <= self._blocks.num_free and self._next_to_replace() is None
+        return has_room and not self._wants_guesses()
 
     def schedule(self, now: float) -> list[tuple[Sequence, int]]:
         """The sequences of the step at `now`, each with the number of its tokens to compute. They hold the blocks."""
@@ -232,8 +252,9 @@ class Scheduler:
 
     def _draft(self, scheduled: dict[Sequence, int], budget: int) -> None:
         """Add drafts while they pay. They use only tokens and blocks that no other sequence needs in this step."""
-        may_guess = len(self.running) <= self._max_draft_seqs
-        forecast = StepForecast(self._max_num_batched_tokens - budget)
+        may_guess = self._may_guess and len(self.running) <= self._max_draft_seqs
+        may_use_ngrams = may_guess and (self._wait_cost is None or self._do_ngrams_pay())
+        forecast = StepForecast(self._max_num_batched_tokens - budget, self._row_costs)
         for seq, num_tokens in scheduled.items():
             forced = seq.matcher.forced if seq.matcher is not None else ()
             if not (forced or may_guess):
@@ -246,11 +267,39 @@ class Scheduler:
             guesses = [] if forced or self._draft_model is None else self._draft_model.guesses_for(seq)
             if forced or guesses:  # those of a model are made already, since they pay
                 seq.draft_token_ids = forecast.add_forced(list(islice(forced or guesses, limit)))
-            elif (drafter := _ngrams(seq)) is not None:
+            elif may_use_ngrams and (drafter := _ngrams(seq)) is not None:
                 num_guesses = forecast.add_guesses(drafter.acceptance, limit)
                 seq.draft_token_ids = drafter.guess(seq.token_ids, num_guesses)
             self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
             budget -= len(seq.draft_token_ids)
+
+    def _do_ngrams_pay(self) -> bool:
+        """Whether n-grams are expected to gain more than the wait of the step behind them costs.
+
+        Before the result of the step under way, its draws are expected to be right as often as guesses were.
+        """
+        forecast = StepForecast(len(self.running), self._row_costs)
+        for seq in self.running:
+            num_drawn = seq.num_output_tokens + seq.is_being_drawn
+            limit = min(_max_guesses(seq, num_drawn), self._max_draft_tokens)
+            if limit > 0 and (drafter := _ngrams(seq)) is not None:
+                chance = drafter.acceptance if seq.is_being_drawn else 1.0
+                forecast.add_guesses(drafter.acceptance, limit, chance=chance)
+        return forecast.gains(self._wait)
+
+    @property
+    def _wait(self) -> float:
+        """The cost of a step that is not decided ahead."""
+        return 0.0 if self._wait_cost is None else self._wait_cost.cost
+
+    def _wants_guesses(self) -> bool:
+        """Whether the step after the one under way should wait for its result, to have guesses or a plan of them."""
+        if not self._may_guess or not 0 < len(self.running) <= self._max_draft_seqs:
+            return False
+        if not all(seq.is_being_drawn for seq in self.running):
+            return False  # a prompt is left
+        model = self._draft_model
+        return (model is not None and not model.takes_rest()) or self._do_ngrams_pay()
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
         """The guesses that the draft model should make before the next step. Call it before `schedule`.
@@ -259,14 +308,14 @@ class Scheduler:
         guess better get none.
         """
         model = self._draft_model
-        if model is None or model.is_off:
+        if model is None or model.is_off or not self._may_guess:
             return None
         model.release_stopped()
         num_seqs = len(self.running)
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in self.running)
         if not is_decoding or num_seqs > self._max_draft_seqs or self._match_next() is not None:
             return None
-        forecast, wanted = StepForecast(num_seqs), list[tuple[Sequence, int]]()
+        forecast, wanted = StepForecast(num_seqs, self._row_costs), list[tuple[Sequence, int]]()
         budget = self._max_num_batched_tokens - num_seqs
         for seq in self.running:
             limit = self._blocks.num_spare_slots(seq, num_reserved=num_seqs)
@@ -277,7 +326,15 @@ class Scheduler:
             budget -= num_guesses
             if num_guesses:
                 wanted.append((seq, num_guesses))
-        return model.plan(wanted, self._max_num_batched_tokens, now)
+        if forecast.gains(0.0):
+            if forecast.gains(self._wait):
+                model.note_paying()
+            elif not model.is_trial_due(self._wait):
+                wanted = []
+        plan = model.plan(wanted, self._max_num_batched_tokens, now)
+        if plan is None:
+            model.rest()
+        return plan
 
     def _num_model_guesses(self, seq: Sequence, limit: int, forecast: StepForecast, model: DraftModel) -> int:
         """How many guesses the draft model should make for a sequence: as many as pay, or a few as a trial."""
@@ -290,10 +347,9 @@ class Scheduler:
         by_ngrams.add_guesses(0.0 if drafter is None else drafter.acceptance, limit)
         num_guesses = by_model.add_guesses(draft.acceptance, limit, cost)
         num_missing = draft.num_tokens - draft.num_computed_tokens
-        catch_up_cost = cost * ROW_COST * max(0, num_missing - FEW_TOKENS)
+        catch_up_cost = cost * self._row_costs.other * max(0, num_missing - FEW_TOKENS)
         num_expected = min(seq.state.max_tokens - seq.num_output_tokens, max(EXPECTED_TOKENS, seq.num_output_tokens))
         if (by_model.rate / by_ngrams.rate - 1) * num_expected > catch_up_cost:
-            model.note_paying()
             forecast.add_guesses(draft.acceptance, limit, cost)
             return num_guesses
         return min(limit, TRIAL_GUESSES) if model.is_trial_due(catch_up_cost + TRIAL_GUESSES * cost) else 0
@@ -429,17 +485,22 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
     of output; forced tokens may also follow the end of a prompt. The last token that `max_tokens` allows is never a
     draft. None while another step with it is under way.
     """
-    request = seq.state.request
     is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
     if not is_drawn or not (is_forced or (num_tokens == 1 and seq.num_output_tokens > 0)):
         return 0
-    if seq.num_in_flight_tokens or seq.num_output_tokens < request.params.min_tokens:
+    return 0 if seq.num_in_flight_tokens else _max_guesses(seq, seq.num_output_tokens)
+
+
+def _max_guesses(seq: Sequence, num_drawn: int) -> int:
+    """How many drafts may follow the first `num_drawn` tokens of an answer."""
+    request = seq.state.request
+    if num_drawn < request.params.min_tokens or request.bad_words or seq.state.search is not None:
         return 0
-    if seq.counts is not None or seq.repetitions is not None or request.bad_words or seq.state.search is not None:
+    if seq.counts is not None or seq.repetitions is not None:
         return 0
     if seq.processors is not None:
         return 0
-    return seq.state.max_tokens - seq.num_output_tokens - 1
+    return seq.state.max_tokens - num_drawn - 1
 
 
 def _depends_on_last_draw(seq: Sequence) -> bool:

@@ -167,7 +167,7 @@ def model_slots(engine: EngineLoop) -> list[SlotState]:
     Sequences have no fixed slots: `id` is the index in this list.
     """
     info, n_ctx = engine.info, context_length(engine.info)
-    speculative = engine.config.speculation == "auto" and info.max_draft_tokens > 0
+    speculative = engine.may_guess
     slots = [
         SlotState(
             id=number,

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brlite.engine.backend import CPU_ROWS
 from brlite.engine.drafting import INITIAL_ACCEPTANCE, MAX_NEW_TOKENS, NgramDrafter, StepForecast
 
 
@@ -89,7 +90,7 @@ def test_a_prompt_that_repeats_itself_promises_nothing_of_the_answer() -> None:
 
 
 def test_more_certain_guesses_are_longer_and_hopeless_ones_are_not_made() -> None:
-    lengths = [StepForecast(1).add_guesses(acceptance, 7) for acceptance in (0.0, 0.05, 0.2, 0.6, 0.9, 1.0)]
+    lengths = [StepForecast(1, CPU_ROWS).add_guesses(acceptance, 7) for acceptance in (0.0, 0.05, 0.2, 0.6, 0.9, 1.0)]
 
     assert lengths == sorted(lengths)
     assert lengths[:2] == [0, 0]
@@ -97,14 +98,14 @@ def test_more_certain_guesses_are_longer_and_hopeless_ones_are_not_made() -> Non
 
 
 def test_fewer_guesses_pay_the_more_rows_a_step_has() -> None:
-    lengths = [StepForecast(num_rows).add_guesses(0.8, 16) for num_rows in (1, 2, 4, 8, 128)]
+    lengths = [StepForecast(num_rows, CPU_ROWS).add_guesses(0.8, 16) for num_rows in (1, 2, 4, 8, 128)]
 
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 0
 
 
 def test_guesses_of_one_sequence_leave_less_to_those_of_the_next() -> None:
-    forecast = StepForecast(2)
+    forecast = StepForecast(2, CPU_ROWS)
 
     lengths = [forecast.add_guesses(0.6, 7) for _ in range(2)]
 

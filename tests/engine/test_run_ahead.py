@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from array import array
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from brlite.engine.outputs import RequestOutput
 from brlite.errors import EngineError
 from brlite.sampling_params import PoolingParams, StructuredOutput
 from tests.engine.conftest import Driver
-from tests.fakes import EOS, reference_tokens, repeating_token
+from tests.fakes import EOS, FakeBackend, printable_token, reference_tokens, repeating_token
 
 
 def ahead(**options: Any) -> Driver:
@@ -153,7 +154,11 @@ def test_penalties_count_the_token_that_is_not_drawn_yet_when_it_is():
 
 
 def test_guesses_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_do_not():
-    options: dict[str, Any] = {"max_draft_tokens": 7, "next_token": repeating_token, "engine": {"max_draft_seqs": 1}}
+    options: dict[str, Any] = {
+        "max_draft_tokens": 7,
+        "next_token": repeating_token,
+        "engine": {"max_draft_seqs": 1, "speculation": "on"},
+    }
     alone, many = ahead(**options), ahead(**options)
     alone.submit("abcabcabcabcabc", max_tokens=40)
     for prompt in ("abcabcabcabcabc", "bcabcabcabcabc"):
@@ -163,10 +168,67 @@ def test_guesses_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_
     many.finish()
 
     assert alone.engine.stats.accepted_tokens > 0
-    assert alone.engine.stats.steps_ahead == 0
+    assert 0 < alone.engine.stats.steps_ahead < len(alone.backend.batches) - 4
     assert many.engine.stats.draft_tokens == 0
     assert many.engine.stats.steps_ahead > 30
     assert many.token_ids("request-0") == alone.token_ids("request-0")
+
+
+def test_a_step_with_guesses_is_not_followed_before_its_result_is_there():
+    driver = ahead(max_draft_tokens=7, next_token=repeating_token, engine={"speculation": "on"}, budget=32)
+    for prompt in ("abcabcabcabc", "bcabcabcab"):
+        driver.submit(prompt, max_tokens=40)
+
+    batches = driver.finish()
+
+    has_guesses = [any(seq.num_draft_tokens for seq in batch.seqs) for batch in batches]
+    is_ahead = [any(seq.takes_last_draw for seq in batch.seqs) for batch in batches]
+    assert sum(has_guesses) > 3
+    assert sum(is_ahead) > 3
+    assert not any(map(operator.and_, has_guesses, is_ahead))
+    assert not any(map(operator.and_, has_guesses, is_ahead[1:]))
+
+
+def test_on_a_backend_that_runs_ahead_text_is_guessed_only_if_the_config_says_so():
+    driver = ahead(max_draft_tokens=7, next_token=lambda context, seed: ord("a"))
+    driver.submit("aaaaaaaa", max_tokens=20)
+
+    driver.finish()
+
+    assert not driver.engine.may_guess
+    assert driver.engine.stats.draft_tokens == 0
+    assert driver.engine.stats.steps_ahead == 19
+
+
+def test_guesses_that_gain_less_than_the_device_would_wait_are_not_made():
+    def drafted(wait_cost: float) -> int:
+        driver = ahead(max_draft_tokens=1, next_token=lambda *_: ord("a"), engine={"speculation": "on"}, budget=32)
+        assert driver.engine._wait_cost is not None
+        driver.engine._wait_cost.observe = lambda *_, **more: None  # type: ignore[method-assign]
+        driver.engine._wait_cost.cost = wait_cost
+        driver.submit("aaaaaaaa", max_tokens=30)
+        driver.finish()
+        return driver.engine.stats.draft_tokens
+
+    assert drafted(0.5) > 5
+    assert drafted(1.5) == 0  # a step of two tokens at most
+
+
+@pytest.mark.parametrize("next_token", [printable_token, repeating_token])
+def test_a_draft_model_that_does_not_pay_lets_steps_be_decided_ahead(next_token: Callable[..., int]):
+    draft = FakeBackend(next_token=next_token, num_blocks=64, max_model_len=64)
+    driver = ahead(max_draft_tokens=7, draft_backend=draft, draft_seconds=0.05, num_blocks=128, max_model_len=400)
+
+    driver.submit("hello", max_tokens=50)
+    driver.submit("you", max_tokens=50)
+    driver.finish()
+
+    assert [driver.text(f"request-{n}") for n in (0, 1)] == [reference_text(each, 50) for each in ("hello", "you")]
+    stats = driver.engine.stats
+    if next_token is printable_token:  # the served model's own
+        assert stats.accepted_tokens == stats.draft_tokens > 50
+    else:
+        assert stats.steps_ahead > 25
 
 
 def test_a_failed_step_ends_its_requests_and_those_of_the_step_behind_it_go_on():
@@ -324,7 +386,7 @@ def test_any_mix_of_requests_gets_the_same_whether_steps_are_decided_ahead_or_no
             max_model_len=48,
             max_draft_tokens=choose.choice([0, 0, 4]),
             next_token=repeating_token,
-            engine={"max_draft_seqs": 1},
+            engine={"max_draft_seqs": 1, "speculation": "on"},
             can_run_ahead=can_run_ahead,
         )
         for number in range(16):

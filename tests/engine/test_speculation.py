@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
-from brlite.engine.backend import Batch
-from brlite.engine.drafting import CHEAP_ROW_COST
+from brlite.engine.backend import CPU_ROWS, Batch
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.stats import EngineStats
 from tests.engine.conftest import Driver
@@ -122,7 +121,7 @@ def test_a_text_that_does_not_repeat_itself_costs_next_to_nothing(make_driver: M
     driver.submit("hello", max_tokens=512)
     batches = driver.finish()
 
-    assert num_drafted(batches) * CHEAP_ROW_COST < 0.01 * len(batches)
+    assert num_drafted(batches) * CPU_ROWS.cheap < 0.01 * len(batches)
 
 
 def test_guesses_that_are_wrong_again_and_again_are_given_up(make_driver: MakeDriver) -> None:

@@ -97,9 +97,9 @@ class RankSeq(msgspec.Struct, frozen=True, array_like=True):
     num_draft_tokens: int = 0
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether a token is drawn after its last one."""
-        return bytes(self.sampling) != NIL
+    def num_draws(self) -> int:
+        """As in `ScheduledSeq`."""
+        return 0 if bytes(self.sampling) == NIL else 1 + self.num_draft_tokens
 
 
 class RankBatch(msgspec.Struct, frozen=True, array_like=True):

@@ -29,6 +29,7 @@ from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.host import NativeSampler, sample_processed
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
+    MAX_DRAFT_TOKENS,
     BackendGuard,
     BackendInfo,
     Batch,
@@ -44,7 +45,6 @@ from brlite.errors import EngineError, RankGone
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.process.machine import describe_cpu
 
-MAX_DRAFT_TOKENS = 16
 SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
 
 
@@ -145,7 +145,7 @@ class NativeBackend:
         """Compute this rank's part of a step that rank 0 executes: everything but the draws."""
         rows = _Rows(work.seqs)
         first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
-        drawn = [row for seq, first in first_rows if seq.is_drawn for row in _drawing_rows(seq, first)]
+        drawn = [row for seq, first in first_rows for row in _drawing_rows(seq, first)]
         targets = [first + i for seq, first in first_rows for i in range(len(seq.prompt_targets))]
         draws = (abi.Draw * (len(drawn) + len(targets)))()
         for row, draw in zip((*drawn, *targets), draws, strict=True):
@@ -244,25 +244,13 @@ class _Poolings:
 def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
     """The rows after which a sequence draws: its last real token, and each draft token in case all before it match."""
     end = first_row + len(seq.token_ids)
-    return range(end - 1 - seq.num_draft_tokens, end)
+    return range(end - seq.num_draws, end)
 
 
 def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported: Iterator[TokenLogprob]) -> SeqResult:
-    """Consume a sequence's draws from the iterators. Tokens after the first draft token that differs are dropped."""
+    """Consume a sequence's draws from the iterators."""
     logprobs = list(islice(reported, len(seq.prompt_targets)))
-    tokens: list[SampledToken] = []
-    if seq.sampling is not None:
-        guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
-        found = list(islice(drawn, len(guesses)))
-        for token, guess in zip(found, guesses, strict=True):
-            if isinstance(token, Undrawn):
-                return SeqResult.undrawn(seq.seq_id, token)
-            tokens.append(token)
-            if token.token_id != guess:
-                break
-    if not all(math.isfinite(entry.logprob) for entry in logprobs):
-        return SeqResult.not_finite(seq.seq_id)
-    return SeqResult(seq.seq_id, tokens, logprobs)
+    return SeqResult.of_draws(seq, list(islice(drawn, seq.num_draws)), logprobs)
 
 
 def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cache: PagedCache) -> BackendInfo:

@@ -6,7 +6,6 @@ result by rounding at most.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
+    MAX_DRAFT_TOKENS,
     BackendGuard,
     BackendInfo,
     Batch,
@@ -48,6 +48,7 @@ from brlite.engine.backend import (
     ScheduledSeq,
     SeqResult,
     StepResult,
+    TokenMask,
     Undrawn,
 )
 from brlite.engine.outputs import TokenLogprob
@@ -64,7 +65,8 @@ FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but hel
 
 @dataclass
 class QueuedStep:
-    """A step that was queued. The token of each sequence in `places` is drawn on the device, at that index of `drawn`.
+    """A step that was queued. The tokens of the sequences in `places` are drawn on the device: from that index of
+    `drawn` on, `num_draws` of each.
 
     `wait` returns `drawn` on the host when the step has ended. After that `step` is None and `outcome` is set.
     """
@@ -132,9 +134,11 @@ class TorchBackend:
             plan.report(0.0, "compiling kernels and capturing steps")
         with needs.explained("kernels and graphs", "lower num_blocks or engine.gpu_memory_utilization"):
             steps, notes = choose_steps(
-                decoder, cache, engine.torch_kernels, max_rows=spec.build_batch, max_length=spec.build_seq
+                decoder, cache, engine.torch_kernels, max_rows=most_rows(plan), max_length=spec.build_seq
             )
-        return cls(steps, _describe(steps, plan, notes))
+        if plan.shard is not None:  # the ranks join the logits of all draws in one call
+            rules = rules._replace(runs_ahead=False)
+        return cls(steps, _describe(steps, plan, notes), rules)
 
     @property
     def info(self) -> BackendInfo:
@@ -156,16 +160,16 @@ class TorchBackend:
                 self._settle(before)
             batch, last = _with_last_draws(batch, before)
             step = self._steps.forward(batch.seqs, last)
-            rows, inputs = dict[int, int](), list[SamplingInput]()  # of the draws that the device makes
+            places, rows, inputs = dict[int, int](), list[int](), list[SamplingInput]()  # of the device's draws
             for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
                 is_processed = batch.processors is not None and seq.seq_id in batch.processors
                 if seq.sampling and not is_processed and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
-                    rows[seq.seq_id] = first + len(seq.token_ids) - 1
-                    inputs.append(seq.sampling)
+                    places[seq.seq_id] = len(rows)
+                    rows += _drawing_rows(seq, first)
+                    inputs += _draw_inputs(seq, seq.sampling)
             drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
             if rows:
-                drawn = draw(self._steps.logits(step, list(rows.values())), inputs)
-            places = {seq_id: place for place, seq_id in enumerate(rows)}
+                drawn = draw(self._steps.logits(step, rows), inputs)
             self._before = launched = QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
         return partial(self._fetch, launched)
 
@@ -191,12 +195,13 @@ class TorchBackend:
     def _result(self, launched: QueuedStep, step: ComputedStep) -> StepResult:
         batch, places = launched.batch, launched.places
         tokens = self._draw(batch, step, places)
-        num_host_draws = len(tokens) if self._rules.runs_ahead else 0
-        found = launched.wait().tolist()
-        for seq_id, place in places.items():
-            tokens[seq_id] = SampledToken(found[place]) if found[place] >= 0 else Undrawn.NOT_FINITE
+        num_host_draws = sum(map(len, tokens.values())) if self._rules.runs_ahead else 0
+        found = [SampledToken(token) if token >= 0 else Undrawn.NOT_FINITE for token in launched.wait().tolist()]
+        for seq in batch.seqs:
+            if (place := places.get(seq.seq_id)) is not None:
+                tokens[seq.seq_id] = found[place : place + seq.num_draws]
         results = [
-            _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, step, first))
+            SeqResult.of_draws(seq, tokens.get(seq.seq_id, ()), self._prompt_logprobs(seq, step, first))
             if seq.pooling is None
             else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
             for seq, first in zip(batch.seqs, step.first_rows, strict=True)
@@ -208,7 +213,7 @@ class TorchBackend:
         with self._guard.step(), torch.inference_mode():
             step = self._steps.forward(work.seqs)
             first_rows = list(zip(work.seqs, step.first_rows, strict=True))
-            drawn = [first + len(seq.token_ids) - 1 for seq, first in first_rows if seq.is_drawn]
+            drawn = [row for seq, first in first_rows for row in _drawing_rows(seq, first)]
             for rows in (drawn, *(rows for seq, first in first_rows for rows in self._target_rows(seq, first))):
                 if rows:
                     self._logits(step, rows)
@@ -230,29 +235,34 @@ class TorchBackend:
 
         self._guard.close(let_go)
 
-    def _draw(self, batch: Batch, step: ComputedStep, is_drawn: Container[int]) -> dict[int, SampledToken | Undrawn]:
+    def _draw(
+        self, batch: Batch, step: ComputedStep, is_drawn: Container[int]
+    ) -> dict[int, list[SampledToken | Undrawn]]:
         """The tokens that the host draws, by `seq_id`: of the sequences with `sampling` that are not in `is_drawn`."""
-        seq_ids, rows, inputs, masks = [], [], [], []
+        seqs, rows, inputs = list[ScheduledSeq](), list[int](), list[SamplingInput]()
+        masks: list[TokenMask | None] = []
         for seq, first in zip(batch.seqs, step.first_rows, strict=True):
             if seq.sampling is not None and seq.seq_id not in is_drawn:
-                seq_ids.append(seq.seq_id)
-                rows.append(first + len(seq.token_ids) - 1)
-                inputs.append(seq.sampling)
-                masks.append(batch.mask_of(seq.seq_id))
+                seqs.append(seq)
+                rows += _drawing_rows(seq, first)
+                inputs += _draw_inputs(seq, seq.sampling)
+                masks += [batch.mask_of(seq.seq_id, draw) for draw in range(seq.num_draws)]
         if not rows:
             return {}
         logits = self._logits(step, rows)
         if batch.masks is not None:
             batch.masks.wait()
-        processors, tokens = batch.processors or {}, dict[int, SampledToken | Undrawn]()
+        processors, tokens = batch.processors or {}, dict[int, list[SampledToken | Undrawn]]()
+        seq_ids = [seq.seq_id for seq in seqs for _ in range(seq.num_draws)]  # of each row
         for seq_id, row, entry, mask in zip(seq_ids, logits, inputs, masks, strict=True) if processors else ():
             if seq_id in processors:
-                tokens[seq_id] = self._sampler.sample_processed(row, entry, mask, processors[seq_id])
+                tokens[seq_id] = [self._sampler.sample_processed(row, entry, mask, processors[seq_id])]
         rest = [index for index, seq_id in enumerate(seq_ids) if seq_id not in processors]
         if rest:
             logits = logits[rest] if processors else logits
             drawn = self._sampler.sample(logits, [inputs[index] for index in rest], [masks[index] for index in rest])
-            tokens.update(zip([seq_ids[index] for index in rest], drawn, strict=True))
+            for index, token in zip(rest, drawn, strict=True):
+                tokens.setdefault(seq_ids[index], []).append(token)
         return tokens
 
     def _prompt_logprobs(self, seq: ScheduledSeq, step: ComputedStep, first: int) -> list[TokenLogprob]:
@@ -282,6 +292,14 @@ class TorchBackend:
         """The logits of some rows, on the device where tokens are drawn from them."""
         logits = self._steps.logits(step, rows)
         return logits if self._rules.samples else logits.cpu()
+
+
+def most_rows(plan: LoadPlan) -> int:
+    """The rows of the largest step without a prompt, a token of each sequence or guesses. Graphs have them."""
+    spec, engine = plan.spec, plan.engine
+    if engine.speculation == "off":
+        return spec.build_batch
+    return max(spec.build_batch, min(spec.build_batch, engine.max_draft_seqs) * (1 + engine.max_draft_tokens))
 
 
 @contextmanager
@@ -318,12 +336,17 @@ def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, La
     return msgspec.structs.replace(batch, seqs=seqs), LastDraws(before.drawn.clamp(min=0), sources)
 
 
-def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
-    if isinstance(token, Undrawn):
-        return SeqResult.undrawn(seq.seq_id, token)
-    if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-        return SeqResult.not_finite(seq.seq_id)
-    return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
+def _drawing_rows(seq: ScheduledSeq | RankSeq, first: int) -> range:
+    """The rows after which a run draws. Its hidden states begin at row `first`."""
+    end = first + len(seq.token_ids)
+    return range(end - seq.num_draws, end)
+
+
+def _draw_inputs(seq: ScheduledSeq, sampling: SamplingInput) -> Iterator[SamplingInput]:
+    """The inputs of a run's draws: they differ in their positions."""
+    yield sampling
+    for number in range(1, seq.num_draws):
+        yield msgspec.structs.replace(sampling, position=sampling.position + number)
 
 
 def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:
@@ -352,9 +375,11 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
         can_run_ahead=rules.runs_ahead and plan.shard is None,
         runs_logits_processors=True,
         is_batch_invariant=steps.is_batch_invariant,
         step_tokens=rules.step_tokens,
+        row_costs=rules.row_costs,
         notes=tuple(notes),
     )

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from brlite.config.options import STEP_TOKENS
+from brlite.engine.backend import CARD_ROWS, CPU_ROWS, RowCosts
 from brlite.errors import ConfigError, MissingExtra
 from brlite.models.precision import Precision
 from brlite.process.machine import describe_cpu, has_fast_bfloat16
@@ -49,6 +50,7 @@ class DeviceRules(NamedTuple):
     * `runs_ahead`: a step is launched while the previous one computes. Copies do not wait, and simple draws are made on
       the device.
     * `step_tokens`: the default number of tokens of a step with prompts.
+    * `row_costs`: the costs of a step's rows.
     """
 
     packs_matrices: bool = False
@@ -60,6 +62,7 @@ class DeviceRules(NamedTuple):
     has_triton: bool = False
     runs_ahead: bool = False
     step_tokens: int = STEP_TOKENS
+    row_costs: RowCosts = CPU_ROWS
 
     def keeps_forms(self, precision: Precision) -> bool:
         """Whether matrices of this precision are held in their forms rather than widened."""
@@ -76,6 +79,7 @@ RULES = {
         has_triton=True,
         runs_ahead=True,
         step_tokens=2048,
+        row_costs=CARD_ROWS,
     ),
     # New torch plugins have most errors in sorting, masks and waiting for the device, so these are avoided.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),

@@ -37,7 +37,7 @@ class ComputedStep:
     """`hidden` [T, H], with the first row of each run in `first_rows`. `logits` of the first rows of `hidden`, if they
     were computed as well."""
 
-    first_rows: list[int]
+    first_rows: Sequence[int]
     hidden: Tensor
     logits: Tensor | None = None
 

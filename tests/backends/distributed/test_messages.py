@@ -66,7 +66,7 @@ def test_a_rank_reads_of_a_batch_all_but_how_tokens_are_drawn(channels: tuple[Ch
     assert isinstance(message, Compute)
     work = read_work(message)
 
-    assert [seq.is_drawn for seq in work.seqs] == [True, False]
+    assert [seq.num_draws for seq in work.seqs] == [3, 0]
     for seq, piece in zip((drawn, plain), work.seqs, strict=True):
         for name in ("seq_id", "start", "token_ids", "block_table", "prompt_targets", "num_draft_tokens"):
             assert getattr(piece, name) == getattr(seq, name)

@@ -1,7 +1,9 @@
-"""Steps by the kernels of this folder. Steps of single tokens replay CUDA graphs that are captured at the start.
+"""Steps by the kernels of this folder. Steps of short runs replay CUDA graphs that are captured at the start.
 
-A graph has a fixed number of rows. A step of fewer rows is padded with rows that write to a scratch block, which is
-never read.
+A graph computes a fixed number of rows, each as a single token. A short run (guesses to verify, the end of a prompt) is
+replayed as single tokens of consecutive positions with the same block table: a layer stores the keys and values of all
+rows before any row attends, so each row reads those before it. A step of fewer rows is padded with rows that write to a
+scratch block, which is never read.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from brlite.backends.torch.triton.attention import tile_tokens
 from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
 from brlite.backends.torch.triton.plan import TritonDecoder
 from brlite.backends.torch.triton.rows import take_draws
+from brlite.engine.backend import MAX_DRAFT_TOKENS
 from brlite.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_ROWS = 128
+MAX_SHORT_RUN = 1 + MAX_DRAFT_TOKENS  # tokens; as single tokens, longer runs would read too much of the cache
 GRAPH_NOTE = "steps are not replayed from graphs, which costs time between kernels: {reason}"
 
 
@@ -59,21 +63,24 @@ class TritonSteps:
     def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
         make_current(self.device)
         sources = () if last is None else last.sources
-        graph = self._graphs.get(1 << (len(runs) - 1).bit_length())
-        if graph is None or any(len(run.token_ids) > 1 for run in runs):
+        num_rows = sum(len(run.token_ids) for run in runs)
+        graph = self._graphs.get(1 << (num_rows - 1).bit_length())
+        if graph is None or any(len(run.token_ids) > MAX_SHORT_RUN for run in runs):
             layout = lay_out(runs, self.cache.block_size, self._tile_tokens, sources=sources)
             inputs = transfer(layout, self.device)
-        else:
-            filled = [*runs, *[self._filler] * (graph.inputs.num_rows - len(runs))]
-            layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
-            graph.array.copy_(send(layout.array, self.device))
-            inputs = graph.inputs
-        if last is not None:
-            take_draws(inputs.token_ids, inputs.sources, last.drawn)
-        if graph is None or inputs is not graph.inputs:
+            if last is not None:
+                take_draws(inputs.token_ids, inputs.sources, last.drawn)
             return ComputedStep(layout.rows, self._decoder.forward(inputs))
+        first_rows: Sequence[int] = range(num_rows)
+        if num_rows > len(runs):
+            runs, sources, first_rows = _as_single_tokens(runs, sources)
+        filled = [*runs, *[self._filler] * (graph.inputs.num_rows - num_rows)]
+        layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
+        graph.array.copy_(send(layout.array, self.device))
+        if last is not None:
+            take_draws(graph.inputs.token_ids, graph.inputs.sources, last.drawn)
         graph.graph.replay()
-        return ComputedStep(layout.rows[: len(runs)], graph.hidden, graph.logits)
+        return ComputedStep(first_rows, graph.hidden, graph.logits)
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
         if step.logits is not None:
@@ -114,3 +121,14 @@ class TritonSteps:
 
     def _indices(self, values: list[int]) -> Tensor:
         return send(np.array(values, np.int64), self.device)
+
+
+def _as_single_tokens(runs: Sequence[Run], sources: Sequence[int]) -> tuple[list[Run], list[int], list[int]]:
+    """The tokens of runs as runs of one token, the source of each, and the row of each run's first token."""
+    singles, source_of_single, first_rows = list[Run](), list[int](), list[int]()
+    for index, run in enumerate(runs):
+        first_rows.append(len(singles))
+        for offset, token_id in enumerate(run.token_ids):
+            singles.append(Filler(run.start + offset, [token_id], run.block_table))
+            source_of_single.append(sources[index] if sources and not offset else -1)
+    return singles, source_of_single, first_rows

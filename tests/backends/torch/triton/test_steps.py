@@ -187,7 +187,8 @@ def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
     for steps in (plain, replaying):
         for step in STEPS[:2]:
             logits_of(steps, runs_of(step))
-    assert graph.logits.isnan().all()  # those steps were not of single tokens
+    assert not graph.logits.isnan().any()  # the second of those steps was a short run and others
+    graph.logits.fill_(torch.nan)
 
     expected, found = (logits_of(steps, runs_of(STEPS[2])) for steps in (plain, replaying))
 
@@ -201,6 +202,23 @@ def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
             torch.testing.assert_close(*written, rtol=1e-2, atol=1e-2)
 
 
+def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
+    plain, replaying = PLAIN.kernels(), PLAIN.kernels()
+    graph = give_graph(replaying, 8)
+    for steps in (plain, replaying):
+        logits_of(steps, runs_of([(0, 3), (0, 2), (0, 1)]))
+    runs = runs_of([(3, 7), (2, 3), (1, 2)])
+    one_by_one = [logits_of(plain, [runs[0]._replace(start=at, token_ids=[TOKENS[0][at]])]) for at in range(3, 7)]
+
+    computed = replaying.forward(runs)
+
+    assert list(computed.first_rows) == [0, 4, 5]
+    assert graph.inputs.positions.tolist() == [3, 4, 5, 6, 2, 1, 0, 0]
+    assert graph.inputs.tables[:4, : len(TABLES[0])].tolist() == [TABLES[0]] * 4
+    torch.testing.assert_close(replaying.logits(computed, [0, 1, 2, 3]), torch.cat(one_by_one), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(replaying.logits(computed, [4, 5]), logits_of(plain, runs[1:]), rtol=1e-3, atol=1e-3)
+
+
 def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
     steps = PLAIN.kernels()
     graph = give_graph(steps, 4)
@@ -208,7 +226,7 @@ def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
 
     computed = steps.forward(runs)
 
-    assert computed.first_rows == [0, 1, 2]
+    assert list(computed.first_rows) == [0, 1, 2]
     assert torch.equal(steps.logits(computed, [2, 0]), graph.logits[[2, 0]])
     assert torch.equal(steps.logits(computed, [0, 1]), graph.logits[:2])
     torch.testing.assert_close(steps.normed(computed, [1]), steps._decoder.normed(graph.hidden)[1:2])
