@@ -65,14 +65,16 @@ class Renderer:
         roles = {role: self._says(messages) for role, messages in ROLE_PROBES.items()}
         parts = [{"type": "text", "text": PROBE}]
         takes_parts = bool(self._says([{**USER, "content": parts}], without=("'text': ", '"text": ')))
-        system_with_tools = {"role": "system", "content": "b", "tools": [_tool(PROBE)]}
+        system = {"role": "system", "content": "b"}
         tools_in = None
         probes: list[Any] = [_tool(PROBE)]
         tools_variable = next((name for name in TOOLS_VARIABLES if self._says([USER], **{name: probes})), None)
         if tools_variable is not None:
             tools_in = "argument"
-        elif self._says([system_with_tools, USER]):
+        elif self._says([{**system, "tools": [_tool(PROBE)]}, USER]):
             tools_in = "system message"
+        elif self._says([{**system, "tools": PROBE}, USER]):  # Phi-4-mini
+            tools_in = "system message, as text"
         return {
             "roles": roles,
             "takes_strings": not takes_parts or bool(self._says([{**USER, "content": PROBE}])),
@@ -112,7 +114,8 @@ class Renderer:
         encoded = json.dumps(values, ensure_ascii=False)
         mark = None
         if self._controls is not None:
-            mark = next(char for char in map(chr, chain(*MARKS)) if char not in encoded)
+            chars = map(chr, chain(*MARKS))
+            mark = next(char for char in chars if char not in encoded and _escaped(char) not in encoded)
             marked = {name: _marked(value, self._controls, mark) for name, value in values.items()}
             # A template may make tokens of the turns' roles, which the server has checked.
             marked["messages"] = [
@@ -120,7 +123,10 @@ class Renderer:
             ]
             mark, values = (None, values) if marked == values else (mark, marked)
         pieces = self._template.generate({**values, **self._variables, "add_generation_prompt": add_generation_prompt})
-        return {"text": _join(pieces, MAX_GROWTH * len(encoded) + MAX_MARKUP), "mark": mark}
+        text = _join(pieces, MAX_GROWTH * len(encoded) + MAX_MARKUP)
+        if mark is not None:  # `tool | string` and `tojson` in ASCII escape it
+            text = text.replace(_escaped(mark), mark)
+        return {"text": text, "mark": mark}
 
     def _says(self, messages: list[dict[str, Any]], *, without: Sequence[str] = (), **extras: Any) -> bool | None:
         """Whether the rendered chat contains the probe and none of `without`. None if the template refuses the chat."""
@@ -156,6 +162,10 @@ def _first_characters(controls: Sequence[str]) -> re.Pattern[str] | None:
     if not rests:
         return None
     return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
+
+
+def _escaped(char: str) -> str:
+    return ascii(char)[1:-1]
 
 
 def _marked(value: Any, controls: re.Pattern[str], mark: str) -> Any:

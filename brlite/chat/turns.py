@@ -65,7 +65,7 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     roles: Mapping[str, bool | None] = msgspec.field(default_factory=lambda: {"system": True})
     takes_strings: bool = True
     takes_parts: bool = False
-    tools_in: Literal["argument", "system message"] | None = None
+    tools_in: Literal["argument", "system message", "system message, as text"] | None = None
     tools_variable: str = "tools"
     call_format: str = "hermes"
     variables: frozenset[str] = frozenset()
@@ -130,8 +130,10 @@ def prepare_turns(
     if tools and not can.knows_tools:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         turns = _with_system(turns, can, text=TOOLS_IN_WORDS.format(tools=listed))
-    elif tools and can.tools_in == "system message":
-        turns = _with_system(turns, can, tools=[tool["function"] for tool in tools])
+    elif tools and can.tools_in != "argument":
+        functions = [tool["function"] for tool in tools]
+        is_text = can.tools_in == "system message, as text"
+        turns = _with_system(turns, can, tools=json.dumps(functions, ensure_ascii=False) if is_text else functions)
     return [_prepared(turn, names, can, is_first=index == 0) for index, turn in enumerate(turns)]
 
 

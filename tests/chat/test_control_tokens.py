@@ -296,3 +296,23 @@ def test_no_key_of_arguments_or_schemas_makes_control_tokens(key: str) -> None:
     tokens = written_tokens(LISTED + CALLS, json.dumps(hostile), parameters={"properties": {key: hostile}})
 
     assert tokens == []
+
+
+@pytest.mark.parametrize("written", ["{{ tools[0] | string }}", "{{ tools[0] | tojson(ensure_ascii=True) }}"])
+def test_a_template_that_escapes_its_tools_writes_the_text_of_control_tokens_unchanged(written: str) -> None:
+    controls = ControlTokens({"<|im_end|>": ControlToken(1)})
+    compiled = ChatTemplate(
+        "{% if tools %}" + written + "{% endif %}<|im_end|>", source="here", special_tokens={}, control_tokens=controls
+    )
+    tool = {"type": "function", "function": {"name": "f", "description": "Ends at <|im_end|> or \\ufdd0"}}
+
+    try:
+        text = compiled.render(
+            [{"role": "user", "content": "q"}], add_generation_prompt=False, extras=TemplateExtras(tools=[tool])
+        )
+    finally:
+        compiled.close()
+
+    assert isinstance(text, MarkedText)
+    assert [part for part in text.parts if isinstance(part, int)] == [1]
+    assert "Ends at <|im_end|> or \\\\ufdd0" in "".join(map(str, text.parts))

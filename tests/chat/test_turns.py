@@ -103,6 +103,11 @@ SMOLLM3 = (
     "{% if xml_tools %}<tools>{% for t in xml_tools %}{{ t | string }}{% endfor %}</tools> as <tool_call>{% endif %}"
     "{% for m in messages %}[{{ 'user' if m.role == 'tool' else m.role }}]{{ m.content }}{% endfor %}"
 )
+PHI4_MINI = (
+    "{% for m in messages %}{% if m.role == 'system' and 'tools' in m and m.tools is not none %}"
+    "{{ '<|system|>' + m.content + '<|tool|>' + m.tools + '<|/tool|><|end|>' }}"
+    "{% else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+)
 KIMI = (
     "{% set queue = namespace(ids=[]) %}{{ tools | tojson }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
     "{% for c in m.tool_calls or [] %}{% set _ = queue.ids.append(c.function.name) %}<|tool_calls_section_begin|>"
@@ -126,6 +131,11 @@ NO_RESULTS = (
             SMOLLM3,
             f"<tools>{TOOL}</tools> as <tool_call>[user]q[assistant]<tool_call>\n"
             '{"name": "f", "arguments": {"a": 1}}\n</tool_call>[user]r',
+        ),
+        (
+            PHI4_MINI,
+            f"<|system|><|tool|>{json.dumps([TOOL['function']])}<|/tool|><|end|><|user|>q<|end|><|assistant|>"
+            '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|><|end|><|tool|>r<|end|>',
         ),
         (
             KIMI,
@@ -251,6 +261,14 @@ def test_variables_and_documents_reach_the_template() -> None:
     )
 
     assert render(template, [ASKED], variables={"enable_thinking": True}, documents=[{"text": "x"}]) == "Truex"
+
+
+def test_functions_for_code_reach_smollm3_beside_its_tools() -> None:
+    template = "{% for t in python_tools or [] %}<code>{{ t | string }}</code>{% endfor %}" + SMOLLM3
+
+    text = render(template, [ASKED], tools=[TOOL], variables={"python_tools": [{"name": "g"}]})
+
+    assert text == f"<code>{{'name': 'g'}}</code><tools>{TOOL}</tools> as <tool_call>[user]q"
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "chat_template", "add_generation_prompt", "raise_exception"])
