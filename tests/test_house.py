@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parent.parent / "brlite"
 MAX_LINES = 600
 MAX_ROOMS, MAX_LEVELS, MAX_ARROWS = 22, 12, 110
 MAX_SHARE_USED_ONCE = 0.12  # 1 to 9 % in nano-vllm, mini-sglang, gpt-fast, uvicorn, httpx and starlette
-MAX_SHORT_FILES, SHORT_FILE_LINES = 12, 40
+MAX_SHORT_FILES, SHORT_FILE_LINES = 10, 40
 OLDEST_PYTHON = (3, 10)
 
 # Room → what it may import: rooms or files of brlite (errors always), then third parties.

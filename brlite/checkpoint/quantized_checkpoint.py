@@ -52,9 +52,8 @@ class QuantizedCheckpoint:
         self.identity = weights_identity(config, {file: header.raw for file, header in headers.items()})
         self._files = files
         entries = {entry.name: entry for header in headers.values() for entry in header.entries}
-        self._num_unused = len(entries)
         self._entries = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED_SUFFIXES)}
-        self._num_unused -= len(self._entries)
+        self._num_unused = len(entries) - len(self._entries)
         try:
             self._matrices = _find_matrices(quantization, self._entries)
         except ModelError as error:

@@ -154,10 +154,11 @@ class _Bundling:
     def run(self) -> tuple[Manifest, Rounding | None]:
         sweep(self._folder, "")
         previous = read_progress(self._folder)
+        old_names = set[str]() if previous is None else previous.files.keys()
         if previous is None or previous.source != self._plan.draft.source:
             # The folder becomes an unfinished bundle without files; the files of an older one are removed.
             self._write(PROGRESS_FILE, self._manifest())
-            for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
+            for name in (MANIFEST_FILE, *old_names):
                 (self._folder / name).unlink(missing_ok=True)
         else:
             self._keep_finished(previous)
@@ -167,7 +168,7 @@ class _Bundling:
         manifest = self._manifest()
         self._write(MANIFEST_FILE, manifest)
         (self._folder / PROGRESS_FILE).unlink(missing_ok=True)
-        for name in () if previous is None else previous.files.keys() - self._files.keys():
+        for name in old_names - self._files.keys():
             (self._folder / name).unlink(missing_ok=True)
         sync_folder(self._folder)
         return manifest, rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -91,7 +91,6 @@ class Tokenizer:
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_format
         self.infill = infill
-        self._special_ids: dict[str, int] = {}  # by text; filled at the first use
         # The most characters of a text that become one token; 0: no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
@@ -176,9 +175,11 @@ class Tokenizer:
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token with this text, or None."""
-        if not self._special_ids:
-            self._special_ids = {self.token_text(token_id): token_id for token_id in self.special_token_ids}
         return self._special_ids.get(text)
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {self.token_text(token_id): token_id for token_id in self.special_token_ids}
 
     def token_text(self, token_id: int) -> str:
         """A token's text for display; an incomplete character becomes U+FFFD."""

@@ -17,6 +17,8 @@ from brlite.errors import BackendLost, RankGone
 
 logger = logging.getLogger(__name__)
 
+Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]  # of rank 0 and of the others → of all together
+
 
 class RankModel(Protocol):
     """One rank's part of a model, loaded. On rank 0 it is a `Backend`; other ranks `follow` it."""
@@ -150,6 +152,3 @@ class ParallelBackend:
     def _end_others(self) -> None:
         self._ranks.kill()
         self._model.abort()
-
-
-Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]
