@@ -88,10 +88,9 @@ def parse_model_name(text: str) -> ModelName:
 def default_hub() -> HubName:
     """The hub of BRLITE_HUB. Raises `ModelError` for an unknown one."""
     name = os.environ.get(HUB_VARIABLE) or "huggingface"
-    for hub in get_args(HubName):
-        if name.lower() == hub:
-            return hub  # type: ignore[no-any-return]
-    raise ModelError(f"{HUB_VARIABLE} is {excerpt(name)}; allowed are {' and '.join(get_args(HubName))}")
+    if name.lower() not in get_args(HubName):
+        raise ModelError(f"{HUB_VARIABLE} is {excerpt(name)}; allowed are {' and '.join(get_args(HubName))}")
+    return HUB_PREFIXES[name.lower()]
 
 
 def is_model_name(text: str) -> bool:

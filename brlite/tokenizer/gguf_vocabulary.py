@@ -177,10 +177,10 @@ class _Vocabulary:
 
     def merges(self) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"
-        pairs = [tuple(merge.split(" ")) for merge in self._strings(key)]
+        pairs = [merge.split(" ") for merge in self._strings(key)]
         if any(len(pair) != 2 for pair in pairs):
             raise self.error(key, "must hold pairs of tokens with one space between them")
-        return [(pair[0], pair[1]) for pair in pairs]
+        return [(left, right) for left, right in pairs]
 
     def pieces(self) -> list[VocabularyPiece]:
         key = "tokenizer.ggml.scores"

@@ -19,18 +19,17 @@ class Slots:
 
     def check(self, rows: Sequence[PluginRow]) -> None:
         """Raise `RowRefused` for rows that the slots or the capabilities do not allow. Changes nothing."""
-        numbers = [row.slot for row in rows]
-        if self._capabilities.needs_every_slot and numbers != list(range(len(self.lengths))):
+        limits, numbers = self._capabilities, [row.slot for row in rows]
+        if limits.needs_every_slot and numbers != list(range(len(self.lengths))):
             raise RowRefused(f"a step needs a row for each of the {len(self.lengths)} slots, in their order")
         if len(set(numbers)) < len(numbers):
             raise RowRefused("a slot stands twice in a step")
-        limits = self._capabilities
         for row in rows:
             self._check_number(row.slot)
             held, num_tokens = self.lengths[row.slot], len(row.token_ids)
-            if num_tokens == 0 and limits.needs_every_slot:
-                continue
             if num_tokens == 0:
+                if limits.needs_every_slot:
+                    continue
                 raise RowRefused(f"slot {row.slot}: a row without tokens")
             if row.start != held:
                 raise RowRefused(f"slot {row.slot} holds {held} tokens; a row cannot start at {row.start}")
@@ -45,9 +44,9 @@ class Slots:
                 raise RowRefused(f"slot {row.slot}: a token id outside 0 to {limits.vocab_size - 1}")
         busy = [row for row in rows if len(row.token_ids)]
         num_prompts = sum(row.is_prompt for row in busy)
-        if num_prompts > 1 and not self._capabilities.can_prefill_together:
+        if num_prompts > 1 and not limits.can_prefill_together:
             raise RowRefused(f"{num_prompts} prompts in one step; allowed is 1")
-        if 0 < num_prompts < len(busy) and not self._capabilities.can_mix_rows:
+        if 0 < num_prompts < len(busy) and not limits.can_mix_rows:
             raise RowRefused("prompts and decodes in one step")
 
     def extend(self, rows: Sequence[PluginRow]) -> None:
