@@ -23,6 +23,7 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.metrics import ForwardingCollector
 from brlite.proxy.middleware import forward_middleware
 from brlite.proxy.scrape import Scraper
+from brlite.server.background import BACKGROUND, BackgroundResponses
 from brlite.server.generate import CONFIG, MODELS, RUNNING, end_all
 from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, PROBES, ROUTES
 from brlite.server.idempotency import ANSWERS, IdempotentAnswers
@@ -64,6 +65,7 @@ def create_app(
     app[RUNNING] = set()
     app[STORE] = make_response_store(config.limits.max_stored_bytes)
     app[ANSWERS] = IdempotentAnswers(config.limits)
+    app[BACKGROUND] = BackgroundResponses()
     app[PROBE_PATHS] = PROBES
     app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)
@@ -122,6 +124,7 @@ def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) 
         end_all(app)
         forwarder.stop()
         await app[ANSWERS].close()
+        await app[BACKGROUND].close()
 
     app.cleanup_ctx.append(run)
     app.on_shutdown.append(stop)

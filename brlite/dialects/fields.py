@@ -92,6 +92,7 @@ OBEYED = (
     ObeyedField("include", (RESPONSES,), (OPENAI, VLLM, SGLANG), "hosted tools' results are never there"),
     ObeyedField("truncation", (RESPONSES,), (OPENAI, VLLM, SGLANG), '"auto" cuts the beginning of the prompt'),
     ObeyedField("store", (RESPONSES,), (OPENAI, VLLM, SGLANG), "true is the default"),
+    ObeyedField("background", (RESPONSES,), (OPENAI, VLLM, SGLANG), "needs `store`; not in streams"),
     ObeyedField("metadata user safety_identifier prompt_cache_key", (RESPONSES,), (OPENAI,), "only said again"),
     ObeyedField("system", (MESSAGES,), (ANTHROPIC,), "text or text blocks"),
     ObeyedField("stop_sequences", (MESSAGES,), (ANTHROPIC,), "its name of `stop`"),
@@ -245,7 +246,6 @@ NOT_DECODED = (
     Field("grammar_triggers", (LLAMA_CPP,), ([],)),
     Field("stop_regex", (SGLANG,), ("", []), "stop"),
     Field("web_search_options moderation conversation", (OPENAI,)),
-    Field("background", (OPENAI,), (False,)),
     Field("mcp_servers", (ANTHROPIC,), ([],)),
     Field("container", (ANTHROPIC,)),
     # Kind and style of input and output.
@@ -298,6 +298,7 @@ OF_ONE_ENDPOINT = (
     Field("n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),
     Field("response_fields", (LLAMA_CPP,), ([],)),
     Field("context_management", (OPENAI,), ([],)),
+    Field("background", (OPENAI,), (False,), "/v1/responses"),
     Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
     Field("add_special_tokens", (VLLM,), (False,)),
     Field("encoding_format dimensions normalize pooling", (OPENAI, VLLM), None),  # of embeddings

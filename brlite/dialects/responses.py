@@ -86,6 +86,7 @@ class ResponsesRequest(GenerationFields, kw_only=True):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
+    background: bool | None = None
     stream_options: StreamOptions | None = None
     max_output_tokens: Whole | None = None
     stop: str | list[str] | None = None
@@ -142,6 +143,12 @@ def _generation(
     is_stored = body.store is not False and stored.is_enabled
     if body.store and not stored.is_enabled:
         warnings["the response is not stored: limits.max_stored_bytes is 0 on this server"] = None
+    if body.background and not is_stored:
+        raise InvalidRequest(
+            "background needs a store: store is false, or limits.max_stored_bytes is 0", param="background"
+        )
+    if body.background and body.stream:
+        raise not_supported("background with stream", "; leave out stream, and read the response by its id")
     has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
     field_names = {**FIELD_NAMES, **more.field_names}
     params = sampling_params(
@@ -164,6 +171,7 @@ def _generation(
         keeps_order=True,
         items=tuple(conversation.items),
         is_stored=is_stored,
+        is_background=body.background is True,
         seals_reasoning=ENCRYPTED_REASONING in (body.include or ()),
         tools=tools,
         shown=_shown(body, params, tools.shown, tools.shown_choice) | {"store": is_stored},

@@ -60,7 +60,7 @@ STATUSES: dict[EndReason, str] = {
     "stop": "completed",
     "tool_calls": "completed",
     "length": "incomplete",
-    "abort": "incomplete",
+    "abort": "incomplete",  # of a background response that its client cancels "cancelled"
     "error": "failed",
 }
 
@@ -73,6 +73,7 @@ class ResponseGeneration(Generation, frozen=True, kw_only=True):
 
     items: tuple[Raw, ...] = ()
     is_stored: bool = False
+    is_background: bool = False
     seals_reasoning: bool = False
     tools: ResponseTools = ResponseTools()
     shown: Mapping[str, Any] = msgspec.field(default_factory=dict)
@@ -81,7 +82,8 @@ class ResponseGeneration(Generation, frozen=True, kw_only=True):
 class FinishedResponse(Struct, frozen=True):
     """A response: the `body` as sent, the items before it, and its own items by id.
 
-    `stream` has its events, compressed, also if the response was not streamed.
+    `stream` has its events, compressed, also if the response was not streamed. A background response is stored twice:
+    at first, while `is_running`, without output and events.
     """
 
     id: str
@@ -89,6 +91,8 @@ class FinishedResponse(Struct, frozen=True):
     input: tuple[Raw, ...]
     output: dict[str, Raw]
     stream: bytes = b""
+    is_background: bool = False
+    is_running: bool = False
 
     def events(self, starting_after: int | None) -> bytes:
         """The stream's events after the one with this number; None: all. It takes 1 ms for 250 KB.
@@ -241,6 +245,21 @@ class ResponsesEncoder:
         self._open: OpenMessage | OpenReasoning | OpenCall | OpenCustomCall | None = None
         self._ending: Event | None = None
         self._warnings: Sequence[str] = ()
+        self._is_cancelled = False
+
+    def begun(self) -> bytes:
+        """Store a background response as one in progress. Returns its body."""
+        body = self._response("in_progress")
+        self.opening(TokenUsage(0, 0, 0))
+        if self._keep is not None:
+            self._keep(FinishedResponse(self._id, body, self._call.items, {}, is_background=True, is_running=True))
+        return body
+
+    def cancel(self, *, is_kept: bool) -> None:
+        """Give the response the status "cancelled" if it is aborted. Unless `is_kept` it is not stored."""
+        self._is_cancelled = True
+        if not is_kept:
+            self._keep = None
 
     def opening(self, usage: TokenUsage) -> bytes:
         """The events that begin a stream."""
@@ -282,7 +301,7 @@ class ResponsesEncoder:
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed."""
-        if self._compressor is not None:
+        if self._compressor is not None and not self._num_sent:
             self.opening(usage)  # a client may read a stored response as a stream
         for event in events:
             self.encode(event)
@@ -339,8 +358,10 @@ class ResponsesEncoder:
         if status == "failed":
             message = stop_reason if isinstance(stop_reason, str) else SERVER_FAULT
             error = {"code": "server_error", "message": message}
-        body = self._response(status, usage=usage, error=error)
         kind = {"completed": CompletedEvent, "incomplete": IncompleteEvent}.get(status, FailedEvent)
+        if finish_reason == "abort" and self._is_cancelled:
+            status = "cancelled"
+        body = self._response(status, usage=usage, error=error)
         last = self._frame(kind(response=Raw(body)))
         self._store(body)
         return body, last
@@ -349,7 +370,8 @@ class ResponsesEncoder:
         if self._keep is not None and self._compressor is not None:
             output = {item.id: Raw(encode_json(item)) for item in self._output}
             stream = b"".join([*self._compressed, self._compressor.flush()])
-            self._keep(FinishedResponse(self._id, body, self._call.items, output, stream))
+            is_background = self._call.is_background
+            self._keep(FinishedResponse(self._id, body, self._call.items, output, stream, is_background))
 
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
         """The current state of the response object, as JSON."""
@@ -361,7 +383,7 @@ class ResponsesEncoder:
                 "object": "response",
                 "created_at": self._created,
                 "status": status,
-                "background": False,
+                "background": self._call.is_background,
                 "completed_at": int(time.time()) if is_over else None,
                 "error": error,
                 "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,

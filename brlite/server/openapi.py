@@ -150,7 +150,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
         "A stored response", answer=ResponseAnswer, query=("stream", "starting_after")
     ),
     ("delete", "/v1/responses/{response_id}"): Operation("Forget a stored response", answer=dict[str, Any]),
-    ("post", "/v1/responses/{response_id}/cancel"): Operation("Refused: no response runs in the background"),
+    ("post", "/v1/responses/{response_id}/cancel"): Operation("End a background response", answer=ResponseAnswer),
     ("get", "/v1/responses/{response_id}/input_items"): Operation(
         "What went into a stored response", answer=ItemList, query=("order", "after", "limit")
     ),

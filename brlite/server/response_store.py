@@ -7,6 +7,7 @@ from aiohttp import web
 from msgspec import Raw
 
 from brlite.dialects.responses_encoder import FinishedResponse, response_id_of
+from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 
 ResponseStore = BoundedStore[FinishedResponse]
@@ -32,8 +33,14 @@ class TenantResponses:
         return self._store.get(self._tenant, response_id)
 
     def conversation(self, response_id: str) -> list[Raw] | None:
-        """The input and output items of a response. None if it is not stored."""
+        """The input and output items of a response. None if it is not stored.
+
+        Raises `InvalidRequest` for one in progress.
+        """
         response = self.get(response_id)
+        if response is not None and response.is_running:
+            text = f"the response {response_id} is in progress: it can be continued when it has ended"
+            raise InvalidRequest(text, param="previous_response_id", code="response_in_progress")
         return None if response is None else [*response.input, *response.output.values()]
 
     def item(self, item_id: str) -> Raw | None:

@@ -6,14 +6,17 @@ import asyncio
 from functools import partial
 
 from aiohttp import web
+from msgspec import Raw
 
 from brlite.dialects.dialect import Dialect
+from brlite.dialects.json_body import decode_fields
 from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
 from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
 from brlite.errors import InvalidRequest, NotFound
-from brlite.http.body import read_body
+from brlite.http.body import keep_body, read_body
 from brlite.http.keys import API_KEY
+from brlite.server.background import BACKGROUND
 from brlite.server.generate import CONFIG, generate
 from brlite.server.response_store import STORE, TenantResponses
 from brlite.server.resumable import MAX_DIGITS
@@ -24,7 +27,12 @@ MAX_LISTED_ITEMS = 100
 
 async def create_response(request: web.Request) -> web.StreamResponse:
     """`POST /v1/responses`."""
-    return await generate(responses_dialect(request), request)
+    body = await read_body(request, request.app[CONFIG].limits)
+    keep_body(request, body)
+    dialect = responses_dialect(request)
+    if b'"background"' in body and bytes(decode_fields(body).get("background", Raw(b"null"))) == b"true":
+        return await request.app[BACKGROUND].start(dialect, request, request[API_KEY].tenant)
+    return await generate(dialect, request)
 
 
 def responses_dialect(request: web.Request) -> Dialect:
@@ -56,20 +64,32 @@ async def get_response(request: web.Request) -> web.Response:
     response = _find(request)
     if not is_streamed:
         return web.Response(body=response.body, content_type="application/json")
+    if response.is_running:  # its events are stored at its end
+        await request.app[BACKGROUND].ended(request[API_KEY].tenant, response.id)
+        response = _find(request)
     events = await asyncio.to_thread(response.events, None if after is None else int(after))
     return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
 
 
 async def delete_response(request: web.Request) -> web.Response:
+    """Forget a stored response. One in progress is ended as well."""
     response = _find(request)
+    request.app[BACKGROUND].cancel(request.app, request[API_KEY].tenant, response.id, is_kept=False)
     _stored(request).delete(response.id)
     return web.json_response({"id": response.id, "object": "response", "deleted": True})
 
 
 async def cancel_response(request: web.Request) -> web.Response:
-    """Always refused: only background responses can be cancelled, and there are none. Clients disconnect instead."""
-    _find(request)
-    raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
+    """End a background response, and return it when it has ended. For one that has ended before it does nothing.
+
+    Other responses are refused as at OpenAI: their clients disconnect, or `DELETE /v1/requests/{id}`.
+    """
+    response, background, tenant = _find(request), request.app[BACKGROUND], request[API_KEY].tenant
+    if not response.is_background:
+        raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
+    background.cancel(request.app, tenant, response.id)
+    await background.ended(tenant, response.id)
+    return web.Response(body=_find(request).body, content_type="application/json")
 
 
 async def list_input_items(request: web.Request) -> web.Response:

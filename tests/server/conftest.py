@@ -25,7 +25,7 @@ class Client:
     """Talks to one server; `engine` and `backend` are what stands behind it."""
 
     def __init__(self, session: aiohttp.ClientSession, server: HttpServer, engine: EngineLoop, backend: FakeBackend):
-        self.session, self.url, self.engine, self.backend = session, server.url, engine, backend
+        self.session, self.server, self.url, self.engine, self.backend = session, server, server.url, engine, backend
 
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -1,0 +1,133 @@
+"""Responses that run in the background: read, cancelled, deleted and continued by their ids, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import openai
+import pytest
+
+from brlite.config.options import KeysConfig
+from tests.limits import PATIENCE_SECONDS
+from tests.server.conftest import Client
+
+MakeClient = Callable[..., Awaitable[Client]]
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
+@pytest.fixture
+async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client of the fake model, whose steps wait for `client.backend.gate`."""
+    client.backend.gate = threading.Event()
+    async with openai.AsyncOpenAI(
+        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
+    ) as api:
+        yield api
+
+
+async def test_a_background_response_is_read_when_it_has_ended(
+    client: Client, api: openai.AsyncOpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "brlite.server.background")
+    body = {"model": "fake", "input": "hello", "max_output_tokens": 4, "temperature": 0}
+    plain = asyncio.create_task(api.responses.create(**body))
+
+    begun = await api.responses.create(**body, background=True)
+    read = await api.responses.retrieve(begun.id)
+    items = await api.responses.input_items.list(begun.id)
+    client.backend.gate.set()
+    events = [event async for event in await api.responses.retrieve(begun.id, stream=True)]  # when it has ended
+    done = await api.responses.retrieve(begun.id)
+    then = await api.responses.create(model="fake", input="and?", previous_response_id=begun.id, max_output_tokens=4)
+
+    assert (begun.status, begun.background, begun.output, begun.usage) == ("in_progress", True, [], None)
+    assert (read.status, len(items.data)) == ("in_progress", 1)
+    assert (done.status, done.background, done.output_text) == ("incomplete", True, (await plain).output_text)
+    assert done.usage is not None
+    assert done.usage.output_tokens == 4
+    assert [event.type for event in events][:2] == ["response.created", "response.in_progress"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.incomplete"
+    assert then.previous_response_id == begun.id
+    assert f"background response {begun.id} has ended: model=fake prompt_tokens=" in caplog.text
+
+
+async def test_a_background_response_is_cancelled(client: Client, api: openai.AsyncOpenAI) -> None:
+    begun = await api.responses.create(model="fake", input="hello", background=True)
+    cancelling = asyncio.create_task(api.responses.cancel(begun.id))
+    client.backend.gate.set()
+
+    cancelled = await asyncio.wait_for(cancelling, PATIENCE_SECONDS)
+    again = await api.responses.cancel(begun.id)
+    read = await api.responses.retrieve(begun.id)
+
+    assert cancelled.status == again.status == read.status == "cancelled"
+    assert client.engine.stats.finished["abort"] == 1
+    assert client.engine.stats.num_used_blocks == 0
+
+
+async def test_a_deleted_response_stops_and_does_not_come_back(
+    client: Client, api: openai.AsyncOpenAI, eventually: Eventually
+) -> None:
+    begun = await api.responses.create(model="fake", input="hello", background=True)
+    await api.responses.delete(begun.id)
+    client.backend.gate.set()
+
+    await eventually(lambda: client.engine.stats.finished["abort"] == 1)
+    await client.engine.wait_idle()
+    with pytest.raises(openai.NotFoundError):
+        await api.responses.retrieve(begun.id)
+
+
+async def test_a_response_in_progress_cannot_be_continued(api: openai.AsyncOpenAI) -> None:
+    begun = await api.responses.create(model="fake", input="hello", background=True)
+
+    with pytest.raises(openai.BadRequestError, match="is in progress") as refusal:
+        await api.responses.create(model="fake", input="and?", previous_response_id=begun.id)
+
+    assert refusal.value.param == "previous_response_id"
+
+
+async def test_a_refusal_is_the_answer_and_nothing_is_stored(client: Client, api: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        await api.responses.create(model="fake", input="x" * 1000, background=True)
+
+    assert refusal.value.param == "input"
+    assert not client.backend.batches
+
+
+async def test_a_failed_step_is_a_failed_response(make_client: MakeClient) -> None:
+    client = await make_client(fault=lambda seq: "broken")
+    _, begun = await client.post("/v1/responses", {"input": "hi", "background": True})
+    await client.engine.wait_idle()
+
+    _, done = await client.get(f"/v1/responses/{begun['id']}")
+
+    assert (done["status"], done["error"]["code"], done["background"]) == ("failed", "server_error", True)
+
+
+async def test_another_key_neither_reads_nor_cancels_it(make_client: MakeClient) -> None:
+    client = await make_client(config={"keys": KeysConfig(keys=("sk-1", "sk-2"))})
+    client.backend.gate = threading.Event()
+    mine, others = ({"Authorization": f"Bearer sk-{number}"} for number in (1, 2))
+    _, begun = await client.post("/v1/responses", {"input": "hi", "background": True}, **mine)
+
+    status, _ = await client.post(f"/v1/responses/{begun['id']}/cancel", {}, **others)
+    client.backend.gate.set()
+
+    assert (begun["status"], status) == ("in_progress", 404)
+
+
+async def test_a_server_that_stops_ends_what_runs(client: Client) -> None:
+    client.backend.gate = threading.Event()
+    _, begun = await client.post("/v1/responses", {"input": "hi", "background": True})
+
+    await asyncio.wait_for(client.server.close(), PATIENCE_SECONDS)
+    client.backend.gate.set()
+    await client.engine.wait_idle()
+
+    assert begun["status"] == "in_progress"
+    assert client.engine.stats.num_used_blocks == 0
