@@ -299,24 +299,23 @@ class Engine:
         step = self._steps.popleft()
         if step.guidance is not None:
             step.guidance.advance(result)
-        if step.processors is not None:
-            self._note_processors(step.processors)
         between, seconds = now - self._last_end, now - max(step.start, self._last_end)
         self._last_end = now
         self.stats.num_step_threads = result.num_threads
         self.stats.host_draws += result.num_host_draws
         has_chunk = max(step.runs, key=itemgetter(1))[1] > 1
-        is_plain = not (has_chunk or step.guidance or self._has_model_guesses)
+        is_plain = not (has_chunk or step.guidance or step.processors or self._has_model_guesses)
         if self._wait_cost is not None and is_plain:
             num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
             if step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs):  # else there was none before it
                 self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         self._has_model_guesses = False
+        computing = seconds if step.processors is None else seconds - self._note_processors(step.processors)
         if self._pace is not None and has_chunk:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
-            self._pace.observe(chunks, seconds)
+            self._pace.observe(chunks, computing)
         if self.draft_model is not None and not has_chunk:
-            self.draft_model.cost.observe_step(sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs), seconds)
+            self.draft_model.cost.observe_step(sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs), computing)
         self._scheduler.end_step(step.runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
@@ -503,8 +502,9 @@ class Engine:
         if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
             self._end_as_error(seq, matcher.error)
 
-    def _note_processors(self, processors: Mapping[int, LogitsProcessors]) -> None:
-        """Count the calls of a step, and log each processor the first time that it is slow."""
+    def _note_processors(self, processors: Mapping[int, LogitsProcessors]) -> float:
+        """Count the calls of a step, and log each processor the first time that it is slow. Returns their seconds."""
+        seconds_before = self.stats.logits_processor_seconds
         for each in processors.values():
             self.stats.logits_processor_calls += len(each.seconds)
             for name, seconds in each.seconds:
@@ -516,6 +516,7 @@ class Engine:
                         name,
                         1000 * seconds,
                     )
+        return self.stats.logits_processor_seconds - seconds_before
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
         """End one completion for which no token can be drawn. Others of its request continue."""

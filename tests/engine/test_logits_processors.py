@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +40,13 @@ class Cloned(Recorder):
     def clone(self) -> Recorder:
         self.clones.append(Recorder())
         return self.clones[-1]
+
+
+@pytest.fixture
+def slow_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of a processor takes half a second, of a clock of its own."""
+    clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count(0, 0.5)))
+    monkeypatch.setattr("brlite.engine.backend.time", clock)
 
 
 def beginnings(token_ids: list[int]) -> list[list[int]]:
@@ -155,8 +165,8 @@ def test_no_step_is_decided_ahead_while_one_draws(make_driver: MakeDriver):
     assert driver.engine.stats.steps_ahead == 5
 
 
-def test_a_slow_one_is_logged_once(make_driver: MakeDriver, caplog: pytest.LogCaptureFixture, monkeypatch: Any):
-    monkeypatch.setattr("brlite.engine.engine.SLOW_PROCESSOR_SECONDS", -1.0)  # any call is slow
+@pytest.mark.usefixtures("slow_calls")
+def test_a_slow_one_is_logged_once(make_driver: MakeDriver, caplog: pytest.LogCaptureFixture):
     driver = make_driver()
 
     with caplog.at_level(logging.WARNING):
@@ -164,10 +174,29 @@ def test_a_slow_one_is_logged_once(make_driver: MakeDriver, caplog: pytest.LogCa
         driver.finish()
 
     assert driver.engine.stats.logits_processor_calls == 8
-    assert [record.getMessage().split(" took ")[0] for record in caplog.records] == [
-        "a call of the logits processor Recorder"
+    assert [record.getMessage() for record in caplog.records] == [
+        "a call of the logits processor Recorder took 500 ms; all requests of the step waited for it"
     ]
-    assert driver.engine.stats.logits_processor_seconds > 0
+    assert driver.engine.stats.logits_processor_seconds == 4
+
+
+@pytest.mark.usefixtures("slow_calls")
+def test_the_time_in_processors_cuts_no_prompt_into_smaller_chunks(make_driver: MakeDriver):
+    chunks = []
+    for processors in ([], [Recorder()]):
+        driver = make_driver(
+            budget=64,
+            engine={"max_step_seconds": 2.0},
+            step_seconds=lambda batch: sum(len(seq.token_ids) for seq in batch.seqs) / 16 + bool(batch.processors) / 2,
+            max_model_len=512,
+            num_blocks=512,
+        )
+        driver.submit("hello", max_tokens=40, logits_processors=processors)
+        driver.submit("x" * 300, max_tokens=1)
+        chunks.append([len(seq.token_ids) for batch in driver.finish() for seq in batch.seqs if len(seq.token_ids) > 5])
+
+    assert min(chunks[0]) < 64
+    assert chunks[1] == chunks[0]
 
 
 def test_a_backend_that_cannot_refuses_by_name(make_driver: MakeDriver):
