@@ -43,8 +43,13 @@ def spell(tokenizer, text="ab", *, repeat=True):
 def broken(tokenizer):
     raise RuntimeError("a secret of the operator")
 """
+PAGE = (
+    (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8").split("### Logits processors")[1]
+)
+PAGE_MODULE, PAGE_BODY = (PAGE.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "json"))
 ENTRY_POINTS = """
 [brlite.logits_processors]
+ban_text = processors_of_the_page:ban_text
 spell = spelling_processors:spell
 broken = spelling_processors:broken
 forbidden = never_imported:anything
@@ -56,6 +61,7 @@ missing = no_such_module:anything
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package as pip installs it: a module, and a folder with its entry points."""
     (tmp_path / "spelling_processors.py").write_text(MODULE)
+    (tmp_path / "processors_of_the_page.py").write_text(PAGE_MODULE)
     (tmp_path / "never_imported.py").write_text("raise SystemExit('it was imported')")
     info = tmp_path / "spelling_processors-1.0.dist-info"
     info.mkdir()
@@ -63,7 +69,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    sys.modules.pop("spelling_processors", None)
+    for name in ("spelling_processors", "processors_of_the_page"):
+        sys.modules.pop(name, None)
 
 
 def toy_config(*names: str) -> Config:
@@ -98,7 +105,7 @@ class Client:
 
 @pytest.fixture
 async def client(package: None) -> AsyncIterator[Client]:
-    config = toy_config("spell", "broken")
+    config = toy_config("spell", "broken", "ban_text")
     async with (
         HttpServer(create_app(config), "127.0.0.1", 0, config.limits, grace_seconds=0.2) as server,
         aiohttp.ClientSession() as session,
@@ -119,6 +126,16 @@ async def test_a_request_names_a_processor_as_it_does_with_vllm(client: Client, 
     (choice,) = await client.complete(logits_processors=[item])
 
     assert (choice["text"], choice["finish_reason"]) == (text, "length")
+
+
+async def test_the_example_of_the_page_bans_its_text(client: Client):
+    status, answer = await client.post(CHAT, **json.loads(PAGE_BODY), temperature=0, max_tokens=5)
+    refused, error = await client.post(COMPLETIONS, prompt="x", logits_processors=["ban_text"])
+
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"][0] == "H"
+    assert "e" not in answer["choices"][0]["message"]["content"]
+    assert (refused, "required positional argument: 'text'" in error["error"]["message"]) == (400, True)
 
 
 async def test_every_dialect_takes_it(client: Client):
@@ -164,7 +181,7 @@ async def test_a_processor_that_fails_ends_its_own_stream_with_a_reason(client: 
 @pytest.mark.parametrize(
     ("item", "text"),
     [
-        ("forbidden", "'forbidden' is not allowed on this server; allowed are broken, spell"),
+        ("forbidden", "'forbidden' is not allowed on this server; allowed are ban_text, broken, spell"),
         ("os.system", "'os.system' is not allowed"),
         ({"qualname": "spelling_processors.spell"}, "is not allowed"),
         ({"qualname": "spell", "kwargs": {"text": ""}}, "spell: text must be a string that is not empty"),
