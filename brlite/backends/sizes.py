@@ -190,8 +190,8 @@ def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, pr
     device = select_device(engine.device)
     if precision.weights == "int8":
         check_groups(config, spec.tensor_parallel)
-    is_bfloat16 = compute_dtype(engine.dtype, device).itemsize == 2
-    return Holding(False, "bfloat16" if is_bfloat16 else "float32", rules_for(device).keeps_forms(precision))
+    dtype: KVDtype = "bfloat16" if compute_dtype(engine.dtype, device).itemsize == 2 else "float32"
+    return Holding(is_native=False, dtype=dtype, keeps_forms=rules_for(device).keeps_forms(precision))
 
 
 def _rank_sizes(

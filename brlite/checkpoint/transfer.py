@@ -103,7 +103,7 @@ class Transfer:
             self._total_bytes = sum(part.num_bytes for part in parts)
             self._done_bytes = sum(sum(part.counts) for part in parts)
             self._on_progress(self._sized_stage(), self._done_bytes / max(1, self._total_bytes))
-            firsts = [_Task(part, pending[0], True) for part in parts if (pending := part.pending())]
+            firsts = [_Task(part, pending[0], is_first=True) for part in parts if (pending := part.pending())]
             self._num_open = len(firsts)
             if firsts:
                 for task in firsts:
@@ -156,7 +156,8 @@ class Transfer:
                     ) from failure
                 failures += 1
                 self._is_over.wait(wait)
-        return [_Task(part, other, False) for other in part.pending() if other != segment] if is_first else []
+        others = [other for other in part.pending() if other != segment] if is_first else []
+        return [_Task(part, other, is_first=False) for other in others]
 
     def _read(self, task: _Task) -> None:
         part, segment, is_first = task

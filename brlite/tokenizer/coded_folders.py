@@ -50,12 +50,11 @@ def load_baichuan2(folder: Path, options: TokenizerOptions) -> Tokenizer:
     chat_format: ChatFormat | None = _operators(options, {text: token_id for token_id, text in names.items()})
     if chat_format is None and roles.keys() == BAICHUAN2_ROLES.keys():
         chat_format = Baichuan2Format(**roles, names=names)
+    control = [*model.special_token_ids, *roles.values()]
     return Tokenizer(
         model.encoder(control_ids=roles.values()),
         model.token_bytes(),
-        SpecialTokenIds(
-            None, read_eos_token_ids(folder, model.eos_token_id), [*model.special_token_ids, *roles.values()]
-        ),
+        SpecialTokenIds(None, read_eos_token_ids(folder, model.eos_token_id), control),
         chat_format,
     )
 
