@@ -19,7 +19,8 @@ from brlite.backends.choose import check_activations, find_obstacle
 from brlite.backends.draft import draft_spec, find_draft
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
-from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
@@ -27,7 +28,7 @@ from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
-from brlite.models.precision import Precision
+from brlite.models.precision import Precision, PrecisionName
 from brlite.models.registry import find_family
 from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
 from brlite.process.machine import find_memory, show_bytes
@@ -125,7 +126,7 @@ def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint imports torch
     checkpoint = open_checkpoint(path, spec.model_file)
-    return with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
+    return with_draft(measure_checkpoint(checkpoint, spec, engine), spec, engine)
 
 
 def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
@@ -134,21 +135,30 @@ def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
         return sizes
     checkpoint = open_checkpoint(find_draft(spec.draft))
     of_draft = draft_spec(spec, engine, checkpoint.config, (sizes.context, sizes.num_blocks * sizes.block_size))
-    draft = measure(checkpoint.config, of_draft, engine, checkpoint.formats())
+    draft = measure_checkpoint(checkpoint, of_draft, engine)
     return msgspec.structs.replace(sizes, draft=draft)
 
 
+def measure_checkpoint(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes of an open model."""
+    return measure(checkpoint.config, spec, engine, checkpoint.formats(), precision_made_for(checkpoint))
+
+
 def measure(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NO_FORMATS
+    hf_config: Mapping[str, Any],
+    spec: ModelSpec,
+    engine: EngineConfig,
+    formats: Mapping[str, str] = NO_FORMATS,
+    made_for: PrecisionName | None = None,
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
-    `formats` are those of the checkpoint's tensors; a tensor without one is not quantized.
+    `formats` are those of the checkpoint's tensors; a tensor without one is not quantized. `made_for` is a bundle's.
     """
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     check_spec(spec, config)
-    precision = settle_precision(spec.precision, formats)
+    precision = settle_precision(spec.precision, formats, made_for)
     holding = _find_holding(config, spec, engine, precision)
     is_native, kv_dtype = holding.is_native, cache_dtype(precision, engine.dtype)
     model = CheckedModel(config, list_parameters(config), family.weight_targets(config), set(), formats, precision)
@@ -214,13 +224,11 @@ def _rank_sizes(
     return ranks, " and ".join(sorted(types)) or holding.dtype
 
 
-def settle_context(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NO_FORMATS
-) -> ModelSpec:
+def settle_context(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig) -> ModelSpec:
     """The spec with its unset context and KV cache filled in, which are logged with the reason."""
     if spec.build_seq:
         return spec
-    sizes = measure(hf_config, spec, engine, formats)
+    sizes = measure_checkpoint(checkpoint, spec, engine)
     logger.info(
         "model %s: a context of %d tokens, %s; KV cache: %s, %d tokens in all for at most %d sequences",
         *(spec.name, sizes.context, sizes.context_reason),

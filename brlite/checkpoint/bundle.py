@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.model_file import check_model_file, exists
 from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors import SafetensorsCheckpoint
@@ -99,6 +100,11 @@ def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
 
 
+def precision_made_for(checkpoint: Checkpoint) -> PrecisionName | None:
+    """What precision `auto` means for a bundle: that of its last conversion. None for other checkpoints."""
+    return checkpoint.manifest.precision if isinstance(checkpoint, BundleCheckpoint) else None
+
+
 def packed_name(precision: PrecisionOption) -> str:
     """The name of a bundle's file of packed weights. All precisions with int8 weights share one."""
     return f"packed.{WEIGHTS_NAMES[PRECISIONS[precision].weights]}{PACKED_SUFFIX}"
@@ -107,11 +113,11 @@ def packed_name(precision: PrecisionOption) -> str:
 def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
     """A bundle's file of packed weights for a precision; None if it has none, or `folder` is no bundle.
 
-    `auto` means bf16: a bundle's own weights are bfloat16.
+    `auto` is the precision that the bundle was made for.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return None
-    file = folder / packed_name("bf16" if precision == "auto" else precision)
+    file = folder / packed_name(read_manifest(folder).precision if precision == "auto" else precision)
     return file if file.is_file() else None
 
 

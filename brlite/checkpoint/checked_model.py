@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
@@ -18,7 +19,7 @@ from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.network import Parameter, list_parameters
-from brlite.models.precision import PRECISIONS, Precision, PrecisionOption
+from brlite.models.precision import PRECISIONS, Precision, PrecisionName, PrecisionOption
 from brlite.models.registry import find_family
 from brlite.models.shards import check_num_ranks
 
@@ -61,7 +62,7 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
         _check_scoring_head(checkpoint, config.hidden_size)
         family = msgspec.structs.replace(family, ignored_suffixes=(*family.ignored_suffixes, SCORING_HEAD))
     ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
-    precision = settle_precision(spec.precision, formats)
+    precision = settle_precision(spec.precision, formats, precision_made_for(checkpoint))
     return CheckedModel(
         config, list_parameters(config), targets, ignored, formats, precision, has_head, has_scoring_head
     )
@@ -83,9 +84,11 @@ def _check_scoring_head(checkpoint: Checkpoint, hidden_size: int) -> None:
         raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; {wanted}")
 
 
-def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:
-    """The precision that `option` means for a checkpoint with these formats."""
-    precision = PRECISIONS["bf16" if option == "auto" else option]
+def settle_precision(
+    option: PrecisionOption, formats: Mapping[str, str], made_for: PrecisionName | None = None
+) -> Precision:
+    """The precision that `option` means for a checkpoint with these formats, or a bundle that was made for one."""
+    precision = PRECISIONS[made_for or "bf16" if option == "auto" else option]
     if (option == "auto" or precision.has_int8_activations) and quantized_formats(formats):
         return precision._replace(weights="stored")
     return precision

@@ -19,7 +19,7 @@ from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
-from brlite.models.precision import INT4_FORMS, MatrixForm, Precision
+from brlite.models.precision import INT4_FORMS, PRECISIONS, MatrixForm, Precision, name_of
 from brlite.models.shards import LANES, Shard, parameter_parts, rank_parameters
 
 
@@ -62,7 +62,9 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def precision_name_of(self, forms: Collection[MatrixForm]) -> str:
         """The name of the precision with matrices of these forms: the spec's, or that of a quantized file's codes."""
-        if self.precision.weights != "stored" or not forms:
+        if self.precision.weights != "stored":
+            return name_of(self.precision)
+        if not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
         return f"{activations}_w_int4" if INT4_FORMS.intersection(forms) else f"{activations}_w_int8"
@@ -174,6 +176,8 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
     if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
+    if not quantized and model.precision != PRECISIONS["bf16"]:
+        return f"{name_of(model.precision)}, which the bundle was made for (auto)"
     if not quantized:
         return "bf16, as no matrix of the files is quantized (auto)"
     if not keeps_codes:

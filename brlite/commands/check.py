@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from brlite.backends.draft import check_draft
-from brlite.backends.sizes import Sizes, find_model, known_sizes, measure, with_draft
+from brlite.backends.sizes import Sizes, find_model, known_sizes, measure_checkpoint, with_draft
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.commands.given_config import is_model
@@ -116,7 +116,7 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     checkpoint = open_checkpoint(path, spec.model_file)
     model = check_model(checkpoint, spec)
-    sizes = with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
+    sizes = with_draft(measure_checkpoint(checkpoint, spec, engine), spec, engine)
     origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
@@ -165,8 +165,9 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     yield f"  context   {sizes.context} tokens{limit}"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
     yield f"  precision {sizes.precision}"
-    if spec.precision != "auto" and PRECISIONS[spec.precision].weights == "int8" and sizes.dtype != "int8":
-        yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
+    named = sizes.precision.partition(",")[0]
+    if named in PRECISIONS and PRECISIONS[named].weights == "int8" and sizes.dtype != "int8":
+        yield f"            ({named}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
     if spec.draft is not None and (draft := sizes.draft) is not None:

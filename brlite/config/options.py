@@ -198,7 +198,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     precision: Annotated[
         PrecisionOption,
         option(
-            "auto: quantized weights stay quantized, others are bf16; bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8; "
+            "auto: quantized weights stay quantized, a bundle has its own precision, others are bf16; "
             "a_int8_w_int8: activations are int8, too (native kernels)"
         ),
     ] = "auto"

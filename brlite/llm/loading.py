@@ -128,7 +128,7 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
     path = locate_model(spec.name, spec.path, report)
     checkpoint = open_checkpoint(path, spec.model_file)
     with ExitStack() as unless_loaded:
-        spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
+        spec = settle_context(checkpoint, spec, config.engine)
         spec = settle_pooling(path, checkpoint.config, spec)
         # Find errors in the files before reading weights and importing torch.
         model = check_model(checkpoint, spec)

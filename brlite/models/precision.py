@@ -37,5 +37,12 @@ PRECISIONS: dict[PrecisionOption, Precision] = {
     "a_bf16_w_int8_kv_int8": Precision("int8", "int8"),
     "a_int8_w_int8": Precision("int8", "bfloat16", has_int8_activations=True),
 }
+
+
+def name_of(precision: Precision) -> PrecisionOption:
+    """The name of one of `PRECISIONS`."""
+    return next(name for name, each in PRECISIONS.items() if each == precision)
+
+
 # `Precision.weights` → its name in packed files, which all precisions with these weights share.
 WEIGHTS_NAMES = {"bfloat16": "bf16", "int8": "a_bf16_w_int8", "stored": "stored"}

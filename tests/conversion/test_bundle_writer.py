@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from brlite.backends.choose import load_backend
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.packed_file import read_packed_file_key
 from brlite.backends.native.packer import load_weights
+from brlite.backends.sizes import sizes_at
 from brlite.backends.torch.loading import load_model
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import (
@@ -32,6 +34,7 @@ from brlite.checkpoint.bundle import (
     read_manifest,
     read_progress,
 )
+from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.new_file import read_record
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
@@ -78,7 +81,7 @@ def native_logits(
 
 def torch_parameters(path: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(path)
-    spec = ModelSpec(name="tiny", build_seq=8)
+    spec = ModelSpec(name="tiny", precision="bf16", build_seq=8)
     return load_model(make_plan(checkpoint, spec), torch.bfloat16, torch.device("cpu")).parameters.named
 
 
@@ -386,3 +389,23 @@ def test_a_bundle_says_what_it_is(tmp_path: Path, library: ctypes.CDLL) -> None:
     assert read_manifest(tmp_path / "bundle") == manifest
     checkpoint = BundleCheckpoint(tmp_path / "bundle")
     assert checkpoint.manifest == manifest
+
+
+def test_auto_is_the_precision_that_a_bundle_was_last_made_for(tmp_path: Path, native_library: NativeLibrary) -> None:
+    source, bundle = write_unrounded(tmp_path / "source", TINY_CONFIGS["llama"]), tmp_path / "bundle"
+    engine = EngineConfig(device="cpu", threads=1, max_num_batched_tokens=32)
+    spec = ModelSpec(name="tiny", path=str(bundle), build_seq=len(PROMPT), build_batch=1, num_blocks=4)
+    for made_for in (INT8, "bf16", INT8):
+        make_bundle(source, bundle, native_library.functions, made_for)
+        checkpoint = open_checkpoint(bundle)
+
+        sizes = sizes_at(bundle, spec, engine)
+        with closing(load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)) as backend:
+            logits = backend.logits(PROMPT)
+
+        assert backend.info.precision == made_for
+        assert np.array_equal(logits, native_logits(native_library, source, made_for, None))
+        said = f"{made_for}, which the bundle was made for (auto)" if made_for == INT8 else "bf16, as no matrix"
+        assert sizes.precision.startswith(said)
+        assert sizes.kv_dtype == ("int8" if made_for.endswith("kv_int8") else "bfloat16")
+    assert {"packed.bf16.brlite", "packed.a_bf16_w_int8.brlite"} <= {file.name for file in bundle.iterdir()}
