@@ -54,14 +54,14 @@ def join_path(path: str, name: str) -> str:
 
 def value_at(data: Any, path: str) -> Any:
     """The value at a path through mappings and lists. Raises `LookupError` or `TypeError` if there is none."""
-    for step in _STEP.finditer(path):
-        data = data[int(step["index"]) if step["index"] else step["name"]]
+    for key in _keys(path):
+        data = data[key]
     return data
 
 
 def remove_at(data: Any, path: str) -> bool:
     """Remove the value at a path from its mapping or list. False if there is none, or if the path is ""."""
-    keys = [int(step["index"]) if step["index"] else step["name"] for step in _STEP.finditer(path)]
+    keys = _keys(path)
     try:
         for key in keys[:-1]:
             data = data[key]
@@ -69,6 +69,10 @@ def remove_at(data: Any, path: str) -> bool:
     except (LookupError, TypeError):
         return False
     return True
+
+
+def _keys(path: str) -> list[int | str]:
+    return [int(step["index"]) if step["index"] else step["name"] for step in _STEP.finditer(path)]
 
 
 def types_at(kind: object, path: str) -> list[inspect.Type]:

@@ -98,7 +98,7 @@ def make_config(data: Mapping[str, Any], *, source: str) -> Config:
             raise ConfigError(
                 f"{source}: model[{index}].name is missing: it is required beside path: requests name the model by it"
             )
-    for contradiction in (*_contradictions(config), *_upstream_contradictions(config)):
+    for contradiction in _contradictions(config):
         raise ConfigError(f"{source}: {contradiction}")
     return config
 
@@ -127,8 +127,7 @@ def find_problems(data: Mapping[str, Any]) -> list[str]:
         else:
             break
     if not problems:
-        config = msgspec.convert(left, Config)
-        problems = [*_contradictions(config), *_upstream_contradictions(config)]
+        problems = list(_contradictions(msgspec.convert(left, Config)))
     return problems
 
 
@@ -139,8 +138,7 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
         section, _, field = path.partition(".")
         if section == "model[0]" and not data["model"]:
             raise ConfigError(f"{source}: {path} = {show(value)}: this config has no [[model]]")
-        table = data["model"][0] if section == "model[0]" else data[section]
-        table[field] = value
+        value_at(data, section)[field] = value
     return make_config(data, source=source)
 
 
@@ -200,6 +198,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
         if (key.key is None) == (key.env is None):
             yield f"key[{index}]: exactly one of key and env is required"
+    yield from _upstream_contradictions(config)
 
 
 def _upstream_contradictions(config: Config) -> Iterator[str]:
