@@ -31,6 +31,7 @@ WEATHER = function(
             "is_long": {"type": "boolean"},
             "code": {"type": "string", "pattern": "^[A-Z]{2}$"},
             "note": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]},
+            "mark": {"enum": ["</parameter></arg_value>", 1]},
             "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}, "maxItems": 2},
         },
         "required": ["city", "code"],

@@ -286,14 +286,18 @@ def typed_value(text: str, schema: Any) -> str:
 
     It is a string if the schema says so or if the text is not JSON.
     """
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind != "string":
+    if not is_string(schema):
         try:
             parse_json(text)
             return text.strip()
         except BrokenCall:
             pass
     return json.dumps(text, ensure_ascii=False)
+
+
+def is_string(schema: Any) -> bool:
+    """Whether a value of this schema is a string. A grammar writes it without quotes, and all others as JSON."""
+    return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
 def property_schemas(tool: Tool) -> Mapping[str, Any]:

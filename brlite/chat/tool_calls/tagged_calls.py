@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import ClassVar
 
-from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser, property_schemas, typed_value
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser, is_string, property_schemas, typed_value
 from brlite.chat.tool_calls.source import BrokenCall, Step
 from brlite.chat.tools import Tool
 
@@ -71,11 +71,17 @@ class TaggedParser(ToolCallParser):
             if self.value_begin:
                 yield from source.spaces()
                 yield from source.expect(self.value_begin)
-            value, _ = yield from source.text_until(self.value_end)
-            value = value.removeprefix(self.value_lines).removesuffix(self.value_lines)
-            key_text = json.dumps(key, ensure_ascii=False)
-            self._arguments(f"{separator}{key_text}: {typed_value(value, schemas.get(key))}")
+            self._arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
             separator = ", "
+            if self._streams_arguments and not is_string(schemas.get(key)):  # its strings may contain `value_end`
+                yield from source.spaces()
+                yield from source.json_value(self._arguments)
+                yield from source.spaces()
+                yield from source.expect(self.value_end)
+            else:
+                value, _ = yield from source.text_until(self.value_end)
+                value = value.removeprefix(self.value_lines).removesuffix(self.value_lines)
+                self._arguments(typed_value(value, schemas.get(key)))
             yield from source.spaces()
             tag = yield from source.take(self.parameter, self.end_mark, self.function_end)
         self._arguments("{}" if separator == "{" else "}")
