@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
-from tests.clients.__main__ import CLIENTS
+from tests.clients.__main__ import CLIENTS, QUIET
 from tests.limits import PATIENCE_SECONDS
 
 SCRIPTS = Path(__file__).parent / "clients"
@@ -31,7 +32,7 @@ PYTHON = {
     "pydantic_ai_agent.py": ("pydantic_ai",),
     "instructor_client.py": ("instructor",),
 }
-NODE = {"anthropic_node.js": "@anthropic-ai/sdk"}
+NODE = ("anthropic_node.js", "ai_sdk.js")
 
 
 @pytest.fixture
@@ -45,8 +46,24 @@ async def url() -> AsyncIterator[str]:
         yield server.url
 
 
+@pytest.fixture(scope="module")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages that the programs for Node import: 55 MB."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("node and npm are not installed: apt-get install nodejs npm")
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", *NODE):
+        shutil.copy(SCRIPTS / name, folder)
+    if subprocess.run([npm, *INSTALL], cwd=folder, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("npm cannot install the clients for Node here")
+    return folder
+
+
 async def run(*command: str) -> None:
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
     assert process.returncode == 0, printed.decode()
 
@@ -61,17 +78,8 @@ async def test_a_python_client_works(url: str, script: str) -> None:
 
 
 @pytest.mark.parametrize("script", NODE)
-async def test_a_client_for_node_works(url: str, script: str, tmp_path: Path) -> None:
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("node and npm are not installed: apt-get install nodejs npm")
-    for name in ("package.json", script):
-        shutil.copy(SCRIPTS / name, tmp_path)
-    installing = await asyncio.create_subprocess_exec(npm, *INSTALL, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    if await installing.wait():
-        pytest.skip(f"npm cannot install {NODE[script]} here")
-
-    await run(node, str(tmp_path / script), url, "toy")
+async def test_a_client_for_node_works(url: str, script: str, node_folder: Path) -> None:
+    await run("node", str(node_folder / script), url, "toy")
 
 
 def test_the_page_lists_the_programs_that_run() -> None:

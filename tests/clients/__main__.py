@@ -54,7 +54,6 @@ CLIENTS = {
         "langchain_openai_suite.py", ("langchain-openai==1.7.4", "langchain-tests==1.1.9"), needs_model=True
     ),
     "langchain.js": Client("langchain_js.js", ("@langchain/openai@1.6.0", "@langchain/core@1.4.0", "zod@4.6.7")),
-    "ai": Client("ai_sdk.js", ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4.6.7")),
     "opencode": Client("opencode_agent.js", ("opencode-ai@1.18.33",)),
     "llama-index": Client(
         "llama_index_client.py",
