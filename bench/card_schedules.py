@@ -1,7 +1,8 @@
 """The check of `card.py` that runs random schedules: a sequence must get the same bits in any company.
 
 Each story is computed alone first, a token a step. Then several at a time go again as chance has it: in chunks, beside
-others, on scattered blocks, begun anew, each step launched before the result of the one before is fetched.
+others, on scattered blocks, begun anew, each step launched before the result of the one before is fetched, and now and
+then a step that verifies guesses, right and wrong.
 """
 
 from __future__ import annotations
@@ -75,14 +76,21 @@ def _check(args: argparse.Namespace, precision: PrecisionName) -> Finding:
         choose = random.Random(0)
         lengths = LENGTHS[: 5 if args.short else None]
         stories = [live_alone(backend, choose, number, lengths) for number in range(NUM_STORIES)]
-        is_exact, num_different = backend.info.is_batch_invariant, 0
+        is_exact, num_different, num_verified = backend.info.is_batch_invariant, 0, 0
         while number < args.schedules and time.monotonic() - began < args.seconds:
             some = choose.choices(stories, k=choose.randint(1, MAX_SEQS))
-            num_different += run_schedule(backend, some, choose)
-            number += 1
+            different, verified = run_schedule(backend, some, choose)
+            num_different, num_verified, number = num_different + different, num_verified + verified, number + 1
     promise = "equal bits are promised" if is_exact else "this path does not promise equal bits"
-    text = f"{num_different} draws with other bits in {number} of {args.schedules} random schedules; {promise}"
-    values = {"schedules": number, "wanted": args.schedules, "num_different": num_different, "is_exact": is_exact}
+    text = f"{num_different} draws with other bits in {number} of {args.schedules} random schedules"
+    text += f", {num_verified} right guesses; {promise}"
+    values = {
+        "num_verified": num_verified,
+        "schedules": number,
+        "wanted": args.schedules,
+        "num_different": num_different,
+        "is_exact": is_exact,
+    }
     return Finding(precision, number > 0 and (num_different == 0 or not is_exact), text, values)
 
 
@@ -101,24 +109,70 @@ def live_alone(backend: TorchBackend, choose: random.Random, number: int, length
     return story
 
 
-def run_schedule(backend: TorchBackend, stories: Sequence[Story], choose: random.Random) -> int:
-    """Run several stories together, with a step in flight. Returns how many draws were not those alone."""
+def run_schedule(backend: TorchBackend, stories: Sequence[Story], choose: random.Random) -> tuple[int, int]:
+    """Run several stories together, with a step in flight. Returns how many draws were not those alone, and how many
+    guesses were right."""
     runs = [Run(number, story) for number, story in enumerate(stories)]
     free = list(range(backend.info.num_blocks))
     choose.shuffle(free)
     under_way: tuple[list[tuple[Run, int]], Callable[[], StepResult]] | None = None
-    step = num_different = 0
+    step = num_different = num_verified = 0
     while under_way or any(run.num_drawn < NUM_DRAWN for run in runs):
         launched = None
         going = [run for run in runs if run.num_drawn < NUM_DRAWN]
-        if going:
+        if under_way is None and going and choose.random() < 0.5:
+            different, verified = _verify(backend, going, free, choose)
+            num_different, num_verified = num_different + different, num_verified + verified
+            going = [run for run in going if run.num_drawn < NUM_DRAWN]
+        is_last = choose.random() < 0.15  # nothing is launched behind it, so that guesses may follow
+        if going and not (is_last and under_way):
             seqs, draws = _batch(going, free, choose, step, backend.info.block_size)
             launched = draws, backend.launch(Batch(seqs))
         if under_way is not None:
             num_different += _num_different(under_way[0], under_way[1]())
         under_way = launched
         step += 1
-    return num_different
+    return num_different, num_verified
+
+
+def _verify(backend: TorchBackend, runs: Sequence[Run], free: list[int], choose: random.Random) -> tuple[int, int]:
+    """Verify some right guesses and some wrong ones of the runs whose tokens are computed but for the last."""
+    seqs, verified = list[ScheduledSeq](), list[tuple[Run, int]]()
+    for run in runs:
+        ids = [token.token_id for token in run.story.drawn]
+        if run.num_drawn == 0 or run.num_computed != len(run.story.prompt) + run.num_drawn - 1:
+            continue
+        limit = NUM_DRAWN - run.num_drawn - 1
+        guesses = ids[run.num_drawn : run.num_drawn + choose.randint(0, limit)]
+        guesses += [
+            choose.randrange(3, backend.info.vocab_size) for _ in range(choose.randint(0, limit - len(guesses)))
+        ]
+        num_right = 0
+        while num_right < len(guesses) and guesses[num_right] == ids[run.num_drawn + num_right]:
+            num_right += 1
+        while len(run.table) * backend.info.block_size < run.num_computed + 1 + len(guesses):
+            run.table.append(free.pop(choose.randrange(len(free))))
+        token_ids, sampling = (
+            [ids[run.num_drawn - 1], *guesses],
+            SamplingInput(run.story.params, run.story.seed, run.num_drawn),
+        )
+        table = list(run.table)
+        seqs.append(
+            ScheduledSeq(run.seq_id, run.num_computed, token_ids, table, sampling, num_draft_tokens=len(guesses))
+        )
+        verified.append((run, num_right))
+    num_different = 0
+    for (run, num_right), found in zip(verified, backend.execute(Batch(seqs)).seqs if seqs else (), strict=True):
+        if found.error:
+            raise RuntimeError(found.error)
+        expected = run.story.drawn[run.num_drawn : run.num_drawn + num_right + 1]
+        num_different += msgspec.msgpack.encode(found.tokens) != msgspec.msgpack.encode(expected)
+        run.num_drawn, run.num_computed, run.drawn_in = (
+            run.num_drawn + len(expected),
+            run.num_computed + len(expected),
+            -1,
+        )
+    return num_different, sum(num_right for _, num_right in verified)
 
 
 def _batch(

@@ -228,3 +228,15 @@ def test_a_model_that_nobody_takes_frees_its_draft_model_too(folders: dict[str, 
     for backend in assembly.backends:
         with pytest.raises(EngineError, match="closed"):
             backend.execute(Batch([ScheduledSeq(0, 0, [1], [0])]))
+
+
+def test_guesses_that_are_asked_for_are_refused_where_they_cannot_be_verified(folders: dict[str, Path]) -> None:
+    engine = EngineConfig(backend="torch", device="cpu", speculation="on")
+    config = msgspec.structs.replace(make_config(folders, None), engine=engine)
+
+    with pytest.raises(
+        ConfigError, match=r'engine\.speculation is "on", but the torch backend cannot verify'
+    ) as caught:
+        LLM(config=config)
+
+    assert "\n" not in str(caught.value)

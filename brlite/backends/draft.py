@@ -75,8 +75,14 @@ def check_draft(spec: ModelSpec, engine: EngineConfig, tokenizer: Tokenizer) -> 
 def load_draft(spec: ModelSpec, engine: EngineConfig, served: BackendInfo, on_progress: OnProgress) -> Backend | None:
     """The backend of the draft model of `spec`, if it has one that is used.
 
-    Raises `ConfigError` where the backend of the model that is `served` cannot verify guesses.
+    Raises `ConfigError` if it has one, or `speculation` is "on", and the backend of the model that is `served` cannot
+    verify guesses.
     """
+    if engine.speculation == "on" and not served.verifies_guesses:
+        raise ConfigError(
+            f'engine.speculation is "on", but the {served.name} backend cannot verify guesses: with its operators a '
+            "row's bits depend on the other rows"
+        )
     if spec.draft is None or engine.speculation == "off":
         return None
     if not served.verifies_guesses:

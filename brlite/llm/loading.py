@@ -69,6 +69,11 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
         draft_backend=draft_backend,
         logits_processors=factories,
     )
+    if backend.info.can_run_ahead and config.engine.speculation == "auto" and not engine.may_guess:
+        logger.info(
+            'model %s: only tokens that a grammar forces are drafted; engine.speculation = "on" guesses text, too',
+            spec.name,
+        )
     return Assembly(engine, backend)
 
 

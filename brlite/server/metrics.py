@@ -186,12 +186,13 @@ class EngineCollector(Collector):
         setups = []
         for _, engine in self._engines():
             info = engine.info
+            is_card = info.name == "torch" and not info.device.startswith("cpu")
             values = {
                 "block_size": info.block_size,
                 "cache_dtype": info.kv_dtype,
                 "enable_prefix_caching": engine.config.prefix_caching,
                 "forced_num_gpu_blocks": None,
-                "gpu_memory_utilization": None,
+                "gpu_memory_utilization": engine.config.gpu_memory_utilization if is_card else None,
                 "num_cpu_blocks": 0,
                 "num_gpu_blocks": info.num_blocks,
                 "sliding_window": info.sliding_window,

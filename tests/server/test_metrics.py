@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import aiohttp
+import msgspec
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -104,6 +105,16 @@ async def test_the_cache_config_has_the_labels_of_the_seed(client: Client) -> No
         *("block_size", "cache_dtype", "enable_prefix_caching", "forced_num_gpu_blocks", "gpu_memory_utilization"),
         *("num_cpu_blocks", "num_gpu_blocks", "sliding_window", "swap_space_bytes"),
     }
+
+
+@pytest.mark.parametrize(("device", "share"), [("cuda:0 (a card)", "0.9"), ("cpu (a processor)", "None")])
+async def test_the_cache_config_says_which_share_of_a_card_is_taken(client: Client, device: str, share: str) -> None:
+    engine = client.engine._engine
+    engine.info = msgspec.structs.replace(engine.info, name="torch", device=device)
+
+    (sample,) = (await scrape(client))["vllm:cache_config_info"].samples
+
+    assert sample.labels["gpu_memory_utilization"] == share
 
 
 async def test_failures_of_steps_and_between_steps_are_counted_apart(client: Client) -> None:

@@ -46,8 +46,9 @@ VOCAB_SIZE = 512  # more than a shortlist holds, so that the sampler's path for 
 HIDDEN_SIZE = 64
 MAX_LENGTH = 32
 BLOCK_SIZE = 4
-# The tokens of two sequences in each step: a prompt in two chunks beside another one, then one token of both, twice.
-STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 14), (6, 7)), ((14, 15), (7, 8)))
+# The tokens of two sequences in each step: a prompt in two chunks beside another one; a short run as of guesses beside
+# one token, which is replayed from a graph on a card; one token of both.
+STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 15), (6, 7)), ((15, 16), (7, 8)))
 DRAWS = (
     SamplingParams(temperature=0.0),
     SamplingParams(temperature=1.0, top_k=5),
@@ -159,7 +160,7 @@ def _compute(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Te
     num_blocks = MAX_LENGTH // BLOCK_SIZE
     cache = KVCache(model.config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=model.kv_dtype, device=device)
     decoder = _decoder(model, device, dtype)
-    steps, _ = choose_steps(decoder, cache, model.kernels, max_rows=2, max_length=MAX_LENGTH)
+    steps, _ = choose_steps(decoder, cache, model.kernels, max_rows=4, max_length=MAX_LENGTH)
     tables = (range(num_blocks), range(num_blocks, 2 * num_blocks))
     logits: list[Tensor] = []
     with torch.inference_mode():

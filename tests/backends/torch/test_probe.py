@@ -150,7 +150,7 @@ def test_tokens_of_the_step_before_are_taken_where_steps_run_ahead(monkeypatch: 
     monkeypatch.setattr(probe, "rules_for", lambda device: DeviceRules(runs_ahead=True))
     probe_device(CPU, torch.float32)
 
-    assert taken == [[17, 10], [17, 10]]  # on the device and on the host
+    assert taken == [[18, 10], [18, 10]]  # on the device and on the host
 
 
 def test_a_report_reads_well() -> None:
