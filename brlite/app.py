@@ -81,8 +81,7 @@ def create_app(
         keys=keys,
         open_paths=OPEN_PATHS if config.server.metrics_need_key else OPEN_PATHS | METRICS_PATHS,
         origin_policy=app[ORIGIN_POLICY],
-        access_log=config.server.access_log,
-        quiet_paths=PROBES | METRICS_PATHS,
+        quiet_paths=PROBES | METRICS_PATHS if config.server.access_log else None,
     )
     _add_forwarding(app, Forwarder(config), config)
     if owned is not None:

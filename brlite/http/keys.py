@@ -33,7 +33,7 @@ class ApiKeys:
         """`is_admin`: the plain keys are an operator's keys."""
         if not all(secret.strip() for secret in (*plain, *(secret for secret, _ in named))):
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
-        self.anybody = ApiKey()  # the key of every request if no key is needed
+        self.anybody = ApiKey()  # the key of requests that need none
         self._named = tuple(key for _, key in named)
         rules = KeyConfig(name="", admin=is_admin)
         known = {digest: ApiKey(rules, tenant=f"digest:{digest.hex()}") for digest in map(_digest, plain)}

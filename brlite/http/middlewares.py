@@ -36,12 +36,12 @@ def add_middlewares(
     keys: ApiKeys,
     open_paths: frozenset[str],
     origin_policy: OriginPolicy | None = None,
-    access_log: bool = True,
-    quiet_paths: frozenset[str] = frozenset(),
+    quiet_paths: frozenset[str] | None = frozenset(),
 ) -> None:
     """Add the middleware `serve`, and the headers that every response has.
 
-    Without an `origin_policy` the application refuses pages of all other sites.
+    Without an `origin_policy` the application refuses pages of all other sites. With `quiet_paths` None there is no
+    access log.
 
     Call it after the routes were added: it looks up the open and the quiet ones. The application may have a budget of
     body bytes at `BODIES`; else it gets the default one.
@@ -51,7 +51,7 @@ def add_middlewares(
         app[BODIES] = BodyBudget(LimitsConfig().max_body_bytes_in_flight)
     policy = origin_policy or OriginPolicy()
     cors = Cors(policy)
-    app.middlewares.append(serve(app, policy, open_paths, quiet_paths if access_log else None))
+    app.middlewares.append(serve(app, policy, open_paths, quiet_paths))
 
     async def stamp(request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Set the headers that every response has, streams and refusals included."""
@@ -75,7 +75,7 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
     without one. Foreign pages and bad keys are refused before the body is read.
     """
     keys, budget = app[KEYS], app[BODIES]
-    cors, no_key = Cors(policy), ApiKey()
+    cors = Cors(policy)
     open_resources, quiet_resources = resources_at(app, open_paths), resources_at(app, quiet_paths or frozenset())
 
     @web.middleware
@@ -86,20 +86,12 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
             resource = None  # another spelling
         response: web.StreamResponse | None
         try:
-            response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
-            if response is None:
-                try:
-                    values = [request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
-                    host, origin, site = [None if value is None else ", ".join(value) for value in values]
-                    is_in = policy.lets_in(host, origin, site, keys.is_open)
-                    if not is_in and (refusal := policy.refusal(host, origin, site)) is not None:
-                        raise refusal
-                    key = no_key
-                    if resource not in open_resources:
-                        key = keys.anybody
-                        if not keys.is_open:
-                            headers = request.headers
-                            key = keys.require(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
+            try:
+                response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
+                if response is None:
+                    is_open = resource in open_resources
+                    key = accepted_key(request, policy, keys, is_open=is_open)
+                    if not is_open:
                         request[API_KEY] = key
                         if key.name:
                             log_extras(request)["key"] = key.name
@@ -108,8 +100,8 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                         response = await handler(request)
                     finally:
                         held.release()
-                except Exception as error:  # the boundary: an unexpected error becomes a 500
-                    response = answer_error(request, error)
+            except Exception as error:  # the boundary: an unexpected error becomes a 500
+                response = answer_error(request, error)
             status = CLIENT_LEFT if has_left(request) else response.status
             return response
         except web.HTTPException as error:
@@ -123,6 +115,19 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                 log_request(request, status, (time.perf_counter() - begin) * 1000)
 
     return serve_request
+
+
+def accepted_key(request: web.Request, policy: OriginPolicy, keys: ApiKeys, *, is_open: bool) -> ApiKey:
+    """The key that lets the request in; `is_open`: it needs none. Raises `Forbidden` and `Unauthorized`."""
+    headers = request.headers
+    values = [headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
+    host, origin, site = [None if value is None else ", ".join(value) for value in values]
+    is_in = policy.lets_in(host, origin, site, keys.is_open)
+    if not is_in and (refusal := policy.refusal(host, origin, site)) is not None:
+        raise refusal
+    if is_open or keys.is_open:
+        return keys.anybody
+    return keys.require(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
 
 
 def resources_at(app: web.Application, paths: Set[str]) -> Set[web.AbstractResource]:
