@@ -7,9 +7,9 @@ import operator
 import msgspec
 
 from brlite.chat.reply import find_reply_format
-from brlite.chat.turns import NO_EXTRAS, TemplateExtras
+from brlite.chat.turns import NO_EXTRAS
 from brlite.config.options import ModelSpec
-from brlite.dialects.generation import Chat, Generation, Infill, Prompt, Text, Truncation
+from brlite.dialects.generation import Chat, Generation, Infill, Prompt, Text, TokenIds, Truncation
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
@@ -18,6 +18,10 @@ from brlite.server.chat_replies import ChatReplies, template_extras
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.infill import InfillText
 
+FILES_AS_TEXT = (
+    "other files stand before the prompt as plain text, without their names: the model's vocabulary has no token for "
+    "files, such as <|file_sep|>"
+)
 _template_fields = operator.attrgetter("tools", "documents", "variables", "reasoning_effort", "reasoning_hint")
 
 
@@ -53,17 +57,12 @@ async def make_requests(
     if isinstance(first, Infill) and infill is not None:  # then all prompts are of this type
         params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *infill.ends))
         if first.files and infill.file is None:
-            warnings.append(
-                "other files stand before the prompt as plain text, without their names: the model's vocabulary has no "
-                "token for files, such as <|file_sep|>"
-            )
+            warnings.append(FILES_AS_TEXT)
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
-        extras = NO_EXTRAS
-        if isinstance(prompt, Chat) and any((*_template_fields(prompt), spec.chat_template_kwargs)):
-            extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
-            warnings += ignored
-        token_ids = await encode(prompt, engine, tenant, extras=extras, room=1 if call.truncation is None else None)
+        room = 1 if call.truncation is None else None
+        token_ids, ignored = await encode(prompt, engine, tenant, spec=spec, room=room)
+        warnings += ignored
         if call.truncation is not None:
             kept = _truncated(token_ids, call, call.truncation, engine)
             if len(kept) < len(token_ids):
@@ -135,11 +134,18 @@ async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoo
 
 
 async def encode(
-    prompt: Prompt, engine: EngineLoop, tenant: str, *, extras: TemplateExtras = NO_EXTRAS, room: int | None
-) -> list[int]:
-    """The token ids of a prompt. `room` and errors are as in `PromptEncoder`."""
+    prompt: Prompt, engine: EngineLoop, tenant: str, *, spec: ModelSpec, room: int | None
+) -> tuple[list[int], list[str]]:
+    """The token ids of a prompt, and a warning for each variable that a chat's template ignores.
+
+    `room` and errors are as in `PromptEncoder`.
+    """
+    encoder = engine.prompts
     if isinstance(prompt, Chat):
-        return await engine.prompts.encode_chat(
+        extras, ignored = NO_EXTRAS, list[str]()
+        if any((*_template_fields(prompt), spec.chat_template_kwargs)):
+            extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
+        token_ids = await encoder.encode_chat(
             prompt.messages,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
@@ -148,16 +154,14 @@ async def encode(
             room=room,
             tenant=tenant,
         )
+        return token_ids, ignored
+    if isinstance(prompt, TokenIds):
+        return prompt.token_ids, []
+    adds = prompt.add_special_tokens
     if isinstance(prompt, Text):
-        return await engine.prompts.encode(
-            prompt.text, add_special_tokens=prompt.add_special_tokens, room=room, tenant=tenant
-        )
-    if isinstance(prompt, Infill):
-        text = InfillText(prompt.before, prompt.after, prompt.start, prompt.files)
-        return await engine.prompts.encode_infill(
-            text, add_special_tokens=prompt.add_special_tokens, room=room, tenant=tenant
-        )
-    return prompt.token_ids
+        return await encoder.encode(prompt.text, add_special_tokens=adds, room=room, tenant=tenant), []
+    text = InfillText(prompt.before, prompt.after, prompt.start, prompt.files)
+    return await encoder.encode_infill(text, add_special_tokens=adds, room=room, tenant=tenant), []
 
 
 def _truncated(token_ids: list[int], call: Generation, truncation: Truncation, engine: EngineLoop) -> list[int]:

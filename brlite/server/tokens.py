@@ -7,7 +7,6 @@ import uuid
 from aiohttp import web
 from msgspec import UNSET, UnsetType, structs
 
-from brlite.chat.turns import NO_EXTRAS
 from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
@@ -43,10 +42,7 @@ async def tokenize(request: web.Request) -> web.Response:
     call = decode_tokenize(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
-        extras, ignored = NO_EXTRAS, list[str]()
-        if isinstance(call.prompt, Chat):
-            extras, ignored = template_extras(call.prompt, engine.tokenizer.chat_format, model.spec)
-        tokens = await encode(call.prompt, engine, tenant, extras=extras, room=None)
+        tokens, ignored = await encode(call.prompt, engine, tenant, spec=model.spec, room=None)
         texts = {}
         if call.names_tokens or call.has_pieces:
             texts = {token_id: token_text(token_id, engine.tokenizer) for token_id in set(tokens)}
@@ -153,8 +149,8 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         try:
-            extras, _ = template_extras(chat, engine.tokenizer.chat_format, model.spec)
-            return len(await encode(chat, engine, tenant, extras=extras, room=None))
+            token_ids, _ = await encode(chat, engine, tenant, spec=model.spec, room=None)
+            return len(token_ids)
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
 
@@ -164,7 +160,7 @@ async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, te
     if isinstance(prompt, Text):
         return prompt.text, []
     if not isinstance(prompt, Chat):  # an infill or token ids: decode them
-        token_ids = await encode(prompt, engine, tenant, room=None)
+        token_ids, _ = await encode(prompt, engine, tenant, spec=model.spec, room=None)
         return await engine.prompts.decode(token_ids, tenant=tenant), []
     extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, model.spec)
     text = await engine.prompts.render_chat(
