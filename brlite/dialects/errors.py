@@ -92,7 +92,7 @@ def error_body(error: BaseException, path: str = "", request_id: str = "") -> by
     return envelope(status, message, getattr(error, "param", None), path, request_id)
 
 
-def envelope(status: Status, message: str, param: str | None = None, path: str = "", request_id: str = "") -> bytes:
+def envelope(status: Status, message: str, param: str | None, path: str, request_id: str = "") -> bytes:
     """The JSON body. Lone surrogates in `message`, from the client's path or field, are escaped: JSON has none."""
     message = message.encode("utf-8", "backslashreplace").decode()
     fields: dict[str, Any]

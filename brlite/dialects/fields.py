@@ -364,7 +364,7 @@ class Undecoded(NamedTuple):
 NOTHING_MORE = Undecoded()
 
 
-def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str] = ()) -> Undecoded:
+def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str]) -> Undecoded:
     """Read the fields that a generation's struct lacks. Raises as `check_undecoded`, and for two names of one
     parameter. Aliases of the `own` parameters are not read."""
     names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS and _PARAMETERS[name] not in own}

@@ -115,9 +115,7 @@ def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_
     return _generation(body, undecoded, limits, stored)
 
 
-def decode_input_tokens(
-    data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED
-) -> ResponseGeneration:
+def decode_input_tokens(data: bytes, limits: LimitsConfig, stored: StoredResponses) -> ResponseGeneration:
     """Decode a request to count tokens: the same fields, all optional. Raises `InvalidRequest`."""
     body, undecoded = _DECODER.decode(data)
     return _generation(body, undecoded, limits, stored)

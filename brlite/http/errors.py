@@ -30,11 +30,11 @@ def error_body(error: BaseException, path: str = "", request_id: str = "") -> by
     """The error of a request to `path` as JSON. The text of an internal error is replaced by one fixed sentence."""
     if isinstance(error, web.HTTPException):
         message = error.reason if error.status < 500 else SERVER_FAULT
-        return envelope(status_of(error), message, path=path, request_id=request_id)
+        return envelope(status_of(error), message, None, path, request_id)
     return dialect_errors.error_body(error, path, request_id)
 
 
-def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
+def foreign_error_body(http: int, message: str, path: str) -> bytes:
     """The error body for a status and message of another server.
 
     The type is that of the status. The code is always `upstream_error`: our own codes name causes, and the other
@@ -42,7 +42,7 @@ def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
     """
     other = "invalid_request_error" if http < 500 else "server_error"
     kind = next((status.type for status in STATUSES.values() if status.http == http), other)
-    return envelope(Status(http, kind, "upstream_error"), message, path=path)
+    return envelope(Status(http, kind, "upstream_error"), message, None, path)
 
 
 def error_headers(error: BaseException) -> dict[str, str]:

@@ -43,7 +43,7 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
-def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope | None:
+def check_response(head: AnswerHead, payload: bytes, path: str) -> Envelope | None:
     """Check a complete response to a request to `path`. None: it is sent unchanged.
 
     An envelope is for a refusal that is not JSON, such as a proxy's page for 413. Raises `UpstreamError` for a response

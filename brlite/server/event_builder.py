@@ -291,7 +291,7 @@ class OffsetCounter:
 class TokenTrack:
     """The tokens of one choice that are not sent yet. `start` is the offset of its text, behind an echoed prompt."""
 
-    def __init__(self, tokenizer: Tokenizer, skipped_token_ids: Collection[int], start: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped_token_ids: Collection[int], start: int) -> None:
         self._tokenizer = tokenizer
         self._skipped_token_ids = skipped_token_ids
         self._counter = OffsetCounter(start)

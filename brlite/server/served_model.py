@@ -133,7 +133,7 @@ class ServedModel:
         """Undo a `dismiss` while the model is still loaded."""
         self.is_dismissed = False
 
-    def give_up(self, *, comes_back: bool = False) -> None:
+    def give_up(self, *, comes_back: bool) -> None:
         """Drop the engine, which the model manager closes.
 
         With `comes_back` the manager reloads the model, and requests are refused until then. Else the next request

@@ -169,7 +169,7 @@ class RequestHead:
             and fields.get(b"expect", b"100-continue").lower() == b"100-continue"
         )
 
-    def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
+    def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...]) -> bytes:
         """The header lines to forward to any upstream, with our id and `Via`. `more` are further names to forward.
 
         The last selection is cached, because heads repeat.
