@@ -85,7 +85,7 @@ def ending_of(status: int) -> Ending:
 
 def is_answer(status: int) -> bool:
     """Whether a response with this status shows no failure of the upstream."""
-    return status < 500 or status in ABOUT_THE_REQUEST
+    return ending_of(status) is ANSWERED
 
 
 def is_own_fault(error: BaseException | None) -> bool:

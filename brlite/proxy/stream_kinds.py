@@ -9,9 +9,9 @@ import enum
 
 import msgspec
 
-from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.dialects import anthropic_encoder, openai_answer
+from brlite.dialects.sse import frame
 from brlite.errors import RequestError
-from brlite.http.errors import error_body
 
 
 class StreamKind(enum.Enum):
@@ -47,8 +47,8 @@ def kind_of(path: bytes) -> StreamKind:
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:
     """The event that ends a failed stream, in the form that the libraries of its API expect."""
     if kind is StreamKind.MESSAGES:
-        return frame(error_body(error, "/v1/messages"), "error")
+        return anthropic_encoder.encode_error(error)
     if kind is StreamKind.RESPONSES:
         fields = {"type": "error", "code": "server_error", "message": str(error), "param": None}
         return frame(msgspec.json.encode({**fields, "sequence_number": sequence_number}), "error")
-    return frame(error_body(error)) + DONE_EVENT
+    return openai_answer.encode_error(error)
