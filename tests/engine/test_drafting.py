@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.engine.backend import CPU_ROWS
-from brlite.engine.drafting import INITIAL_ACCEPTANCE, MAX_NEW_TOKENS, NgramDrafter, StepForecast
+from brlite.engine.backend import CARD_ROWS, CPU_ROWS
+from brlite.engine.drafting import (
+    INITIAL_ACCEPTANCE,
+    INITIAL_WAIT_COST,
+    MAX_NEW_TOKENS,
+    NgramDrafter,
+    StepForecast,
+    WaitCost,
+)
 
 
 def guess(text: str, num_tokens: int = 4) -> str | None:
@@ -110,3 +117,25 @@ def test_guesses_of_one_sequence_leave_less_to_those_of_the_next() -> None:
     lengths = [forecast.add_guesses(0.6, 7) for _ in range(2)]
 
     assert lengths[0] > lengths[1]
+
+
+def test_the_wait_between_two_steps_is_measured_against_steps_that_were_launched_ahead() -> None:
+    wait = WaitCost(CARD_ROWS)
+    assert wait.cost == INITIAL_WAIT_COST
+    for _ in range(60):
+        wait.observe(1, 0.010, is_ahead=True)
+        wait.observe(9, 0.010 * CARD_ROWS.cost(9) + 0.002, is_ahead=False)
+
+    assert wait.cost == pytest.approx(0.2, abs=0.01)
+    wait.observe(1, 60.0, is_ahead=False)  # the machine slept
+    assert wait.cost < 0.7
+
+
+def test_guesses_gain_only_if_they_are_worth_the_wait() -> None:
+    forecast = StepForecast(1, CARD_ROWS)
+    assert not forecast.gains(0.0)  # none yet
+
+    forecast.add_guesses(0.5, 3)  # one token more, nearly
+
+    assert forecast.gains(0.5)
+    assert not forecast.gains(1.0)

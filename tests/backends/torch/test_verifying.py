@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from brlite.backends.torch.backend import TorchBackend
+from brlite.backends.torch.backend import TorchBackend, most_rows
 from brlite.backends.torch.device import DeviceRules
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, RowCosts, SampledToken, SamplingInput, ScheduledSeq, TokenMasks
@@ -177,3 +177,21 @@ def test_tokens_that_a_grammar_forces_are_verified_in_any_case(is_batch_invarian
     assert len(driver.text("request-0")) == 27
     assert num_plain == 27
     assert num_steps < 10
+
+
+@pytest.mark.parametrize(
+    ("build_batch", "engine", "expected"),
+    [
+        (1, {}, 8),  # a token and seven guesses
+        (3, {"max_draft_tokens": 2}, 9),
+        (64, {}, 64),
+        (64, {"max_draft_seqs": 16}, 128),
+        (3, {"speculation": "off"}, 3),
+    ],
+)
+def test_graphs_are_captured_for_as_many_rows_as_guesses_need(
+    build_batch: int, engine: dict[str, Any], expected: int
+) -> None:
+    plan = make_plan(TensorCheckpoint.tiny("llama"), ModelSpec(build_batch=build_batch), EngineConfig(**engine))
+
+    assert most_rows(plan) == expected

@@ -202,6 +202,27 @@ def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
             torch.testing.assert_close(*written, rtol=1e-2, atol=1e-2)
 
 
+def test_steps_that_cannot_be_captured_are_launched_and_the_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory\nwhile a graph was captured")
+
+    monkeypatch.setattr(choose_steps, "compute_capability", lambda _: (8, 0))
+    monkeypatch.setattr(choose_steps, "rules_for", lambda _: DeviceRules(has_triton=True))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    decoder = PLAIN.load()
+
+    steps, notes = choose_steps.choose_steps(
+        decoder, make_cache(decoder.config, "bfloat16"), "auto", max_rows=1, max_length=LENGTH
+    )
+
+    assert isinstance(steps, TritonSteps)
+    (note,) = notes
+    assert note.startswith("steps are not replayed from graphs")
+    assert note.endswith("CUDA error: out of memory while a graph was captured")
+    assert logits_of(steps, runs_of(STEPS[0])).isfinite().all()
+
+
 def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
     plain, replaying = PLAIN.kernels(), PLAIN.kernels()
     graph = give_graph(replaying, 8)
