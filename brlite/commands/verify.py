@@ -67,7 +67,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = False
     num_rounds: int = 1
     has_few_blocks: bool = False
-    speculation: Literal["auto", "off"] = "off"
+    speculation: Literal["on", "off"] = "off"
 
 
 ALONE = Way(name="alone", max_num_seqs=1)
@@ -76,7 +76,7 @@ CROWDS = (
     Way(name="chunks of 23 tokens", max_num_seqs=5, max_num_batched_tokens=23),
     Way(name="twice, prefixes cached", prefix_caching=True, num_rounds=2),
     Way(name="few blocks", prefix_caching=True, has_few_blocks=True),
-    Way(name="guesses, 3 at a time", max_num_seqs=3, speculation="auto"),
+    Way(name="guesses, 3 at a time", max_num_seqs=3, speculation="on"),
 )
 
 
