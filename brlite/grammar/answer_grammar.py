@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from brlite.grammar.patterns import PatternRefused, pattern_size
+from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, pattern_size
 from brlite.grammar.schema_references import SchemaRefused
 from brlite.grammar.schema_walk import WalkedSchema, parse_schema
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning
@@ -30,7 +30,7 @@ _OBJECT_KEYWORDS = frozenset(
     }
 )
 _STRING_FORMATS = {
-    "date": r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])",
+    "date": r"[1-9]\d{3}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)",
     "time": r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)",
     "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)",
@@ -245,6 +245,10 @@ class AnswerWriter:
     def _plain_string(self, rule: str, name: str, node: Mapping[str, Any], notation: ParameterNotation) -> str:
         """The expression of a string without quotes and escapes, which ends at the first `notation.end`."""
         mark = notation.end.strip()
+        narrowed = [{"pattern": FORMAT_PATTERNS.get(node.get("format", ""))}]  # by the walk, and in `_STRING_FORMATS`
+        for keyword in ("$ref", "anyOf", "allOf"):
+            if keyword in node and node[keyword] != narrowed:
+                raise PatternRefused(f"at #/properties/{name}/{keyword}: it cannot be enforced in this format of calls")
         listed = node.get("enum", [node["const"]] if "const" in node else None)
         if listed is not None:
             texts = [json.dumps(text) for text in listed if isinstance(text, str) and mark not in text]

@@ -46,6 +46,14 @@ _DECIMALS = (
 )
 _MAX_DECIMAL_DIGITS = 20
 
+# The library's formats allow the year 0, 29 February in any year and a second of 60, which Python's parsers refuse.
+_LEAP = "(0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    rf"^(\d*[1-9]\d*-((0[13-9]|1[0-2])-|02-([01]\d|2[0-8]))|(\d\d{_LEAP}|{_LEAP}00)-02-29)"  # of a text in the format
+)
+_TIME = r":[0-5]\d:[0-5]\d"
+FORMAT_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}.*{_TIME}"}
+
 
 class PatternRefused(ValueError):
     """A regular expression that cannot be enforced or costs too much. The message says why."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
+from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, pattern_size, rewritten
 from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
@@ -128,6 +128,8 @@ class _Walk:
         for _, node in self.places.values():
             if "oneOf" in node:  # `_drop_harmless` has checked that no value matches two alternatives
                 node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
+            if node.get("format") in FORMAT_PATTERNS:
+                node.setdefault("allOf", []).append({"pattern": FORMAT_PATTERNS[node["format"]]})
 
     def _visit(self, pointer: str, node: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
         """Check and rewrite one subschema. Yield those below it: pointer, subschema, depth of references."""

@@ -230,6 +230,31 @@ def test_what_nothing_refers_to_is_not_looked_at():
     assert texts(seeds=1, json_schema=schema) == ["null"]
 
 
+@pytest.mark.parametrize(
+    ("format_name", "text", "is_taken"),
+    [
+        ("date", "2021-02-29", False),
+        ("date", "1900-02-29", False),
+        ("date", "2000-02-29", True),
+        ("date", "2024-02-29", True),
+        ("date", "0000-01-01", False),
+        ("date", "2021-01-31", True),
+        ("date-time", "2021-01-31T10:00:60Z", False),
+        ("date-time", "2021-02-29T10:00:00Z", False),
+        ("date-time", "2021-01-31T10:00:59.5+02:00", True),
+        ("time", "10:00:60Z", False),
+        ("time", "10:00:59Z", True),
+    ],
+)
+def test_dates_and_times_are_those_that_exist(format_name: str, text: str, is_taken: bool):
+    schema = json.dumps({"type": "string", "format": format_name})
+    matcher = COMPILER.compile(StructuredOutput(json_schema=schema)).matcher()
+
+    matcher.advance([*json.dumps(text).encode()])
+
+    assert matcher.is_complete == is_taken
+
+
 def test_rewritten_patterns_match_only_what_the_originals_match():
     originals = [
         r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",

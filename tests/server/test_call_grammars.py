@@ -268,6 +268,10 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: s
         ({"type": "object", "properties": {"a b>": {}}}, "such a name"),
         ({"type": "object", "properties": {"a": {"type": "string", "pattern": "b"}}}, "#/properties/a/pattern"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "uri"}}}, "#/properties/a/format"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string", "allOf": [{"pattern": "^b$"}]}}},
+            "#/properties/a/allOf",
+        ),
     ],
 )
 def test_what_a_format_without_json_cannot_enforce_is_refused(schema: Any, reason: str) -> None:
@@ -275,6 +279,17 @@ def test_what_a_format_without_json_cannot_enforce_is_refused(schema: Any, reaso
 
     with pytest.raises(InvalidRequest, match=f"f: at .*{reason}"):
         compiled("marks are text", calls=found)
+
+
+@pytest.mark.parametrize(
+    ("date", "is_taken"), [("2024-01-31", True), ("2024-04-31", False), ("2024-02-28", True), ("2023-02-29", False)]
+)
+def test_dates_without_quotes_are_those_that_exist(date: str, is_taken: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "date"}}, "required": ["a"]}
+    found = call_grammar(PARSERS["qwen3_coder"], (function("f", schema),), ToolChoice(mode="required"))
+    call = f"<tool_call>\n<function=f>\n<parameter=a>\n{date}\n</parameter>\n</function>\n</tool_call>"
+
+    assert takes(compiled("marks are text", calls=found), "marks are text", call) == is_taken
 
 
 def test_digits_of_a_call_come_to_an_end_and_those_of_text_do_not() -> None:
