@@ -146,7 +146,11 @@ def _generation(
             "background needs a store: store is false, or limits.max_stored_bytes is 0", param="background"
         )
     if body.background and body.stream:
-        raise not_supported("background with stream", "; leave out stream, and read the response by its id")
+        raise InvalidRequest(
+            "background cannot be streamed: leave out stream, and read the response by its id",
+            param="background",
+            code="unsupported_parameter",
+        )
     has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
     field_names = {**FIELD_NAMES, **more.field_names}
     params = sampling_params(

@@ -144,7 +144,7 @@ async def test_without_a_store_nothing_is_kept(serve: Start) -> None:
         ({"input": "x", "tools": [{"type": "mcp"}]}, "tools[0].type"),
         ({"input": "x", "include": ["frob"]}, "include[0]"),
         ({"input": "x", "background": True, "store": False}, "background"),
-        ({"input": "x", "background": True, "stream": True}, "background with stream"),
+        ({"input": "x", "background": True, "stream": True}, "background"),
         ({"input": "x", "text": {"format": {"type": "frob"}}}, "text.format.type"),
         ({"input": "x", "temperature": -1}, "temperature"),
     ],
