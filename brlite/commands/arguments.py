@@ -31,7 +31,7 @@ def file_path(text: str) -> Path:
 def add_serve(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     about = "additional name for the model in requests; may be given several times"
-    parser.add_argument("--alias", action="append", metavar="NAME", help=about)
+    parser.add_argument("--alias", action="append", type=word, metavar="NAME", help=about)
     add_listening(parser)
 
 

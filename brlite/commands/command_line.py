@@ -15,6 +15,7 @@ BAD_CHOICE = re.compile(r"argument .*?: invalid choice: '(.*?)'", re.DOTALL)
 OTHER_COMMANDS = {
     **dict.fromkeys(("ls", "list", "ps"), "models"),
     **dict.fromkeys(("start", "api_server"), "serve"),
+    "create": "convert",
     "rm": "models rm",
     "show": "models show",
     "help": "--help",
@@ -38,6 +39,9 @@ OTHERS = {
     **dict.fromkeys(("-hff", "--hf-file"), "it is part of the name: --model organisation/model:FILE"),
     **dict.fromkeys(("--revision",), "it is part of the name: --model organisation/model@REVISION"),
     **dict.fromkeys(("-hft", "--hf-token"), "the variable HF_TOKEN has it"),
+    **dict.fromkeys(("--config", "--config-file"), "the config file is given without a flag"),
+    **dict.fromkeys(("--prompt",), "prompts are lines of --input FILE, or of standard input"),
+    **dict.fromkeys(("-v", "--verbose"), "--log-level debug shows more"),
     **dict.fromkeys(("--download-dir",), "the variable HF_HOME has it"),
     **dict.fromkeys(("--offline",), "the variable HF_HUB_OFFLINE=1 does it"),
     **dict.fromkeys(
@@ -96,6 +100,9 @@ class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose subcommands report unknown flags themselves, since they have the valid ones."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        first = args[0] if args and self._subparsers is not None else ""
+        if first.startswith("-") and first.partition("=")[0] not in self._option_string_actions:
+            self.error(f"{first}: the COMMAND comes first, as in {self.prog} serve --model NAME")
         # `-hf` would be read as -h and -f.
         words = [word for word in args or () if word in OTHERS and len(word) > 2 and word[1] != "-"]
         if words and self._subparsers is None and words[0] not in self._option_string_actions:

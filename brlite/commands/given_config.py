@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from brlite.checkpoint.model_name import may_be_a_name
 from brlite.config.load import load_config
 from brlite.config.options import Config
 from brlite.config.validation import engine_override, model_override, override
@@ -60,8 +59,8 @@ def given_config(args: argparse.Namespace) -> Config:
 
 
 def is_model(path: Path) -> bool:
-    """Whether what stands where a config is expected is a model: a folder, a file of weights or a name on a hub."""
-    is_name = not path.exists() and path.suffix not in (".toml", ".json") and may_be_a_name(str(path))
+    """Whether what stands where a config is expected may be a model: a folder, a file of weights, a name of no file."""
+    is_name = not path.exists() and path.suffix not in (".toml", ".json")
     return path.is_dir() or path.suffix in MODEL_SUFFIXES or is_name
 
 

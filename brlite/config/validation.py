@@ -153,7 +153,10 @@ def model_override(model: str | None) -> dict[str, object]:
     is_file = path.suffix == ".gguf" and (":" not in model or path.exists())
     if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
         return {"model[0].name": model, "model[0].path": None}
-    return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
+    name = path.stem if is_file else path.resolve().name
+    if not name:
+        raise ConfigError(f"--model {model}: this is the root folder, and no model")
+    return {"model[0].name": name, "model[0].path": str(path)}
 
 
 def engine_override(name: str | None) -> dict[str, object]:
