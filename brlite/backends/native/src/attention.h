@@ -114,14 +114,16 @@ INLINE void multiply_tile(const AttentionTile& at, Part part) {
     }
 }
 
-// Stores non-negative weights in the form that multiplies bfloat16 values. Returns the weights after rounding.
+// Stores weights in the form that multiplies bfloat16 values. Returns the weights after rounding. This is `to_bf16` for
+// numbers that are neither negative nor subnormal; the lower 16 bits of a NaN are 0 here, as in the queries and keys.
 INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
 #if defined(BRLITE_HAS_BF16)
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
     _mm256_storeu_si256((__m256i*)to, halves);
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #else
-    weights = to_bf16(weights);
+    const Ints bits = bits_of(weights);
+    weights = from_bits((bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000);
     store_row(to, weights);
     return weights;
 #endif

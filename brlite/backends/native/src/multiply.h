@@ -35,7 +35,9 @@ struct Int8 {
         return i == 3 ? words : _mm512_and_si512(words, _mm512_set1_epi16(15));
     }
     INLINE Pair load_shifted_int4(const uint8_t* at, int i) {
-        const __m512i words = _mm512_loadu_si512(at);
+        // asm: GCC would load the words again for each operation on them, which takes 1.2 times as long in the cache.
+        __m512i words = _mm512_loadu_si512(at);
+        asm("" : "+v"(words));
         return i == 3 ? _mm512_srli_epi16(words, 12) : _mm512_and_si512(words, _mm512_set1_epi16(15 << 4 * i));
     }
     INLINE Sum shifted_back(Sum sum, int i) { return _mm512_srai_epi32(sum, 4 * i); }
