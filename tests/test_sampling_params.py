@@ -11,6 +11,7 @@ from brlite.engine.admission import check_limits
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
+from brlite.sampling_params.readers import UNREAD_BELOW
 
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
@@ -189,6 +190,14 @@ def test_a_value_is_read_to_the_type_of_its_field(name: str, value: Any, read: A
 
     assert getattr(params, name) == read
     assert type(getattr(params, name)) is type(read)
+
+
+@pytest.mark.parametrize("value", [1, 2, 40, UNREAD_BELOW - 1])
+def test_a_number_that_is_not_read_would_be_the_same_if_it_were(value: int) -> None:
+    for name, parameter in parameters().items():
+        kind = type(parameter.default)
+        if kind in (int, float):
+            assert repr(parameter.read(kind(value))) == repr(kind(value)), name
 
 
 @pytest.mark.parametrize("given", [{"best_of": 4}, {"n": 2}, {"n": 2, "best_of": 3, "length_penalty": -16, "seed": 1}])

@@ -18,6 +18,7 @@ from msgspec import Meta, inspect
 
 from brlite.errors import InvalidRequest
 from brlite.sampling_params.readers import (
+    UNREAD_BELOW,
     read_biases,
     read_integer,
     read_number,
@@ -285,7 +286,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         changed = compress(_NAMES, map(operator.is_not, _values(self), _DEFAULTS))
         given = {name: value for name in changed if (value := getattr(self, name)) != {} or name != "logit_bias"}
         try:
-            fields = msgspec.convert({name: _READ[name](value) for name, value in given.items()}, _FIELDS)
+            values = {
+                name: value if type(value) is _NUMBERS.get(name) and 0 < value < UNREAD_BELOW else _READ[name](value)
+                for name, value in given.items()
+            }
+            fields = msgspec.convert(values, _FIELDS)
         except _REFUSALS:
             raise _refusal(given) from None
         for name in given:
@@ -431,6 +436,7 @@ for _field in msgspec.structs.fields(SamplingParams):
     )
 _NAMES = tuple(_PARAMETERS)
 _READ = {parameter.name: parameter.read for parameter in _PARAMETERS.values()}
+_NUMBERS = {name: type(each.default) for name, each in _PARAMETERS.items() if type(each.default) in (int, float)}
 _DEFAULTS = [parameter.default for parameter in _PARAMETERS.values()]
 _values = operator.attrgetter(*_NAMES)
 # The same fields without `__post_init__`, so that one call checks all given values.

@@ -2,6 +2,7 @@
 
 6.0 stands for 6, -1 for none, one string for a list of strings; numpy's numbers are numbers. The readers raise
 `TypeError`, `ValueError`, `OverflowError` or `msgspec.ValidationError`; `params.py` checks ranges and makes the error.
+None of them changes a number of the right type between 0 and `UNREAD_BELOW`, so most requests call no reader.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from brlite.sampling_params.structured_output import StructuredOutput
 
 ALL_TOKENS = 2**30  # SGLang's `top_k` for all tokens
 RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
+UNREAD_BELOW = min(ALL_TOKENS, RANDOM_SEED)
 
 
 class NamedProcessor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
