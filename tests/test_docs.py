@@ -61,7 +61,7 @@ NOT_RUN_HERE = {
     "README-2": "tests/test_end_to_end.py sends such a request; another test compares the model's name",
     "README-3": "it is the command that runs this test",
     "README-4": "the models would be downloaded",
-    "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
+    "conversion-1": "two of the models have 72 billion weights; tests/conversion converts small ones",
     "deployment-1": "needs systemd, and root",
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
     "deployment-3": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",

@@ -22,7 +22,8 @@ HubName = Literal["huggingface", "modelscope"]
 
 HUB_VARIABLE = "BRLITE_HUB"
 HUB_PREFIXES: dict[str, HubName] = {"hf": "huggingface", "huggingface": "huggingface", "modelscope": "modelscope"}
-PLAIN_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # never with `..`, nor in what follows it
+# The lookahead refuses `..` up to the end of the text: in `FULL_NAME` also in the quantization and the revision.
+PLAIN_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 FULL_NAME = re.compile(
     rf"(?:(?P<hub>{'|'.join(HUB_PREFIXES)}):)?(?P<repository>{PLAIN_NAME.pattern})"
     r"(?::(?P<quantization>\w[\w.-]*))?(?:@(?P<revision>\w[\w./-]*))?",

@@ -87,7 +87,10 @@ OWN_LINES = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items(
 
 
 class FastPaths:
-    """What the fast paths of a server's connections share. A call makes a fast path; None without upstreams."""
+    """Makes the `FastPath` of each connection of a server, and holds what they share: forwarder, keys and limits.
+
+    A call returns None if there are no upstreams.
+    """
 
     def __init__(
         self,
