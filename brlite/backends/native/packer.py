@@ -172,7 +172,7 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     part = f" {shard.rank} of {shard.size}" if shard else ""
     weights_name = WEIGHTS_NAMES[model.precision.weights]
     key = PackedFileKey(LAYOUT_VERSION, weights_name, plan.checkpoint.identity + part, layout.num_bytes)
-    file = _trusted(plan.packed_file, plan.checkpoint.path)
+    file = None if plan.packed_file is None else _trusted(plan.packed_file, plan.checkpoint.path)
     if file is not None:
         sweep(file.parent, f"{file.name}.")
         try:
@@ -205,12 +205,12 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
 
 
-def _trusted(file: Path | None, model: Path) -> Path | None:
+def _trusted(file: Path, model: Path) -> Path | None:
     """`file`, or None if another user could have written it; then it is neither read nor written.
 
     Packed weights in the model's own folder are trusted like the model.
     """
-    if file is None or file.parent == model:
+    if file.parent == model:
         return file
     try:
         stranger = why_untrusted(file if file.exists() else file.parent) if file.parent.exists() else None
