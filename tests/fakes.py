@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brlite.backends.pooling import pooled_result
+from brlite.backends.sampling.logits_processors import run_processors
 from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.engine.outputs import TokenLogprob
@@ -265,10 +266,10 @@ class FakeBackend:
                 assert not seq.num_draft_tokens
                 logits = np.zeros(self.info.vocab_size, np.float32)
                 logits[token_id] = 1
-                logits = batch.processors[seq.seq_id].run(logits, lambda found: None)
-                if logits is None:
+                edited = run_processors(batch.processors[seq.seq_id], logits)
+                if edited is None:
                     return
-                token_id = int(logits.argmax())
+                token_id = int(edited.argmax())
             num_top = sampling.params.logprobs
             yield SampledToken(token_id, None if num_top is None else self._logprob(token_id, num_top))
             if context[length : length + 1] != [token_id]:

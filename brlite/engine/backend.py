@@ -8,16 +8,12 @@ not sent: rank 0 draws), or written into a test.
 from __future__ import annotations
 
 import enum
-import logging
 import math
-import os
 import threading
-import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -25,8 +21,6 @@ from brlite.config.options import STEP_TOKENS
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import BackendLost, EngineError
 from brlite.sampling_params import PoolingParams, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 MAX_DRAFT_TOKENS = 16  # the largest number of guesses of a sequence in a step of brlite's backends
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
@@ -173,7 +167,11 @@ class TokenMasks:
 
 
 class LogitsProcessor(NamedTuple):
-    """Python code of others that edits logits: `function` gets `num_inputs` arguments (see `LogitsProcessors.run`)."""
+    """Python code of others that edits logits, numpy float32 [V]. `function` returns the new ones.
+
+    It is called as `(output_token_ids, logits)`, or as `(prompt_token_ids, output_token_ids, logits)` if `num_inputs`
+    is 3. It may overwrite the logits.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -181,46 +179,22 @@ class LogitsProcessor(NamedTuple):
 
 
 class LogitsProcessors:
-    """The logits processors of one sequence. A backend runs them once before each draw of the sequence.
+    """The logits processors of one sequence, in their order, and the tokens for its next draw.
 
-    `error` says why no token can be drawn any more. `seconds` has the name of each processor that the last step called,
-    and the time that it took.
+    The backend runs them once before each draw, on the model's own logits. Then `seconds` has the name of each that was
+    called, and the time that it took; `error` says which one failed, so that no token can be drawn.
     """
 
     def __init__(self, processors: Sequence[LogitsProcessor], prompt_token_ids: Iterable[int]) -> None:
-        self.error: str | None = None
+        self.processors = processors
+        self.prompt_token_ids = tuple(prompt_token_ids)
+        self.output_token_ids: list[int] = []
         self.seconds: list[tuple[str, float]] = []
-        self._processors = processors
-        self._prompt_token_ids = tuple(prompt_token_ids)
-        self._output_token_ids: list[int] = []
+        self.error: str | None = None
 
     def begin(self, output_token_ids: list[int]) -> None:
         """Prepare the next draw, after these tokens of the answer. The list is the processors' own."""
-        self._output_token_ids, self.seconds = output_token_ids, []
-
-    def run(self, logits: Any, find_fault: Callable[[Any], str | None]) -> Any:
-        """The logits (numpy float32 [V]) after all processors; None where one failed. On the step's thread.
-
-        They are the model's own, before any other edit, and may be overwritten. A processor is called as
-        `(output_token_ids, logits)` or `(prompt_token_ids, output_token_ids, logits)` and returns the new logits.
-        `find_fault` says what is wrong with these. A failure ends this sequence alone.
-        """
-        for name, function, num_inputs in self._processors:
-            start = time.perf_counter()
-            try:
-                prompt = (self._prompt_token_ids,) if num_inputs == 3 else ()
-                logits = function(*prompt, self._output_token_ids, logits)
-                fault = find_fault(logits)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # even SystemExit must not end the requests of others
-                logger.warning("the logits processor %s failed", name, exc_info=error)
-                fault = f"failed: {type(error).__name__}"
-            self.seconds.append((name, time.perf_counter() - start))
-            if fault is not None:
-                self.error = f"the logits processor {name} {fault}"
-                return None
-        return logits
+        self.output_token_ids, self.seconds = output_token_ids, []
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -426,65 +400,6 @@ class CanBeLost(Protocol):
     def watch(self, on_lost: Callable[[BackendLost], None]) -> None:
         """Call `on_lost` once when a process is lost, on any thread. `watch` is called before the first step."""
         ...
-
-
-class BackendGuard:
-    """Keeps a backend's memory from being used by two threads at once, after `close`, or in a forked child.
-
-    A backend computes inside `with guard.step():` and gives its memory back through `guard.close`.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._stepping_thread: int | None = None
-        self._is_closed = False
-        self._deferred: Callable[[], object] | None = None
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Hold the backend for one step. Waits for another thread's step.
-
-        Raises `EngineError` once the backend is closed, and in a child process that was forked from the backend's.
-        """
-        check_process(self._pid)
-        with self._lock:
-            if self._is_closed:
-                raise EngineError("the backend is closed")
-            self._stepping_thread = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._stepping_thread = None
-                if self._deferred is not None:
-                    self._deferred()
-
-    def close(self, give_back: Callable[[], object]) -> None:
-        """Refuse further steps, wait for the one under way and call `give_back`, which may be called twice.
-
-        A signal handler may close on the very thread that computes: then the memory is given back after the step.
-        In a forked child nothing is done: the threads are the parent's, and the memory ends with the child.
-        """
-        if os.getpid() != self._pid:
-            return
-        self._is_closed = True
-        if self._stepping_thread == threading.get_ident():
-            self._deferred = give_back
-            return
-        with self._lock:
-            give_back()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a backend cannot be pickled or copied: it holds memory and threads of this process")
-
-
-def check_process(pid: int) -> None:
-    """Raise `EngineError` in any process but `pid`, in which a model was loaded: its threads are not in a fork."""
-    if os.getpid() != pid:
-        raise EngineError(
-            f"the model was loaded in process {pid}, and this is {os.getpid()}, a forked child, which has none of its "
-            'threads; load the model in the child, or start the child by the method "spawn"'
-        )
 
 
 def close_dropped(what: str, backends: list[Backend]) -> None:

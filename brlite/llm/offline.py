@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from brlite.backends.guard import check_process
 from brlite.config.load import load_config
 from brlite.config.options import ENGINE_VARIABLE, Config
 from brlite.config.validation import engine_override, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine.admission import read_token_ids
-from brlite.engine.backend import Backend, check_process, close_dropped
+from brlite.engine.backend import Backend, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request

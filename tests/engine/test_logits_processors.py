@@ -46,7 +46,7 @@ class Cloned(Recorder):
 def slow_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of a processor takes half a second, of a clock of its own."""
     clock = SimpleNamespace(perf_counter=functools.partial(next, itertools.count(0, 0.5)))
-    monkeypatch.setattr("brlite.engine.backend.time", clock)
+    monkeypatch.setattr("brlite.backends.sampling.logits_processors.time", clock)
 
 
 def beginnings(token_ids: list[int]) -> list[list[int]]:

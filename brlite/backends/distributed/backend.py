@@ -12,7 +12,8 @@ from typing import Protocol
 
 from brlite.backends.distributed.messages import Join, Joined, Loaded, RankBatch, Setup, compute_message
 from brlite.backends.distributed.processes import CAUSE_SECONDS, OnLost, Ranks
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, StepResult
+from brlite.backends.guard import BackendGuard
+from brlite.engine.backend import BackendInfo, Batch, StepResult
 from brlite.errors import BackendLost, RankGone
 
 logger = logging.getLogger(__name__)

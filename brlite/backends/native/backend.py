@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.guard import BackendGuard
 from brlite.backends.native import abi
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.adaptive_threads import AdaptiveThreads
@@ -26,11 +27,11 @@ from brlite.backends.native.packer import LoadedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows
 from brlite.backends.pooling import pooled_result
-from brlite.backends.sampling.host import NativeSampler, sample_processed
+from brlite.backends.sampling.host import NativeSampler
+from brlite.backends.sampling.logits_processors import sample_processed
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
-    BackendGuard,
     BackendInfo,
     Batch,
     LogitsProcessors,

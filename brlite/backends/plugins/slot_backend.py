@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from brlite.backends.guard import BackendGuard
 from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
 from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, PluginEngine, PluginRow
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.pooling import pooled_result
-from brlite.backends.sampling.host import choose_sampler, sample_processed
+from brlite.backends.sampling.host import choose_sampler
+from brlite.backends.sampling.logits_processors import sample_processed
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
-    BackendGuard,
     BackendInfo,
     Batch,
     SampledToken,

@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Protocol
 
-import numpy as np
-
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, find_library
 from brlite.backends.sampling import reference
 from brlite.backends.sampling.rows import Logits, NumpyRows
-from brlite.engine.backend import LogitsProcessors, SampledToken, SamplingInput, TokenMask, Undrawn
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import EngineError, NativeUnavailable
 
@@ -52,41 +50,6 @@ def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = f
         logger.info("tokens are drawn by numpy: %s", error)
         return ReferenceSampler()
     return ReferenceSampler() if library is None else NativeSampler(library, vocab_size)
-
-
-def sample_processed(
-    sampler: HostSampler,
-    logits: Logits,
-    entry: SamplingInput,
-    mask: TokenMask | None,
-    processors: LogitsProcessors,
-) -> SampledToken | Undrawn:
-    """Draw the token of one sequence after its logits processors. Overwrites `logits`, float32 [V].
-
-    The logprobs are those of the model's own logits. `mask` must be complete.
-    """
-    if not np.isfinite(logits.max()):
-        return Undrawn.NOT_FINITE
-    own = None if entry.params.logprobs is None else logits[None].copy()
-
-    def find_fault(found: object) -> str | None:
-        if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != (logits.size,):
-            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
-            return f"returned {what}; wanted is a numpy array, float32 [{logits.size}]"
-        best = float(found.max())
-        if np.isfinite(best):
-            return None
-        return "excluded every token" if best < 0 else "returned logits with NaN or infinity"
-
-    processed = processors.run(logits, find_fault)
-    if processed is None:
-        return Undrawn.PROCESSOR_FAILED
-    # The array may be the processor's own, for its next call too, and the sampler overwrites its logits.
-    (token,) = sampler.sample(processed[None].copy(), [entry], [mask])
-    if own is None or isinstance(token, Undrawn):
-        return token
-    (logprob,) = sampler.token_logprobs(own, [token.token_id], entry.params.logprobs or 0)
-    return SampledToken(token.token_id, logprob)
 
 
 class ReferenceSampler:

@@ -3,8 +3,8 @@
 The order of operations, for each row by itself:
 
 1. the reported logprobs are the model's own, before all of the following;
-2. logits processors (`host.py`), at this place as in vLLM 0.4 (`model_executor/layers/sampler.py`); `logit_bias`,
-   banned tokens, `allowed_token_ids`, the mask; the penalties; the costs of DRY (p-e-w 2024);
+2. logits processors (`logits_processors.py`), at this place as in vLLM 0.4 (`model_executor/layers/sampler.py`);
+   `logit_bias`, banned tokens, `allowed_token_ids`, the mask; the penalties; the costs of DRY (p-e-w 2024);
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
    standard deviations of the best one (Tang et al. 2024; over all logits above -inf). `top_k` keeps that many best of

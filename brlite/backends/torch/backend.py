@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.guard import BackendGuard
 from brlite.backends.pooling import pooled_result
 from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.choose_steps import choose_steps
@@ -39,7 +40,6 @@ from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
-    BackendGuard,
     BackendInfo,
     Batch,
     PoolingInput,

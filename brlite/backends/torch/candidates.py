@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from brlite.backends.sampling import reference
-from brlite.backends.sampling.host import choose_sampler, sample_processed
+from brlite.backends.sampling.host import choose_sampler
+from brlite.backends.sampling.logits_processors import sample_processed
 from brlite.backends.sampling.random_numbers import Floats, Integers
 from brlite.backends.sampling.rows import BLOCK_SIZE, Logits, Shortlist, sorted_shortlist
 from brlite.engine.backend import LogitsProcessors, SampledToken, SamplingInput, TokenMask, Undrawn
