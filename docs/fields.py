@@ -67,7 +67,7 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 `chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`,
 `embeddings` is `/v1/embeddings` and `/pooling`, `rerank` is also `/v2/rerank` and `/v1/reranking`,
 `score` is `/v1/score`, `messages` is `/v1/messages`, `infill` is `/infill`.
-[HTTP API](http-api.md) says what the sampling parameters mean.
+[Sampling parameters](sampling.md) have a page of their own.
 
 | field | at | value | default | known to | |
 |---|---|---|---|---|---|

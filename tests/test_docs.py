@@ -66,11 +66,11 @@ NOT_RUN_HERE = {
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
     "deployment-3": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "devices-1": "needs a card; `.ci/run` runs the check with --device cpu",
-    "http-api-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "installation-1": "the same command as README-1",
     "installation-2": "it builds in fresh venvs for minutes, and ends with a request to the wheel's own server",
     "installation-3": "it fetches all wheels; deploy/docker/Containerfile has the same step",
     "installation-4": "it needs those wheels",
+    "keys-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
 }
@@ -169,7 +169,7 @@ def test_promtool_accepts_the_queries_for_grafana(tmp_path: Path) -> None:
 
 
 def test_the_limits_are_those_of_the_code() -> None:
-    documented = {name: cells[0] for name, cells in table("http-api", "## Limits").items()}
+    documented = {name: cells[0] for name, cells in table("refusals", "## Limits").items()}
 
     assert documented == {name: str(value) for name, value in msgspec.structs.asdict(LimitsConfig()).items()}
 
@@ -177,18 +177,18 @@ def test_the_limits_are_those_of_the_code() -> None:
 def test_every_refusal_is_explained() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
     codes = {*(status.code for status in STATUSES.values()), *re.findall(r'\bcode="(\w+)"', source)}
-    section = PAGES["http-api"].split("## Why a request is refused", 1)[1].split("\n## ", 1)[0]
+    section = PAGES["refusals"].split("# Why a request is refused", 1)[1].split("\n## ", 1)[0]
 
     assert {code for code in codes if f"`{code}`" not in section} == set()
 
 
 def test_the_limit_that_has_no_key_is_that_of_the_code() -> None:
-    assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in PAGES["http-api"]
+    assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in PAGES["refusals"]
 
 
 def test_the_sampling_parameters_are_those_of_the_code() -> None:
     fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
-    rows = table("http-api", "## Sampling parameters")
+    rows = table("sampling", "# Sampling parameters")
 
     assert {name for row in rows for name in row.split("`, `")} == fields
 
@@ -254,7 +254,7 @@ def test_the_import_table_is_the_one_that_is_enforced() -> None:
 
 def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(PAGES["http-api"].split("## Keys", 1)[1].split("```toml")[1].split("```")[0])
+    path.write_text(PAGES["keys"].split("# API keys", 1)[1].split("```toml")[1].split("```")[0])
 
     (key,) = load_config(path).key
 

@@ -262,7 +262,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(max_length=2, extra={"allowed": "a list of at most two tokens"}),
         option(
             "a model that generates gives scores: the probability of the second of two tokens against the first, or "
-            "the sigmoid of one token's logit; []: none (docs/http-api.md)",
+            "the sigmoid of one token's logit; []: none (docs/embeddings-and-rerank.md)",
             ["no", "yes"],
         ),
     ] = ()
@@ -326,7 +326,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every bound on what a client can ask for. `docs/http-api.md` has the table with the error that each one gives."""
+    """Every bound on what a client can ask for. `docs/refusals.md` has the table with the error that each one gives."""
 
     max_body_bytes: Annotated[Count, option("request body; a longer one is refused")] = 1024 * 1024
     max_body_bytes_in_flight: Annotated[

@@ -132,7 +132,7 @@ OBEYED = (
         "priority",
         (*ALL_FIVE, *OF_PROMPTS),
         (VLLM,),
-        "lower numbers go first, from that of the [key](http-api.md#keys) on; SGLang's go the other way",
+        "lower numbers go first, from that of the [key](keys.md) on; SGLang's go the other way",
     ),
     ObeyedField("timeout", ALL_FIVE, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
     ObeyedField("cache_salt", (*ALL_FIVE, *OF_PROMPTS), (VLLM, SGLANG)),
@@ -182,7 +182,7 @@ UNUSUAL = (
     ObeyedField("logit_bias", (RESPONSES, MESSAGES, INFILL), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES, INFILL), (VLLM,)),
     ObeyedField(
-        "logits_processors", ALL_FIVE, (VLLM,), "names that the config allows ([more](http-api.md#logits-processors))"
+        "logits_processors", ALL_FIVE, (VLLM,), "names that the config allows ([more](sampling.md#logits-processors))"
     ),
     ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES, INFILL), (VLLM_04, VLLM)),
     ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES, INFILL), VLLM_AND_SGLANG),

@@ -43,9 +43,7 @@ def spell(tokenizer, text="ab", *, repeat=True):
 def broken(tokenizer):
     raise RuntimeError("a secret of the operator")
 """
-PAGE = (
-    (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8").split("### Logits processors")[1]
-)
+PAGE = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8").split("## Logits processors")[1]
 PAGE_MODULE, PAGE_BODY = (PAGE.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "json"))
 ENTRY_POINTS = """
 [brlite.logits_processors]
