@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches  # here: the import reads files, which the loop's thread must not wait for
 from typing import Protocol
 
 from brlite.config.options import ModelSpec, ProxyConfig
@@ -235,8 +236,6 @@ class ModelTable:
         """The error for a name that no model has. It names the models that the key may use."""
         text = "say which model: several are served here"
         if name:
-            from difflib import get_close_matches  # here: its module is large, and most servers never need it
-
             is_remote = name in self._remote_names
             where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
             local = (shown for shown, model in self.names() if may_use(model.name))

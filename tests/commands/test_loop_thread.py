@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+
+import pytest
 
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.test_tls import MAKE_CERTIFICATE
@@ -72,3 +75,20 @@ def test_no_file_is_opened_and_no_name_looked_up_on_the_loop(tmp_path: Path) -> 
             process.kill()
 
     assert [line for line in log.read_text().splitlines() if line.startswith("ON THE LOOP")] == []
+
+
+def test_the_error_for_an_unknown_model_reads_no_files(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", AUDITED, "serve", "--engine", "toy", "--model", "toy", "--port", "0"]
+
+    with log.open("wb") as errors, subprocess.Popen(command, stderr=errors, cwd=tmp_path) as process:
+        try:
+            url = wait_for(r"listening on (\S+);", log)[1]
+            with pytest.raises(urllib.error.HTTPError, match="404") as answer:
+                urllib.request.urlopen(f"{url}/v1/models/toi", timeout=PATIENCE_SECONDS)
+            text = answer.value.read()
+        finally:
+            process.kill()
+
+    assert b"Did you mean `toy`?" in text
+    assert "ON THE LOOP" not in log.read_text()
