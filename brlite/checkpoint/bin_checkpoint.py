@@ -67,7 +67,7 @@ def load_shard(file: Path) -> dict[str, torch.Tensor]:
     try:
         with zipfile.ZipFile(file) as archive:
             compressed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ModelError(f"{file}: not a zip file as torch.save writes it: {reason(error)}") from error
     if compressed:  # a compressed member could unpack to any size
         raise ModelError(f"{file}: {excerpt(compressed[0])} is compressed, as torch never does")

@@ -41,7 +41,7 @@ class TracedArchive:
             self.num_bytes = file.stat().st_size
             with zipfile.ZipFile(file) as archive:
                 self._members = {info.filename: info for info in archive.infolist()}
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
             raise ModelError(f"{file}: not a traced .pt file, or cut short: {reason(error)}") from error
         self._code_bytes_left = MAX_CODE_BYTES
         prefixes = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
@@ -128,7 +128,7 @@ class TracedArchive:
         try:
             with zipfile.ZipFile(self.file) as archive, archive.open(info) as member:
                 return member.read(max_bytes)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error
 
 

@@ -117,6 +117,16 @@ def zip_garbage(folder: Path) -> Path:
     return folder
 
 
+def zip_name_in_no_encoding(folder: Path) -> Path:
+    file = write_bin(folder, random_tensors()) / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    place = raw.index(b"PK\x01\x02")  # the first entry of the zip's list
+    raw[place + 9] |= 0x08  # flag 11: its name is UTF-8
+    raw[place + 46] = 0xFF
+    file.write_bytes(raw)
+    return folder
+
+
 def garbage(folder: Path, name: str, content: bytes) -> Path:
     (write_config(folder) / name).write_bytes(content)
     return folder
@@ -219,6 +229,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "bin: truncated": (truncated_bin, "truncated"),
     "bin: garbage": (lambda folder: garbage(folder, "pytorch_model.bin", b"\x80\x02}q\x00."), "is a bare pickle"),
     "bin: garbage in a zip": (zip_garbage, "torch refuses it"),
+    "bin: a name in no encoding": (zip_name_in_no_encoding, "not a zip file as torch.save writes it: 'utf-8' codec"),
     "bin: a list": (lambda folder: bin_with(folder, [torch.zeros(1)]), "dict of tensors"),
     "bin: a nested dict": (lambda folder: bin_with(folder, {"model": {"w": torch.zeros(1)}}), "names to tensors"),
     "bin: whole numbers": (lambda folder: bin_with(folder, {"w": torch.zeros(1, dtype=torch.int8)}), "torch.int8"),

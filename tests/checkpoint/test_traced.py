@@ -211,6 +211,15 @@ def remove_code(file: Path) -> None:
     rewrite(file, f"code/{type_name.rpartition('.')[0].replace('.', '/')}.py", None)
 
 
+def rename_in_no_encoding(file: Path) -> None:
+    """A name that says it is UTF-8 and is not, in the zip's list."""
+    raw = bytearray(file.read_bytes())
+    place = raw.index(b"PK\x01\x02")
+    raw[place + 9] |= 0x08  # flag 11: UTF-8
+    raw[place + 46] = 0xFF
+    file.write_bytes(raw)
+
+
 def endless(file: Path) -> None:
     out = io.BytesIO()
     out.write(b"\x80\x02c__torch__\nA\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.")
@@ -224,6 +233,7 @@ def endless(file: Path) -> None:
         (lambda file: file.write_bytes(b"no zip"), "not a traced .pt file, or cut short"),
         (lambda file: file.unlink(), "the file is missing"),
         (lambda file: os.truncate(file, file.stat().st_size // 2), "not a traced .pt file, or cut short"),
+        (rename_in_no_encoding, "not a traced .pt file, or cut short: 'utf-8' codec"),
         (save_plain, "torch.save wrote it; a traced .pt is written by torch.jit.save"),
         (lambda file: rewrite(file, "data.pkl", None), "it has no data.pkl"),
         (lambda file: rewrite(file, "data/2", None), "the numbers of storage '2' are missing"),
