@@ -373,5 +373,5 @@ asyncio.run(load())
 
     unused = {"torch", "tqdm", "huggingface_hub", "transformers", "tokenizers", "jinja2", "sentencepiece", "gguf"}
     unused |= {"llguidance", "brlite.backends.sizes", "brlite.checkpoint.fetch", "brlite.conversion"}
-    unused |= {"brlite.grammar.library", "brlite.server.openapi", "importlib.metadata", "difflib", "tomllib"}
+    unused |= {"brlite.grammar.library", "brlite.server.openapi", "importlib.metadata", "tomllib"}
     assert unused.isdisjoint(result.stdout.split())

@@ -128,7 +128,7 @@ class TracedArchive:
         try:
             with zipfile.ZipFile(self.file) as archive, archive.open(info) as member:
                 return member.read(max_bytes)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error
 
 
