@@ -12,7 +12,7 @@ from brlite.config.options import LimitsConfig
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
 from brlite.engine.scoring import SCORING
-from brlite.errors import InvalidRequest, PromptTooLong
+from brlite.errors import EngineError, InvalidRequest, PromptTooLong
 from brlite.sampling_params import PoolingParams, SamplingParams, check_token_ids
 
 
@@ -63,6 +63,25 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
             param="min_tokens",
         )
     return max_tokens, warnings
+
+
+def check_prepared(request: Request) -> None:
+    """Raise `EngineError` if the grammar, the bad words or the logits processors of the parameters were not made.
+
+    Raises `InvalidRequest` if `allowed_token_ids` has no token that the grammar allows first.
+    """
+    params = request.params
+    if params.structured is not None and request.grammar is None:
+        raise EngineError("the request's structured output was not compiled")
+    if params.bad_words and request.bad_words is None:
+        raise EngineError("the request's bad words were not encoded")
+    if params.logits_processors and request.processors is None:
+        raise EngineError("the request's logits processors were not made")
+    allowed = params.allowed_token_ids
+    if request.grammar is not None and allowed and not request.grammar.may_begin_with(allowed):
+        raise InvalidRequest(
+            "allowed_token_ids has no token that an answer of this structure may begin with", param="allowed_token_ids"
+        )
 
 
 def read_token_ids(token_ids: Iterable[object]) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
-from brlite.engine.admission import admit
+from brlite.engine.admission import admit, check_prepared
 from brlite.engine.backend import (
     Backend,
     BackendInfo,
@@ -41,7 +41,7 @@ from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.drafting import WaitCost
 from brlite.engine.guidance import GuidedSeq, StepGuidance
-from brlite.engine.logits_processors import Factory, ProcessorMaker
+from brlite.engine.logits_processors import Factory, ProcessorMaker, ProcessorTimes
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import (
@@ -64,8 +64,6 @@ from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-SLOW_PROCESSOR_SECONDS = 0.01  # of a call; a token of a small model takes about as long
 
 
 class Step(NamedTuple):
@@ -110,7 +108,7 @@ class Engine:
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
         self.processor_maker = ProcessorMaker(logits_processors or {}, tokenizer)
-        self._slow_processors: set[str] = set()  # the log has them already
+        self._processor_times = ProcessorTimes()
         self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
         self._preemptions_before = 0
         self._clock = clock
@@ -161,20 +159,9 @@ class Engine:
         """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
-        if request.params.structured is not None and request.grammar is None:
-            raise EngineError("the request's structured output was not compiled")
-        allowed = request.params.allowed_token_ids
-        if request.grammar is not None and allowed and not request.grammar.may_begin_with(allowed):
-            raise InvalidRequest(
-                "allowed_token_ids has no token that an answer of this structure may begin with",
-                param="allowed_token_ids",
-            )
-        if request.params.bad_words and request.bad_words is None:
-            raise EngineError("the request's bad words were not encoded")
+        check_prepared(request)
         params = request.params
         if params.logits_processors:
-            if request.processors is None:
-                raise EngineError("the request's logits processors were not made")
             params = msgspec.structs.replace(params, logits_processors=())  # code is not sent to ranks
         request = msgspec.structs.replace(
             request,
@@ -310,7 +297,9 @@ class Engine:
             if step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs):  # else there was none before it
                 self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         self._has_model_guesses = False
-        computing = seconds if step.processors is None else seconds - self._note_processors(step.processors)
+        computing = seconds
+        if step.processors is not None:
+            computing -= self._processor_times.note(step.processors.values(), self.stats)
         if self._pace is not None and has_chunk:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
             self._pace.observe(chunks, computing)
@@ -501,22 +490,6 @@ class Engine:
             self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
         if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
             self._end_as_error(seq, matcher.error)
-
-    def _note_processors(self, processors: Mapping[int, LogitsProcessors]) -> float:
-        """Count the calls of a step, and log each processor the first time that it is slow. Returns their seconds."""
-        seconds_before = self.stats.logits_processor_seconds
-        for each in processors.values():
-            self.stats.logits_processor_calls += len(each.seconds)
-            for name, seconds in each.seconds:
-                self.stats.logits_processor_seconds += seconds
-                if seconds > SLOW_PROCESSOR_SECONDS and name not in self._slow_processors:
-                    self._slow_processors.add(name)
-                    logger.warning(
-                        "a call of the logits processor %s took %.0f ms; all requests of the step waited for it",
-                        name,
-                        1000 * seconds,
-                    )
-        return self.stats.logits_processor_seconds - seconds_before
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
         """End one completion for which no token can be drawn. Others of its request continue."""

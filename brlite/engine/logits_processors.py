@@ -1,17 +1,19 @@
 """Logits processors: Python code that edits the logits of a sequence before each draw.
 
 Callables come with the parameters (offline, embedded). A request names factories, which the operator installs as entry
-points and allows in `engine.logits_processors`; nothing else is imported. `backend.py` says when a backend calls them.
+points and allows in `engine.logits_processors`; nothing else is imported. Backends call them: see `LogitsProcessors`
+in `backend.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from brlite.engine.backend import LogitsProcessor
+from brlite.engine.backend import LogitsProcessor, LogitsProcessors
+from brlite.engine.stats import EngineStats
 from brlite.errors import ConfigError, EngineError, InvalidRequest
 from brlite.sampling_params import NamedProcessor, SamplingParams
 from brlite.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ from brlite.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 GROUP = "brlite.logits_processors"
+SLOW_SECONDS = 0.01  # of a call; a token of a small model takes about as long
 
 Factory = Callable[..., Callable[..., Any]]
 Processors = tuple[tuple[LogitsProcessor, ...], ...]  # of each answer of a request
@@ -86,6 +89,29 @@ class ProcessorMaker:
             logger.exception("the factory of the logits processor %s failed", item.name)
             raise EngineError(f"the logits processor {item.name} could not be made") from error
         return LogitsProcessor(item.name, function, _num_inputs(function))
+
+
+class ProcessorTimes:
+    """Counts the calls of a step and their time, and logs each processor the first time that it is slow."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def note(self, processors: Iterable[LogitsProcessors], stats: EngineStats) -> float:
+        """Add the calls of a step, one `LogitsProcessors` for each sequence, to `stats`. Returns their seconds."""
+        calls = [call for each in processors for call in each.seconds]
+        total = sum(seconds for _, seconds in calls)
+        stats.logits_processor_calls += len(calls)
+        stats.logits_processor_seconds += total
+        for name, seconds in calls:
+            if seconds > SLOW_SECONDS and name not in self._logged:
+                self._logged.add(name)
+                logger.warning(
+                    "a call of the logits processor %s took %.0f ms; all requests of the step waited for it",
+                    name,
+                    1000 * seconds,
+                )
+        return total
 
 
 def _num_inputs(function: Callable[..., Any]) -> int:
