@@ -25,11 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import card_check
-import card_first
-import card_models
-import card_speed
-import card_tiles
+from cards import check, first, models, speed, tiles
 
 from brlite.models.precision import PrecisionName
 
@@ -37,12 +33,12 @@ from brlite.models.precision import PrecisionName
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     if args.first is not None:
-        return card_first.run(args)
+        return first.run(args)
     if args.profile:
-        return card_first.run_profile(args)
+        return first.run_profile(args)
     if args.tiles:
-        return card_tiles.run(args)
-    return card_check.run_checks(args) if args.check else card_speed.run(args)
+        return tiles.run(args)
+    return check.run_checks(args) if args.check else speed.run(args)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +53,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     checks = parser.add_argument_group("checks")
     checks.add_argument("--check", action="store_true", help="compare with the CPU, measure no steps")
     checks.add_argument("--model", type=Path, metavar="FILE", help="a folder or .gguf file to check with as well")
-    checks.add_argument("--only", type=_words, default=[], metavar="LIST", help=f"of {', '.join(card_check.NAMES)}")
+    checks.add_argument("--only", type=_words, default=[], metavar="LIST", help=f"of {', '.join(check.NAMES)}")
     checks.add_argument("--schedules", type=int, metavar="N", help="random schedules in each precision (300)")
     speeds = parser.add_argument_group("numbers")
     speeds.add_argument("--shapes", type=_words, default=["8b", "1b"], metavar="LIST", help="(8b,1b)")
@@ -73,7 +69,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.device = args.device or ("cpu" if args.short else "cuda")
     args.kernels = args.kernels or (["eager"] if args.device == "cpu" else [])
     args.time_limit = args.time_limit or (150.0 if args.check else 400.0 if args.first is None else 780.0)
-    known = {"only": card_check.NAMES, "shapes": card_models.SHAPES, "precisions": get_args(PrecisionName)}
+    known = {"only": check.NAMES, "shapes": models.SHAPES, "precisions": get_args(PrecisionName)}
     for option, allowed in known.items():
         if unknown := set(getattr(args, option)) - set(allowed):
             parser.error(f"--{option}: {', '.join(sorted(unknown))} unknown; allowed are {', '.join(allowed)}")

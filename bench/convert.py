@@ -26,7 +26,7 @@ from statistics import median
 
 import msgspec
 import shapes
-import this_machine
+from measuring import this_machine
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import read_manifest

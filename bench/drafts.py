@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from statistics import median
 
-import prompts
-import subject
+from measuring import prompts, subject
 
 from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import BrliteError

@@ -21,11 +21,9 @@ from pathlib import Path
 from statistics import median
 
 import aiohttp
-import peers
-import prompts
-import servers
-import subject
-from venvs import ToolError
+from measuring import prompts, subject
+from measuring.venvs import ToolError
+from peers import launchers, servers
 
 from brlite.errors import BrliteError
 
@@ -73,11 +71,11 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]:
     )
     started = []
     for name in args.servers:
-        launcher = peers.find_launcher(name)
+        launcher = launchers.find_launcher(name)
         assert launcher is not None  # the choices are such names
         launch = launcher(settings)
         if name != "brlite":
-            launch = peers.with_embeddings(launch)
+            launch = launchers.with_embeddings(launch)
         started.append(stack.enter_context(servers.start(launch, folder, args.start_timeout)))
         started[-1].pause()
     return started

@@ -8,7 +8,7 @@
     python bench/engine.py --short            # for CI
 
 The engine runs in this process, the server in its own with the same config, and it is stopped while the engine runs.
-A peer runs in a process and a venv of its own, with the weights of a .gguf file in 8 bits (`generators.py`).
+A peer runs in a process and a venv of its own, with the weights of a .gguf file in 8 bits (`peers/generators.py`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-import generators
-import load
 import msgspec
-import prompts
-import servers
-import subject
+from measuring import load, prompts, subject
+from measuring.venvs import ToolError
 from msgspec import Struct
-from venvs import ToolError
+from peers import generators, servers
 
 from brlite.errors import BrliteError
 from brlite.llm import LLM

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory import tree_memory
+from measuring.memory import tree_memory
 
 ROOT = Path(__file__).parent.parent
 MB = 1e6

@@ -23,12 +23,10 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-import machine_limits
 import msgspec
-import steps
-import subject
+from measuring import machine_limits, steps, subject
+from measuring.venvs import ToolError
 from msgspec import Struct
-from venvs import ToolError
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model

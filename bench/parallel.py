@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
-import subject
+from measuring import subject
 from msgspec import Struct
 
 from brlite.engine.backend import Backend, Batch, SamplingInput, ScheduledSeq

@@ -4,8 +4,8 @@
     python bench/proxy.py --proxies brlite,nginx-tuned --works streams --rounds 3
     python bench/proxy.py --short                                # for CI: does every byte come through? a few seconds
 
-The backend computes nothing (`null_backend.cpp`), the client checks every byte (`http_load.cpp`); both have the second
-core, the proxies the first. Linux only.
+The backend computes nothing (`proxies/null_backend.cpp`), the client checks every byte (`proxies/http_load.cpp`); both
+have the second core, the proxies the first. Linux only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
-import proxies
-import proxy_report
-import servers
-import this_machine
-from programs import find_program
-from proxy_report import Cell, Idle
-from servers import Launch, Server
-from venvs import ToolError
-from window import LoadFailed, idle_connection_bytes, run_work
-from works import NAMES, Scale, make_works, small_body
+from measuring import this_machine
+from measuring.venvs import ToolError
+from peers import servers
+from peers.servers import Launch, Server
+from proxies import launchers, report
+from proxies.programs import find_program
+from proxies.report import Cell, Idle
+from proxies.window import LoadFailed, idle_connection_bytes, run_work
+from proxies.works import NAMES, Scale, make_works, small_body
 
 from brlite.errors import NativeUnavailable
 
@@ -57,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"proxy: error: {error}", file=sys.stderr)
         return 1
     print("\n".join(f"{name}: {value}" for name, value in {**machine, **bench.versions}.items()), end="\n\n")
-    print(proxy_report.render(cells, idles, bench.works, args.proxies[0], has_bars=not args.short))
+    print(report.render(cells, idles, bench.works, args.proxies[0], has_bars=not args.short))
     if args.json is not None:
         args.json.write_text(json.dumps(_as_json(args, machine, bench, cells, idles), indent=1) + "\n")
-    return 1 if proxy_report.find_problems(cells) else 0
+    return 1 if report.find_problems(cells) else 0
 
 
 class Bench:
@@ -91,7 +90,7 @@ class Bench:
             for work in self.works:
                 for server in running if number % 2 == 0 else running[::-1]:
                     found = run_work(self._client, work, _port(server), _pid(server), folder)
-                    yield proxy_report.make_cell(server.name, work, number, *found)
+                    yield report.make_cell(server.name, work, number, *found)
             print(f"round {number + 1} of {self._args.rounds}", file=sys.stderr)
 
     def _measure_idle(self, backend: Server, folder: Path) -> list[Idle]:
@@ -110,7 +109,7 @@ class Bench:
         if name == DIRECT:
             yield msgspec.structs.replace(backend, name=DIRECT)
             return
-        launch = proxies.LAUNCHERS[name](proxies.Place(_port(backend), folder))
+        launch = launchers.LAUNCHERS[name](launchers.Place(_port(backend), folder))
         self.versions[name] = launch.version
         with ExitStack() as stack:
             with _on_core(self._proxy_core):
@@ -124,7 +123,7 @@ class Bench:
             version="",
             command=[str(self._backend), str(port), "16", str(self._args.pace_ms)],
             port=port,
-            model=proxies.MODEL,
+            model=launchers.MODEL,
             ready_path="/health",
             fields={},
         )
@@ -161,7 +160,7 @@ def _as_json(
     args: argparse.Namespace, machine: dict[str, object], bench: Bench, cells: Sequence[Cell], idles: Sequence[Idle]
 ) -> dict[str, object]:
     kept = ("proxies", "works", "rounds", "seconds", "streams", "pace_ms", "idle")
-    verdicts = proxy_report.judge(cells, idles, args.proxies[0])
+    verdicts = report.judge(cells, idles, args.proxies[0])
     return {
         "machine": machine,
         "versions": bench.versions,
@@ -174,7 +173,7 @@ def _as_json(
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = f"any of {', '.join((DIRECT, *proxies.LAUNCHERS))}; the first is the one that is judged"
+    names = f"any of {', '.join((DIRECT, *launchers.LAUNCHERS))}; the first is the one that is judged"
     parser.add_argument("--proxies", default=",".join(COMPARED), metavar="NAME,…", help=names)
     parser.add_argument("--works", default=",".join(NAMES), metavar="WORK,…", help=f"any of {', '.join(NAMES)}")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(5)")
@@ -187,9 +186,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="brlite, and nginx if there is one; one short round")
     args = parser.parse_args(argv)
     if args.short:
-        vars(args).update(SHORT, proxies="brlite,nginx-tuned" if proxies.has_nginx() else "brlite")
+        vars(args).update(SHORT, proxies="brlite,nginx-tuned" if launchers.has_nginx() else "brlite")
     args.proxies, args.works = args.proxies.split(","), args.works.split(",")
-    for chosen, allowed in ((args.proxies, (DIRECT, *proxies.LAUNCHERS)), (args.works, NAMES)):
+    for chosen, allowed in ((args.proxies, (DIRECT, *launchers.LAUNCHERS)), (args.works, NAMES)):
         if unknown := set(chosen) - set(allowed):
             parser.error(f"{', '.join(sorted(unknown))}: allowed are {', '.join(allowed)}")
     return args

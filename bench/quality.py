@@ -20,15 +20,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, cast, get_args
 
-import gguf_q8
-import llama_cpp
 import msgspec
 import numpy as np
-import subject
 import torch
+from measuring import prompts, subject
+from measuring.torch_model import TorchModel
+from measuring.venvs import ToolError
 from msgspec import Struct
-from torch_model import TorchModel
-from venvs import ToolError
+from peers import gguf_q8, llama_cpp
 
 from brlite.config.options import ModelSpec
 from brlite.engine.backend import Backend, Batch, ScheduledSeq
@@ -38,7 +37,6 @@ from brlite.models.config import KVDtype
 from brlite.models.precision import PrecisionName, PrecisionOption
 from brlite.tokenizer import load_tokenizer
 
-TEXT = Path(__file__).with_name("quality_text.txt")
 ROWS_AT_A_TIME = 64
 KV_DTYPES: dict[str, KVDtype] = {"a_bf16_w_int8_kv_int8": "int8"}
 PEERS = ("q8_0", "q4_1")
@@ -214,7 +212,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = get_args(PrecisionOption)
     parser.add_argument("--precisions", type=_words, default=list(names), metavar="LIST", help=f"of {', '.join(names)}")
     parser.add_argument("--peers", type=_words, default=list(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE")
+    parser.add_argument("--text", type=Path, default=prompts.QUALITY_TEXT, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of the text; 0: all")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens that see each other (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")

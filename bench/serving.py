@@ -19,15 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-import load
 import msgspec
-import peers
-import prompts
-import report
-import servers
-import subject
-import this_machine
-from venvs import ToolError
+from measuring import load, prompts, report, subject, this_machine
+from measuring.venvs import ToolError
+from peers import launchers, servers
 
 from brlite.errors import BrliteError
 from brlite.tokenizer import load_tokenizer
@@ -37,7 +32,7 @@ MIN_REQUESTS = 4
 CONTEXT = 512
 CONTEXT_STEP = 256
 TASKS = ("complete", "rewrite")
-NAMES = f"brlite, brlite-WORDS with words of {', '.join(subject.WORDS)}, {', '.join(peers.LAUNCHERS)}"
+NAMES = f"brlite, brlite-WORDS with words of {', '.join(subject.WORDS)}, {', '.join(launchers.LAUNCHERS)}"
 SHORT = {"concurrency": [1, 4], "rounds": 1, "requests": 2, "max_tokens": 16, "servers": ["brlite"]}
 
 
@@ -84,7 +79,7 @@ def _servers(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]
         return running
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
     settings = _settings(args, folder)
-    launches = [launcher(settings) for name in names if (launcher := peers.find_launcher(name)) is not None]
+    launches = [launcher(settings) for name in names if (launcher := launchers.find_launcher(name)) is not None]
     started = []
     for launch in launches:
         print(f"starting {launch.name} {launch.version} …", file=sys.stderr)
@@ -250,7 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.short:
         vars(args).update(SHORT)
-    if unknown := [name for name in args.servers or () if peers.find_launcher(name) is None]:
+    if unknown := [name for name in args.servers or () if launchers.find_launcher(name) is None]:
         parser.error(f"--servers: {', '.join(unknown)} unknown; allowed are {NAMES}")
     if args.prompts is None:
         args.prompts = prompts.QUALITY_TEXT if args.task == "rewrite" or args.prompt_tokens else prompts.PROMPTS

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_q8
 import numpy as np
+from measuring.prompts import PROMPTS, QUALITY_TEXT
+from peers import gguf_q8
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from brlite.checkpoint import open_checkpoint
@@ -29,7 +30,7 @@ from brlite.checkpoint.gguf_config import LAYER_NAMES, TENSOR_NAMES, hugging_fac
 from brlite.models.registry import find_family
 from brlite.tokenizer import load_tokenizer
 
-TEXTS = tuple(Path(__file__).with_name(name) for name in ("prompts.txt", "quality_text.txt"))
+TEXTS = (PROMPTS, QUALITY_TEXT)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 NUM_TRAINED = 8000  # at most: the texts give fewer
 WEIGHT_SCALE = 0.02

@@ -31,8 +31,8 @@ HASTY = ProxyConfig(
     choice="round_robin",
     eject_failures=1000,
     health_seconds=1000,
-    connect_seconds=2.0,
-    first_byte_seconds=2.0,  # a good upstream must keep to it on a busy machine, too
+    connect_seconds=PATIENCE_SECONDS,
+    first_byte_seconds=4.0,  # a good upstream must keep to it on a busy machine, too
     idle_seconds=1.5,
 )
 

@@ -16,12 +16,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import card_limits
 import numpy as np
 import numpy.typing as npt
-import tiny_models
 import torch
-from card_finding import Finding
+from cards import limits
+from cards.finding import Finding
+from measuring import tiny_models
 
 from brlite.backends.torch.backend import TorchBackend
 from brlite.backends.torch.device import compute_dtype
@@ -70,9 +70,9 @@ class Nearness(NamedTuple):
 
 def machine(args: argparse.Namespace) -> Iterator[Finding]:
     device = torch.device(args.device)
-    found = card_limits.describe(device)
+    found = limits.describe(device)
     yield Finding("machine", True, ", ".join(f"{name} {value}" for name, value in found.items()), found)
-    copied, multiplied = card_limits.copy_rate(device), card_limits.multiply_rate(device)
+    copied, multiplied = limits.copy_rate(device), limits.multiply_rate(device)
     rates = {"copy_bytes_per_second": copied, "bf16_flops": multiplied}
     yield Finding("rates", True, f"copy {copied / 1e9:.0f} GB/s, bf16 {multiplied / 1e12:.1f} TFLOP/s", rates)
 

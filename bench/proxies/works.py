@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
-import prompts
+from measuring import prompts
 from msgspec import Struct
-from proxies import MODEL
+from proxies.launchers import MODEL
 
 STREAMS, SHORT, SINGLE, LARGE, LARGE_UTF8 = NAMES = ("streams", "short", "single", "large", "large-utf8")
 NUM_LARGE_MESSAGES, LARGE_MESSAGE = 100, 1020  # 107 KB
 SHORT_PROMPT = 128
 SPARE_SECONDS = 1.0  # streams last for so much longer than warm-up and window
 NO_PACE_SECONDS = 0.00001
-QUALITY_TEXT = Path(__file__).with_name("quality_text.txt")
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -88,7 +86,7 @@ def _messages() -> list[dict[str, str]]:
 
 
 def _text() -> str:
-    return QUALITY_TEXT.read_text(encoding="utf-8")
+    return prompts.QUALITY_TEXT.read_text(encoding="utf-8")
 
 
 def _large_body(text: str) -> bytes:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from venvs import TOOL_SECONDS, cache_folder, run_tool
+from measuring.venvs import TOOL_SECONDS, cache_folder, run_tool
 
 from brlite.backends.native.build import find_compiler
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from load import Target
-from memory import Memory, tree_memory
+from measuring.load import Target
+from measuring.memory import Memory, tree_memory
+from measuring.subject import Tables, variant_tables
 from msgspec import Struct
-from subject import Tables, variant_tables
 
 import brlite
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from measuring.process_tree import PROC, process_tree
 from msgspec import Struct
-from process_tree import PROC, process_tree
 
 
 class Memory(Struct, frozen=True, kw_only=True):

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from measuring.venvs import find_venv, package_version
 from msgspec import Struct
-from servers import HOST, RUN_BRLITE, Launch, ServerError, free_port
-from venvs import find_venv, package_version
+from peers.servers import HOST, RUN_BRLITE, Launch, ServerError, free_port
 
 import brlite
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import servers
-import tiny_models
-from card_finding import Finding
+from cards.finding import Finding
+from measuring import tiny_models
+from peers import servers
 
 from brlite.models.registry import find_family
 

@@ -1,6 +1,6 @@
 """How fast torch's path is on a card, against what the card can do and against transformers beside it.
 
-Steps go through `Backend.execute`, draws included. Shares are of what `card_limits.py` measures there: the bytes that a
+Steps go through `Backend.execute`, draws included. Shares are of what `limits.py` measures there: the bytes that a
 step must read over the rate of a copy, its multiply-adds over the rate of a large product. What matters most comes
 first, and every row is said and kept at once: a run that is cut short has the rows until then.
 """
@@ -23,13 +23,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-import card_limits
-import card_models
 import msgspec
 import shapes
-import steps
 import torch
-from card_peers import Transformers, Vllm
+from cards import limits, models
+from cards.peers import Transformers, Vllm
+from measuring import steps
 from msgspec import Struct
 
 from brlite.backends.torch.backend import TorchBackend
@@ -41,7 +40,7 @@ from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import load_tokenizer
 
 WARM_UP_RUNS = 2
-ENGINE_BENCH = Path(__file__).with_name("engine.py")
+ENGINE_BENCH = Path(__file__).parents[1] / "engine.py"
 
 
 class Scale(NamedTuple):
@@ -93,9 +92,9 @@ class _Bench:
         self.args = args
         self.scale = SHORT if args.short else FULL
         self.device = torch.device(args.device)
-        self.machine = card_limits.describe(self.device)
-        self.copy_rate = card_limits.copy_rate(self.device)
-        self.multiply_rate = card_limits.multiply_rate(self.device)
+        self.machine = limits.describe(self.device)
+        self.copy_rate = limits.copy_rate(self.device)
+        self.multiply_rate = limits.multiply_rate(self.device)
         self.rows: list[Row] = []
         self._deadline = time.monotonic() + args.time_limit
 
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     bench = _Bench(args)
     rates = f"copy {bench.copy_rate / 1e9:.0f} GB/s, bf16 {bench.multiply_rate / 1e12:.1f} TFLOP/s"
     print(f"{bench.machine.get('name', args.device)}, torch {bench.machine['torch']}: {rates}", flush=True)
-    kernels = args.kernels or card_models.kernels()
+    kernels = args.kernels or models.kernels()
     plans = list(itertools.product(kernels, args.shapes, args.precisions))
     for number, (kernel, shape, precision) in enumerate(plans):
         has_peer = args.peers and precision == "bf16" and kernel == kernels[0]
@@ -149,11 +148,11 @@ def _measure_model(bench: _Bench, shape: str, precision: PrecisionName, kernel: 
     groups = [[steps.prefill_step(n)] for n in scale.prompts]
     for context in sorted({context for _, context in scale.decodes}):
         groups.append([steps.decode_step(rows, at) for rows, at in scale.decodes if at == context])
-    most = max(steps.num_blocks(group, card_models.BLOCK_SIZE) for group in groups)
+    most = max(steps.num_blocks(group, models.BLOCK_SIZE) for group in groups)
     rows = max(rows for rows, _ in scale.decodes)
     began = time.perf_counter()
     try:
-        backend = card_models.make_backend(
+        backend = models.make_backend(
             shape, precision, bench.args.device, kernel, rows=rows, context=max(*scale.prompts, 2048), num_blocks=most
         )
     except Exception as error:
@@ -180,7 +179,7 @@ def _measure_steps(bench: _Bench, backend: TorchBackend, group: Sequence[steps.S
     """Steps of one group in turns, round after round; what they read has been written before."""
     if not bench.has_time:
         return
-    config, scale = card_models.model_config(fields["shape"]), bench.scale
+    config, scale = models.model_config(fields["shape"]), bench.scale
     is_decode = group[0].num_tokens == 1
     batches = dict(zip(group, steps.make_batches(group, backend.info), strict=True))
     found: dict[steps.Step, list[float]] = {step: [] for step in group}
@@ -290,7 +289,7 @@ def _measure_server(bench: _Bench) -> None:
 def _engine_share(bench: _Bench, shape: str, streams: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
         folder, found = Path(scratch) / shape, Path(scratch) / "engine.json"
-        card_models.write_folder(shape, folder, bench.args.device)
+        models.write_folder(shape, folder, bench.args.device)
         command = [sys.executable, str(ENGINE_BENCH), "--model", str(folder), "--precision", "bf16"]
         command += ["--backend", "torch", "--streams", str(streams), "--requests", "1", "--json", str(found)]
         command += ["--max-tokens", "16" if bench.args.short else "96", "--rounds", "1" if bench.args.short else "3"]

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import gguf
 import numpy as np
-from venvs import cache_folder
+from measuring.venvs import cache_folder
 
 from brlite.checkpoint.stored_tensor import from_bfloat16, to_bfloat16
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-import card_models
 import msgspec
-from card_finding import Finding
+from cards import models
+from cards.finding import Finding
 
 from brlite.backends.torch.backend import TorchBackend
 from brlite.engine.backend import Batch, SampledToken, SamplingInput, ScheduledSeq, StepResult
@@ -67,9 +67,9 @@ def schedules(args: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _check(args: argparse.Namespace, precision: PrecisionName) -> Finding:
-    kernels, began, number = card_models.kernels()[0] if args.device != "cpu" else "auto", time.monotonic(), 0
+    kernels, began, number = models.kernels()[0] if args.device != "cpu" else "auto", time.monotonic(), 0
     with closing(
-        card_models.make_backend(
+        models.make_backend(
             "tiny", precision, args.device, kernels, rows=MAX_SEQS, context=CONTEXT, num_blocks=MAX_SEQS * CONTEXT // 16
         )
     ) as backend:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from venvs import ToolError, find_venv, package_version
+from measuring.venvs import ToolError, find_venv, package_version
 
 SCRIPT = Path(__file__).with_name("llama_logits.py")
 PACKAGE = "cyllama"

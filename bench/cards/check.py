@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import msgspec
-from card_finding import Finding
+from cards.finding import Finding
 
 from brlite.models.precision import PrecisionName
 
+BENCHES = Path(__file__).parents[1]
 CORES_PER_CHECK = 2
 CHECK_SECONDS = 100.0
 DETAILED = ("families",)  # of these what is right makes one line together
@@ -40,15 +41,15 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "machine": Check("card_numbers", alone=True),
-    "families": Check("card_numbers", precisions=True),
-    "codes": Check("card_numbers"),
-    "model": Check("card_numbers", precisions=True, needs_model=True),
-    "schedules": Check("card_schedules"),
-    "http": Check("card_service"),
-    "verify": Check("card_service"),
-    "memory": Check("card_service"),
-    "second": Check("card_service", alone=True),
+    "machine": Check("cards.numbers", alone=True),
+    "families": Check("cards.numbers", precisions=True),
+    "codes": Check("cards.numbers"),
+    "model": Check("cards.numbers", precisions=True, needs_model=True),
+    "schedules": Check("cards.schedules"),
+    "http": Check("cards.service"),
+    "verify": Check("cards.service"),
+    "memory": Check("cards.service"),
+    "second": Check("cards.service", alone=True),
 }
 NAMES = tuple(CHECKS)
 
@@ -95,7 +96,7 @@ def _run(name: str, precision: str | None, args: argparse.Namespace, deadline: f
     if CHECKS[name].needs_model and (args.model is None or not args.model.exists()):
         where = "no --model" if args.model is None else f"{args.model} is not there"
         return Outcome(name, precision, [Finding(name, None, where)], 0.0)
-    command = [sys.executable, str(Path(__file__)), name, f"--device={args.device}"]
+    command = [sys.executable, "-m", __name__, name, f"--device={args.device}"]
     command += [f"--model={args.model}"] * (args.model is not None and args.model.exists())
     command += [f"--precision={precision}"] * (precision is not None) + ["--short"] * args.short
     limit = min(CHECK_SECONDS if name != "schedules" else args.time_limit, deadline - began)
@@ -103,6 +104,7 @@ def _run(name: str, precision: str | None, args: argparse.Namespace, deadline: f
     if limit <= 0:
         return Outcome(name, precision, [Finding(name, False, "not run: the time was used up")], 0.0)
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHES), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

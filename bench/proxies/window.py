@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from memory import tree_memory
+from measuring.memory import tree_memory
+from measuring.process_tree import Times, process_tree, processor_times
 from msgspec import Struct
-from process_tree import Times, process_tree, processor_times
-from servers import HOST
-from works import Work
+from peers.servers import HOST
+from proxies.works import Work
 
 PATH = "/v1/chat/completions"
 CALM_REQUESTS = 50

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 from msgspec import Struct
-from window import Findings, Used
-from works import LARGE, SHORT, SINGLE, STREAMS, Work
+from proxies.window import Findings, Used
+from proxies.works import LARGE, SHORT, SINGLE, STREAMS, Work
 
 MISSING = "–"
 

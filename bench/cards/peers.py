@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import card_limits
-import card_models
 import torch
+from cards import limits, models
 
 EXTRA_TOKENS = 16  # a decode step is the sixteenth part of what so many more tokens take
 
@@ -29,7 +28,7 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self._device = torch.device(device)
         self.version = transformers.__version__
-        config = transformers.LlamaConfig(**card_models.hugging_face_config(shape))
+        config = transformers.LlamaConfig(**models.hugging_face_config(shape))
         config.pad_token_id = 0
         with self._device:
             self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -95,7 +94,7 @@ class Transformers:
         return self._model.generate(ids, attention_mask=torch.ones_like(ids), **fields)
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        return card_limits.seconds_of(work, self._device, repeats=2, warm_ups=1)
+        return limits.seconds_of(work, self._device, repeats=2, warm_ups=1)
 
 
 class Vllm:
@@ -107,7 +106,7 @@ class Vllm:
         self.version = vllm.__version__
         self._params = vllm.SamplingParams
         self._folder = tempfile.TemporaryDirectory(prefix="brlite-bench-")
-        card_models.write_folder(shape, Path(self._folder.name), device, has_weights=False)
+        models.write_folder(shape, Path(self._folder.name), device, has_weights=False)
         self._llm: Any = vllm.LLM(
             model=self._folder.name,
             load_format="dummy",
@@ -118,7 +117,7 @@ class Vllm:
             max_num_seqs=rows,
             gpu_memory_utilization=0.8,
         )
-        self._vocab_size = card_models.model_config(shape).vocab_size
+        self._vocab_size = models.model_config(shape).vocab_size
 
     def decode_seconds(self, rows: int, context: int) -> float:
         """Seconds of a step of `rows` tokens, by the difference of two lengths."""

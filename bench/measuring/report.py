@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from load import Answer, Load
-from memory import Memory
+from measuring.load import Answer, Load
+from measuring.memory import Memory
 from msgspec import Struct
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from venvs import ToolError, cache_folder, run_tool
+from measuring.venvs import ToolError, cache_folder, run_tool
 
 HEADER = Path(__file__).parent / "machine_limits.h"
 SOURCE = """

@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import card_models
-import steps
 import torch
+from cards import models
+from measuring import steps
 from torch.profiler import ProfilerActivity, profile
 
 GRACE_SECONDS = 15.0  # after its time limit a part writes what it has
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_part(part: Part, limit: float, args: argparse.Namespace) -> str:
-    command = [sys.executable, str(Path(__file__).with_name("card.py")), *part.arguments, f"--device={args.device}"]
+    command = [sys.executable, str(Path(__file__).parents[1] / "card.py"), *part.arguments, f"--device={args.device}"]
     command += [f"--time-limit={max(1.0, limit - GRACE_SECONDS)}", f"--json={args.first / part.name}.json"]
     command += ["--short"] * args.short + [f"--model={args.model}"] * (args.model is not None)
     if args.short and "--schedules" in part.arguments:
@@ -91,9 +91,9 @@ def run_profile(args: argparse.Namespace) -> int:
     deadline, found = time.monotonic() + args.time_limit, list[dict[str, object]]()
     for shape, precision in [(shape, precision) for shape in args.shapes for precision in args.precisions]:
         group = [steps.decode_step(rows, CONTEXT) for rows in ((1, 2) if args.short else (1, 64))]
-        blocks = steps.num_blocks(group, card_models.BLOCK_SIZE)
-        kernels = (args.kernels or card_models.kernels())[0]
-        backend = card_models.make_backend(
+        blocks = steps.num_blocks(group, models.BLOCK_SIZE)
+        kernels = (args.kernels or models.kernels())[0]
+        backend = models.make_backend(
             shape, precision, args.device, kernels, rows=group[-1].rows, context=2 * CONTEXT, num_blocks=blocks
         )
         steps.fill_cache(backend, group)

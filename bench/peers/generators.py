@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import gguf_q8
+from measuring.venvs import INSTALL_SECONDS, ToolError, cache_folder, find_venv, run_tool
 from msgspec import Struct
-from peers import hf_folder
-from venvs import INSTALL_SECONDS, ToolError, cache_folder, find_venv, run_tool
+from peers import gguf_q8
+from peers.launchers import hf_folder
 
 CONVERTING = ("torch>=2.6,<2.15", "transformers>=5.20,<6", "gguf>=0.17")  # the packages that both converters need
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import card_limits
-import card_models
 import torch
+from cards import limits, models
 
 ROWS = (1, 16, 32, 64, 96, 128, 192, 256)
 READ_BYTES = 2**28  # copies of a matrix take turns, so that it is read from memory and not from a cache
@@ -32,7 +31,7 @@ class Product(NamedTuple):
 
 
 def products(shape: str) -> list[Product]:
-    config = card_models.model_config(shape)
+    config = models.model_config(shape)
     hidden, size = config.hidden_size, config.intermediate_size
     heads = config.num_heads * config.head_dim
     return [
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
     rows = (1, 33) if args.short else ROWS
-    machine, found = card_limits.describe(device), list[dict[str, Any]]()
+    machine, found = limits.describe(device), list[dict[str, Any]]()
     forms = [
         form
         for precision in args.precisions
@@ -107,9 +106,7 @@ def _times(product: Product, form: str, num_rows: int, device: torch.device) -> 
             name = f"{'x'.join(map(str, tile))}{' split' * is_split}{' (in use)' * (tile == used)}"
             try:
                 seconds = (
-                    _seconds_captured(compute)
-                    if device.type == "cuda"
-                    else card_limits.seconds_of(compute, device, 1, 0)
+                    _seconds_captured(compute) if device.type == "cuda" else limits.seconds_of(compute, device, 1, 0)
                 )
                 yield name, seconds / len(matrices)
             except Exception:  # too much shared memory, too many registers: not for this card

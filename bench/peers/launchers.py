@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import gguf_q8
 import msgspec
 import shapes
-from servers import HOST, Launch, ServerError, Settings, free_port, launch_brlite
-from subject import is_variant
-from venvs import TOOL_SECONDS, cache_folder, find_venv, package_version, run_tool
+from measuring.subject import is_variant
+from measuring.venvs import TOOL_SECONDS, cache_folder, find_venv, package_version, run_tool
+from peers import gguf_q8
+from peers.servers import HOST, Launch, ServerError, Settings, free_port, launch_brlite
 
 # They come built for another torch than vLLM's own, and fail at import; a model of text needs none of them.
 VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
