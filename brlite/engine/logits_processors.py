@@ -43,7 +43,9 @@ def load_factories(names: Collection[str]) -> dict[str, Factory]:
             )
         try:
             factories[name] = installed[name].load()
-        except Exception as error:  # a module of others may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a module of others may raise anything
             where = f"engine.logits_processors: {name} ({installed[name].value})"
             raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     return factories
@@ -83,9 +85,13 @@ class ProcessorMaker:
             )
         try:
             function = self._factories[item.name](self._tokenizer, *(item.args or ()), **(item.kwargs or {}))
+            if not callable(function):
+                raise RuntimeError(f"the factory returned {type(function).__name__}, which cannot be called")
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"logits_processors: {item.name}: {error}", param="logits_processors") from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a `CancelledError` of the factory would end the client's connection
             logger.exception("the factory of the logits processor %s failed", item.name)
             raise EngineError(f"the logits processor {item.name} could not be made") from error
         return LogitsProcessor(item.name, function, _num_inputs(function))

@@ -19,6 +19,7 @@ from brlite.dialects.responses_encoder import ResponsesEncoder
 from brlite.errors import stopping
 from brlite.http.access_log import log_extras
 from brlite.server.generate import RUNNING, generate
+from brlite.server.idempotency import ANSWERS
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ class BackgroundResponses:
             assert isinstance(encoder, ResponsesEncoder)
             self._running[tenant, answer_id] = task, encoder
             task.add_done_callback(partial(self._end, (tenant, answer_id), request))
-            begun.set_result(encoder.begun())
+            body = encoder.begun()
+            request.app[ANSWERS].settle(request, tenant, body)  # a retry gets the same response, not one more
+            begun.set_result(body)
             return encoder
 
         task = asyncio.ensure_future(generate(dialect._replace(make_encoder=make_encoder), request))

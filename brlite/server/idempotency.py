@@ -61,7 +61,8 @@ class StoredAnswer(Struct, frozen=True):
 class RunningAnswer:
     """The result of `answer` is None if the answer did not become complete. `stream` is set if it can be resumed."""
 
-    def __init__(self, digest: bytes, stream: RecordedStream | None) -> None:
+    def __init__(self, place: tuple[str, str], digest: bytes, stream: RecordedStream | None) -> None:
+        self.place = place  # tenant and key
         self.digest = digest
         self.stream = stream
         self.answer: asyncio.Future[StoredAnswer | None] = asyncio.get_running_loop().create_future()
@@ -100,12 +101,12 @@ class IdempotentAnswers:
         recorder = RecordingEncoder(dialect.make_encoder, self._limits.max_idempotent_bytes)
         recorded = dialect._replace(make_encoder=recorder.make)
         stream = None if num_seen is None else RecordedStream(self._limits.max_idempotent_bytes)
-        self._running[tenant, key] = RunningAnswer(digest, stream)
+        running = self._running[tenant, key] = RunningAnswer((tenant, key), digest, stream)
         if is_streamed and stream is None:
             try:
                 return await run(recorded, request)
             finally:
-                self._end(tenant, key, recorder.kept_stream, "text/event-stream")
+                self._end(running, recorder.kept_stream, "text/event-stream")
         if stream is not None:
             request[RECORDED] = stream
         task = asyncio.ensure_future(run(recorded, request))
@@ -115,10 +116,10 @@ class IdempotentAnswers:
             self._tasks.discard(task)
             has_failed = task.cancelled() or task.exception() is not None
             if stream is None:
-                self._end(tenant, key, None if has_failed else recorder.kept_body, "application/json")
+                self._end(running, None if has_failed else recorder.kept_body, "application/json")
             else:
                 stream.close()
-                self._end(tenant, key, recorder.kept_stream, "text/event-stream")
+                self._end(running, recorder.kept_stream, "text/event-stream")
 
         task.add_done_callback(on_done)
         if stream is not None and await stream.begun():
@@ -153,9 +154,17 @@ class IdempotentAnswers:
             for task in late:
                 task.cancel()
 
-    def _end(self, tenant: str, key: str, body: bytes | None, content_type: str) -> None:
+    def settle(self, request: web.Request, tenant: str, body: bytes) -> None:
+        """Make this body the answer of a request that goes on running, if it has a key."""
+        if (running := self._running.get((tenant, request.headers.get(HEADER, "")))) is not None:
+            self._end(running, body, "application/json")
+
+    def _end(self, running: RunningAnswer, body: bytes | None, content_type: str) -> None:
         """Store a complete answer. `body` is None if the answer did not become complete."""
-        running = self._running.pop((tenant, key))
+        if running.answer.done():
+            return  # it was settled
+        del self._running[running.place]
+        tenant, key = running.place
         answer = None
         if body is not None:
             answer = StoredAnswer(running.digest, body, content_type)

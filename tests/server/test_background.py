@@ -131,3 +131,20 @@ async def test_a_server_that_stops_ends_what_runs(client: Client) -> None:
 
     assert begun["status"] == "in_progress"
     assert client.engine.stats.num_used_blocks == 0
+
+
+async def test_a_retry_gets_the_response_that_runs_and_does_not_run_a_cancelled_one_again(client: Client) -> None:
+    client.backend.gate = threading.Event()
+    body, key = {"input": "hi", "background": True}, {"Idempotency-Key": "k"}
+    _, begun = await client.post("/v1/responses", body, **key)
+
+    _, while_running = await asyncio.wait_for(client.post("/v1/responses", body, **key), PATIENCE_SECONDS)
+    cancelling = asyncio.create_task(client.post(f"/v1/responses/{begun['id']}/cancel", {}))
+    client.backend.gate.set()
+    _, cancelled = await cancelling
+    _, again = await client.post("/v1/responses", body, **key)
+    status, other = await client.post("/v1/responses", {**body, "input": "ho"}, **key)
+
+    assert begun == while_running == again
+    assert (begun["status"], cancelled["status"]) == ("in_progress", "cancelled")
+    assert (status, other["error"]["code"]) == (400, "idempotency_key_reused")

@@ -22,6 +22,7 @@ from brlite.http.listen import HttpServer
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODULE = """
 import numpy as np
+from asyncio import CancelledError
 
 NUM_MADE = []
 
@@ -40,8 +41,11 @@ def spell(tokenizer, text="ab", *, repeat=True):
 
     return process
 
-def broken(tokenizer):
-    raise RuntimeError("a secret of the operator")
+def broken(tokenizer, kind="RuntimeError"):
+    errors = {"RuntimeError": RuntimeError, "CancelledError": CancelledError, "SystemExit": SystemExit}
+    if kind in errors:
+        raise errors[kind]("a secret of the operator")
+    return None
 """
 PAGE = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8").split("## Logits processors")[1]
 PAGE_MODULE, PAGE_BODY = (PAGE.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "json"))
@@ -196,12 +200,23 @@ async def test_what_is_wrong_is_a_400_before_the_200(client: Client, item: Any, 
     assert text in answer["error"]["message"]
 
 
-async def test_a_factory_that_breaks_is_no_fault_of_the_client(client: Client, caplog: pytest.LogCaptureFixture):
-    status, answer = await client.post(COMPLETIONS, prompt="x", logits_processors=["broken"])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        *((kind, "a secret of the operator") for kind in ("RuntimeError", "CancelledError", "SystemExit")),
+        ("none", "the factory returned NoneType, which cannot be called"),
+    ],
+)
+async def test_a_factory_that_breaks_is_no_fault_of_the_client(
+    client: Client, caplog: pytest.LogCaptureFixture, kind: str, text: str
+):
+    item = {"qualname": "broken", "args": [kind]}
+
+    status, answer = await client.post(COMPLETIONS, prompt="x", logits_processors=[item])
 
     assert status == 500
     assert "secret" not in answer["error"]["message"]
-    assert "a secret of the operator" in caplog.text
+    assert text in caplog.text
 
 
 async def test_explain_shows_the_names_and_calls_no_processor(client: Client):
@@ -233,6 +248,7 @@ async def test_code_of_a_client_is_refused_and_the_other_way_is_named(client: Cl
     [
         ("no_such", "there is no entry point 'no_such' in brlite.logits_processors; there are .*spell"),
         ("missing", "cannot be imported: ModuleNotFoundError"),
+        ("forbidden", "cannot be imported: SystemExit: it was imported"),
     ],
 )
 def test_a_name_of_the_config_that_is_not_installed_is_an_error_at_the_start(package: None, name: str, text: str):
