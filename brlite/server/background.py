@@ -28,7 +28,7 @@ class BackgroundResponses:
     """The running responses by tenant and id. The engine's queue bounds their number."""
 
     def __init__(self) -> None:
-        self._running: dict[tuple[str, str], tuple[asyncio.Task[web.StreamResponse], ResponsesEncoder]] = {}
+        self._running: dict[tuple[str, str], tuple[asyncio.Task[Any], ResponsesEncoder]] = {}
 
     async def start(self, dialect: Dialect, request: web.Request, tenant: str) -> web.StreamResponse:
         """Run the call of a request. Returns its response in progress. Raises as `generate` does for a refusal."""
@@ -37,8 +37,12 @@ class BackgroundResponses:
         def make_encoder(call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponsesEncoder:
             encoder = dialect.make_encoder(call, answer_id, model, fingerprint)
             assert isinstance(encoder, ResponsesEncoder)
-            self._running[tenant, answer_id] = task, encoder
-            task.add_done_callback(partial(self._end, (tenant, answer_id), request))
+            running = (
+                asyncio.current_task()
+            )  # with an idempotency key it is not `task`, which a client that leaves ends
+            assert running is not None
+            self._running[tenant, answer_id] = running, encoder
+            running.add_done_callback(partial(self._end, (tenant, answer_id), request))
             body = encoder.begun()
             request.app[ANSWERS].settle(request, tenant, body)  # a retry gets the same response, not one more
             begun.set_result(body)
@@ -76,7 +80,7 @@ class BackgroundResponses:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _end(self, key: tuple[str, str], request: web.Request, task: asyncio.Task[web.StreamResponse]) -> None:
+    def _end(self, key: tuple[str, str], request: web.Request, task: asyncio.Task[Any]) -> None:
         _, encoder = self._running.pop(key)
         error = stopping() if task.cancelled() else task.exception()
         if error is not None:

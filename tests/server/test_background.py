@@ -11,11 +11,23 @@ import openai
 import pytest
 
 from brlite.config.options import KeysConfig
+from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client
 
 MakeClient = Callable[..., Awaitable[Client]]
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
+class GatedTokenizer(ByteTokenizer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun, self.gate = threading.Event(), threading.Event()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
+        self.has_begun.set()
+        assert self.gate.wait(PATIENCE_SECONDS)
+        return super().encode(text)
 
 
 @pytest.fixture
@@ -148,3 +160,22 @@ async def test_a_retry_gets_the_response_that_runs_and_does_not_run_a_cancelled_
     assert begun == while_running == again
     assert (begun["status"], cancelled["status"]) == ("in_progress", "cancelled")
     assert (status, other["error"]["code"]) == (400, "idempotency_key_reused")
+
+
+async def test_a_response_with_a_key_goes_on_if_its_client_leaves_before_it_begins(
+    make_client: MakeClient, eventually: Eventually
+) -> None:
+    tokenizer = GatedTokenizer()
+    client = await make_client(tokenizer=tokenizer)
+    body, key = {"input": "hi", "background": True, "max_output_tokens": 2}, {"Idempotency-Key": "k"}
+    leaving = asyncio.create_task(client.post("/v1/responses", body, **key))
+    await eventually(tokenizer.has_begun.is_set)
+
+    leaving.cancel()
+    await eventually(lambda: not client.server.num_connections)
+    tokenizer.gate.set()
+    _, begun = await client.post("/v1/responses", body, **key)
+    await client.engine.wait_idle()
+    _, done = await client.get(f"/v1/responses/{begun['id']}")
+
+    assert (begun["status"], done["status"]) == ("in_progress", "incomplete")
