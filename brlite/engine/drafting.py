@@ -15,8 +15,8 @@ NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: a right guess s
 MARGIN = 1.2  # a guess must yield its cost times this: choosing the best estimate favours those that are too high
 MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 
-INITIAL_WAIT_COST = 0.5  # assumed until it is measured: no card has measured it yet
-MAX_WAIT_COST = 4.0  # a longer wait was somebody else's
+INITIAL_WAIT_COST = 0.5  # until it is measured
+MAX_WAIT_COST = 4.0  # of one measurement: a longer wait has another cause, such as a busy processor
 
 
 class NgramDrafter:

@@ -6,9 +6,7 @@ result by rounding at most.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +26,7 @@ from brlite.backends.torch.device import (
     begin_fetch,
     compute_dtype,
     describe_device,
+    device_errors,
     rules_for,
     select_device,
 )
@@ -52,12 +51,9 @@ from brlite.engine.backend import (
     Undrawn,
 )
 from brlite.engine.outputs import TokenLogprob
-from brlite.errors import BackendLost
 from brlite.models.config import cache_dtype
 
 MAX_LOGITS = 2**22  # logits of a prompt computed at a time: 16 MiB in float32
-# Errors of a card after which it computes on: too little memory, a call of a library or a launch that was refused.
-RECOVERABLE = re.compile("out of memory|_STATUS_|invalid (configuration )?argument|no kernel image|too many resources")
 
 QUANTIZED_NOTE = "int8 weights are held dequantized: the numbers of int8, the memory of {dtype}"
 FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
@@ -154,7 +150,7 @@ class TorchBackend:
         If the previous step needs the host (draws that `draws.py` cannot make, logprobs of prompts, pooling), it is
         completed first: the new step may overwrite its logits, and takes its tokens.
         """
-        with self._guard.step(), torch.inference_mode(), losses_told():
+        with self._guard.step(), torch.inference_mode(), device_errors():
             before, self._before = self._before, None
             if before is not None and before.needs_host:
                 self._settle(before)
@@ -186,7 +182,7 @@ class TorchBackend:
         if launched.step is None:
             return
         try:
-            with losses_told():
+            with device_errors():
                 launched.outcome = self._result(launched, launched.step)
         except Exception as error:
             launched.outcome = error
@@ -300,24 +296,6 @@ def most_rows(plan: LoadPlan) -> int:
     if engine.speculation == "off":
         return spec.build_batch
     return max(spec.build_batch, min(spec.build_batch, engine.max_draft_seqs) * (1 + engine.max_draft_tokens))
-
-
-@contextmanager
-def losses_told() -> Iterator[None]:
-    """Raise `BackendLost` in place of an error after which this process can compute nothing more on the card.
-
-    torch < 2.8 has no class for a card's errors, but their text begins in the same way.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        of_cards: type[Exception] | tuple[()] = getattr(torch, "AcceleratorError", ())
-        text = str(error).partition("\n")[0]
-        if not (isinstance(error, of_cards) or text.startswith(("CUDA error", "HIP error"))) or RECOVERABLE.search(
-            text
-        ):
-            raise
-        raise BackendLost(f"the device failed: {text}") from error
 
 
 def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:

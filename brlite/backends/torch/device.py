@@ -9,6 +9,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from brlite.config.options import STEP_TOKENS
 from brlite.engine.backend import CARD_ROWS, CPU_ROWS, RowCosts
-from brlite.errors import ConfigError, MissingExtra
+from brlite.errors import BackendLost, ConfigError, MissingExtra
 from brlite.models.precision import Precision
 from brlite.process.machine import describe_cpu, has_fast_bfloat16
 
@@ -34,6 +35,8 @@ BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first gen
 NODES = Path("/dev")
 BIREN_NODES = "biren*"
 CARD_NODES = (BIREN_NODES, "nvidia[0-9]*", "dxg", "kfd")  # one exists if there is any card
+# Errors of a card after which it computes on: too little memory, a call of a library or a launch that was refused.
+RECOVERABLE = re.compile("out of memory|_STATUS_|invalid (configuration )?argument|no kernel image|too many resources")
 BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual sets 0: its cards are connected over PCIe
 
 
@@ -251,6 +254,26 @@ def begin_fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return copy
 
     return wait
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Raise `BackendLost` in place of an error after which this process can compute nothing more on the card.
+
+    torch < 2.8 has no class for a card's errors, but their text begins in the same way.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0]
+        is_of_card = isinstance(error, getattr(torch, "AcceleratorError", ())) or text.startswith(
+            ("CUDA error", "HIP error")
+        )
+        if not is_of_card or RECOVERABLE.search(text):
+            raise
+        raise BackendLost(f"the device failed: {text}") from error
 
 
 def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
