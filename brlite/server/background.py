@@ -37,9 +37,7 @@ class BackgroundResponses:
         def make_encoder(call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponsesEncoder:
             encoder = dialect.make_encoder(call, answer_id, model, fingerprint)
             assert isinstance(encoder, ResponsesEncoder)
-            running = (
-                asyncio.current_task()
-            )  # with an idempotency key it is not `task`, which a client that leaves ends
+            running = asyncio.current_task()  # with an idempotency key not `task`, which ends if the client leaves
             assert running is not None
             self._running[tenant, answer_id] = running, encoder
             running.add_done_callback(partial(self._end, (tenant, answer_id), request))
