@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.tiny_models import (
+from bench.measuring.tiny_models import (
     BAICHUAN,
     CHATGLM,
     LLAMA,
