@@ -332,6 +332,30 @@ def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -
     ]
 
 
+TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+CALLS = "{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "tool_parser", "is_said"),
+    [
+        (TOOLS + "Call by [[NAME]]." + CALLS, "auto", True),
+        (TOOLS + "Call by [[NAME]]." + CALLS, "mistral", False),
+        (TOOLS + "Call by <tool_call>." + CALLS, "auto", False),
+        (CALLS, "auto", False),
+    ],
+)
+def test_a_format_of_calls_that_no_parser_reads_is_said(
+    text: str, tool_parser: str, is_said: bool, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(text)
+
+    LLM(config=make_config(folder, chat_template=str(template), tool_parser=tool_parser)).close()
+
+    assert ("has tool calls is not known" in caplog.text) is is_said
+
+
 @pytest.mark.parametrize("messages", ["hello", ["hello"], [[{"role": "user", "content": "x"}, "hello"]], [3]])
 def test_chat_says_what_a_conversation_is(folder: Path, messages: Any) -> None:
     with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="messages must be a list of"):

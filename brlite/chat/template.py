@@ -58,6 +58,7 @@ class ChatTemplate:
         self.capabilities = TemplateCapabilities(
             **{**answer, "variables": frozenset(answer["variables"])},
             call_format=parser.name if parser is not None and answer["tools_in"] else "hermes",
+            knows_calls=parser is not None or not answer["tools_in"],
             knows_developer="developer" in template and bool(answer["roles"]["developer"]),
             reasoning_key=find_reasoning_key(template),
             reasoning_marks=find_reasoning_marks(template),
@@ -98,8 +99,8 @@ class ChatTemplate:
 class NamedTemplates:
     """A model's template for plain chats and the one for chats with tools, chosen as in transformers.
 
-    `text` and `capabilities` are the plain template's, but `variables` are those of both, and `tool_parser` is that of
-    the template for tools.
+    `text` and `capabilities` are the plain template's, but `variables` are those of both, and `tool_parser` and
+    `knows_calls` are those of the template for tools.
     """
 
     def __init__(self, default: ChatTemplate, tool_use: ChatTemplate) -> None:
@@ -109,7 +110,9 @@ class NamedTemplates:
         parser = find_parser(tool_use.text or "")
         self.tool_parser = None if parser is None else parser.name
         self.capabilities = msgspec.structs.replace(
-            default.capabilities, variables=default.capabilities.variables | tool_use.capabilities.variables
+            default.capabilities,
+            variables=default.capabilities.variables | tool_use.capabilities.variables,
+            knows_calls=tool_use.capabilities.knows_calls,
         )
 
     def render(

@@ -59,7 +59,8 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     first. `variables` are the names that the template reads. `takes_empty_content` is False if a turn with calls must
     have no `content`. With `marks_content` the model writes marks around content too, as in gpt-oss' harmony.
     `reasoning_key` is the key of an assistant turn that the template reads its reasoning from. `tools_variable` is the
-    template's name for its argument of tools. `call_format` is the format of calls that are written as text.
+    template's name for its argument of tools. `call_format` is the format of calls that are written as text. Without
+    `knows_calls` the template gets tools, but has its calls in a format that no parser reads.
     """
 
     roles: Mapping[str, bool | None] = msgspec.field(default_factory=lambda: {"system": True})
@@ -68,6 +69,7 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     tools_in: Literal["argument", "system message", "system message, as text"] | None = None
     tools_variable: str = "tools"
     call_format: str = "hermes"
+    knows_calls: bool = True
     variables: frozenset[str] = frozenset()
     says_calls: bool = False
     says_results: bool = False

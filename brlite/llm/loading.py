@@ -223,12 +223,20 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
 
 
 def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         path,
         chat_template=Path(spec.chat_template) if spec.chat_template else None,
         template_limits=ChildLimits(limits.template_seconds, limits.template_memory_bytes),
         control_tokens_in_text=spec.control_tokens_in_text,
     )
+    chat_format = tokenizer.chat_format
+    if spec.tool_parser == "auto" and chat_format is not None and not chat_format.capabilities.knows_calls:
+        logger.warning(
+            "model %s: the format in which its chat template has tool calls is not known; calls are read in Hermes' "
+            "format (tool_parser names another)",
+            spec.name,
+        )
+    return tokenizer
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
