@@ -141,8 +141,8 @@ class DraftModel:
         """Note that guesses did not pay, so that the next `REST_STEPS` steps may be launched ahead."""
         self._num_steps_to_rest = REST_STEPS
 
-    def takes_rest(self) -> bool:
-        """Whether the next step may be launched ahead, without a plan of guesses. Call it once for each."""
+    def use_rest(self) -> bool:
+        """Use one of the steps that may be launched ahead, without a plan of guesses. False if none is left."""
         if self.is_off:
             return True
         self._num_steps_to_rest -= 1

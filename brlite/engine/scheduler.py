@@ -299,7 +299,7 @@ class Scheduler:
         if not all(seq.is_being_drawn for seq in self.running):
             return False  # a prompt is left
         model = self._draft_model
-        return (model is not None and not model.takes_rest()) or self._do_ngrams_pay()
+        return (model is not None and not model.use_rest()) or self._do_ngrams_pay()
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
         """The guesses that the draft model should make before the next step. Call it before `schedule`.

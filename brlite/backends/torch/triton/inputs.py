@@ -19,8 +19,8 @@ from brlite.backends.torch.steps import Run
 Integers = npt.NDArray[np.int32]
 
 
-class Filler(NamedTuple):
-    """A `Run` that only pads a step."""
+class TokenRun(NamedTuple):
+    """A `Run` that is made here: one that pads a step, or one token of a longer run."""
 
     start: int
     token_ids: list[int]

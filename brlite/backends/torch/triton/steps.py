@@ -22,7 +22,7 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Parameters
 from brlite.backends.torch.steps import ComputedStep, LastDraws, Run
 from brlite.backends.torch.triton.attention import tile_tokens
-from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 from brlite.backends.torch.triton.plan import TritonDecoder
 from brlite.backends.torch.triton.rows import take_draws
 from brlite.engine.backend import MAX_DRAFT_TOKENS
@@ -116,8 +116,8 @@ class TritonSteps:
         return None
 
     @property
-    def _filler(self) -> Filler:
-        return Filler(0, [0], [self.cache.scratch_block])
+    def _filler(self) -> TokenRun:
+        return TokenRun(0, [0], [self.cache.scratch_block])
 
     def _indices(self, values: list[int]) -> Tensor:
         return send(np.array(values, np.int64), self.device)
@@ -129,6 +129,6 @@ def _as_single_tokens(runs: Sequence[Run], sources: Sequence[int]) -> tuple[list
     for index, run in enumerate(runs):
         first_rows.append(len(singles))
         for offset, token_id in enumerate(run.token_ids):
-            singles.append(Filler(run.start + offset, [token_id], run.block_table))
+            singles.append(TokenRun(run.start + offset, [token_id], run.block_table))
             source_of_single.append(sources[index] if sources and not offset else -1)
     return singles, source_of_single, first_rows

@@ -19,7 +19,7 @@ from brlite.backends.torch.triton.attention import (
     split_size,
     tile_tokens,
 )
-from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
@@ -41,22 +41,22 @@ class Pages(NamedTuple):
     values: Tensor
 
 
-def make_runs(spans: list[tuple[int, int]]) -> list[Filler]:
+def make_runs(spans: list[tuple[int, int]]) -> list[TokenRun]:
     """Runs of these spans, on blocks that lie anywhere."""
     blocks = iter(random.Random(len(spans)).sample(range(NUM_BLOCKS), NUM_BLOCKS))
     return [
-        Filler(start, [0] * length, list(itertools.islice(blocks, -(-(start + length) // BLOCK_SIZE))))
+        TokenRun(start, [0] * length, list(itertools.islice(blocks, -(-(start + length) // BLOCK_SIZE))))
         for start, length in spans
     ]
 
 
-def slots_of(run: Filler) -> list[int]:
+def slots_of(run: TokenRun) -> list[int]:
     """Where the keys of a run's context are."""
     context = range(run.start + len(run.token_ids))
     return [run.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in context]
 
 
-def make_pages(shape: HeadsShape, runs: list[Filler], *, is_int8: bool = False) -> Pages:
+def make_pages(shape: HeadsShape, runs: list[TokenRun], *, is_int8: bool = False) -> Pages:
     """Pages in which all contexts have keys and values; what is beyond them is not a number."""
     generator = torch.Generator().manual_seed(1)
     size = (NUM_BLOCKS, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
@@ -82,7 +82,7 @@ def make_query(shape: HeadsShape, inputs: StepInputs) -> Tensor:
     return torch.randn((inputs.num_rows, shape.num_heads, shape.head_dim), generator=generator).bfloat16()
 
 
-def expected_rows(query: Tensor, pages: Pages, run: Filler, window: int) -> Tensor:
+def expected_rows(query: Tensor, pages: Pages, run: TokenRun, window: int) -> Tensor:
     """What the rows of a run [L, Hq, D] see: [L, Hq, D]."""
     group = query.shape[1] // pages.keys.shape[1]
     keys, values = (part[slots_of(run)].repeat_interleave(group, dim=1) for part in (pages.keys, pages.values))

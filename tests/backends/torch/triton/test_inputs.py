@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
 
 
 @st.composite
-def step_runs(draw: st.DrawFn) -> list[Filler]:
+def step_runs(draw: st.DrawFn) -> list[TokenRun]:
     """Runs of several sequences, on blocks of their own, with some blocks more than they use."""
     spans = draw(
         st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1) | st.integers(1, 20)), min_size=1, max_size=6)
@@ -24,18 +24,18 @@ def step_runs(draw: st.DrawFn) -> list[Filler]:
     blocks = iter(draw(st.permutations(range(100))))
     first_ids = draw(st.lists(st.integers(0, 2**31 - 21), min_size=len(spans), max_size=len(spans)))
     return [
-        Filler(start, list(range(first, first + length)), [next(blocks) for _ in range((start + length) // 4 + 2)])
+        TokenRun(start, list(range(first, first + length)), [next(blocks) for _ in range((start + length) // 4 + 2)])
         for first, (start, length) in zip(first_ids, spans, strict=True)
     ]
 
 
-def places(runs: Sequence[Filler]) -> list[int]:
+def places(runs: Sequence[TokenRun]) -> list[int]:
     """Which of the runs are of a single token, then which are longer: their order in a step."""
     return sorted(range(len(runs)), key=lambda index: len(runs[index].token_ids) > 1)
 
 
 @given(step_runs())
-def test_every_row_has_its_token_its_position_and_its_slot(runs: list[Filler]) -> None:
+def test_every_row_has_its_token_its_position_and_its_slot(runs: list[TokenRun]) -> None:
     layout = lay_out(runs, BLOCK_SIZE, 3)
 
     inputs = transfer(layout, CPU)
@@ -54,7 +54,7 @@ def test_every_row_has_its_token_its_position_and_its_slot(runs: list[Filler]) -
 
 
 @given(step_runs())
-def test_every_sequence_has_its_span_and_its_table(runs: list[Filler]) -> None:
+def test_every_sequence_has_its_span_and_its_table(runs: list[TokenRun]) -> None:
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 3), CPU)
 
     ordered = [runs[index] for index in places(runs)]
@@ -72,7 +72,7 @@ def test_every_sequence_has_its_span_and_its_table(runs: list[Filler]) -> None:
 
 
 @given(step_runs(), st.integers(1, 9))
-def test_tiles_cover_each_row_once(runs: list[Filler], tile_tokens: int) -> None:
+def test_tiles_cover_each_row_once(runs: list[TokenRun], tile_tokens: int) -> None:
     inputs = transfer(lay_out(runs, BLOCK_SIZE, tile_tokens), CPU)
 
     assert tiled_rows(inputs, inputs.single_tiles, 1) == list(range(inputs.num_singles))
@@ -89,7 +89,7 @@ def tiled_rows(inputs: StepInputs, tiles: tuple[torch.Tensor, torch.Tensor], til
 
 
 def test_a_table_may_be_wider_and_may_hold_more_blocks_than_it_shows() -> None:
-    runs = [Filler(5, [1], [7, 8, 9, 10, 11]), Filler(0, [2], [12])]
+    runs = [TokenRun(5, [1], [7, 8, 9, 10, 11]), TokenRun(0, [2], [12])]
 
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 1, table_width=4), CPU)
 
@@ -97,8 +97,8 @@ def test_a_table_may_be_wider_and_may_hold_more_blocks_than_it_shows() -> None:
 
 
 def test_steps_of_as_many_rows_have_arrays_of_one_shape_whatever_their_contexts() -> None:
-    filler = Filler(0, [0], [99])
-    steps = [[filler] * 4, [Filler(38, [5], list(range(10))), Filler(3, [6], [20]), filler, filler]]
+    filler = TokenRun(0, [0], [99])
+    steps = [[filler] * 4, [TokenRun(38, [5], list(range(10))), TokenRun(3, [6], [20]), filler, filler]]
 
     layouts = [lay_out(runs, BLOCK_SIZE, 1, table_width=10) for runs in steps]
 
@@ -107,7 +107,7 @@ def test_steps_of_as_many_rows_have_arrays_of_one_shape_whatever_their_contexts(
 
 
 def test_the_splits_are_those_of_the_longest_context_of_a_single_token() -> None:
-    runs = [Filler(0, [1] * 600, list(range(150))), Filler(256, [1], list(range(150, 250)))]
+    runs = [TokenRun(0, [1] * 600, list(range(150))), TokenRun(256, [1], list(range(150, 250)))]
 
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 128), CPU)
 

@@ -17,7 +17,7 @@ from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, Steps
-from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.placing import LoadPlan
@@ -80,9 +80,9 @@ def make_cache(config: ModelConfig, kv_dtype: KVDtype) -> KVCache:
     return KVCache(config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=kv_dtype, device=DEVICE)
 
 
-def runs_of(step: Sequence[tuple[int, int]]) -> list[Filler]:
+def runs_of(step: Sequence[tuple[int, int]]) -> list[TokenRun]:
     return [
-        Filler(start, ids[start:end], table) for ids, table, (start, end) in zip(TOKENS, TABLES, step, strict=False)
+        TokenRun(start, ids[start:end], table) for ids, table, (start, end) in zip(TOKENS, TABLES, step, strict=False)
     ]
 
 
@@ -243,7 +243,7 @@ def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
 def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
     steps = PLAIN.kernels()
     graph = give_graph(steps, 4)
-    runs = [Filler(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
+    runs = [TokenRun(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
 
     computed = steps.forward(runs)
 
@@ -258,7 +258,7 @@ def test_a_run_takes_the_token_that_the_step_before_drew(is_replayed: bool) -> N
     steps = PLAIN.kernels()
     if is_replayed:
         give_graph(steps, 4)
-    runs = [Filler(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
+    runs = [TokenRun(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
     if not is_replayed:
         runs[2] = runs[2]._replace(token_ids=TOKENS[2][:3])
     expected = logits_of(steps, runs)
