@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from brlite.grammar.library import Library
 
 STACK_BYTES = 512 * 1024**2  # address space; only a deep schema uses much of it as memory
-# The memory of a compiled grammar, measured on large ones. A full cache takes 20 % more through fragmentation, which
-# stops growing after some 2,000 grammars; malloc_trim frees it.
+# The memory of a compiled grammar, measured on large ones: a base, and bytes for each character of its schema or
+# expression. A full cache takes 20 % more through fragmentation, which stops growing after some 2,000 grammars;
+# malloc_trim frees it.
 _BASE_BYTES, _BYTES_A_CHARACTER = 64 * 1024, 128
 
 

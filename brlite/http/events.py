@@ -80,7 +80,10 @@ class EventStream:
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
-        """Inside the block, comments contain `what()`, one line: now, then every `seconds` or as often as before."""
+        """Inside the block, comments contain `what()`, one line.
+
+        One is written now. The interval becomes `seconds`, unless the usual one is shorter.
+        """
         usual = self._comment_text, self._comment_seconds
         self._comment_text, self._comment_seconds = what, min(seconds, self._comment_seconds)
         self.comment()
