@@ -132,6 +132,7 @@ async def test_a_models_own_activation_is_the_default(tmp_path: Path, config: di
             r"score.weight has shape \[3, 64\]; a model that scores has one label, or yes and no: \[1, 64\]",
         ),
         ({"sentence_transformers": {"activation_fn": "evil.Module"}}, "must be Sigmoid or Identity, got 'evil.Module'"),
+        ({"is_causal": False}, "its files ask for attention in both directions: scores would be wrong"),
     ],
 )
 async def test_what_is_no_scoring_head_is_refused_at_load(tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -479,6 +480,9 @@ def test_a_rerankers_gguf_file_gives_the_scores_of_the_model_card(tmp_path: Path
             {"tokenizer.chat_template.rerank": "{query}"},
             "score_template model: it must hold {query} and then {document}",
         ),
+        ({".pooling_type": [1, 2]}, "qwen3.pooling_type must be of type int, got "),
+        ({".attention.causal": "no"}, "qwen3.attention.causal must be of type bool, got 'no'"),
+        ({".attention.causal": False}, "its files ask for attention in both directions: scores would be wrong"),
     ],
 )
 def test_a_gguf_reranker_that_cannot_be_understood_is_refused_at_load(

@@ -139,10 +139,13 @@ def hugging_face_config(
         window = {"sliding_window": metadata.count("attention.sliding_window")}
         is_mistral = metadata.architecture == "llama"
         config |= window | (MISTRAL if is_mistral else {"use_sliding_window": True, "max_window_layers": 0})
-    pooling = metadata.get("pooling_type", 0)
+    pooling, is_causal = metadata.get("pooling_type", 0), metadata.get("attention.causal", True)
+    for key, value, kind in (("pooling_type", pooling, int), ("attention.causal", is_causal, bool)):
+        if type(value) is not kind:
+            raise ModelError(f"{metadata.architecture}.{key} must be of type {kind.__name__}, got {excerpt(value)}")
     if pooling != 0:  # 0 is no pooling in llama.cpp
         config["pooling_type"] = pooling
-    if metadata.get("attention.causal", True) is False:
+    if not is_causal:
         config["is_causal"] = False
     if "score.weight" in shapes:
         config |= _scorer(metadata, config)

@@ -51,9 +51,14 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
     return msgspec.structs.replace(spec, pooling=pooling, matryoshka_dimensions=sizes)
 
 
+def attends_both_ways(config: Mapping[str, Any]) -> bool:
+    """Whether a token sees those behind it, which no backend computes."""
+    return config.get("is_causal") is False or bool(config.get("use_bidirectional_attention"))
+
+
 def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
     """The mode as sentence-transformers names it, by default "lasttoken"; or, in words, what is not supported."""
-    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+    if attends_both_ways(config):
         return "attention in both directions"
     if "pooling_type" in config:  # of a GGUF file
         return GGUF_MODES.get(config["pooling_type"], f"pooling type {excerpt(config['pooling_type'])}")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from brlite.checkpoint.checked_model import SCORING_HEAD, CheckedModel, scoring_labels
 from brlite.checkpoint.checkpoint import Checkpoint
+from brlite.checkpoint.pooling_config import attends_both_ways
 from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import excerpt
 
@@ -26,10 +27,11 @@ def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.
 
     Of two rows the weight is that of yes less that of no: then the sigmoid is the softmax of yes over both.
     `config.json` names the activation as sentence-transformers' cross encoders do; by default it is the sigmoid. Raises
-    `ModelError` for a head that is not finite, and for another activation.
+    `ModelError` for a head that is not finite, for another activation, and for attention in both directions.
     """
     if not model.has_scoring_head:
         return None
+    _check_attention(checkpoint)
     config = checkpoint.config
     section = config.get("sentence_transformers")
     name = section.get("activation_fn") if isinstance(section, Mapping) else None
@@ -52,8 +54,10 @@ def read_token_head(checkpoint: Checkpoint, model: CheckedModel, token_ids: Sequ
     """The head [H] whose product with a hidden state is the logit of the last of `token_ids`, less that of the first
     where there are two. Then its sigmoid is the softmax of both logits.
 
-    Raises `ConfigError` for a model without a language model head, `ModelError` for weights that are not finite.
+    Raises `ConfigError` for a model without a language model head, `ModelError` for weights that are not finite and for
+    attention in both directions.
     """
+    _check_attention(checkpoint)
     if not model.has_head:
         raise ConfigError(f"classifier_from_token is set, but {checkpoint.path} has no language model head")
     parameter = "head.weight" if "head.weight" in model.parameters else "embedding"
@@ -68,3 +72,8 @@ def read_token_head(checkpoint: Checkpoint, model: CheckedModel, token_ids: Sequ
             raise ModelError(f"{checkpoint.path}: {tensor.name} holds numbers that are not finite")
         return weight
     raise ModelError(f"{checkpoint.path}: the language model head is missing")
+
+
+def _check_attention(checkpoint: Checkpoint) -> None:
+    if attends_both_ways(checkpoint.config):
+        raise ModelError(f"{checkpoint.path}: its files ask for attention in both directions: scores would be wrong")
