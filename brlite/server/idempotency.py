@@ -188,19 +188,20 @@ class RecordingEncoder:
         self._max_bytes = max_bytes
         self._stream: list[bytes] = []
         self._num_bytes = 0
-        self._is_aborted = False
+        self._is_aborted = self._may_be_aborted = False
         self.kept_body: bytes | None = None
         self.kept_stream: bytes | None = None
 
     def make(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
         self._encoder = self._make_encoder(call, answer_id, model, fingerprint)
+        self._may_be_aborted = call.make_text_end is not None  # then that is how a complete answer may end
         return self
 
     def opening(self, usage: TokenUsage) -> bytes:
         return self._kept(self._encoder.opening(usage))
 
     def encode(self, event: Event) -> bytes:
-        self._is_aborted |= event.finish_reason == "abort"
+        self._is_aborted |= self._is_abort(event)
         return self._kept(self._encoder.encode(event))
 
     def closing(self, usage: TokenUsage) -> bytes:
@@ -214,9 +215,12 @@ class RecordingEncoder:
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         data = self._encoder.whole(events, usage, warnings)
-        if all(event.finish_reason != "abort" for event in events):
+        if not any(map(self._is_abort, events)):
             self.kept_body = data
         return data
+
+    def _is_abort(self, event: Event) -> bool:
+        return event.finish_reason == "abort" and not self._may_be_aborted
 
     def _kept(self, data: bytes) -> bytes:
         self._num_bytes += len(data)

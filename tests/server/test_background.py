@@ -38,6 +38,7 @@ async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
         base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
     ) as api:
         yield api
+    client.backend.gate.set()  # else the end of the test waits for the step
 
 
 async def test_a_background_response_is_read_when_it_has_ended(

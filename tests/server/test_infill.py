@@ -344,3 +344,14 @@ async def test_a_late_answer_ends_with_its_line(make_client: MakeClient) -> None
     assert answer["content"].startswith("\na") or answer["content"].startswith("a\n")
     assert answer["stop_type"] == "limit"
     assert answer["tokens_predicted"] < 2000
+
+
+async def test_an_answer_that_its_indent_ends_is_kept_for_a_retry(make_client: MakeClient) -> None:
+    text = "a\n  b\nc\nd\ne\n"
+    client = await make_client(next_token=lambda context, seed: text.encode()[len(context) - 7])
+    body = {**BODY, "n_indent": 2, "n_predict": len(text)}
+
+    answers = [await client.post("/infill", body, **{"Idempotency-Key": "k"}) for _ in range(2)]
+
+    assert answers[0] == answers[1]
+    assert client.engine.stats.finished["abort"] == 1
