@@ -192,7 +192,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{at}.devices = {show(spec.devices)}: allowed is each device once"
         if spec.tensor_parallel != len(spec.devices):
             count = len(spec.devices)
-            yield f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"
+            found = f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"
+            yield f"{found}; list one for each rank, as in devices = [0, 1]"
         if spec.draft is not None and config.engine.name is not None:
             yield f"{at}.draft: engine {config.engine.name} takes no draft model; allowed is one without engine.name"
     names = [key.name for key in config.key]

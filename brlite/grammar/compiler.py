@@ -96,7 +96,7 @@ class GrammarCompiler:
 
 @contextmanager
 def deep_stack() -> Iterator[None]:
-    """Give threads that are started inside a stack of `STACK_BYTES`."""
+    """While the context is open, each new thread has a stack of `STACK_BYTES`."""
     before = threading.stack_size(STACK_BYTES)
     try:
         yield

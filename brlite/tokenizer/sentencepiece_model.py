@@ -48,7 +48,8 @@ def read_sentencepiece(path: Path, limits: ChildLimits) -> Backend:
             raise ModelError(f"{path}: {error}") from None
     if not is_same:
         raise ModelError(
-            f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
+            f"{path}: not supported: its tokens differ from those of a plain BPE model (it is another kind, or "
+            "rewrites the text first); convert the tokenizer to a tokenizer.json"
         )
     return backend
 

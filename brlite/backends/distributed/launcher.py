@@ -43,7 +43,7 @@ class RankAddress(NamedTuple):
     local_rank: int = 0
     local_size: int = 1
     attempt: str = "0"
-    has_store: bool = False  # the launcher runs the store; else rank 0 does
+    has_store: bool = False  # the launcher runs the TCPStore at `host`:`port`; else rank 0 does
 
 
 def find_place(environment: Mapping[str, str]) -> RankAddress | None:
