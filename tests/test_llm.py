@@ -332,6 +332,23 @@ def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [
+        ({"tensor_parallel": 2, "devices": (0,)}, "tensor_parallel"),
+        ({"build_batch": -1}, "build_batch"),
+        ({"precision": "int3"}, "precision"),
+    ],
+)
+async def test_a_config_made_in_python_is_checked_like_a_file(folder: Path, model: dict[str, Any], field: str) -> None:
+    config = make_config(folder, **model)
+
+    with pytest.raises(ConfigError, match=field):
+        LLM(config=config)
+    with pytest.raises(ConfigError, match=field):
+        await AsyncEngine.load(config)
+
+
 TOOLS = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
 CALLS = "{% for message in messages %}{{ message.role }}{{ message.content }}{% endfor %}"
 

@@ -215,7 +215,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(ge=1, le=1024),
         option("ranks that share the model: one process for each card, or for a part of the cores"),
     ] = 1
-    devices: Annotated[tuple[DeviceIndex, ...], option("device numbers, as many as tensor_parallel")] = (0,)
+    devices: Annotated[
+        tuple[DeviceIndex, ...], option("device numbers, one for each rank; []: from 0 to tensor_parallel - 1")
+    ] = ()
     draft: Annotated[
         DraftConfig | None,
         option(
@@ -286,6 +288,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = ""
     input_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = "input_ids.1"
     output_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = ""
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            msgspec.structs.force_setattr(self, "devices", tuple(range(self.tensor_parallel)))
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

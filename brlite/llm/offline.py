@@ -60,8 +60,7 @@ class LLM:
         if config is None:
             config = load_config(Path(config_path)) if config_path is not None else Config()
             config = override(config, engine_override(None), source=ENGINE_VARIABLE)
-        if model is not None:
-            config = override(config, model_override(str(model)), source="LLM")
+        config = override(config, model_override(None if model is None else str(model)), source="LLM")
         check_supported(config)
         for line in config_warnings(config):
             logger.warning("%s", line)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import Config, ModelSpec
+from brlite.config.validation import override
 from brlite.config.warnings import check_supported
 from brlite.engine.async_engine import EngineLoop
 from brlite.llm.loading import Assembly, build_engine
@@ -27,6 +28,7 @@ class AsyncEngine(EngineLoop):
         cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
     ) -> AsyncEngine:
         """Load a model of the config on another thread and start its engine. The caller closes the engine."""
+        config = override(config, {}, source="Config")  # one that was made in Python is checked like a file
         check_supported(config)
 
         def build() -> Assembly:

@@ -46,6 +46,11 @@ def test_the_example_file_is_printed_from_the_options():
     assert EXAMPLE.read_text(encoding="utf-8") == default_toml(), "run: python docs/configuration.py"
 
 
+def test_ranks_use_the_first_devices_if_none_are_named():
+    assert [ModelSpec(tensor_parallel=number).devices for number in (1, 3)] == [(0,), (0, 1, 2)]
+    assert ModelSpec(tensor_parallel=2, devices=(3, 1)).devices == (3, 1)
+
+
 @pytest.mark.parametrize("table", option_tables(), ids=lambda table: table.name)
 def test_every_option_has_a_text_and_a_value_to_show(table):
     for option in table.options:
