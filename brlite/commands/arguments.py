@@ -194,8 +194,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=file_path, metavar="FILE", help="prompts, one per line (default: twelve built-in ones)"
     )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer in tokens (default 16)")
     parser.add_argument(
-        "--max-tokens", type=int, default=16, metavar="N", help="length of an answer in tokens (default 16)"
+        "--save", type=file_path, metavar="FILE", help="write prompts and answers to FILE, for --against"
+    )
+    parser.add_argument(
+        "--against", type=file_path, metavar="FILE", help="compare with the answers that --save wrote, to its prompts"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(logs_from="warning")

@@ -1,7 +1,8 @@
 """`brlite verify`: checks that this machine computes the same bits for a request alone and in any batch.
 
 Prompts run alone, then in several kinds of batches; every token and every logprob is compared bit for bit. Any backend
-can be verified, also one that does not promise equal bits (torch).
+can be verified, also one that does not promise equal bits (torch). Saved answers are compared in the same way, so that
+another version or another machine can be checked against this one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from brlite.checkpoint.new_file import NewFile
 from brlite.commands.given_config import given_config
 from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
@@ -35,6 +37,8 @@ from brlite.tokenizer import Tokenizer
 NUM_SIBLINGS = 2  # completions of one seeded request
 NUM_ALTERNATIVES = 5
 LIMITS = LimitsConfig(max_waiting=10**9, max_wait_seconds=10**6)
+MAX_SAVED_BYTES = 2**28
+SAVED_RUN = "the saved answers"
 
 _HOUSE_RULES = (
     "You answer the questions of visitors to a small museum of ships. Keep to what the labels say, be brief, name the "
@@ -111,6 +115,25 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     found: TokenLogprob | None
 
 
+class SavedAnswers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `--save` writes, as msgpack: each text, its token ids (cut to the context), and the answers alone."""
+
+    heading: str
+    max_tokens: int
+    texts: tuple[str, ...]
+    prompts: list[list[int]]
+    answers: list[tuple[ReplayedCompletion, list[TokenLogprob]]]
+
+
+class Task(NamedTuple):
+    """What is computed and with what it is compared. Without `texts`: those of `before`, else the built-in prompts."""
+
+    texts: Sequence[str] | None = None
+    max_tokens: int = 16
+    before: SavedAnswers | None = None
+    save: Path | None = None
+
+
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one run. `notes` count hits, preemptions and guesses: they show that the run tested these."""
 
@@ -136,15 +159,23 @@ class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(args: argparse.Namespace) -> int:
-    return print_report(given_config(args), args.prompts, args.max_tokens, as_json=args.json)
+    task = Task(save=args.save)
+    if args.max_tokens is not None:
+        task = task._replace(max_tokens=args.max_tokens)
+    if args.prompts is not None:
+        task = task._replace(texts=read_prompts(args.prompts))
+    if args.against is not None:
+        for flag, value in (("--prompts", args.prompts), ("--max-tokens", args.max_tokens)):
+            if value is not None:
+                raise ConfigError(f"{flag} {value}: not with --against, whose file has it")
+        before = read_saved(args.against)
+        task = task._replace(before=before, max_tokens=before.max_tokens)
+    return print_report(given_config(args), task, as_json=args.json)
 
 
-def print_report(
-    config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool, load: Load = build_engine
-) -> int:
-    """Verify with the prompts of a file, one a line, or the built-in ones, and print it. Returns 1 for a difference."""
-    texts = None if prompts is None else read_prompts(prompts)
-    report = verify(load, config, texts, max_tokens, (lambda line: None) if as_json else partial(print, flush=True))
+def print_report(config: Config, task: Task, *, as_json: bool, load: Load = build_engine) -> int:
+    """Verify and print it. Returns 1 for a difference."""
+    report = verify(load, config, task, (lambda line: None) if as_json else partial(print, flush=True))
     if as_json:
         print(msgspec.json.encode(report).decode())
     return 0 if report.is_equal else 1
@@ -158,10 +189,31 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: int, say: Say) -> ReplayReport:
-    """Run `texts`, or the built-in prompts, alone and in batches, then in batches on another number of threads."""
+def read_saved(path: Path) -> SavedAnswers:
+    """The answers that `--save` wrote. Raises `ConfigError`, also for a file of more than `MAX_SAVED_BYTES`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SAVED_BYTES + 1)
+        if len(data) > MAX_SAVED_BYTES:
+            raise ConfigError(f"{path}: allowed are {MAX_SAVED_BYTES} bytes")
+        saved = msgspec.msgpack.decode(data, type=SavedAnswers)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ConfigError(f"{path}: `brlite verify --save` did not write this file") from None
+    if not saved.prompts or len(saved.texts) != len(saved.prompts):
+        raise ConfigError(f"{path}: holds no prompts")
+    return saved
+
+
+def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
+    """Run the prompts alone and in batches, then in batches on another number of threads.
+
+    Raises `ConfigError` for a prompt that does not fit, and if a saved text is encoded to other tokens now.
+    """
+    max_tokens = task.max_tokens
     with _loaded(load, config) as (engine, backend):
-        prompts = _encode(engine, texts, max_tokens)
+        prompts = _encode(engine, task)
         info = engine.info
         fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
         heading = [f"backend {info.name}, {info.device}, {info.precision}{fingerprint}"]
@@ -173,7 +225,16 @@ def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: 
         say("\n".join(heading))
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
-        runs = [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
+        runs = [] if task.before is None else [_compare_saved(task.before, expected, say)]
+        if task.save is not None:
+            texts = PROMPTS if task.texts is None else tuple(task.texts)
+            texts = task.before.texts if task.before is not None else texts
+            answers = list(expected.items())
+            saved = SavedAnswers(
+                heading=heading[0], max_tokens=max_tokens, texts=texts, prompts=prompts, answers=answers
+            )
+            _save(task.save, saved, say)
+        runs += [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
     num_threads = 2 if (config.engine.threads or physical_cores()) == 1 else 1
     other = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, threads=num_threads))
     with _loaded(load, other) as (engine, backend):
@@ -237,8 +298,7 @@ class _Replay:
             notes=tuple(notes),
             difference=next(filter(None, differences), None),
         )
-        what = "DIFFERENT" if report.difference else "equal"
-        say(f"  {report.name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(report.notes)}".rstrip())
+        say(_line(report))
         return report
 
     def _engine(self, engine: Engine, way: Way) -> Engine:
@@ -259,15 +319,50 @@ class _Replay:
         return Engine(info, engine.tokenizer, config, LIMITS)
 
 
-def _encode(engine: Engine, texts: Sequence[str] | None, max_tokens: int) -> list[list[int]]:
-    """Token ids. Built-in prompts are cut to the context; one of `texts` that does not fit raises `ConfigError`."""
-    tokenizer, room = engine.tokenizer, context_length(engine.info) - max_tokens
-    if texts is None:
+def _compare_saved(before: SavedAnswers, answers: Answers, say: Say) -> RunReport:
+    """Compare each completion alone with the one that was saved."""
+    report = RunReport(
+        name=SAVED_RUN,
+        num_tokens=sum(map(len, answers.values())),
+        num_logprobs=sum(1 + len(entry.top) for answer in answers.values() for entry in answer),
+        notes=(f"of {before.heading}",),
+        difference=_first_difference(SAVED_RUN, dict(before.answers), answers),
+    )
+    say(_line(report))
+    return report
+
+
+def _line(report: RunReport) -> str:
+    what = "DIFFERENT" if report.difference else "equal"
+    return f"  {report.name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(report.notes)}".rstrip()
+
+
+def _save(path: Path, saved: SavedAnswers, say: Say) -> None:
+    data = msgspec.msgpack.encode(saved)
+    try:
+        with NewFile(path) as file:
+            file.write(data, 0)
+            file.publish()
+    except OSError as error:
+        raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from None
+    say(f"saved to {path}: {len(data)} bytes")
+
+
+def _encode(engine: Engine, task: Task) -> list[list[int]]:
+    """Token ids. Built-in prompts are cut to the context; a prompt that does not fit raises `ConfigError`."""
+    tokenizer, room = engine.tokenizer, context_length(engine.info) - task.max_tokens
+    if task.texts is None and task.before is None:
         return [tokenizer.encode(text)[: max(1, room)] for text in PROMPTS]
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [tokenizer.encode(text) for text in task.texts or ()]
+    if task.before is not None:
+        prompts = task.before.prompts
+        for number, (text, prompt) in enumerate(zip(task.before.texts, prompts, strict=True), 1):
+            if tokenizer.encode(text)[: len(prompt)] != prompt:
+                raise ConfigError(f"prompt {number} is encoded to other tokens than when it was saved: {text!r:.80}")
+    params = SamplingParams(max_tokens=task.max_tokens)
     for number, prompt in enumerate(prompts, 1):
         try:
-            engine.check(Request(request_id="", prompt_token_ids=prompt, params=SamplingParams(max_tokens=max_tokens)))
+            engine.check(Request(request_id="", prompt_token_ids=prompt, params=params))
         except InvalidRequest as error:
             raise ConfigError(f"prompt {number}: {error}") from None
     return prompts
@@ -343,8 +438,9 @@ def _conclusion(report: ReplayReport, tokenizer: Tokenizer) -> Iterator[str]:
     yield f"different: {len(differences)} of {len(report.runs)} runs ({compared}); the first difference:"
     first = differences[0]
     yield f"  {first.run}: prompt {first.prompt}, {first.completion}, token {first.token}"
-    yield f"    alone     {_show(first.expected, tokenizer)}"
-    yield f"    in a run  {_show(first.found, tokenizer)}"
+    is_saved = first.run == SAVED_RUN
+    yield f"    {'saved' if is_saved else 'alone':10}{_show(first.expected, tokenizer)}"
+    yield f"    {'now' if is_saved else 'in a run':10}{_show(first.found, tokenizer)}"
 
 
 def _show(entry: TokenLogprob | None, tokenizer: Tokenizer) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.commands.verify import CROWDS, PROMPTS, print_report, read_prompts, verify
+from brlite.commands.verify import CROWDS, PROMPTS, SAVED_RUN, Task, print_report, read_prompts, read_saved, verify
 from brlite.config.options import Config, EngineConfig
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
 from brlite.engine.engine import Engine
@@ -89,6 +89,10 @@ def a_chunk_border(batch: Batch, result: SeqResult, token: SampledToken) -> Samp
     return changed_logprob(token, logprob=-0.25) if 1 < len(seq.token_ids) == 17 else token
 
 
+def another_logprob(batch: Batch, result: SeqResult, token: SampledToken) -> SampledToken:
+    return changed_logprob(token, logprob=-0.75)
+
+
 @pytest.fixture
 def lines() -> list[str]:
     return []
@@ -97,7 +101,7 @@ def lines() -> list[str]:
 def test_a_backend_whose_rows_do_not_know_each_other_is_equal(lines: list[str]) -> None:
     loader = Loader()
 
-    report = verify(loader, CONFIG, None, MAX_TOKENS, lines.append)
+    report = verify(loader, CONFIG, Task(None, MAX_TOKENS), lines.append)
 
     num_tokens = len(PROMPTS) * 3 * MAX_TOKENS
     assert report.is_equal
@@ -109,7 +113,7 @@ def test_a_backend_whose_rows_do_not_know_each_other_is_equal(lines: list[str]) 
 def test_every_run_is_what_it_says() -> None:
     loader = Loader()
 
-    report = verify(loader, CONFIG, None, MAX_TOKENS, lambda line: None)
+    report = verify(loader, CONFIG, Task(None, MAX_TOKENS), lambda line: None)
 
     notes = {each.name: " ".join(each.notes) for each in report.runs}
     assert list(notes) == [*(way.name for way in CROWDS), "threads = 1"]
@@ -124,7 +128,7 @@ def test_every_run_is_what_it_says() -> None:
 def test_what_runs_alone_runs_alone() -> None:
     loader = Loader()
 
-    verify(loader, CONFIG, ["one", "another"], MAX_TOKENS, lambda line: None)
+    verify(loader, CONFIG, Task(["one", "another"], MAX_TOKENS), lambda line: None)
 
     num_alone = 2 * 3 * MAX_TOKENS
     batches = loader.backends[0].batches
@@ -137,7 +141,7 @@ def test_what_runs_alone_runs_alone() -> None:
     [another_token_id_in_logprob, another_token, the_last_bit_of_an_alternative, the_sign_of_zero, a_chunk_border],
 )
 def test_any_bit_that_depends_on_company_is_found(lines: list[str], change: Change) -> None:
-    report = verify(Loader(lambda: SociableBackend(change)), CONFIG, None, MAX_TOKENS, lines.append)
+    report = verify(Loader(lambda: SociableBackend(change)), CONFIG, Task(None, MAX_TOKENS), lines.append)
 
     first = next(each.difference for each in report.runs if each.difference)
     assert not report.is_equal
@@ -148,7 +152,10 @@ def test_any_bit_that_depends_on_company_is_found(lines: list[str], change: Chan
 
 def test_a_difference_is_told_with_both_sides() -> None:
     report = verify(
-        Loader(lambda: SociableBackend(another_token_id_in_logprob)), CONFIG, ["abc"], MAX_TOKENS, lambda line: None
+        Loader(lambda: SociableBackend(another_token_id_in_logprob)),
+        CONFIG,
+        Task(["abc"], MAX_TOKENS),
+        lambda line: None,
     )
 
     difference = report.runs[0].difference
@@ -164,7 +171,7 @@ def test_a_backend_that_promises_nothing_is_said_to_first(lines: list[str]) -> N
         backend.info = msgspec.structs.replace(backend.info, is_batch_invariant=False, fingerprint="")
         return backend
 
-    report = verify(Loader(make), CONFIG, None, MAX_TOKENS, lines.append)
+    report = verify(Loader(make), CONFIG, Task(None, MAX_TOKENS), lines.append)
 
     assert "does not promise" in lines[0].splitlines()[1]
     assert "fp_" not in lines[0]
@@ -176,7 +183,7 @@ def test_a_machine_of_one_thread_is_compared_with_two() -> None:
     loader = Loader()
     config = Config(engine=EngineConfig(threads=1))
 
-    report = verify(loader, config, ["abc"], MAX_TOKENS, lambda line: None)
+    report = verify(loader, config, Task(["abc"], MAX_TOKENS), lambda line: None)
 
     assert report.runs[-1].name == "threads = 2"
     assert loader.configs[-1].engine.threads == 2
@@ -186,7 +193,7 @@ def test_our_own_prompts_are_cut_to_a_short_context() -> None:
     def make() -> FakeBackend:
         return FakeBackend(max_model_len=64, num_blocks=64)
 
-    report = verify(Loader(make), CONFIG, None, MAX_TOKENS, lambda line: None)
+    report = verify(Loader(make), CONFIG, Task(None, MAX_TOKENS), lambda line: None)
 
     assert report.is_equal
     assert report.num_prompts == len(PROMPTS)
@@ -194,14 +201,14 @@ def test_our_own_prompts_are_cut_to_a_short_context() -> None:
 
 def test_a_prompt_that_does_not_fit_is_named() -> None:
     with pytest.raises(ConfigError, match="prompt 2: This model's maximum context length"):
-        verify(Loader(), CONFIG, ["fits", "x" * 2000], MAX_TOKENS, lambda line: None)
+        verify(Loader(), CONFIG, Task(["fits", "x" * 2000], MAX_TOKENS), lambda line: None)
 
 
 def test_a_backend_is_closed_whatever_happens() -> None:
     loader = Loader(lambda: FakeBackend(max_model_len=512, num_blocks=200, fault=lambda seq: "not finite"))
 
     with pytest.raises(Exception, match="not finite"):
-        verify(loader, CONFIG, ["abc"], MAX_TOKENS, lambda line: None)
+        verify(loader, CONFIG, Task(["abc"], MAX_TOKENS), lambda line: None)
 
     assert [backend.is_closed for backend in loader.backends] == [True]
 
@@ -210,7 +217,7 @@ def test_the_command_reads_prompts_and_prints_json(tmp_path: Path, capsys: pytes
     path = tmp_path / "prompts.txt"
     path.write_text("first\n\nsecond\n")
 
-    status = print_report(CONFIG, path, 5, as_json=True, load=Loader())
+    status = print_report(CONFIG, Task(read_prompts(path), 5), as_json=True, load=Loader())
 
     report = json.loads(capsys.readouterr().out)
     assert status == 0
@@ -220,10 +227,45 @@ def test_the_command_reads_prompts_and_prints_json(tmp_path: Path, capsys: pytes
 def test_the_command_fails_where_there_is_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
     loader = Loader(lambda: SociableBackend(another_token_id_in_logprob))
 
-    status = print_report(CONFIG, None, 5, as_json=False, load=loader)
+    status = print_report(CONFIG, Task(None, 5), as_json=False, load=loader)
 
     assert status == 1
     assert "different: 6 of 6 runs" in capsys.readouterr().out
+
+
+def test_saved_answers_are_compared_with_those_of_today(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "saved"
+    verify(Loader(), CONFIG, Task(["one", "another"], MAX_TOKENS, save=path), lambda line: None)
+    task = Task(before=read_saved(path), max_tokens=MAX_TOKENS)
+
+    same = verify(Loader(), CONFIG, task, lines.append)
+    other = verify(Loader(lambda: SociableBackend(another_logprob)), CONFIG, task, lines.append)
+
+    assert same.is_equal
+    assert same.runs[0].name == SAVED_RUN
+    assert same.num_prompts == 2
+    assert [each.name for each in other.runs if each.difference] == [SAVED_RUN]
+    assert "    saved     " in lines[-1]
+    assert "    now       " in lines[-1]
+
+
+def test_other_tokens_for_a_saved_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    verify(Loader(), CONFIG, Task(["one", "another"], MAX_TOKENS, save=path), lambda line: None)
+    before = read_saved(path)
+    before = msgspec.structs.replace(before, texts=("one", "And another"))
+
+    with pytest.raises(ConfigError, match="prompt 2 is encoded to other tokens than when it was saved: 'And another'"):
+        verify(Loader(), CONFIG, Task(before=before, max_tokens=MAX_TOKENS), lambda line: None)
+
+
+@pytest.mark.parametrize("content", [b"", b"no", b"\xc1", msgspec.msgpack.encode({"heading": 1})])
+def test_a_file_that_was_not_saved_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(content)
+
+    with pytest.raises(ConfigError, match="did not write this file"):
+        read_saved(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -137,6 +137,8 @@ FLAGS = [
     ("check", "name a FILE to check"),
     ("check absent.toml", "absent.toml"),
     ("check notes.txt", "ends in .toml or .json"),
+    ("verify --against absent", "absent: cannot be read"),
+    ("verify --against notes.txt", "did not write this file"),
     ("check m.gguf", "brlite tune m.gguf"),
     ("check model", "brlite tune model"),
     ("check broken.toml", "broken.toml"),

@@ -15,7 +15,7 @@ import torch
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.torch.loading import load_model
-from brlite.commands.verify import verify
+from brlite.commands.verify import Task, verify
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult
 from brlite.errors import EngineError
@@ -258,7 +258,7 @@ def test_verify_finds_the_native_path_equal(
     config = Config(model=(spec,), engine=EngineConfig(backend="native", threads=1))
     lines: list[str] = []
 
-    report = verify(build_engine, config, None, 16, lines.append)
+    report = verify(build_engine, config, Task(), lines.append)
 
     assert report.is_equal, lines[-1]
     assert report.is_batch_invariant
