@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-from typing import TextIO
 
 SHOWN_INSTEAD = "backslashreplace"  # in JSON, the escape of a lone surrogate is a valid JSON escape
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -52,7 +51,7 @@ def configure_logging(level: str) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-class BarAwareHandler(logging.StreamHandler[TextIO]):
+class BarAwareHandler(logging.StreamHandler):  # type: ignore[type-arg]  # in Python 3.10 it takes none
     """Removes tqdm's progress bars from the terminal while it writes a line, and draws them again below it."""
 
     def emit(self, record: logging.LogRecord) -> None:
