@@ -242,7 +242,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)] | None,
         _parameter("a 64-bit integer, at least 1", "at most; -1: as many as fit", read=read_unless_minus_1),
     ] = 16
-    min_tokens: Annotated[int, _parameter("a 64-bit integer, at least 0", "no end of text before", ge=0)] = 0
+    min_tokens: Annotated[
+        int,
+        _parameter(
+            "a 64-bit integer, at least 0", "no end of text before; a stop string counts if it ends behind them", ge=0
+        ),
+    ] = 0
     logit_bias: Annotated[
         dict[int, Annotated[float, Meta(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]],
         _parameter(

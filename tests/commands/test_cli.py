@@ -45,8 +45,8 @@ def handed_over(monkeypatch) -> SimpleNamespace:
     async def with_server(url: str, *options: object) -> None:
         seen.target, seen.options = url, options
 
-    def print_report(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool) -> int:
-        seen.config, seen.prompts, seen.max_tokens, seen.as_json = config, prompts, max_tokens, as_json
+    def print_report(config: Config, task: verify.Task, *, as_json: bool) -> int:
+        seen.config, seen.task, seen.as_json = config, task, as_json
         return 1
 
     monkeypatch.setattr(verify, "print_report", print_report)
@@ -192,11 +192,13 @@ def test_chat_without_a_server_brings_its_own_model(handed_over):
     assert handed_over.target == Config()
 
 
-def test_verify_hands_over_its_prompts_and_returns_what_was_found(handed_over):
+def test_verify_hands_over_its_prompts_and_returns_what_was_found(handed_over, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+
     assert main(["verify", "--prompts", "a.txt", "--max-tokens", "8", "--threads", "1", "--json"]) == 1
 
     assert handed_over.config.engine.threads == 1
-    assert (handed_over.prompts, handed_over.max_tokens, handed_over.as_json) == (Path("a.txt"), 8, True)
+    assert (handed_over.task, handed_over.as_json) == (verify.Task(["one", "two"], 8), True)
 
 
 @pytest.mark.parametrize("option", ["--config", "--config_path"])
