@@ -227,8 +227,7 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
         expected = replay.alone(engine, backend)
         runs = [] if task.before is None else [_compare_saved(task.before, expected, say)]
         if task.save is not None:
-            texts = PROMPTS if task.texts is None else tuple(task.texts)
-            texts = task.before.texts if task.before is not None else texts
+            texts = tuple(task.texts or PROMPTS) if task.before is None else task.before.texts
             answers = list(expected.items())
             saved = SavedAnswers(
                 heading=heading[0], max_tokens=max_tokens, texts=texts, prompts=prompts, answers=answers

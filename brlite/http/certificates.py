@@ -18,8 +18,8 @@ class _WithoutCertificates(ssl.SSLContext):
         return self._with_certificates().wrap_socket(*args, **options)
 
     def _with_certificates(self) -> ssl.SSLContext:
+        self.set_default_verify_paths()  # first: another thread must not use the context without certificates
         self.__class__ = ssl.SSLContext  # type: ignore[assignment]
-        self.set_default_verify_paths()
         return self
 
 
