@@ -50,7 +50,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, metavar="N", help=port)
     parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
     parser.add_argument(
-        "--device", type=word, help="device that computes: auto, cpu or a kind of card (docs/devices.md)"
+        "--device", type=word, help="device that computes: auto, cpu, cuda, cuda:1 or supa (docs/devices.md)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     parser.add_argument("--engine", type=word, metavar="NAME", help="engine: auto, native, torch, or toy")
@@ -238,7 +238,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
     parser.add_argument(
-        "--device", type=word, help="device that computes: auto, cpu or a kind of card (docs/devices.md)"
+        "--device", type=word, help="device that computes: auto, cpu, cuda, cuda:1 or supa (docs/devices.md)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     add_engine(parser)

@@ -72,7 +72,7 @@ def find_own_config() -> Path | None:
     if not DEFAULT_CONFIG.exists():
         return None
     if reason := why_untrusted(DEFAULT_CONFIG):
-        raise ConfigError(f"{DEFAULT_CONFIG} is not used unasked: {reason}; name it as the CONFIG to use it")
+        raise ConfigError(f"{DEFAULT_CONFIG} is not loaded by default: {reason}; to use it, give its name as CONFIG")
     # Printed, not logged: the file itself sets the log's level.
     lines = [f"using {DEFAULT_CONFIG.absolute()}", *sent_variables(load_config(DEFAULT_CONFIG))]
     print("\n".join(f"brlite: {line}" for line in lines), file=sys.stderr, flush=True)

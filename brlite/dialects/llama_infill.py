@@ -41,7 +41,7 @@ from brlite.files.quoting import excerpt
 
 # The engine's field names, mapped to the client's.
 _FIELD_NAMES = {"prompt": "input_prefix", "suffix": "input_suffix", "start": "prompt", "files": "input_extra"}
-# There is one answer, without logprobs: aliases of these are not read.
+# Parameters whose aliases (`n_cmpl`, `n_probs`) are not read: an answer is one text, without logprobs.
 _NOT_READ = ("n", "logprobs")
 
 # llama.cpp's samplers in the order in which they run here, each with the values that switch it off.

@@ -198,15 +198,15 @@ def test_the_current_folders_config_is_used_if_it_is_ones_own(here, capsys):
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "chat", "verify"])
-def test_the_current_folders_config_is_not_used_unasked_if_others_could_have_written_it(command, here, capsys):
+def test_the_current_folders_config_is_not_loaded_by_default_if_others_could_have_written_it(command, here, capsys):
     here.parent.chmod(0o777)
 
     status = main([command])
 
     said = capsys.readouterr().err
     assert status == 2
-    assert "brlite.toml is not used unasked: " in said
-    assert "name it as the CONFIG to use it" in said
+    assert "brlite.toml is not loaded by default: " in said
+    assert "to use it, give its name as CONFIG" in said
     assert main([command, "brlite.toml"]) == 2
     assert "server.port = " in capsys.readouterr().err
 
