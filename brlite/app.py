@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from brlite.config.options import Config
+from brlite.config.validation import override
+from brlite.config.warnings import check_supported
 from brlite.engine.async_engine import EngineLoop
 from brlite.http.body import BODIES, BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
@@ -55,8 +57,11 @@ def create_app(
     if owned is not None and config is not None:
         raise TypeError("create_app(config) takes no second config")
     config = owned or config or Config()
+    if not isinstance(models, ModelTable):
+        config = override(config, {}, source="Config")  # one that was made in Python is checked like a file
     if isinstance(models, Config):
-        models = ModelTable([ServedModel(spec) for spec in models.model], models.proxy)
+        check_supported(config)
+        models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     elif isinstance(models, EngineLoop):
         models = ModelTable([ServedModel(config.model[0], models)], config.proxy)
     app = web.Application()

@@ -9,8 +9,8 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, ModelSpec
-from brlite.errors import ModelError
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.errors import ConfigError, ModelError
 from brlite.server.generate import MODELS
 
 TOYS = Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="one"), ModelSpec(name="two")))
@@ -34,6 +34,23 @@ async def test_an_application_whose_model_cannot_be_loaded_does_not_start(tmp_pa
 
     with pytest.raises(ModelError, match="nowhere does not exist"):
         await TestServer(create_app(config), host="127.0.0.1").start_server()
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Config(engine=EngineConfig(name="toy"), limits=LimitsConfig(max_waiting=-1)), "limits.max_waiting"),
+        (Config(engine=EngineConfig(name="toy", block_size="16")), "engine.block_size"),
+        (Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="a"), ModelSpec(name="a"))), "model"),
+        (
+            Config(model=tuple(ModelSpec(name=name, tensor_parallel=2) for name in "ab")),
+            "tensor_parallel = 2: only one",
+        ),
+    ],
+)
+def test_a_config_that_was_made_in_python_is_checked_like_a_file(config: Config, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        create_app(config)
 
 
 def test_a_second_config_is_refused() -> None:
