@@ -154,6 +154,7 @@ _NOT_STRUCTURED = _structured_fields(StructuredFields())
 _RESPONSE_FORMAT = msgspec.json.Decoder(ResponseFormat)
 _STRUCTURED_OUTPUTS = msgspec.json.Decoder(VllmStructuredOutputs)
 _TEXT = msgspec.json.Decoder(str)
+_ANYTHING = msgspec.json.Decoder()
 
 
 def take_undecoded(
@@ -219,7 +220,7 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
     if _structured_fields(body) == _NOT_STRUCTURED:
         return None
     # In llama.cpp and SGLang an empty schema or text means none.
-    is_empty = bytes(body.json_schema).replace(b" ", b"") in (b"{}", b'""')
+    is_empty = decode_value(body.json_schema, _ANYTHING, "json_schema") in ({}, "")
     wishes: dict[str, dict[str, Any]] = {
         "response_format": _response_format(body.response_format),
         "structured_outputs": _structured_outputs(body.structured_outputs),

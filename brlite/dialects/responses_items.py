@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
@@ -80,6 +80,7 @@ class NothingStored:
 class ItemTag(Struct):
     type: str | None = None
     id: str | None = None
+    role: Raw | UnsetType = UNSET
 
 
 class InputItem(Struct, kw_only=True):
@@ -133,7 +134,7 @@ class ItemReader:
 
     def add(self, raw: Raw, param: str) -> None:
         tag = decode_value(raw, _TAG, param)
-        if tag.type == "item_reference" or (tag.type is None and tag.id is not None and b'"role"' not in bytes(raw)):
+        if tag.type == "item_reference" or (tag.type is None and tag.id is not None and tag.role is UNSET):
             referenced = self._stored.item(tag.id or "")
             if referenced is None:
                 reason = "" if self._stored.is_enabled else ": this server stores no responses"

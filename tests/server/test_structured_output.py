@@ -102,6 +102,15 @@ async def test_no_wish_leaves_the_answer_as_it_is(client: Client, fields: dict[s
     assert (await client.chat(**fields))["choices"] == (await client.chat())["choices"]
 
 
+@pytest.mark.parametrize("empty", ["{\n}", "{ \t}", '""', "null"])
+async def test_an_empty_schema_is_none_however_it_is_written(client: Client, empty: str):
+    body = json.dumps(chat_body())[:-1] + f', "json_schema": {empty}}}'
+
+    _, answer = await client.post("/v1/chat/completions", body.encode())
+
+    assert answer["choices"] == (await client.chat())["choices"]
+
+
 async def test_several_answers_to_several_prompts_each_match(client: Client):
     answer = await client.complete(["a", "b"], n=3, guided_json=SCHEMA, max_tokens=100, temperature=1.2, seed=3)
 
