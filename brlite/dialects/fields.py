@@ -92,7 +92,7 @@ OBEYED = (
     ObeyedField("include", (RESPONSES,), (OPENAI, VLLM, SGLANG), "hosted tools' results are never there"),
     ObeyedField("truncation", (RESPONSES,), (OPENAI, VLLM, SGLANG), '"auto" cuts the beginning of the prompt'),
     ObeyedField("store", (RESPONSES,), (OPENAI, VLLM, SGLANG), "true is the default"),
-    ObeyedField("background", (RESPONSES,), (OPENAI, VLLM, SGLANG), "needs `store`; not in streams"),
+    ObeyedField("background", (RESPONSES,), (OPENAI, VLLM, SGLANG), "needs `store`"),
     ObeyedField("metadata user safety_identifier prompt_cache_key", (RESPONSES,), (OPENAI,), "only said again"),
     ObeyedField("system", (MESSAGES,), (ANTHROPIC,), "text or text blocks"),
     ObeyedField("stop_sequences", (MESSAGES,), (ANTHROPIC,), "its name of `stop`"),

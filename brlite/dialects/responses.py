@@ -26,12 +26,12 @@ from brlite.dialects.openai import (
 )
 from brlite.dialects.responses_encoder import (
     ID_PREFIX,
-    FinishedResponse,
     ResponseGeneration,
     ResponsesEncoder,
     encode_error,
 )
 from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
+from brlite.dialects.responses_stored import FinishedResponse
 from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
@@ -144,12 +144,6 @@ def _generation(
     if body.background and not is_stored:
         raise InvalidRequest(
             "background needs a store: store is false, or limits.max_stored_bytes is 0", param="background"
-        )
-    if body.background and body.stream:
-        raise InvalidRequest(
-            "background cannot be streamed: leave out stream, and read the response by its id",
-            param="background",
-            code="unsupported_parameter",
         )
     has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
     field_names = {**FIELD_NAMES, **more.field_names}

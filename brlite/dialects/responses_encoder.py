@@ -7,12 +7,11 @@ the same items. `responses_events.py` has the shapes.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, Raw, Struct
+from msgspec import UNSET, Raw
 
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
@@ -49,9 +48,9 @@ from brlite.dialects.responses_events import (
     delta_logprobs,
 )
 from brlite.dialects.responses_items import sealed
+from brlite.dialects.responses_stored import NOT_KEPT, FinishedResponse, KeptEvents
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
-from brlite.dialects.sse import EVENT_END, frame
-from brlite.errors import InvalidRequest
+from brlite.dialects.sse import frame
 
 ID_PREFIX = "resp_"
 
@@ -77,34 +76,6 @@ class ResponseGeneration(Generation, frozen=True, kw_only=True):
     seals_reasoning: bool = False
     tools: ResponseTools = ResponseTools()
     shown: Mapping[str, Any] = msgspec.field(default_factory=dict)
-
-
-class FinishedResponse(Struct, frozen=True):
-    """A response: the `body` as sent, the items before it, and its own items by id.
-
-    `stream` has its events, compressed, also if the response was not streamed. A background response is stored twice:
-    at first, while `is_running`, without output and events.
-    """
-
-    id: str
-    body: bytes
-    input: tuple[Raw, ...]
-    output: dict[str, Raw]
-    stream: bytes = b""
-    is_background: bool = False
-    is_running: bool = False
-
-    def events(self, starting_after: int | None) -> bytes:
-        """The stream's events after the one with this number; None: all. It takes 1 ms for 250 KB.
-
-        Raises `InvalidRequest` if the stream has no event with this number.
-        """
-        events = zlib.decompress(self.stream).split(EVENT_END)[:-1]
-        if starting_after is not None and starting_after >= len(events):
-            text = f"starting_after is {starting_after}; this response's events are numbered 0 to {len(events) - 1}"
-            raise InvalidRequest(text, param="starting_after")
-        behind = events if starting_after is None else events[starting_after + 1 :]  # numbers begin at 0
-        return b"".join([event + EVENT_END for event in behind])
 
 
 class OpenMessage:
@@ -237,23 +208,19 @@ class ResponsesEncoder:
         self._keep = keep
         self._created = int(time.time())
         self._num_sent = 0
-        is_kept = keep is not None and call.is_stored
-        # 16 KB per stream: events repeat the same fields, so a short window is enough.
-        self._compressor = zlib.compressobj(1, zlib.DEFLATED, 11, 4) if is_kept else None
-        self._compressed: list[bytes] = []
+        self.kept = KeptEvents() if keep is not None and call.is_stored else None
         self._output: list[Item] = []
         self._open: OpenMessage | OpenReasoning | OpenCall | OpenCustomCall | None = None
         self._ending: Event | None = None
         self._warnings: Sequence[str] = ()
         self._is_cancelled = False
 
-    def begun(self) -> bytes:
-        """Store a background response as one in progress. Returns its body."""
+    def begun(self) -> FinishedResponse:
+        """A background response in progress, before its first event."""
         body = self._response("in_progress")
-        self.opening(TokenUsage(0, 0, 0))
-        if self._keep is not None:
-            self._keep(FinishedResponse(self._id, body, self._call.items, {}, is_background=True, is_running=True))
-        return body
+        if not self._call.is_streamed:
+            self.opening(TokenUsage(0, 0, 0))
+        return FinishedResponse(self._id, body, self._call.items, {}, is_background=True, is_running=True)
 
     def cancel(self, *, is_kept: bool) -> None:
         """Give the response the status "cancelled" if it is aborted. Unless `is_kept` it is not stored."""
@@ -301,7 +268,7 @@ class ResponsesEncoder:
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed."""
-        if self._compressor is not None and not self._num_sent:
+        if self.kept is not None and not self._num_sent:
             self.opening(usage)  # a client may read a stored response as a stream
         for event in events:
             self.encode(event)
@@ -345,8 +312,8 @@ class ResponsesEncoder:
         event.sequence_number = self._num_sent
         self._num_sent += 1
         data = frame(encode_json(event), str(event.__struct_config__.tag))
-        if self._compressor is not None:
-            self._compressed.append(self._compressor.compress(data))
+        if self.kept is not None:
+            self.kept.add(data)
         return data
 
     def _finished(self, usage: TokenUsage) -> tuple[bytes, bytes]:
@@ -367,16 +334,17 @@ class ResponsesEncoder:
         return body, last
 
     def _store(self, body: bytes) -> None:
-        if self._keep is not None and self._compressor is not None:
+        if self._keep is not None and self.kept is not None:
             output = {item.id: Raw(encode_json(item)) for item in self._output}
-            stream = b"".join([*self._compressed, self._compressor.flush()])
             is_background = self._call.is_background
-            self._keep(FinishedResponse(self._id, body, self._call.items, output, stream, is_background))
+            self._keep(FinishedResponse(self._id, body, self._call.items, output, self.kept.finish(), is_background))
+            self._keep = None
 
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
         """The current state of the response object, as JSON."""
         is_over = status == "completed"
         is_cut = self._ending is not None and self._ending.finish_reason == "length"
+        warnings = [*self._warnings, *([NOT_KEPT] if self.kept is not None and self.kept.is_dropped else [])]
         return encode_json(
             {
                 "id": self._id,
@@ -400,7 +368,7 @@ class ResponsesEncoder:
                     "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                     "total_tokens": usage.prompt + usage.completion,
                 },
-                **({"warnings": self._warnings} if self._warnings else {}),
+                **({"warnings": warnings} if warnings else {}),
             }
         )
 

@@ -97,6 +97,11 @@ class HeldBody:
             self.num_bytes += num_bytes
         return refusal
 
+    def hand_over(self) -> HeldBody:
+        """Another one with the bytes of this one, for work that goes on when the request has ended."""
+        other, self.num_bytes = HeldBody(self.budget, self.key, self.num_bytes), 0
+        return other
+
     def release(self) -> None:
         """Give all bytes back: the request has ended."""
         self.arrived()

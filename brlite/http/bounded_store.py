@@ -56,6 +56,29 @@ class BoundedStore(Generic[V]):
         self.pop(tenant, key)
         self._tenants.setdefault(tenant, {})[key] = StoredValue(value, num_bytes)
         self._change(tenant, num_bytes)
+        self._drop_oldest()
+
+    def grow(self, tenant: str, key: str, num_bytes: int) -> bool:
+        """Count `num_bytes` more for a stored value, then drop values as `put` does. False if it is not stored then."""
+        values = self._tenants.get(tenant, {})
+        if (stored := values.get(key)) is None:
+            return False
+        values[key] = StoredValue(stored.value, stored.num_bytes + num_bytes)  # it stays as old as it was
+        self._change(tenant, num_bytes)
+        self._drop_oldest()
+        return key in values
+
+    def pop(self, tenant: str, key: str) -> V | None:
+        """Remove a value and return it. None if it is not stored."""
+        stored = self._tenants.get(tenant, {}).pop(key, None)
+        if stored is None:
+            return None
+        self._change(tenant, -stored.num_bytes)
+        if not self._tenants[tenant]:
+            del self._tenants[tenant], self._tenant_bytes[tenant]
+        return stored.value
+
+    def _drop_oldest(self) -> None:
         while self.num_bytes > self._max_bytes:
             largest = max(self._tenant_bytes, key=self._tenant_bytes.__getitem__)
             self.pop(largest, next(iter(self._tenants[largest])))
@@ -70,16 +93,6 @@ class BoundedStore(Generic[V]):
                 self._num_unlogged,
             )
             self._num_unlogged, self._next_line = 0, time.monotonic() + SECONDS_BETWEEN_LINES
-
-    def pop(self, tenant: str, key: str) -> V | None:
-        """Remove a value and return it. None if it is not stored."""
-        stored = self._tenants.get(tenant, {}).pop(key, None)
-        if stored is None:
-            return None
-        self._change(tenant, -stored.num_bytes)
-        if not self._tenants[tenant]:
-            del self._tenants[tenant], self._tenant_bytes[tenant]
-        return stored.value
 
     def _change(self, tenant: str, num_bytes: int) -> None:
         self.num_bytes += num_bytes

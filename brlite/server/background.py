@@ -1,37 +1,144 @@
 """Responses that run without their client: `background: true` of the Responses API.
 
-The client gets the response in progress as soon as the engine has its prompt, and reads it later from the store. A
-refusal before that is the client's own error. Nothing outlives the process: neither the store nor what runs.
+The client gets the response in progress as soon as the engine has its prompt, or its events, and reads it later by its
+id. A refusal before that is the client's own error. Nothing outlives the process: neither the store nor what runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from aiohttp import web
 
+from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Generation
 from brlite.dialects.responses_encoder import ResponsesEncoder
+from brlite.dialects.responses_stored import (
+    STATE_BYTES,
+    EventReader,
+    FinishedResponse,
+    KeptEvents,
+    check_starting_after,
+    not_kept,
+)
 from brlite.errors import stopping
 from brlite.http.access_log import log_extras
-from brlite.server.generate import RUNNING, generate
+from brlite.http.body import HELD
+from brlite.http.events import EventStream
+from brlite.server.generate import CONFIG, RUNNING, generate
 from brlite.server.idempotency import ANSWERS
+from brlite.server.response_store import STORE
+from brlite.server.resumable import RECORDED, DetachedStream
 
 logger = logging.getLogger(__name__)
 
 
-class BackgroundResponses:
-    """The running responses by tenant and id. The engine's queue bounds their number."""
+class BackgroundStream(DetachedStream):
+    """The events of one background response. Its encoder keeps them; `grow` counts their bytes.
+
+    If `grow` returns False, since the store has no room for them, they are dropped.
+    """
 
     def __init__(self) -> None:
-        self._running: dict[tuple[str, str], tuple[asyncio.Task[Any], ResponsesEncoder]] = {}
+        super().__init__()
+        self._kept: KeptEvents | None = None  # until the engine has the prompt
+        self._grow: Callable[[int], bool] = lambda num_bytes: True
+        self._num_counted = 0
+        self._refusal = b""
 
-    async def start(self, dialect: Dialect, request: web.Request, tenant: str) -> web.StreamResponse:
-        """Run the call of a request. Returns its response in progress. Raises as `generate` does for a refusal."""
+    def keep(self, kept: KeptEvents, grow: Callable[[int], bool]) -> None:
+        """Set where the encoder keeps the events, before the first one."""
+        self._kept, self._grow = kept, grow
+        self._notify()
+
+    def write(self, events: bytes) -> bool:
+        assert self._kept is not None  # by now the encoder has kept the events
+        grown, self._num_counted = self._kept.num_bytes - self._num_counted, self._kept.num_bytes
+        if not self._kept.is_dropped and not self._grow(grown):
+            self._kept.drop()
+        self._notify()
+        return True
+
+    async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
+        """The response is stored with these events, so they are not counted here. If there is none: an error."""
+        if self._kept is None:
+            self._refusal = last_events
+        return web.StreamResponse()
+
+    def close(self) -> None:
+        """Does nothing: an event may follow when the delivery has ended. `end` follows."""
+
+    def end(self) -> None:
+        """No event follows."""
+        self._is_over = True
+        self._notify()
+
+    async def follow(
+        self, request: web.Request, starting_after: int | None, limits: LimitsConfig
+    ) -> web.StreamResponse:
+        """Send the events after this number as they come, until the last one or until the client leaves.
+
+        Raises `InvalidRequest` if there is no event of this number yet, or if the events were dropped. If they are
+        dropped meanwhile, the connection is cut.
+        """
+        if self._kept is not None:
+            check_starting_after(starting_after, self._kept.num_events)
+            if self._kept.is_dropped:
+                raise not_kept()
+        async with EventStream(request, limits.sse_comment_seconds) as stream:
+            while self._kept is None and not self._is_over:
+                await asyncio.shield(self._changed)
+            if self._kept is None:
+                return await stream.finish(self._refusal)
+            reader = EventReader(self._kept, starting_after)
+            while not self._kept.is_dropped:
+                events = reader.read()
+                if events is None and self._is_over:
+                    break
+                if events is None:
+                    await asyncio.shield(self._changed)
+                elif events and not (stream.write(events) and await stream.drained(limits.slow_client_seconds)):
+                    break
+                else:
+                    await asyncio.sleep(0)  # decompressing a long history takes a while
+            else:
+                stream.abort()
+            return await stream.finish()
+
+
+@dataclass
+class RunningResponse:
+    """`response` is the response in progress; `stream` is None unless the client asked for one."""
+
+    task: asyncio.Task[Any]
+    encoder: ResponsesEncoder
+    response: FinishedResponse
+    stream: BackgroundStream | None
+
+
+class BackgroundResponses:
+    """The running responses by tenant and id. The engine's queue bounds their number.
+
+    `in_progress` has those that are not deleted. They are found here, since a full store may forget them.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[tuple[str, str], RunningResponse] = {}
+        self.in_progress: dict[tuple[str, str], FinishedResponse] = {}
+
+    async def start(
+        self, dialect: Dialect, request: web.Request, tenant: str, stream: BackgroundStream | None
+    ) -> web.StreamResponse:
+        """Run the call of a request. Returns its response in progress, or, with a `stream`, when that has ended.
+
+        Raises as `generate` does for a refusal. A retry gets the response in progress in both cases.
+        """
         begun: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
         def make_encoder(call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponsesEncoder:
@@ -39,50 +146,84 @@ class BackgroundResponses:
             assert isinstance(encoder, ResponsesEncoder)
             running = asyncio.current_task()  # with an idempotency key not `task`, which ends if the client leaves
             assert running is not None
-            self._running[tenant, answer_id] = running, encoder
-            running.add_done_callback(partial(self._end, (tenant, answer_id), request))
-            body = encoder.begun()
-            request.app[ANSWERS].settle(request, tenant, body)  # a retry gets the same response, not one more
-            begun.set_result(body)
+            self._add((tenant, answer_id), RunningResponse(running, encoder, encoder.begun(), stream), request)
+            begun.set_result(self.in_progress[tenant, answer_id].body)
             return encoder
 
+        def end(task: asyncio.Task[web.StreamResponse]) -> None:
+            if stream is not None and not begun.done():
+                stream.end()
+
+        if stream is not None:
+            request[RECORDED] = stream
         task = asyncio.ensure_future(generate(dialect._replace(make_encoder=make_encoder), request))
-        either: list[asyncio.Future[Any]] = [task, begun]
+        task.add_done_callback(end)
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if stream is None:
+                either: list[asyncio.Future[Any]] = [task, begun]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            elif await stream.begun():
+                return await stream.follow(request, None, request.app[CONFIG].limits)
         except asyncio.CancelledError:
-            task.cancel()  # the client left, and knows no id
+            if not begun.done():
+                task.cancel()  # the client left, and knows no id
             raise
         if begun.done():
             return web.Response(body=begun.result(), content_type="application/json")
         return task.result()  # the stored answer of a retry; or it raises the refusal
 
+    def stream(self, tenant: str, response_id: str) -> BackgroundStream | None:
+        """The stream of a running response. None if it does not run, or has none."""
+        running = self._running.get((tenant, response_id))
+        return None if running is None else running.stream
+
     async def ended(self, tenant: str, response_id: str) -> None:
         """Wait until the response does not run. A cancelled wait does not end the response."""
         if (running := self._running.get((tenant, response_id))) is not None:
-            await asyncio.wait([running[0]])
+            await asyncio.wait([running.task])
 
     def cancel(self, app: web.Application, tenant: str, response_id: str, *, is_kept: bool = True) -> None:
         """End a running response at its next step, with the status "cancelled". Unless `is_kept` it is not stored."""
         if (running := self._running.get((tenant, response_id))) is None:
             return
-        running[1].cancel(is_kept=is_kept)
+        running.encoder.cancel(is_kept=is_kept)
+        if not is_kept:
+            del self.in_progress[tenant, response_id]
         for delivery in [each for each in app[RUNNING] if each.is_named(response_id, tenant)]:
             delivery.abort()
 
     async def close(self) -> None:
         """Cancel all that runs."""
-        tasks = [task for task, _ in self._running.values()]
+        tasks = [running.task for running in self._running.values()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
+    def _add(self, key: tuple[str, str], running: RunningResponse, request: web.Request) -> None:
+        tenant, response_id = key
+        store, kept, held = request.app[STORE], running.encoder.kept, request[HELD].hand_over()
+        self._running[key], self.in_progress[key] = running, running.response
+        store.put(tenant, response_id, running.response, STATE_BYTES)
+        if running.stream is not None:
+            assert kept is not None  # a background response is stored
+
+            def grow(num_bytes: int) -> bool:
+                return key not in self.in_progress or store.grow(tenant, response_id, num_bytes)
+
+            running.stream.keep(kept, grow)
+        running.task.add_done_callback(partial(self._end, key, request))
+        running.task.add_done_callback(lambda _: held.release())
+        request.app[ANSWERS].settle(request, tenant, running.response.body)  # a retry gets the same one
+
     def _end(self, key: tuple[str, str], request: web.Request, task: asyncio.Task[Any]) -> None:
-        _, encoder = self._running.pop(key)
+        running = self._running.pop(key)
+        self.in_progress.pop(key, None)
         error = stopping() if task.cancelled() else task.exception()
         if error is not None:
-            encoder.failing(error)
+            running.encoder.failing(error)
+        if running.stream is not None:
+            running.stream.end()
         # The access log's line was written when the response began.
         used = " ".join(f"{name}={value}" for name, value in log_extras(request).items())
         logger.info("background response %s has ended%s: %s", key[1], "" if error is None else f" ({error})", used)

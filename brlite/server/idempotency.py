@@ -21,6 +21,7 @@ from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
 from brlite.errors import InvalidRequest
+from brlite.http.body import HELD
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.server.resumable import (
     RECORDED,
@@ -109,11 +110,12 @@ class IdempotentAnswers:
                 self._end(running, recorder.kept_stream, "text/event-stream")
         if stream is not None:
             request[RECORDED] = stream
-        task = asyncio.ensure_future(run(recorded, request))
+        task, held = asyncio.ensure_future(run(recorded, request)), request[HELD].hand_over()
         self._tasks.add(task)
 
         def on_done(task: asyncio.Task[web.StreamResponse]) -> None:
             self._tasks.discard(task)
+            held.release()
             has_failed = task.cancelled() or task.exception() is not None
             if stream is None:
                 self._end(running, None if has_failed else recorder.kept_body, "application/json")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 from aiohttp import web
 from msgspec import Raw
 
-from brlite.dialects.responses_encoder import FinishedResponse, response_id_of
+from brlite.dialects.responses_encoder import response_id_of
+from brlite.dialects.responses_stored import FinishedResponse
 from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 
@@ -19,18 +22,21 @@ def make_response_store(max_bytes: int) -> ResponseStore:
 
 
 class TenantResponses:
-    """The responses of one tenant."""
+    """The responses of one tenant: those in progress in the background, by tenant and id, and stored ones."""
 
-    def __init__(self, store: ResponseStore, tenant: str) -> None:
+    def __init__(
+        self, store: ResponseStore, tenant: str, in_progress: Mapping[tuple[str, str], FinishedResponse] = {}
+    ) -> None:
         self._store = store
         self._tenant = tenant
+        self._in_progress = in_progress
 
     @property
     def is_enabled(self) -> bool:
         return self._store.is_enabled
 
     def get(self, response_id: str) -> FinishedResponse | None:
-        return self._store.get(self._tenant, response_id)
+        return self._in_progress.get((self._tenant, response_id)) or self._store.get(self._tenant, response_id)
 
     def conversation(self, response_id: str) -> list[Raw] | None:
         """The input and output items of a response. None if it is not stored.

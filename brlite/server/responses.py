@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+import msgspec
 from aiohttp import web
 from msgspec import Raw
 
@@ -12,13 +13,15 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.json_body import decode_fields
 from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
-from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
+from brlite.dialects.responses_encoder import ResponsesEncoder
+from brlite.dialects.responses_stored import FinishedResponse
 from brlite.errors import InvalidRequest, NotFound
 from brlite.http.body import keep_body, read_body
 from brlite.http.keys import API_KEY
-from brlite.server.background import BACKGROUND
+from brlite.server.background import BACKGROUND, BackgroundStream
 from brlite.server.generate import CONFIG, generate
 from brlite.server.response_store import STORE, TenantResponses
+from brlite.server.resumable import HEADER as LAST_EVENT_ID
 from brlite.server.resumable import MAX_DIGITS
 from brlite.server.tokens import count_prompt_tokens
 
@@ -30,9 +33,20 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, request.app[CONFIG].limits)
     keep_body(request, body)
     dialect = responses_dialect(request)
-    if b'"background"' in body and bytes(decode_fields(body).get("background", Raw(b"null"))) == b"true":
-        return await request.app[BACKGROUND].start(dialect, request, request[API_KEY].tenant)
-    return await generate(dialect, request)
+    # Most requests are not decoded here. A name with escaped letters has \\u.
+    fields = decode_fields(body) if b'"background"' in body or b"\\u" in body else {}
+    if bytes(fields.get("background", Raw(b"null"))) != b"true":
+        return await generate(dialect, request)
+    is_streamed = bytes(fields.get("stream", Raw(b"null"))) == b"true"
+    if is_streamed and LAST_EVENT_ID in request.headers:
+        text = f"{LAST_EVENT_ID} is not for background responses: GET /v1/responses/{{id}}?stream=true&starting_after=N"
+        raise InvalidRequest(text, param=LAST_EVENT_ID)
+    stream, background = BackgroundStream() if is_streamed else None, request.app[BACKGROUND]
+    response = await background.start(dialect, request, request[API_KEY].tenant, stream)
+    if is_streamed and isinstance(response, web.Response):  # of a retry: the response in progress as it was
+        assert isinstance(response.body, bytes)
+        return await _send_events(request, _find(request, msgspec.json.decode(response.body)["id"]), None)
+    return response
 
 
 def responses_dialect(request: web.Request) -> Dialect:
@@ -52,8 +66,8 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     return web.json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
-async def get_response(request: web.Request) -> web.Response:
-    """A stored response as it was sent. With `stream`: its events, those after number `starting_after` if given."""
+async def get_response(request: web.Request) -> web.StreamResponse:
+    """A response as it was sent, or in progress. With `stream`: its events, those after number `starting_after`."""
     stream, after = request.query.get("stream", "false").lower(), request.query.get("starting_after")
     if stream not in ("true", "1", "false", "0"):
         raise InvalidRequest(f"stream must be true or false, got {stream[:64]!r}", param="stream")
@@ -64,11 +78,7 @@ async def get_response(request: web.Request) -> web.Response:
     response = _find(request)
     if not is_streamed:
         return web.Response(body=response.body, content_type="application/json")
-    if response.is_running:  # its events are stored at its end
-        await request.app[BACKGROUND].ended(request[API_KEY].tenant, response.id)
-        response = _find(request)
-    events = await asyncio.to_thread(response.events, None if after is None else int(after))
-    return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
+    return await _send_events(request, response, None if after is None else int(after))
 
 
 async def delete_response(request: web.Request) -> web.Response:
@@ -84,12 +94,16 @@ async def cancel_response(request: web.Request) -> web.Response:
 
     Other responses are refused as at OpenAI: their clients disconnect, or `DELETE /v1/requests/{id}`.
     """
-    response, background, tenant = _find(request), request.app[BACKGROUND], request[API_KEY].tenant
+    response, background, tenant = (
+        _find(request),
+        request.app[BACKGROUND],
+        request[API_KEY].tenant,
+    )
     if not response.is_background:
         raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
     background.cancel(request.app, tenant, response.id)
     await background.ended(tenant, response.id)
-    return web.Response(body=_find(request).body, content_type="application/json")
+    return web.Response(body=_find(request, response.id).body, content_type="application/json")
 
 
 async def list_input_items(request: web.Request) -> web.Response:
@@ -118,13 +132,25 @@ async def list_input_items(request: web.Request) -> web.Response:
     return web.Response(body=encode_json(page), content_type="application/json")
 
 
+async def _send_events(request: web.Request, response: FinishedResponse, after: int | None) -> web.StreamResponse:
+    """The events of a response after number `after`; None: all. Those of a running one as they come."""
+    background, tenant = request.app[BACKGROUND], request[API_KEY].tenant
+    if (stream := background.stream(tenant, response.id)) is not None:
+        return await stream.follow(request, after, request.app[CONFIG].limits)
+    if response.is_running:  # it was not asked to be streamed: its events are made at its end
+        await background.ended(tenant, response.id)
+        response = _find(request, response.id)
+    events = await asyncio.to_thread(response.events, after)
+    return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
+
+
 def _stored(request: web.Request) -> TenantResponses:
-    return TenantResponses(request.app[STORE], request[API_KEY].tenant)
+    return TenantResponses(request.app[STORE], request[API_KEY].tenant, request.app[BACKGROUND].in_progress)
 
 
-def _find(request: web.Request) -> FinishedResponse:
-    """The stored response with the id in the path. Raises `NotFound`, also for a response of another key."""
-    stored, response_id = _stored(request), request.match_info["response_id"]
+def _find(request: web.Request, response_id: str = "") -> FinishedResponse:
+    """The response with this id, or the one in the path. Raises `NotFound`, also for a response of another key."""
+    stored, response_id = _stored(request), response_id or request.match_info["response_id"]
     response = stored.get(response_id)
     if response is None:
         reason = "" if stored.is_enabled else ": this server stores no responses (limits.max_stored_bytes is 0)"

@@ -21,19 +21,15 @@ HEADER = "Last-Event-ID"
 MAX_DIGITS = 9  # of an event's number
 
 
-class RecordedStream:
-    """The events of one stream, kept in memory. It has the methods of `EventStream`, for the delivery that writes it.
+class DetachedStream:
+    """A stream that is not a client's. It has the methods of `EventStream`, for the delivery that writes it.
 
-    `follow` sends the events to a client, also those that are written later. Beyond `max_bytes` the oldest events are
-    dropped until half of that is left.
+    Clients follow it. It neither waits for them nor ends with them.
     """
 
     is_backlogged = False
 
-    def __init__(self, max_bytes: int) -> None:
-        self._events: list[bytes] = []
-        self._num_forgotten = 0  # dropped events before `_events`
-        self._num_bytes, self._max_bytes = 0, max_bytes
+    def __init__(self) -> None:
         self._has_begun = self._is_over = False
         self._changed = asyncio.get_running_loop().create_future()
 
@@ -42,18 +38,7 @@ class RecordedStream:
         self._notify()
 
     def write(self, events: bytes) -> bool:
-        new = split_events(events)
-        self._events += new
-        self._num_bytes += sum(map(len, new))
-        if self._num_bytes > self._max_bytes:
-            num_events = 0
-            while self._num_bytes > self._max_bytes // 2:
-                self._num_bytes -= len(self._events[num_events])
-                num_events += 1
-            del self._events[:num_events]
-            self._num_forgotten += num_events
-        self._notify()
-        return True
+        raise NotImplementedError
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
@@ -78,6 +63,38 @@ class RecordedStream:
         while not self._has_begun and not self._is_over:
             await asyncio.shield(self._changed)
         return self._has_begun
+
+    def _notify(self) -> None:
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
+
+
+class RecordedStream(DetachedStream):
+    """The events of one stream, kept in memory.
+
+    `follow` sends the events to a client, also those that are written later. Beyond `max_bytes` the oldest events are
+    dropped until half of that is left.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self._events: list[bytes] = []
+        self._num_forgotten = 0  # dropped events before `_events`
+        self._num_bytes, self._max_bytes = 0, max_bytes
+
+    def write(self, events: bytes) -> bool:
+        new = split_events(events)
+        self._events += new
+        self._num_bytes += sum(map(len, new))
+        if self._num_bytes > self._max_bytes:
+            num_events = 0
+            while self._num_bytes > self._max_bytes // 2:
+                self._num_bytes -= len(self._events[num_events])
+                num_events += 1
+            del self._events[:num_events]
+            self._num_forgotten += num_events
+        self._notify()
+        return True
 
     async def follow(self, request: web.Request, num_seen: int, limits: LimitsConfig) -> web.StreamResponse:
         """Send the numbered events after the first `num_seen`, until the stream ends or the client leaves.
@@ -110,12 +127,8 @@ class RecordedStream:
                 stream.abort()
             return await stream.finish()
 
-    def _notify(self) -> None:
-        self._changed.set_result(None)
-        self._changed = asyncio.get_running_loop().create_future()
 
-
-RECORDED = web.RequestKey("recorded", RecordedStream)  # where the events of a request are recorded
+RECORDED = web.RequestKey("recorded", DetachedStream)  # where the events of a request are recorded
 
 
 def last_event_id(request: web.Request) -> int | None:

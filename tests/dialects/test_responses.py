@@ -21,8 +21,9 @@ from brlite.dialects.errors import SERVER_FAULT
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Chat
 from brlite.dialects.responses import DIALECT, decode
-from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
+from brlite.dialects.responses_encoder import ResponsesEncoder
 from brlite.dialects.responses_items import sealed
+from brlite.dialects.responses_stored import FinishedResponse
 from brlite.errors import EngineError, InvalidRequest, stopping
 from brlite.sampling_params import StructuredOutput
 
@@ -276,6 +277,14 @@ def test_an_item_may_be_named_by_its_id() -> None:
     with pytest.raises(InvalidRequest, match="'msg_2' not found") as refusal:
         turns(input=[{"type": "item_reference", "id": "msg_2"}])
     assert refusal.value.param == "input[0].id"
+
+
+def test_an_item_whose_role_is_written_with_escapes_is_a_message() -> None:
+    body = b'{"model": "m", "input": [{"id": "msg_9", "r\\u006fle": "user", "content": "hi"}]}'
+
+    (chat,) = decode(body, LimitsConfig()).prompts
+
+    assert chat.messages == [{"role": "user", "content": "hi"}]
 
 
 def test_the_items_of_an_answer_become_one_turn_again() -> None:

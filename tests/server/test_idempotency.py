@@ -11,10 +11,12 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from brlite.config.options import KeysConfig, LimitsConfig
+from brlite.config.options import Config, KeysConfig, LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.openai_chat import DIALECT
+from brlite.http.body import HELD, BodyBudget, HeldBody
 from brlite.http.bounded_store import BoundedStore
+from brlite.http.keys import ApiKeys
 from brlite.server.idempotency import IdempotentAnswers
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
@@ -164,12 +166,33 @@ async def test_what_runs_without_a_client_is_ended_when_the_server_stops() -> No
             ended.set()
 
     request = make_mocked_request("POST", CHAT, headers={"Idempotency-Key": "k"})
+    budget = BodyBudget(100)
+    held = request[HELD] = HeldBody(budget, ApiKeys.from_config(Config()).anybody)
+    held.take(2)
     handler = asyncio.create_task(answers.answer(DIALECT, request, b"{}", "tenant", run))
     await asyncio.wait_for(begun.wait(), PATIENCE_SECONDS)
     handler.cancel()
     await asyncio.wait([handler])
+    held.release()  # as the middleware does
     assert not ended.is_set()
+    assert budget.num_bytes == 2  # the body is in memory while the answer is computed
 
     await answers.close(0.0)
 
     await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
+    await asyncio.sleep(0)
+    assert budget.num_bytes == 0
+
+
+def test_a_value_that_grows_counts_and_displaces_the_oldest() -> None:
+    store: BoundedStore[int] = BoundedStore(100, name="max_things", what="things")
+    store.put("a", "old", 1, 40)
+    store.put("a", "new", 2, 40)
+
+    assert store.grow("a", "new", 20)
+    assert (store.num_bytes, store.get("a", "old")) == (100, 1)
+    assert store.grow("a", "new", 1)
+    assert (store.num_bytes, store.get("a", "old")) == (61, None)
+    assert not store.grow("a", "new", 40)
+    assert not store.grow("a", "new", 1)
+    assert (store.num_bytes, len(store)) == (0, 0)

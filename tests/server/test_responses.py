@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, KeysConfig, LimitsConfig, ModelSpec
-from brlite.dialects.responses_encoder import FinishedResponse
+from brlite.dialects.responses_stored import FinishedResponse
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.server.response_store import TenantResponses, make_response_store
@@ -144,7 +144,6 @@ async def test_without_a_store_nothing_is_kept(serve: Start) -> None:
         ({"input": "x", "tools": [{"type": "mcp"}]}, "tools[0].type"),
         ({"input": "x", "include": ["frob"]}, "include[0]"),
         ({"input": "x", "background": True, "store": False}, "background"),
-        ({"input": "x", "background": True, "stream": True}, "background"),
         ({"input": "x", "text": {"format": {"type": "frob"}}}, "text.format.type"),
         ({"input": "x", "temperature": -1}, "temperature"),
     ],
