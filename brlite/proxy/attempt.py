@@ -138,6 +138,7 @@ class Attempt:
         "_relay",
         "_sent_at",
         "_ticket",
+        "_written_at",
         "deadline",
         "first_byte_at",
         "has_begun",
@@ -169,7 +170,7 @@ class Attempt:
         self._downstream = downstream
         self._config = config
         self._loop = loop
-        self._sent_at = self._heard_at = 0.0
+        self._sent_at = self._heard_at = self._written_at = 0.0
         self.state = CONNECTING
         self.upstream = upstream
         self.deadline = math.inf
@@ -257,6 +258,7 @@ class Attempt:
             relay = self._relay
             if out := relay.feed(data):
                 self._downstream.write(out)
+                self._written_at = self._heard_at
             if relay.is_done or relay.error is not None:
                 self._end_relay(is_eof=False)
             return
@@ -363,6 +365,7 @@ class Attempt:
         self._relay = relay
         self._downstream.begin(self.status, lines, length)
 
+        self._written_at = self._heard_at
     def _end_relay(self, *, is_eof: bool) -> None:
         """Handle the end of a relayed response, which is complete or broken."""
         relay = self._relay
@@ -373,6 +376,16 @@ class Attempt:
             self._fail(f"The upstream's {what} is broken: {relay.error}.")
 
     # Backpressure
+
+    def comment_if_silent(self, now: float, seconds: float) -> None:
+        """Write a comment if the client has received nothing of an event stream for `seconds`.
+
+        Balancers close connections without data. The upstream's own deadline is not extended.
+        """
+        if self.state is RELAYING and self._written_at + seconds <= now and self.deadline < math.inf:
+            self._written_at = now
+            if comment := self._relay.comment():
+                self._downstream.write(comment)
 
     def pause(self) -> None:
         """Stop reading from the upstream. The deadline is suspended until `resume`."""

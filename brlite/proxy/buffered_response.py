@@ -165,6 +165,10 @@ class BodyRelay:
         """None: only the framing ends such a body."""
         return None
 
+    def comment(self) -> bytes:
+        """None: such a body has no comments."""
+        return b""
+
     def error_event(self, error: RequestError) -> bytes:
         raise TypeError("a body that is no event stream takes no event")
 

@@ -317,6 +317,11 @@ class Exchange:
         text = f"The request waited {seconds:g} s for its turn (proxy.max_queue_seconds)."
         self._end_with(QueueTimeout(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS))
 
+    def comment_if_silent(self, now: float, seconds: float) -> None:
+        """Keep the client's connection open by a comment if its stream has been silent for `seconds`."""
+        if self.state is TRYING:
+            self._current.comment_if_silent(now, seconds)
+
     def upstream_is_lost(self, now: float) -> None:
         """Handle failed health checks of the upstream: end the attempt, unless the upstream still sends."""
         if self.state is TRYING and self._current.is_quiet(now):

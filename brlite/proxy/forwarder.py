@@ -55,6 +55,7 @@ class Forwarder:
         self.num_first_bytes: Counter[str] = Counter()
         self.first_byte_seconds: defaultdict[str, float] = defaultdict(float)
         self.owners = ResponseOwners(config.limits.max_owner_bytes)
+        self._comment_seconds = config.limits.sse_comment_seconds
         self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
         self.via = b"1.1 " + self._via_name
@@ -219,7 +220,8 @@ class Forwarder:
     def _set_tick(self) -> None:
         config = self.config
         limits = (config.connect_seconds, config.first_byte_seconds, config.idle_seconds, config.max_queue_seconds)
-        self._tick = self.loop.call_later(min(MAX_TICK_SECONDS, min(limits) / 4), self._look)
+        shortest = min(*limits, self._comment_seconds)
+        self._tick = self.loop.call_later(min(MAX_TICK_SECONDS, shortest / 4), self._look)
 
     def _look(self) -> None:
         self._tick = None
@@ -228,7 +230,9 @@ class Forwarder:
         for exchange in list(self._active):
             if exchange.deadline <= now:
                 exchange.time_is_up()
-            elif lost and exchange.upstream in lost:
+                continue
+            if lost and exchange.upstream in lost:
                 exchange.upstream_is_lost(now)
+            exchange.comment_if_silent(now, self._comment_seconds)
         if self._active and self._tick is None:
             self._set_tick()

@@ -23,6 +23,7 @@ from brlite.proxy.wire.framing import CHUNK_SIZE, Body, ChunkedBody, FramingErro
 LAST_CHUNK = b"0\r\n\r\n"
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")  # two line ends; a second CR may be followed by its LF
 MAX_MARK_BYTES = 4
+COMMENT = b": keep-alive\n\n"
 MAX_CHOICES = 1024  # of one stream; each takes memory until its end
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
@@ -73,6 +74,7 @@ class SseRelay:
     __slots__ = (
         "_body",
         "_chunks",
+        "_has_comment",
         "_has_error",
         "_has_finished",
         "_has_unseen",
@@ -105,6 +107,7 @@ class SseRelay:
         self._last_types = LAST_TYPES[kind]
         self._needs_end = kind is not StreamKind.OTHER
         self._has_finished: dict[int, bool] = {}  # by choice: whether it has a finish_reason
+        self._has_comment = False  # `comment` was called before the first bytes of the stream
         self._has_error = False
         self._has_unseen = False  # an event was too long to be decoded
         self._saw_end = False  # [DONE], or an event of a last type
@@ -176,6 +179,13 @@ class SseRelay:
         self._is_spoilt = self.is_done = True
         return LAST_CHUNK if self._is_chunked else b""
 
+    def comment(self) -> bytes:
+        """The bytes of a comment, which keeps the client's connection open. None after the last event or within one."""
+        if self._saw_end or self.is_within_event:
+            return b""
+        self._has_comment |= self._is_at_start and not self.num_events
+        return self._framed(COMMENT)
+
     def error_event(self, error: RequestError) -> bytes:
         """The bytes that end the stream for the client: an error event, unless the stream is complete."""
         event = b"" if self._saw_end else self._framed(error_event(self._kind, error, self._sequence_number))
@@ -198,6 +208,8 @@ class SseRelay:
         line_end = data[end : end + 2]
         if end == begin or line_end != b"\r\n" or not data.endswith((b"\n\n", b"\r\n\r\n"), begin, end):
             return 0
+        if self._has_comment and data.startswith(BYTE_ORDER_MARK, begin):
+            return 0
         self._check(data[begin:end])
         return end + 2
 
@@ -210,6 +222,11 @@ class SseRelay:
         except FramingError as error:
             held += error.payload
             misframed = error
+        if self._has_comment and len(held) >= len(BYTE_ORDER_MARK):
+            # A byte order mark after a comment is no longer the first character: it would be a part of a field's name.
+            self._has_comment = False
+            if not self.num_events and held.startswith(BYTE_ORDER_MARK):
+                del held[: len(BYTE_ORDER_MARK)]
         end = max(held.rfind(mark, begin) + 2 for mark in EVENT_ENDS)
         if end < 2:
             end = 0

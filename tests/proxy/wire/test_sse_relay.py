@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brlite.errors import UpstreamError
 from brlite.proxy.stream_kinds import StreamKind
 from brlite.proxy.wire.framing import ChunkedBody, CloseBody
-from brlite.proxy.wire.sse_relay import LAST_CHUNK, SseRelay
+from brlite.proxy.wire.sse_relay import COMMENT, LAST_CHUNK, SseRelay
 
 CUTS = st.lists(st.integers(0, 2000), max_size=20)
 
@@ -64,6 +64,34 @@ def test_the_payload_is_the_same_however_the_bytes_come(places, is_one_chunk):
     assert splice.is_done
     assert splice.error is None
     assert splice.num_events == 3
+
+
+@given(CUTS, st.sampled_from([b"", b"\xef\xbb\xbf"]), st.booleans())
+def test_a_comment_is_never_within_an_event_and_before_no_byte_order_mark(places, mark, is_chunked):
+    stream = chunk(mark + GOOD[0]) + b"".join(map(chunk, GOOD[1:])) + LAST_CHUNK
+    splice = make_splice(is_chunked=is_chunked)
+
+    sent = [splice.comment()]
+    for piece in cut(stream, places):
+        sent += [splice.feed(piece), b"" if splice.is_done else splice.comment()]
+
+    payload = b"".join(map(unchunked, filter(None, sent))) if is_chunked else b"".join(sent)
+    assert payload.replace(COMMENT, b"") == b"".join(GOOD)
+    assert all(part.endswith(b"\n\n") for part in payload.split(COMMENT) if part)
+    assert splice.is_done
+
+
+def test_no_comment_follows_the_last_event_or_the_beginning_of_one_that_is_too_long_to_be_kept():
+    splice = make_splice()
+    long_event = event("x" * 10_000)
+
+    splice.feed(chunk(long_event[:9000]))
+    within = splice.comment()
+    splice.feed(chunk(long_event[9000:]))
+    between = splice.comment()
+    splice.feed(chunk(event("", "stop")) + chunk(DONE))
+
+    assert (within, between, splice.comment()) == (b"", chunk(COMMENT), b"")
 
 
 @given(CUTS)
