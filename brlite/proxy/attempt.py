@@ -284,11 +284,11 @@ class Attempt:
             failure = NotReady("The server could not take the answer.", retry_after_seconds=UPSTREAM_RETRY_SECONDS)
             failure.__cause__ = error
             self._owner.attempt_failed(failure, Ending.OUT_OF_RESOURCES)
-        elif self.state is RELAYING:
+        elif self.state is RELAYING and (error is None or isinstance(self._relay, SseRelay)):
             if out := self._relay.feed_eof():
                 self._downstream.write(out)
             self._end_relay(is_eof=True)
-        elif self.state is BUFFERING:
+        elif self.state is BUFFERING and (error is None or self.status >= 400):
             try:
                 self._buffered.feed_eof()
                 self._answer(self._buffered.take(), keep=False)
@@ -296,6 +296,8 @@ class Attempt:
                 self._fail(f"The upstream's answer is broken: {broken}.")
             except UpstreamError as broken:
                 self._owner.attempt_failed(broken, Ending.BROKEN)
+        elif self.state is not SENT:
+            self._fail("The upstream's answer is broken: its connection was reset.")
         else:
             connection = self._connection
             is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
@@ -363,9 +365,9 @@ class Attempt:
         self.state = RELAYING
         self.has_begun = True
         self._relay = relay
+        self._written_at = self._heard_at
         self._downstream.begin(self.status, lines, length)
 
-        self._written_at = self._heard_at
     def _end_relay(self, *, is_eof: bool) -> None:
         """Handle the end of a relayed response, which is complete or broken."""
         relay = self._relay
@@ -374,8 +376,6 @@ class Attempt:
         else:
             what = "stream" if isinstance(relay, SseRelay) else "answer"
             self._fail(f"The upstream's {what} is broken: {relay.error}.")
-
-    # Backpressure
 
     def comment_if_silent(self, now: float, seconds: float) -> None:
         """Write a comment if the client has received nothing of an event stream for `seconds`.
@@ -386,6 +386,8 @@ class Attempt:
             self._written_at = now
             if comment := self._relay.comment():
                 self._downstream.write(comment)
+
+    # Backpressure
 
     def pause(self) -> None:
         """Stop reading from the upstream. The deadline is suspended until `resume`."""

@@ -193,66 +193,52 @@ class FastPath:
             self._pass_on_for_good(data)
         elif head.is_for_json and (key := shared.key_of(head)) is not None:
             if length is None or length != len(data) - end or head.is_chunked or length > shared.limits.max_body_bytes:
-                self._begin_body(ArrivingRequest(head, key, shared.bodies), length, data, end)
+                self._begin_body(head, key, length, data, end)
             elif shared.bodies.take(key.tenant, length) is not None:
                 self._pass_on(data)
             else:  # the most frequent case: head and body arrived together
-                self._take(head, key, data[end:], [data], length)
+                self._take(head, key, data[end:], data, length)
         elif length is not None or head.is_chunked:
             self._pass_on_for_good(data)
         else:
             self._unread = data[end:]
             self._pass_on(data[:end])
 
-    def _begin_body(self, arriving: ArrivingRequest, length: int | None, data: bytes, begin: int) -> None:
-        """Handle a complete head whose body is incomplete or chunked."""
-        head = arriving.head
+    def _begin_body(self, head: RequestHead, key: ApiKey, length: int | None, data: bytes, begin: int) -> None:
+        """Handle a complete head whose body, from `begin` on, is incomplete or chunked."""
+        held = HeldBody(self.shared.bodies, key)
         try:
             is_odd = head.is_http_1_0 and head.is_chunked
             is_too_long = length is not None and length > self.shared.limits.max_body_bytes
             body = None if is_odd or is_too_long else body_of(head.fields, length, without=LengthBody(0))
         except FramingError:
             body = None
-        if body is None or arriving.held.arrive(time.monotonic()) is not None:
+        if body is None or held.arrive(time.monotonic()) is not None:
             self._pass_on_for_good(data)
             return
         if b"expect" in head.fields and len(data) == begin and not head.is_http_1_0:
             self.transport.write(CONTINUE)
         self.connection.bytes_came()
         self.connection.body_began()
-        arriving.body = body
-        arriving.raw.append(data[:begin])
-        self._arriving, self._state = arriving, BODY
+        self._arriving, self._state = ArrivingRequest(head, held, body, data[:begin]), BODY
         self._read_body(data[begin:])
 
     def _read_body(self, data: bytes) -> None:
-        arriving, max_bytes = self._arriving, self.shared.limits.max_body_bytes
-        body, raw = arriving.body, arriving.raw
-        raw.append(data)
-        try:
-            is_good = arriving.held.take(len(data)) is None
-            if is_good:
-                payload = body.feed(data)
-                arriving.payload.append(payload)
-                arriving.num_bytes += len(payload)
-                num_raw_bytes = arriving.held.num_bytes
-                is_good = arriving.num_bytes <= max_bytes and num_raw_bytes <= 2 * max_bytes + PIPELINED_BYTES
-        except FramingError:
-            is_good = False
-        if not is_good:
+        arriving = self._arriving
+        held, body = arriving.held, arriving.body
+        if not arriving.feed(data, self.shared.limits.max_body_bytes):
             del self._arriving
-            arriving.held.release()
-            self._pass_on_for_good(b"".join(raw))
+            held.release()
+            self._pass_on_for_good(bytes(arriving.raw))
         elif body.is_done:
             del self._arriving
-            if body.excess:
-                self._unread = body.excess
-                raw[-1] = data[: len(data) - len(body.excess)]
-            arriving.held.arrived()
-            self._take(arriving.head, arriving.held.key, b"".join(arriving.payload), raw, arriving.held.num_bytes)
+            self._unread = body.excess
+            held.arrived()
+            raw = bytes(arriving.raw).removesuffix(body.excess)
+            self._take(arriving.head, held.key, bytes(arriving.payload), raw, held.num_bytes)
 
-    def _take(self, head: RequestHead, key: ApiKey, body: bytes, raw: list[bytes], num_held: int) -> None:
-        """Forward a complete request if its model is an upstream's. Else give it to aiohttp unchanged.
+    def _take(self, head: RequestHead, key: ApiKey, body: bytes, raw: bytes, num_held: int) -> None:
+        """Forward a complete request if its model is an upstream's. Else give it to aiohttp unchanged, as `raw`.
 
         `num_held` is the number of bytes that it holds of the body budget.
         """
@@ -264,7 +250,7 @@ class FastPath:
             route = None
         if route is None or (key.has_rules and not key.may_use(route.model)):
             shared.bodies.release(key.tenant, num_held)
-            self._pass_on(b"".join(raw))
+            self._pass_on(raw)
             return
         self.connection.request_began()
         cycle = ForwardingCycle(self, inbound, num_held)
@@ -348,16 +334,26 @@ class FastPath:
 class ArrivingRequest:
     """A request with a complete head and an incomplete body."""
 
-    __slots__ = ("body", "head", "held", "num_bytes", "payload", "raw")
+    __slots__ = ("body", "head", "held", "payload", "raw")
 
-    body: Body
-
-    def __init__(self, head: RequestHead, key: ApiKey, bodies: BodyBudget) -> None:
+    def __init__(self, head: RequestHead, held: HeldBody, body: Body, head_bytes: bytes) -> None:
         self.head = head
-        self.held = HeldBody(bodies, key)
-        self.raw: list[bytes] = []  # the request's bytes, unchanged
-        self.payload: list[bytes] = []
-        self.num_bytes = 0  # of the payload
+        self.held = held
+        self.body = body
+        # No lists of the pieces: small ones would take 30 times the bytes that the body budget counts.
+        self.raw = bytearray(head_bytes)  # the request, unchanged
+        self.payload = bytearray()
+
+    def feed(self, data: bytes, max_bytes: int) -> bool:
+        """Take the next bytes. False if the body is malformed, or exceeds `max_bytes` or the budget."""
+        self.raw += data
+        if self.held.take(len(data)) is not None:
+            return False
+        try:
+            self.payload += self.body.feed(data)
+        except FramingError:
+            return False
+        return len(self.payload) <= max_bytes and self.held.num_bytes <= 2 * max_bytes + PIPELINED_BYTES
 
 
 class ForwardingCycle:

@@ -241,6 +241,10 @@ SCRIPTS: dict[str, Script] = {
     "a stream with a Content-Length": good_stream(SSE_HEAD + length(EVENTS), EVENTS, piece=19),
     "Connection: close": good(JSON_HEAD + b"Connection: close\r\n" + length(PLAIN), then="close"),
     "closes after the answer without a word": good(then="close"),
+    "the length in capitals between spaces": good(
+        JSON_HEAD + b"CONTENT-LENGTH: \t%d \t\r\n\r\n%b" % (len(PLAIN), PLAIN),
+        SSE_HEAD + b"content-length:%d \r\n\r\n%b" % (len(EVENTS), EVENTS),
+    ),
     "trailers": good(
         plain_chunked(chunks(PLAIN, end=b"0\r\nX-Sum: 1\r\nX-Other: 2\r\n\r\n")),
         sse(chunks(*TOKENS, DONE, end=b"0\r\nX-Sum: 1\r\n\r\n")),
@@ -400,6 +404,16 @@ SCRIPTS: dict[str, Script] = {
     "a long answer in chunks that is cut": Script(
         Step(plain_chunked(chunks(*cut(_LONG, 9999), end=b"")), "close"), plain_verdicts=("cut",), plain_payload=_LONG
     ),
+    # The pause is time to read the answer before the reset, which drops what was not read.
+    "a long answer until a reset": Script(
+        Step(JSON_HEAD + b"\r\n" + _LONG, "reset", pause=0.1), plain_verdicts=("cut", "error"), plain_payload=_LONG
+    ),
+    "other media until a reset": Script(
+        Step(OK + b"Content-Type: audio/mpeg\r\n\r\n" + _LONG[:999], "reset", pause=0.1),
+        plain_verdicts=("cut", "error"),
+        plain_payload=_LONG[:999],
+    ),
+    "JSON until a reset": Script(Step(JSON_HEAD + b"\r\n" + PLAIN, "reset", pause=0.1), plain_verdicts=ERROR),
     "a long answer with a bad chunk": Script(
         Step(plain_chunked(chunks(*cut(_LONG[:-9], 9999), end=b"zz\r\n"))), plain_verdicts=("cut",), plain_payload=_LONG
     ),

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
 
 from brlite.config.options import KeyConfig, LimitsConfig, UpstreamConfig
+from brlite.http.api_key import ApiKey
+from brlite.http.body import BodyBudget, HeldBody
+from brlite.proxy.buffered_response import BufferedResponse
+from brlite.proxy.fast_path import ArrivingRequest
+from brlite.proxy.wire.framing import LengthBody
+from brlite.proxy.wire.heads import RequestHead
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
@@ -130,3 +137,28 @@ async def test_a_key_is_refused_by_its_limits_before_its_body_is_read(proxy: Pro
         client.leave()
     await wait_until(lambda: key.num_arriving == 0)
     assert (await ask(proxy, b"secret-a", door)).status == 200
+
+
+def feed_of_a_request() -> Callable[[bytes], object]:
+    held = HeldBody(BodyBudget(MIB), ApiKey())
+    head = RequestHead(b"POST", b"/v1/completions", {}, b"", is_http_1_0=False)
+    request = ArrivingRequest(head, held, LengthBody(MIB), b"")
+    return lambda piece: request.feed(piece, MIB)
+
+
+def feed_of_a_response() -> Callable[[bytes], object]:
+    return BufferedResponse(LengthBody(MIB)).feed
+
+
+@pytest.mark.parametrize("make", [feed_of_a_request, feed_of_a_response])
+def test_a_body_in_tiny_pieces_takes_little_more_than_its_bytes(make: Callable[[], Callable[[bytes], object]]) -> None:
+    pieces = [b"%02x" % (number % 256) for number in range(50_000)]
+    feed = make()
+    tracemalloc.start()
+
+    for piece in pieces:
+        feed(bytes(bytearray(piece)))  # a piece of its own, as each read makes one
+
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * 2 * len(pieces)

@@ -80,10 +80,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def has_all_arrived(self) -> bool | None:
-        """Whether the upstream's kernel has acknowledged all sent bytes. None if the platform does not report it."""
+        """Whether the upstream has got all sent bytes. None if the platform does not report it. Call it after a FIN."""
         sock = self.transport.get_extra_info("socket")
-        if sys.platform != "linux" or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        if sys.platform != "linux" or sock is None:
             return None
+        if sock.family == socket.AF_UNIX:
+            return True  # a Unix socket that is closed before all was read gives a reset, not a FIN
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) < _TCP_INFO.size:
             return None
@@ -235,7 +237,8 @@ class ConnectionPool:
             self._idle.pop().transport.close()
 
     def close(self) -> None:
-        """Abort all connections. Holders get `connection_lost`."""
+        """Abort all connections. Holders get `connection_lost`. Connections that are put back later are closed."""
+        self._max_idle = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""Connections to an upstream know whether what was sent last has arrived there, where the system tells."""
+"""Connections know whether what was sent last has arrived at the upstream, where the system tells; all are closed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import asyncio
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from brlite.config.address import Address
+from brlite.config.address import Address, parse_address
 from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection
+from tests.proxy.proxies import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
@@ -26,6 +28,7 @@ class Holder:
     def data_received(self, data: bytes) -> None: ...
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.error = error
         self.has_all_arrived.set_result(self._connection.has_all_arrived)
 
 
@@ -64,3 +67,41 @@ async def test_what_was_read_has_arrived(ends) -> None:
     peer.close()
 
     assert await holder.has_all_arrived is True
+
+
+async def test_a_connection_that_is_made_while_the_pool_closes_is_closed_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pool = ConnectionPool(Address(*server.getsockname()), ca_file=None, max_idle=1, idle_seconds=60)
+        dialing = asyncio.create_task(pool.dial())
+        connection = await dialing
+
+        pool.close()
+        late = asyncio.create_task(pool.dial())
+        await late
+        pool.adopt(late)
+
+        assert connection.transport.is_closing()
+        assert late.result().transport.is_closing()
+        await wait_until(lambda: not pool.connections)
+
+
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "unread"])
+async def test_what_a_unix_socket_took_was_read_if_it_ends_without_a_reset(tmp_path: Path, is_read: bool) -> None:
+    address = parse_address(f"unix:{tmp_path}/socket")
+    assert address is not None
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address.unix_path or "")
+        server.listen()
+        pool = ConnectionPool(address, ca_file=None, max_idle=1, idle_seconds=60)
+        connection = await pool.dial()
+        holder = Holder(connection)
+        peer, _ = server.accept()
+
+        connection.transport.write(b"request")
+        if is_read:
+            await asyncio.to_thread(peer.recv, 100)
+        peer.close()
+
+        has_all_arrived = await holder.has_all_arrived
+        assert (has_all_arrived, holder.error is None) == (True, is_read)
+        pool.close()
