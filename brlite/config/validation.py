@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 MAX_SHOWN = 80
 MAX_PROBLEMS = 50
+_NOT_IN_HOSTS = frozenset("/[]*")  # of a URL, of an IPv6 address in a URL, of a pattern
 SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_key", re.DOTALL)  # never shown
 
 
@@ -174,8 +175,12 @@ def engine_override(name: str | None) -> dict[str, object]:
 def _contradictions(config: Config) -> Iterator[str]:
     """Errors in combinations of fields."""
     limits = config.limits
-    if not is_host_name(config.server.host):
-        yield f"server.host = {show(config.server.host)}: this is no host name and no address"
+    host = config.server.host
+    if not is_host_name(host) or host.count(":") == 1 or not _NOT_IN_HOSTS.isdisjoint(host):
+        yield (
+            f"server.host = {show(host)}: allowed is a host name or an address alone, such as localhost, 0.0.0.0 or "
+            "::1; the port is server.port (--port)"
+        )
     if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
         yield (
             f"limits.max_body_bytes_in_flight = {limits.max_body_bytes_in_flight}: must be at "

@@ -120,6 +120,22 @@ BAD_FIELDS = [
     ("proxy.all_models = { a = 1 }", 'proxy.all_models = {"a": 1}: allowed is a table, each value a string'),
     ('"x` - at `$.server" = 1', "Object contains unknown field `x`"),
     ('server = { "x` - at `$.y" = 1 }', "server.x` - at `$.y = 1: no such field; allowed are host, port, "),
+    *(
+        (
+            f'server.host = "{host}"',
+            f'server.host = "{host}": allowed is a host name or an address alone, such as localhost, 0.0.0.0 or ::1; '
+            "the port is server.port (--port)",
+        )
+        for host in (
+            "http://127.0.0.1",
+            "http://localhost:8000/v1",
+            "localhost:8000",
+            "[::1]",
+            "[::1]:8000",
+            "*",
+            "a..b",
+        )
+    ),
     ("server.prot = 1", "server.prot = 1: no such field; did you mean port? allowed are host, port, cors_origins, "),
     (
         'servers = "x"',
