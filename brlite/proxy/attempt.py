@@ -418,19 +418,15 @@ class Attempt:
             text = "The upstream did not begin to answer in time."
         self._owner.attempt_failed(UpstreamTimeout(text), ending)
 
-    def is_quiet(self, now: float) -> bool:
-        """Whether the upstream fails its health checks, and has sent nothing here for `health_seconds` since.
+    def upstream_is_lost(self, now: float) -> None:
+        """End the attempt if the upstream has sent nothing for `health_seconds` since its health checks failed.
 
-        False while reading is paused because the client is slow.
+        Not while reading is paused because the client is slow.
         """
         since = self.upstream.lost_since
         if since is None or not self.is_connected or self.deadline == math.inf:
-            return False
-        return max(since, self._heard_at) + self._config.health_seconds <= now
-
-    def upstream_is_lost(self) -> None:
-        """End the attempt, because the upstream fails its health checks."""
-        if self._ends_if_whole():
+            return
+        if max(since, self._heard_at) + self._config.health_seconds > now or self._ends_if_whole():
             return
         error = UpstreamTimeout("The upstream stopped answering, and it fails its health checks.")
         self._owner.attempt_failed(error, Ending.LOST)

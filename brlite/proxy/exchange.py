@@ -324,8 +324,8 @@ class Exchange:
 
     def upstream_is_lost(self, now: float) -> None:
         """Handle failed health checks of the upstream: end the attempt, unless the upstream still sends."""
-        if self.state is TRYING and self._current.is_quiet(now):
-            self._current.upstream_is_lost()
+        if self.state is TRYING:
+            self._current.upstream_is_lost(now)
 
     def _end_with(self, error: RequestError) -> None:
         if self.state is QUEUED:

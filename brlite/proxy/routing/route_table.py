@@ -113,7 +113,11 @@ def upstream_configs(config: Config) -> list[UpstreamConfig]:
     URLs that are placeholders are left out; `config/warnings.py` warns of them.
     """
     here = {spec.name for spec in config.model}
-    configs = [without_local(each, here) for each in config.upstream]
+    configs = [
+        # A model that is served here needs no second hop.
+        msgspec.structs.replace(each, models=tuple(model for model in each.models if model not in here))
+        for each in config.upstream
+    ]
     models_by_url: dict[str, list[str]] = {}
     for url, model in config.proxy.all_models.items():
         if model not in here and parse_address(url) is not None:
@@ -123,9 +127,3 @@ def upstream_configs(config: Config) -> list[UpstreamConfig]:
         UpstreamConfig(url=url, models=tuple(models)) for url, models in models_by_url.items() if url not in urls
     ]
     return [each for each in configs if each.models]
-
-
-def without_local(upstream: UpstreamConfig, here: Collection[str]) -> UpstreamConfig:
-    """The upstream without the models that are served here, which need no second hop."""
-    models = tuple(model for model in upstream.models if model not in here)
-    return msgspec.structs.replace(upstream, models=models) if models != upstream.models else upstream

@@ -227,13 +227,7 @@ class SseRelay:
             self._has_comment = False
             if not self.num_events and held.startswith(BYTE_ORDER_MARK):
                 del held[: len(BYTE_ORDER_MARK)]
-        end = max(held.rfind(mark, begin) + 2 for mark in EVENT_ENDS)
-        if end < 2:
-            end = 0
-        elif held[end - 1 : end + 1] == b"\r\n":
-            end += 1
-        events = bytes(held[:end])
-        del held[:end]
+        events = self._take_events(begin)
         if self.is_within_event and events:
             rest = _EVENT_END.split(events, 1)[1]  # what follows the end of the long event
             self.is_within_event = False
@@ -255,6 +249,18 @@ class SseRelay:
         if misframed is not None:
             return out + self._break(misframed)
         return out + self._finish() if self._body.is_done else out
+
+    def _take_events(self, begin: int) -> bytes:
+        """Remove all complete events from the buffer; none ends before the index `begin`."""
+        held = self._held
+        end = max(held.rfind(mark, begin) + 2 for mark in EVENT_ENDS)
+        if end < 2:
+            return b""
+        if held[end - 1 : end + 1] == b"\r\n":
+            end += 1
+        events = bytes(held[:end])
+        del held[:end]
+        return events
 
     def _framed(self, events: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
