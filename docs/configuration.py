@@ -15,7 +15,9 @@ HEAD = """\
 
 Every option of brlite, with its range and its default. Put the options that you change into a TOML file and name it:
 `brlite serve my.toml`. `brlite check my.toml` validates a file without starting anything. An unknown option, or a value
-out of its range, is an error of one line that names the option and what is allowed.
+out of its range, is an error of one line that names the option and what is allowed. Flags of the command line replace
+options of the file. A relative path begins at the folder in which brlite is started, wherever the file is; `~` is the
+home folder.
 
 [`brlite.toml`](../brlite.toml) is the same list as a file. A running server reads its file again on SIGHUP, or when
 the file has changed. It applies `[[upstream]]`, `[proxy]`, `[[key]]` and `[keys]`. The other options need a restart.

@@ -17,14 +17,14 @@ HOW = 'as in: eval "$(brlite completion bash)", or into a file that the shell re
 
 
 def word(text: str) -> str:
-    """A name, path or URL. Raises `ArgumentTypeError` for an empty one, such as that of a variable that is not set."""
-    if not text:
+    """A name, path or URL. Raises `ArgumentTypeError` for a blank one, such as that of a variable that is not set."""
+    if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
 def file_path(text: str) -> Path:
-    """A path. An empty one, which `Path` reads as this folder, raises as in `word`."""
+    """A path. A blank one raises as in `word`: `Path("")` is this folder."""
     return Path(word(text))
 
 
@@ -77,9 +77,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", type=word, help="chat with this server, such as http://127.0.0.1:8000, instead of loading a model"
     )
-    parser.add_argument(
-        "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="environment variable with the server's API key"
-    )
+    add_api_key(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling(parser, max_tokens=None)
     parser.set_defaults(logs_from="warning")
@@ -88,10 +86,9 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 def add_generate(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     source = 'prompts, one per line, or JSON lines {"prompt": …} with any sampling fields; - is standard input'
-    parser.add_argument("--input", default="-", metavar="FILE", help=source)
-    parser.add_argument(
-        "--output", default="-", metavar="FILE", help="file for the answers, as JSON lines; - is standard output"
-    )
+    parser.add_argument("--input", type=word, default="-", metavar="FILE", help=source)
+    target = "file for the answers, as JSON lines; - is standard output"
+    parser.add_argument("--output", type=word, default="-", metavar="FILE", help=target)
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message, for a chat model")
     add_sampling(parser, max_tokens=256)
     parser.add_argument(
@@ -138,7 +135,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     about = "a folder, a .gguf file, or the name of a model that is on this machine (default: a small English model)"
-    parser.add_argument("model", nargs="?", metavar="NAME|PATH", help=about)
+    parser.add_argument("model", type=word, nargs="?", metavar="NAME|PATH", help=about)
     parser.set_defaults(logs_from="warning")
 
 
@@ -152,8 +149,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=word, metavar="NAME", help="the model (default: the first that the server lists)"
     )
-    key = "environment variable with the server's API key"
-    parser.add_argument("--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help=key)
+    add_api_key(parser)
     for flag, default, about in (
         ("--requests", 32, "number of requests"),
         ("--concurrency", 8, "requests at the same time"),
@@ -247,13 +243,18 @@ def add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     keys = "file with the accepted API keys, one per line; - is standard input"
-    parser.add_argument("--api-key-file", metavar="FILE", help=keys)
+    parser.add_argument("--api-key-file", type=word, metavar="FILE", help=keys)
     parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused; argparse would read it as --api-key-file
     origins = (
         "origin of web pages that may call the API, such as https://app.example.com, or *; may be given several times"
     )
     parser.add_argument("--cors", action="append", metavar="ORIGIN", help=origins)
     parser.set_defaults(is_server=True)
+
+
+def add_api_key(parser: argparse.ArgumentParser) -> None:
+    about = "environment variable with the server's API key (default: BRLITE_API_KEY, if it is set)"
+    parser.add_argument("--api-key-env", type=word, metavar="NAME", help=about)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

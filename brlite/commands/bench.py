@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 
-from brlite.commands.chat import NOT_AN_ANSWER, error_message, first_model, read_body, server_address
+from brlite.commands.chat import NOT_AN_ANSWER, error_message, first_model, given_key, read_body, server_address
 from brlite.errors import ConfigError
 from brlite.files.quoting import one_line
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in load._asdict().items():
         if not 1 <= value <= 100_000:
             raise ConfigError(f"--{name.removeprefix('num_').replace('_', '-')} {value}: allowed is 1 to 100000")
-    answers, seconds = asyncio.run(run_load(args.url, args.model, os.environ.get(args.api_key_env), load))
+    answers, seconds = asyncio.run(run_load(args.url, args.model, given_key(args.api_key_env), load))
     report = summarize(answers, seconds)
     print(json.dumps(report, indent=1) if args.json else "\n".join(f"{name:24} {report[name]}" for name in report))
     return 0

@@ -23,10 +23,11 @@ import msgspec
 
 from brlite.commands.conversation import Conversation, Message
 from brlite.commands.given_config import given_config, given_sampling
-from brlite.config.options import DEFAULT_MODEL_SAMPLING, Config
+from brlite.config.options import DEFAULT_MODEL_SAMPLING, Config, KeysConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import one_line, shown
+from brlite.process.children import read_secret
 from brlite.process.signals import add_signal_call, remove_signal_call
 from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
@@ -57,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
     config = None if args.url else given_config(args)
     given = given_sampling(args)
     if config is None:
-        api_key = os.environ.get(args.api_key_env)
-        asyncio.run(chat_with_server(args.url, args.model, api_key, args.system, given))
+        asyncio.run(chat_with_server(args.url, args.model, given_key(args.api_key_env), args.system, given))
     else:
         asyncio.run(chat_with_model(config, args.system, given))
     return 0
@@ -87,6 +87,17 @@ async def chat_with_server(
         server = server_address(url)
         name = model or await first_model(session, server)
         await converse(partial(_ask_server, session, server, name, conversation.named), conversation)
+
+
+def given_key(variable: str | None) -> str:
+    """The API key in an environment variable, by default the server's own; "" if that one is not set.
+
+    Raises `ConfigError` if `variable` is given but not set.
+    """
+    key = read_secret(variable or KeysConfig().env)
+    if variable is not None and not key:
+        raise ConfigError(f"--api-key-env: the environment variable {one_line(variable)} is not set, or empty")
+    return key
 
 
 def server_address(url: str) -> str:

@@ -21,6 +21,7 @@ from brlite.config.diff import Change, diff
 from brlite.config.options import Config
 from brlite.config.warnings import config_warnings
 from brlite.errors import BrliteError, ConfigError
+from brlite.files.cache import expand_home
 from brlite.http.keys import ApiKeys
 from brlite.process.waiting import on_daemon_thread
 from brlite.proxy.forwarder import Forwarder
@@ -199,7 +200,7 @@ class Reloader:
         """Time, size and inode of each file that the config was read from. None for a missing file."""
         keys_file = self.config.keys.file
         stamps: dict[Path, tuple[int, int, int] | None] = {}
-        for path in (*self._source.files, *((Path(keys_file),) if keys_file is not None else ())):
+        for path in (*self._source.files, *((expand_home(keys_file),) if keys_file is not None else ())):
             try:
                 found = path.stat()
                 stamps[path] = found.st_mtime_ns, found.st_size, found.st_ino

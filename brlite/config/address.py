@@ -12,7 +12,8 @@ _HTTP = re.compile(
 _UNIX = re.compile(r"unix:(?P<path>/[^\x00\s]+)")
 _VERSION = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
 API = "/v1"  # the prefix of request paths
-MAX_HOST, MAX_LABEL = 253, 63  # characters, RFC 1035
+_LABEL = re.compile(r"[\w-]{1,63}")  # of a host name, RFC 1035; international names have other letters
+MAX_HOST = 253  # characters
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -42,9 +43,16 @@ class Address(NamedTuple):
         return host if self.port == _PORTS["https" if self.is_tls else "http"] else f"{host}:{self.port}"
 
 
-def is_host_name(text: str) -> bool:
-    """Whether each label has 1 to 63 characters and all together at most 253, as DNS needs. A final dot is allowed."""
-    return len(text) <= MAX_HOST and all(0 < len(label) <= MAX_LABEL for label in text.removesuffix(".").split("."))
+def is_host(text: str) -> bool:
+    """Whether it has the form of an IP address, or of a name: labels of 1 to 63 characters, as DNS needs."""
+    if ":" in text:
+        from ipaddress import IPv6Address
+
+        try:
+            return bool(IPv6Address(text))
+        except ValueError:
+            return False
+    return len(text) <= MAX_HOST and all(_LABEL.fullmatch(label) for label in text.removesuffix(".").split("."))
 
 
 def parse_address(url: str) -> Address | None:
@@ -56,7 +64,7 @@ def parse_address(url: str) -> Address | None:
     if unix := _UNIX.fullmatch(url):
         return Address("localhost", _PORTS["http"], unix_path=unix["path"])
     http = _HTTP.fullmatch(url)
-    if http is None or not is_host_name(http["host"]):
+    if http is None or not is_host(host := http["host"].strip("[]")):
         return None
     port = int(http["port"] or _PORTS[http["scheme"]])
     if not 0 < port < 65536:
@@ -64,5 +72,4 @@ def parse_address(url: str) -> Address | None:
     segments = http["path"].split("/")
     version = next((index for index, segment in enumerate(segments) if _VERSION.fullmatch(segment)), len(segments))
     base_path, api_path = "/".join(segments[:version]), "".join(f"/{segment}" for segment in segments[version:])
-    host, is_tls = http["host"].strip("[]"), http["scheme"] == "https"
-    return Address(host, port, is_tls, base_path=base_path, api_path=api_path or API)
+    return Address(host, port, http["scheme"] == "https", base_path=base_path, api_path=api_path or API)

@@ -20,7 +20,7 @@ CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=10**6)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=10**6)]
-Text = Annotated[str, Meta(min_length=1, extra={"allowed": "a non-empty string"})]
+Text = Annotated[str, Meta(pattern=r"\S", extra={"allowed": "a non-empty string"})]
 Word = Annotated[str, Meta(pattern=r"^\S+\Z", extra={"allowed": "a non-empty string without spaces"})]
 HeaderName = Annotated[
     str,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from msgspec import inspect
 
-from brlite.config.address import is_host_name, parse_address
+from brlite.config.address import is_host, parse_address
 from brlite.config.options import ENGINE_VARIABLE, NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Backend, Config
 from brlite.config.type_errors import (
     FieldProblem,
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 MAX_SHOWN = 80
 MAX_PROBLEMS = 50
-_NOT_IN_HOSTS = frozenset("/[]*")  # of a URL, of an IPv6 address in a URL, of a pattern
+SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+\Z")  # of a model in the cache of Hugging Face's hub
 SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_key", re.DOTALL)  # never shown
 
 
@@ -66,8 +66,13 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     if fault.unknown is not None:
         from difflib import get_close_matches
 
+        from brlite.config.render import option_tables
+
         allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
-        near = "".join(f"did you mean {match}? " for match in get_close_matches(fault.unknown, allowed, 1))
+        tables = option_tables() if kind is Config else []
+        homes = [table.heading for table in tables if fault.unknown in [option.name for option in table.options]]
+        matches = get_close_matches(fault.unknown, allowed, 1)
+        near = f"it belongs to {' or '.join(homes)}; " if homes else f"did you mean {matches[0]}? " if matches else ""
         field, shown = join_path(path, fault.unknown), show(value.get(fault.unknown))
         return f"{field} = {shown}: no such field; {near}allowed are {', '.join(allowed)}"
     if fault.missing is not None:
@@ -151,10 +156,13 @@ def model_override(model: str | None) -> dict[str, object]:
     if model is None:
         return {}
     path = expand_home(model)
-    is_file = path.suffix == ".gguf" and (":" not in model or path.exists())
+    is_file = path.suffix.lower() == ".gguf" and (":" not in model or path.exists())
     if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
         return {"model[0].name": model, "model[0].path": None}
-    name = path.stem if is_file else path.resolve().name
+    # Not resolved: a link's name was chosen by a person, that of its target in a hub's cache is a hash.
+    folder = os.path.abspath(path)
+    cached = SNAPSHOT.search(folder)
+    name = path.stem if is_file else cached[1].replace("--", "/", 1) if cached else os.path.basename(folder)
     if not name:
         raise ConfigError(f"--model {model}: this is the root folder, and no model")
     return {"model[0].name": name, "model[0].path": str(path)}
@@ -175,11 +183,10 @@ def engine_override(name: str | None) -> dict[str, object]:
 def _contradictions(config: Config) -> Iterator[str]:
     """Errors in combinations of fields."""
     limits = config.limits
-    host = config.server.host
-    if not is_host_name(host) or host.count(":") == 1 or not _NOT_IN_HOSTS.isdisjoint(host):
+    if not is_host(config.server.host):
         yield (
-            f"server.host = {show(host)}: allowed is a host name or an address alone, such as localhost, 0.0.0.0 or "
-            "::1; the port is server.port (--port)"
+            f"server.host = {show(config.server.host)}: allowed is a host name or an address alone, such as localhost, "
+            "0.0.0.0 or ::1; the port is server.port (--port)"
         )
     if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
         yield (

@@ -36,9 +36,9 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, wait_seconds: floa
 
 
 def read_bounded(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, wait_seconds: float = WAIT_SECONDS) -> bytes:
-    """A file's bytes. Raises `TextError`. A pipe without a writer and an endless device end here too."""
+    """A file's bytes; a leading `~` is the home folder. Raises `TextError`, also for an endless pipe or device."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK)
         try:
             return _read_all(handle, max_bytes, time.monotonic() + wait_seconds, wait_seconds)
         finally:

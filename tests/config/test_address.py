@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brlite.config.address import parse_address
+from brlite.config.address import is_host, parse_address
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,15 @@ def test_a_version_in_the_url_stands_in_place_of_v1(url: str, chat: str, health:
 
 def test_two_spellings_of_one_place_are_equal() -> None:
     assert parse_address("http://a:80/v1/") == parse_address("http://a") != parse_address("http://a/v2")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "a.example.", "0.0.0.0", "::", "::1", "fe80::1%eth0", "bücher.example", "a_b"]
+)
+def test_names_and_addresses_are_hosts(host: str) -> None:
+    assert is_host(host)
+
+
+@pytest.mark.parametrize("url", ["http://[1:2]", "http://[::1::]", f"http://{'x' * 64}"])
+def test_a_url_without_a_possible_host_is_no_address(url: str) -> None:
+    assert parse_address(url) is None

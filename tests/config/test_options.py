@@ -11,7 +11,7 @@ import pytest
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ServerConfig
 from brlite.config.render import default_toml, option_tables
-from brlite.config.validation import find_problems, make_config, override
+from brlite.config.validation import find_problems, make_config, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ConfigError
 
@@ -106,6 +106,11 @@ BAD_FIELDS = [
         "limits.max_body_bytes = 40_000_000",
         "limits.max_body_bytes_in_flight = 67108864: must be at least twice limits.max_body_bytes, which is 40000000",
     ),
+    ('keys.file = " "', 'keys.file = " ": allowed is a non-empty string'),
+    ("port = 8000", "port = 8000: no such field; it belongs to [server]; allowed are server, engine, "),
+    ("server.temperature = 1", "server.temperature = 1: no such field; allowed are host"),
+    ("engine.build_seq = 1", "engine.build_seq = 1: no such field; it belongs to [[model]]; allowed are name, "),
+    ("proxy.models = []", "proxy.models = []: no such field; it belongs to [[upstream]] or [[key]]; allowed are "),
     ("keys.file = 3", "keys.file = 3: allowed is a non-empty string"),
     ("model = 3", "model = 3: allowed is a list, each a table"),
     ("server = 3", "server = 3: allowed is a table"),
@@ -276,3 +281,31 @@ def test_certificates_for_an_upstream_without_tls_are_refused(tmp_path):
     text = "[[upstream]]\nurl = 'http://127.0.0.1:1'\nmodels = ['m']\nca_file = 'ca.pem'\n"
 
     assert refusal(tmp_path, text) == 'upstream[0].ca_file = "ca.pem": allowed is one beside an https:// url'
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("my model", "my model"),
+        ("模型/", "模型"),
+        ("linked", "linked"),
+        ("models--org--a-model/snapshots/0123abcd", "org/a-model"),
+        ("m.gguf", "m"),
+        ("M-Q8_0.GGUF", "M-Q8_0"),
+    ],
+)
+def test_a_model_is_named_by_its_path(tmp_path, monkeypatch, path, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my model", "模型", "models--org--a-model/snapshots/0123abcd"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("m.gguf", "M-Q8_0.GGUF"):
+        (tmp_path / file).touch()
+    (tmp_path / "linked").symlink_to("models--org--a-model/snapshots/0123abcd")
+
+    assert model_override(path) == {"model[0].name": name, "model[0].path": str(Path(path))}
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert model_override(".")["model[0].name"] == tmp_path.name

@@ -45,6 +45,14 @@ def test_what_is_no_unicode_at_all_says_where():
         decode_text(b"a\xff")
 
 
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "keys").write_text("sk-first")
+
+    assert read_text(Path("~/keys")) == "sk-first"
+    assert keys_of(Path("~/keys")).find("sk-first") is not None
+
+
 def test_a_config_saved_on_windows_is_the_config(tmp_path):
     (tmp_path / "plain.toml").write_bytes(TOML)
     (tmp_path / "marked.toml").write_bytes(as_windows_saves(TOML))
