@@ -22,6 +22,7 @@ from brlite.backends.torch.device import compute_dtype, device_memory, prepare_e
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
+from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
@@ -141,7 +142,8 @@ def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
 
 def measure_checkpoint(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of an open model."""
-    return measure(checkpoint.config, spec, engine, checkpoint.formats(), precision_made_for(checkpoint))
+    with naming(checkpoint.path):
+        return measure(checkpoint.config, spec, engine, checkpoint.formats(), precision_made_for(checkpoint))
 
 
 def measure(

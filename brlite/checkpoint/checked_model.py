@@ -12,6 +12,7 @@ import msgspec
 
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import precision_made_for
+from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
@@ -48,11 +49,13 @@ class CheckedModel(NamedTuple):
 
 def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     """Check a model. Raises `ModelError` for missing, misshapen or unknown tensors, and what `check_spec` raises."""
-    family = find_family(checkpoint.config)
-    config = family.read_config(checkpoint.config)
+    with naming(checkpoint.path):
+        family = find_family(checkpoint.config)
+        config = family.read_config(checkpoint.config)
     check_spec(spec, config)
-    targets = family.weight_targets(config)
-    if not any(name in checkpoint.shapes() for name in targets if name.startswith(BODY)):
+    targets, shapes = family.weight_targets(config), checkpoint.shapes()
+    body = [name for name in targets if name.startswith(BODY)]
+    if not any(name in shapes for name in body) and any(name.removeprefix(BODY) in shapes for name in body):
         # Embedding models are saved without this prefix.
         targets = {name.removeprefix(BODY): target for name, target in targets.items()}
     architecture = (checkpoint.config.get("architectures") or ("",))[0]
@@ -116,7 +119,9 @@ def _check_tensors(
     path, shapes = checkpoint.path, checkpoint.shapes()
     missing = [name for name in targets if name not in shapes]
     if missing:
-        raise ModelError(f"{path}: {_listed(missing)} missing")
+        others = [name for name in shapes if name not in targets][:1] if missing == list(targets) else []
+        found = f"; its tensors have names like {excerpt(others[0])}" if others else ""
+        raise ModelError(f"{path}: {_listed(missing)} missing{found}")
     for name, target in targets.items():
         if tuple(shapes[name]) != target.shape:
             raise ModelError(

@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from brlite.errors import ModelError
 
 if TYPE_CHECKING:
     from brlite.checkpoint.stored_tensor import StoredTensor
@@ -52,6 +55,15 @@ class Checkpoint(Protocol):
     def tensors(self) -> Iterator[StoredTensor]:
         """Yields every tensor once, in the order of the data. Each can be read until the next one is taken."""
         ...
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the `with` block, a `ModelError` is raised again with `path` before its text."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -> str:

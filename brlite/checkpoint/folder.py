@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from brlite.checkpoint.model_file import check_model_file, exists, read_json_object
+from brlite.checkpoint.model_file import FETCH_AGAIN, check_model_file, exists, gguf_files, read_json_object
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
@@ -21,8 +22,11 @@ WEIGHT_FILES: tuple[tuple[WeightsKind, str, str, str], ...] = (
     ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 )
 WEIGHT_NAMES = tuple(name for _, single, index, _ in WEIGHT_FILES for name in (single, index))
+SHARD = re.compile(r"(.+-)\d{5}(-of-(\d{5})\..+)")
+ADAPTER_FILE = "adapter_config.json"
 TRACED_HINT = "; a traced .pt is named by model_file, beside the folder of its config, or converted with --from-pt"
 SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+SPLIT_TEXT = "one part of a split GGUF; merge the parts into one file first: llama-gguf-split --merge PART OUT"
 
 
 class Weights(NamedTuple):
@@ -38,16 +42,19 @@ def find_weights(path: Path) -> Weights:
         return Weights("gguf", (_whole_gguf(path),))
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or file")
-    for kind, single, index, _ in WEIGHT_FILES:
-        files = (path / single,) if exists(path / single) else _shards(path / index) if exists(path / index) else ()
-        if files:
+    for kind, single, index, shard in WEIGHT_FILES:
+        if files := (path / single,) if exists(path / single) else _shards(path, index, shard):
             check_model_file(path / CONFIG_FILE)
             return Weights(kind, files)
-    files = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf"))
-    if len(files) > 1 and not SPLIT_GGUF.search(files[0].name):
-        raise ModelError(f"{path}: holds {len(files)} .gguf files; give the path of one of them")
-    if files:
-        return Weights("gguf", (_whole_gguf(files[0]),))
+    ggufs = gguf_files(path)
+    if len(ggufs) > 1 and not SPLIT_GGUF.search(ggufs[0].name):
+        raise ModelError(f"{path}: holds {len(ggufs)} .gguf files; give the path of one of them")
+    if ggufs:
+        return Weights("gguf", (_whole_gguf(ggufs[0]),))
+    if exists(path / ADAPTER_FILE):
+        raise ModelError(f"{path}: is a LoRA adapter, not a model: merge it into its base model (merge_and_unload)")
+    if (path / "snapshots").is_dir():
+        raise ModelError(f"{path}: is a model's folder in a hub's cache; give its name, or a folder in its snapshots")
     names = sorted(file.name for file in path.iterdir())
     found = ", ".join(map(excerpt, names[:6])) or "an empty folder"
     found += f" and {len(names) - 6} more" if len(names) > 6 else ""
@@ -56,7 +63,9 @@ def find_weights(path: Path) -> Weights:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds weights. Some of their files may be missing."""
-    return any(file.name in WEIGHT_NAMES or file.suffix.lower() == ".gguf" for file in folder.iterdir())
+    patterns = [pattern for _, *patterns in WEIGHT_FILES for pattern in patterns]
+    names = [file.name for file in folder.iterdir()]
+    return bool(gguf_files(folder)) or any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,25 +73,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG_FILE)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: weight_map must map tensor names to file names, got {excerpt(weight_map)}")
-    names = tuple(dict.fromkeys(map(str, weight_map.values())))
-    for name in names:
-        # A name with a folder in it could point anywhere on the machine.
-        if Path(name).name != name or "\\" in name:
-            raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
-        if not exists(index.parent / name):
-            raise ModelError(f"{index}: names the shard {excerpt(name)}, which is missing")
-    return tuple(index.parent / name for name in names)
+def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ...]:
+    """The files that the index names; without an index, all shards of which one is there. Empty if none is."""
+    index = folder / index_name
+    if exists(index):
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index}: weight_map must map tensor names to file names, got {excerpt(weight_map)}")
+        names = list(dict.fromkeys(map(str, weight_map.values())))
+        for name in names:
+            # A name with a folder in it could point anywhere on the machine.
+            if Path(name).name != name or "\\" in name:
+                raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
+    else:
+        names = sorted(file.name for file in folder.glob(shard_pattern))
+        if names and (parts := SHARD.fullmatch(names[0])):
+            names = [f"{parts[1]}{number:05}{parts[2]}" for number in range(1, int(parts[3]) + 1)]
+    missing = [name for name in names if not exists(folder / name)]
+    if missing:
+        count = f"{len(missing)} of {len(names)} shards are missing"
+        raise ModelError(f"{folder}: {count}, the first is {excerpt(missing[0])}: {FETCH_AGAIN}")
+    return tuple(folder / name for name in names)
 
 
 def _whole_gguf(file: Path) -> Path:
     if file.suffix.lower() != ".gguf":
-        raise ModelError(
-            f"{file}: a model must be a folder or a .gguf file{TRACED_HINT if file.suffix == '.pt' else ''}"
-        )
+        hint = TRACED_HINT if file.suffix == ".pt" else f"; give {file.parent}" if has_weights(file.parent) else ""
+        raise ModelError(f"{file}: a model must be a folder or a .gguf file{hint}")
     if SPLIT_GGUF.search(file.name):
-        raise ModelError(f"{file}: one part of a split GGUF; merge the parts into one file first")
+        raise ModelError(f"{file}: {SPLIT_TEXT}")
     return file

@@ -11,7 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from brlite.checkpoint.checkpoint import weights_identity
+from brlite.checkpoint.checkpoint import naming, weights_identity
+from brlite.checkpoint.folder import SPLIT_TEXT
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
@@ -26,7 +27,7 @@ class GgufCheckpoint(LocatedTensors):
     def __init__(self, path: Path) -> None:
         self.path = path
         header = read_gguf_header(path)
-        try:
+        with naming(path):
             tensors = checked_tensors(header)
             metadata = GgufMetadata(header.metadata)
             freqs = tensors.pop(ROPE_FREQS, None)
@@ -46,8 +47,6 @@ class GgufCheckpoint(LocatedTensors):
                     raise ModelError(
                         f"{tensor.name} must have {num_heads * self.config['head_dim']} rows: {tensor.shape}"
                     )
-        except ModelError as error:
-            raise ModelError(f"{path}: {error}") from error
         locations = [
             tensor._replace(name=name, head_rows=self.config["head_dim"] if _module(name) in interleaved else 0)
             for name, tensor in named.items()
@@ -64,7 +63,7 @@ def _module(name: str) -> str:
 def checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
     """The table of tensors in the order of the data. Raises `ModelError` for one that cannot be read."""
     if header.metadata.get("split.count", 1) not in (0, 1):
-        raise ModelError("one part of a split GGUF; merge the parts into one file first")
+        raise ModelError(SPLIT_TEXT)
     formats = {
         type_id: _format(type_id, next(tensor.name for tensor in header.tensors if tensor.type_id == type_id))
         for type_id in sorted({tensor.type_id for tensor in header.tensors})

@@ -23,6 +23,9 @@ HEAD_BYTES = 512
 MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; large vocabularies take 30 MB
 MAX_JSON_BYTES = 16 * 2**20  # parsing takes up to 22 times as much; indexes of shards, the largest, have some MB
 FETCH_AGAIN = "fetch it again"
+# The template for chats with tools, beside a chat_template.jinja. A bundle has no folders: there it has another name.
+TOOL_TEMPLATE_FILE, BUNDLED_TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja", "tool_use.jinja"
+NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
 
 
 class Kind(NamedTuple):
@@ -124,6 +127,12 @@ def describe_file(path: Path, *wanted: str) -> str | None:
 def exists(path: Path) -> bool:
     """Whether a folder lists the name. Also True for a dangling link: the reader then reports it."""
     return os.path.lexists(path)
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, in the order of their names, without those that hold no language model."""
+    found = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]
+    return sorted(file for file in found if not any(word in file.name.lower() for word in NO_MODELS))
 
 
 def read_model_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
 from brlite.checkpoint.folder import SPLIT_GGUF, WEIGHT_FILES
+from brlite.checkpoint.model_file import NO_MODELS, TOOL_TEMPLATE_FILE
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.cache import expand_home
@@ -36,7 +37,6 @@ QUANTIZATION = re.compile(
     r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_(?:\d|k|s|m|l|xl|xs|xxs|nl))*|tq\d_\d|bf16|f16|fp16|f32|mxfp4))(?![a-z0-9])",
     re.I,
 )
-NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
 MAX_CHOICES = 12
 MAX_NAME = 200  # characters; caches have folders of that name, and a file system takes 255
 
@@ -52,6 +52,7 @@ COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_TEMPLATE_FILE,
     MODULES_FILE,
     POOLING_FILE,
 )
@@ -107,7 +108,7 @@ def may_be_a_name(path: str) -> bool:
 def check_path(path: str) -> None:
     """Raise `ModelError` if nothing exists at `path`, and it cannot be a model's name either."""
     if not (given := expand_home(path)).exists() and not may_be_a_name(path):
-        raise ModelError(f"model path {given} does not exist")
+        raise ModelError(f"model path {given.absolute()} does not exist")
 
 
 def check_name(name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from brlite.backends.native.packed_file import MAGIC, PackedFileError, read_packed_file_key
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
+from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.new_file import read_record
 from brlite.checkpoint.traced_checkpoint import TracedArchive
@@ -110,8 +111,9 @@ def _bundle(path: Path) -> Findings:
 
 def _checkpoint(path: Path) -> Findings:
     checkpoint = open_checkpoint(path)
-    family = find_family(checkpoint.config)
-    config = family.read_config(checkpoint.config)
+    with naming(path):
+        family = find_family(checkpoint.config)
+        config = family.read_config(checkpoint.config)
     types = _counted(checkpoint.formats().values())
     kind = find_weights(path).kind
     return {

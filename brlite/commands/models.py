@@ -159,7 +159,8 @@ def _describe(name: str, path: Path) -> CachedModel:
         checkpoint = open_checkpoint(path)
         architecture = find_family(checkpoint.config).architecture
         weights = checkpoint.path if checkpoint.path.is_file() else None
-        precision = (weights and quantization_of(weights.name)) or str(checkpoint.config.get("torch_dtype") or "")
+        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or ""  # the second until 4.56
+        precision = (weights and quantization_of(weights.name)) or one_line(stored)
         sizes = sizes_at(path, ModelSpec(name="model"), EngineConfig())
         memory, context = sizes.num_bytes, sizes.context
     except (BrliteError, OSError) as error:

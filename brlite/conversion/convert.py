@@ -26,6 +26,7 @@ from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model, quantized_formats
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
+from brlite.checkpoint.model_file import BUNDLED_TOOL_TEMPLATE_FILE, TOOL_TEMPLATE_FILE
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
@@ -60,6 +61,8 @@ MANUALS_MAX_SEQ = 8192
 
 VOCABULARY_FILE = "vocabulary.gguf"  # in bundles of older versions, which made no tokenizer.json of a GGUF file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Files in folders of a model → their names in a bundle, which has no folders.
+BUNDLED_NAMES = {POOLING_FILE: BUNDLED_POOLING_FILE, TOOL_TEMPLATE_FILE: BUNDLED_TOOL_TEMPLATE_FILE}
 
 
 class ConversionRequest(NamedTuple):
@@ -126,8 +129,10 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     weights = find_weights(model) if not model.is_dir() or has_weights(model) else None
     try:
         side_files = {file.name: file.read_bytes() for file in files if file.is_file() and file.parent == model}
-        if (model / POOLING_FILE).is_file():
-            side_files[BUNDLED_POOLING_FILE] = (model / POOLING_FILE).read_bytes()
+        for name, bundled_name in BUNDLED_NAMES.items():
+            for file in (model / name, model / bundled_name):
+                if file.is_file():
+                    side_files[bundled_name] = file.read_bytes()
         is_gguf = weights is not None and weights.kind == "gguf"
         if is_gguf or SECTION.encode() in side_files.get(CONFIG_FILE, b""):  # a bundle's weights are widened
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()

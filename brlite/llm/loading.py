@@ -240,6 +240,7 @@ def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokeni
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
-    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
-    if highest >= vocab_size:
-        raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
+    highest_end = max(tokenizer.eos_token_ids, default=0)
+    for highest, source in ((tokenizer.vocab_size - 1, "the tokenizer has"), (highest_end, "eos_token_id has")):
+        if highest >= vocab_size:
+            raise ModelError(f"{path}: {source} token ids up to {highest}, the model only up to {vocab_size - 1}")

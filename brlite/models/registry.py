@@ -34,5 +34,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
             return family
         if architectures and name is not None and name in (family.base_architecture, family.scorer_architecture):
             return family.without_head()
+    if name is None:
+        raise ModelError("model config: architectures is missing")
     known = ", ".join(family.architecture for family in FAMILIES)
     raise ModelError(f"model config: architecture {excerpt(name)} is not supported; known are {known}")

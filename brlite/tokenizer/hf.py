@@ -18,7 +18,13 @@ from tokenizers import Tokenizer as Backend
 from brlite.chat.control_tokens import read_control_tokens
 from brlite.chat.formats import ChatFormat
 from brlite.chat.template import ChatTemplate, NamedTemplates, read_template
-from brlite.checkpoint.model_file import exists, read_json_object, read_model_text
+from brlite.checkpoint.model_file import (
+    BUNDLED_TOOL_TEMPLATE_FILE,
+    TOOL_TEMPLATE_FILE,
+    exists,
+    read_json_object,
+    read_model_text,
+)
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
@@ -111,7 +117,7 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
             listed[int(token_id)] = AddedToken(
                 token["content"], **{flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS}
             )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # the last one for infinity
         raise ModelError(
             f"{folder}: added_tokens.json must map texts to ids, and added_tokens_decoder of tokenizer_config.json "
             "ids to objects with a string `content`"
@@ -191,18 +197,20 @@ def _read_chat_format(
 
     It is the operator's file, else files of the folder, else text in chat_template.json or tokenizer_config.json.
     """
-    jinja_file, tool_use_file = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
+    jinja_file = folder / "chat_template.jinja"
     template: Any
     source, tool_use = str(folder), None
     if operators is not None:
         template, source = read_template(operators), str(operators)
     elif exists(jinja_file):
         template, source = read_model_text(jinja_file), str(jinja_file)
-        tool_use = read_model_text(tool_use_file) if exists(tool_use_file) else None
+        for tool_use_file in (folder / TOOL_TEMPLATE_FILE, folder / BUNDLED_TOOL_TEMPLATE_FILE):
+            tool_use = read_model_text(tool_use_file) if exists(tool_use_file) else tool_use
     else:
         template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if named := template if isinstance(template, dict) else {}:
             template, tool_use = named.get("default", named), named.get("tool_use")
         if not all(text is None or isinstance(text, str) for text in (template, tool_use)):
             raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")

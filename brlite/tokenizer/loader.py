@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from brlite.checkpoint.model_file import exists
+from brlite.checkpoint.model_file import exists, gguf_files
 from brlite.errors import ModelError
+from brlite.files.quoting import one_line
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.tokenizer import Tokenizer, TokenizerOptions
 
 logger = logging.getLogger(__name__)
+
+# Vocabularies that only a model's own code, or another library, can read.
+OTHER_TOKENIZERS = ("vocab.json", "*tiktoken*", "tekken.json", "vocab.txt", "spiece.model", "sentencepiece*.model")
+AS_JSON = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes a tokenizer.json"
 
 
 def load_tokenizer(
@@ -46,15 +51,18 @@ def load_tokenizer(
 def _gguf_file(path: Path) -> Path | None:
     """The GGUF file to read the vocabulary from; None for a folder with a tokenizer of its own."""
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path}: a tokenizer is read from a model folder or a .gguf file")
         return path
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or .gguf file")
     if any(exists(path / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        what = "several .gguf files; name one of them" if found else "no tokenizer.json, tokenizer.model or .gguf file"
-        raise ModelError(f"{path}: {what}")
-    return found[0]
+    found = gguf_files(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"{path}: several .gguf files; name one of them")
+    others = [name for pattern in OTHER_TOKENIZERS for name in sorted(file.name for file in path.glob(pattern))]
+    hint = f"; {one_line(others[0])} is not read: {AS_JSON}" if others else ""
+    raise ModelError(f"{path}: no tokenizer.json, tokenizer.model or .gguf file{hint}")

@@ -161,7 +161,13 @@ def test_a_chat_with_tools_gets_the_template_named_tool_use(folder: Path, has_fi
     assert {"mood", "tools"} <= tokenizer.chat_format.capabilities.variables
 
 
-@pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5, [1]])
+def test_named_templates_may_be_an_object(folder: Path) -> None:
+    write_folder(folder, tokenizer_config={"chat_template": {"default": "plain", "tool_use": TOOL_USE}})
+
+    assert rendered(load_tokenizer(folder)) == "plain"
+
+
+@pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5, [1], [{"name": [], "template": "x"}]])
 def test_a_template_that_is_no_string_is_refused(folder: Path, template: object) -> None:
     write_folder(folder, tokenizer_config={"chat_template": template})
 

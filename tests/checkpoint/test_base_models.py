@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from brlite import LLM, Config, PoolingParams
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.errors import InvalidRequest, ModelError
 from tests.tiny_models import LLAMA, MISTRAL, QWEN3, write_byte_tokenizer, write_model
@@ -71,3 +73,12 @@ def test_a_head_that_is_missing_where_the_config_has_one_is_named(tmp_path: Path
 
     with pytest.raises(ModelError, match=r"lm_head\.weight is missing"):
         LLM(config=Config(model=(ModelSpec(name="tiny", path=str(path), build_seq=64),)))
+
+
+def test_tensors_of_other_names_are_shown(tmp_path: Path) -> None:
+    path = write_model(tmp_path, LLAMA)
+    tensors = load_file(path / "model.safetensors")
+    save_file({f"language_model.{name}": value for name, value in tensors.items()}, path / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight.* missing; .* names like 'language_model\."):
+        check_model(open_checkpoint(path), ModelSpec(name="tiny", build_seq=64))

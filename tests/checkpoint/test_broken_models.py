@@ -66,6 +66,18 @@ def without_shard(folder: Path) -> Path:
     return folder
 
 
+def without_index_and_shard(folder: Path) -> Path:
+    (without_shard(folder) / "model.safetensors.index.json").unlink()
+    return folder
+
+
+def folder_with(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
 def without_bin_shard(folder: Path) -> Path:
     (write_sharded_bin(folder, random_tensors()) / "pytorch_model-00003-of-00003.bin").unlink()
     return folder
@@ -192,12 +204,26 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "config is too deep": (lambda folder: config_with(folder, "[" * 100_000), "config.json: not readable as JSON"),
     "config is not UTF-8": (lambda folder: garbage(config_with(folder, ""), "config.json", b"\xff{}"), "config.json"),
     "config is a folder": (lambda folder: (without_config(folder) / "config.json").mkdir() or folder, "config.json"),
-    "missing shard": (without_shard, "model-00002-of-00003.safetensors"),
+    "missing shard": (without_shard, "1 of 3 shards are missing, the first is 'model-00002-of-00003.safetensors'"),
+    "a file of the folder": (
+        lambda folder: write_safetensors(folder, random_tensors()) / "model.safetensors",
+        "a model must be a folder or a .gguf file; give /",
+    ),
+    "missing index and shard": (without_index_and_shard, "1 of 3 shards are missing"),
+    "LoRA adapter": (
+        lambda folder: folder_with(folder, "adapter_config.json", "adapter_model.safetensors"),
+        "is a LoRA adapter, not a model: merge it into its base model",
+    ),
+    "hub's cache": (
+        lambda folder: folder_with(folder, "refs/main", "snapshots/abc/model.safetensors"),
+        "is a model's folder in a hub's cache; give its name, or a folder in its snapshots",
+    ),
+    "mmproj only": (lambda folder: folder_with(folder, "mmproj-f16.gguf"), "no weights: looked for"),
     "missing bin shard": (without_bin_shard, "pytorch_model-00003-of-00003.bin"),
     "index without map": (lambda folder: index_with(folder, {}), "weight_map must map"),
     "index of numbers": (
         lambda folder: index_with(folder, {"weight_map": {"w": 1}}),
-        "the shard '1', which is missing",
+        "1 of 1 shards are missing, the first is '1'",
     ),
     "index leads away": (lambda folder: index_with(folder, {"weight_map": {"w": "../w"}}), "beside the index"),
     "tensor in two shards": (doubled_tensor, "an earlier shard"),
@@ -299,7 +325,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "truncated: tensor",
     ),
     "gguf: whole numbers": (lambda folder: gguf_extra(folder, "w.weight", np.zeros(4, np.int32)), "type I32"),
-    "gguf: one part": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf"), "split GGUF"),
+    "gguf: one part": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf"), "llama-gguf-split --merge"),
     "gguf: folder of parts": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf").parent, "split GGUF"),
     "gguf: one part, renamed": (lambda folder: write_gguf(folder / "m.gguf", metadata={"split.count": 2}), "split"),
     "gguf: two in a folder": (two_ggufs, "holds 2 .gguf files"),

@@ -48,6 +48,18 @@ def test_tensors_come_back_widened_to_float32(write: Writer, tmp_path: Path) -> 
     assert all(np.array_equal(read[name], tensor.float().numpy()) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("write", [write_sharded_safetensors, write_sharded_bin])
+def test_shards_need_no_index(write: Writer, tmp_path: Path) -> None:
+    folder = write(tmp_path, random_tensors())
+    with_index = read_tensors(open_checkpoint(folder))
+    next(folder.glob("*.index.json")).unlink()
+
+    without_index = read_tensors(open_checkpoint(folder))
+
+    assert without_index.keys() == with_index.keys()
+    assert all(np.array_equal(without_index[name], array) for name, array in with_index.items())
+
+
 @each_format
 def test_shapes_are_known_before_any_tensor_is_read(write: Writer, tmp_path: Path) -> None:
     tensors = random_tensors()

@@ -113,7 +113,9 @@ def test_safetensors_come_with_config_and_tokenizer_and_without_code() -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     others = ["modeling_evil.py", "pytorch_model.bin", "onnx/model.safetensors", "model.fp16.safetensors"]
 
-    assert choose_files(["config.json", *shards, *others]) == ["config.json", *shards]
+    templates = ["additional_chat_templates/tool_use.jinja", "chat_template.jinja"]
+
+    assert choose_files(["config.json", *shards, *others, *templates]) == ["config.json", *shards, *templates]
 
 
 def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:

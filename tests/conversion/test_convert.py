@@ -293,7 +293,10 @@ def sharded(source: Path, weight_map: dict[str, str]) -> None:
         (lambda source: os.truncate(source / "model.safetensors", 5000), "must be .* bytes long by its header"),
         (lambda source: os.truncate(source / "model.safetensors", 90000), "must be .* bytes long by its header"),
         (lambda source: (source / "model.safetensors").write_bytes(b"\xff" * 50), "truncated or not safetensors"),
-        (lambda source: sharded(source, {"a": "absent.safetensors"}), "names the shard .*, which is missing"),
+        (
+            lambda source: sharded(source, {"a": "absent.safetensors"}),
+            "1 of 1 shards are missing, the first is .*absent",
+        ),
         (lambda source: sharded(source, {"a": "../x.safetensors"}), "must be the name of a file beside"),
         (other_config(num_hidden_layers=4), "missing"),
         (other_config(num_hidden_layers=2), "not expected in a llama model"),

@@ -318,3 +318,24 @@ def test_a_number_that_nothing_can_be_computed_with_is_refused_in_one_line(key: 
         read({**LLAMA, **change})
 
     assert len(str(caught.value)) < 200
+
+
+def test_rope_parameters_of_each_kind_of_layer_are_refused() -> None:
+    full = {"rope_type": "default", "rope_theta": 5000.0}
+
+    with pytest.raises(ModelError, match=r"rope_parameters\.full_attention must be one value"):
+        read({**LLAMA, "rope_theta": None, "rope_parameters": {"full_attention": full, "sliding_attention": full}})
+
+
+def test_a_config_without_an_architecture_says_so() -> None:
+    with pytest.raises(ModelError, match="architectures is missing"):
+        find_family({"hidden_size": 64})
+
+
+def test_rope_scaling_that_a_user_adds_to_a_new_config_counts() -> None:
+    saved = {"rope_type": "default", "rope_theta": 5000.0}
+
+    rope = read({**LLAMA, "rope_theta": None, "rope_parameters": saved, "rope_scaling": YARN}).rope
+
+    assert rope.theta == 5000.0
+    assert isinstance(rope.scaling, YarnScaling)

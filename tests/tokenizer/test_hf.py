@@ -230,7 +230,7 @@ BROKEN_FILES = {
     "tokenizer.model": ["", "not a sentencepiece model"],
     "tokenizer_config.json": ["{", "[1]", '{"bos_token": 1}', '{"added_tokens_decoder": {"x": 1}}'],
     "special_tokens_map.json": ["[" * 100_000, "null", '{"additional_special_tokens": 5}'],
-    "added_tokens.json": ['{"<x>": "<y>"}', '{"<x>": null}'],
+    "added_tokens.json": ['{"<x>": "<y>"}', '{"<x>": null}', '{"<x>": 1e999}'],
     "generation_config.json": ['{"eos_token_id": "x"}', '{"eos_token_id": [true]}', '{"eos_token_id": -1}'],
 }
 
@@ -259,6 +259,14 @@ def test_an_unknown_decoder_is_refused(llama_copy: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json, tokenizer\.model or \.gguf file"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "qwen.tiktoken", "tekken.json", "vocab.txt"])
+def test_a_vocabulary_of_another_library_is_named_with_what_converts_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+
+    with pytest.raises(ModelError, match=rf"{name} is not read: AutoTokenizer.* writes a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 

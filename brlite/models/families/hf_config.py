@@ -149,11 +149,19 @@ def read_sliding_layers(reader: ConfigReader, *, first: int = 0) -> tuple[int, .
 
 
 def read_rope(reader: ConfigReader) -> RopeConfig:
-    """Rotary positions from `rope_theta` and `rope_scaling`, or from the `rope_parameters` of newer configs."""
-    parameters = reader.section("rope_parameters" if "rope_parameters" in reader else "rope_scaling")
-    theta = parameters.positive_number("rope_theta", reader.positive_number("rope_theta", DEFAULT_THETA))
-    fraction = reader.positive_number("partial_rotary_factor", 1.0)
-    fraction = parameters.positive_number("partial_rotary_factor", fraction)
+    """Rotary positions from `rope_theta` and `rope_scaling`, or from the `rope_parameters` of newer configs.
+
+    If both are there, `rope_scaling` was added by a user, as guides for long contexts say, and replaces the other's.
+    """
+    saved, scaling = reader.section("rope_parameters"), reader.section("rope_scaling")
+    parameters = scaling if len(scaling) else saved
+    for key in parameters:
+        if isinstance(value := parameters.value(key), Mapping):
+            raise parameters.error(key, "one value: rope of each kind of layer is not supported", value)
+    theta, fraction = DEFAULT_THETA, 1.0
+    for source in (reader, saved, parameters):
+        theta = source.positive_number("rope_theta", theta)
+        fraction = source.positive_number("partial_rotary_factor", fraction)
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     if kind not in SCALING_READERS:
         raise parameters.error("rope_type", f"one of {', '.join(SCALING_READERS)}", kind)
