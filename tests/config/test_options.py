@@ -139,6 +139,8 @@ BAD_FIELDS = [
             "[::1]:8000",
             "*",
             "a..b",
+            "a/b",
+            "::1::",
         )
     ),
     ("server.prot = 1", "server.prot = 1: no such field; did you mean port? allowed are host, port, cors_origins, "),
