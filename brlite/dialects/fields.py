@@ -23,7 +23,7 @@ MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
 
 OPENAI, ANTHROPIC, VLLM, VLLM_04 = "OpenAI", "Anthropic", "vLLM", "vLLM 0.4"
-LLAMA_CPP, SGLANG = "llama.cpp", "SGLang"
+LLAMA_CPP, SGLANG, TEI = "llama.cpp", "SGLang", "TEI"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = "chat", "completions", "responses", "messages", "embeddings"
 INFILL, RERANK, SCORE = "infill", "rerank", "score"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
@@ -79,6 +79,11 @@ OBEYED = (
     ObeyedField("pooling", (EMBEDDINGS,), (), "the default is the model's"),
     ObeyedField("query", (RERANK,), (VLLM, SGLANG), 'text, or `{"text": …}`'),
     ObeyedField("top_n return_documents", (RERANK,), (VLLM, LLAMA_CPP, SGLANG), "all, and with their texts"),
+    ObeyedField("texts return_text", (RERANK,), (TEI, LLAMA_CPP), "in place of `documents`; the answer is a bare list"),
+    ObeyedField("raw_scores", (RERANK,), (TEI,), "with `texts`; true: no sigmoid"),
+    ObeyedField(
+        "truncate truncation_direction", (RERANK,), (TEI,), "with `texts`; false: a text that is too long is a 400"
+    ),
     ObeyedField("text_1 text_2", (SCORE,), (VLLM,), "one text beside one or several, or pairs"),
     ObeyedField("queries data_1", (SCORE,), (VLLM,), "other names of `text_1`"),
     ObeyedField("items data_2", (SCORE,), (VLLM,), "other names of `text_2`, as `documents` is"),

@@ -1,4 +1,8 @@
-"""Scores the relevance of texts to each other: rerank in the shape of vLLM, Jina and Cohere, and vLLM's score."""
+"""Scores the relevance of texts to each other: vLLM's score, and rerank.
+
+Rerank has the shape of vLLM, Jina and Cohere, or, with `texts` in place of `documents`, that of Text Embeddings
+Inference (TEI).
+"""
 
 from __future__ import annotations
 
@@ -38,9 +42,14 @@ class PairRequest(Struct, kw_only=True):
 
 class RerankRequest(PairRequest, kw_only=True):
     query: str | TextPart
-    documents: list[str | TextPart]
+    documents: list[str | TextPart] | None = None
     top_n: Whole | None = None
     return_documents: bool | None = None
+    texts: list[str] | None = None
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = None
 
 
 class ScoreRequest(PairRequest, kw_only=True):
@@ -73,6 +82,14 @@ class RerankAnswer(Struct, kw_only=True):
     warnings: Sequence[str] | UnsetType = UNSET
 
 
+class TeiRank(Struct, kw_only=True):
+    """One of TEI's answer, which is a bare list."""
+
+    index: int
+    score: float
+    text: str | UnsetType = UNSET
+
+
 class ScoreItem(Struct, kw_only=True):
     index: int
     object: Literal["score"] = "score"
@@ -92,9 +109,9 @@ class ScoreAnswer(Struct, kw_only=True):
 class Scoring(Struct, frozen=True, kw_only=True):
     """A call: each text of `seconds` is scored with the text of `firsts` at the same index, or with the only one.
 
-    `first_names` and `second_names` name the texts in errors. `top_n` and `returns_documents` are rerank's. With
-    `use_activation` a score is the sigmoid of the head's output; None: the model's default. So is an `instruction` of
-    None, which says what makes a document relevant.
+    `first_names` and `second_names` name the texts in errors. `top_n` and `returns_documents` are rerank's; with
+    `is_tei` the answer has TEI's shape. With `use_activation` a score is the sigmoid of the head's output; None: the
+    model's default. So is an `instruction` of None, which says what makes a document relevant.
     """
 
     model: str | None
@@ -110,6 +127,7 @@ class Scoring(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     top_n: int | None = None
     returns_documents: bool = True
+    is_tei: bool = False
 
 
 class ScoreDialect(NamedTuple):
@@ -123,6 +141,9 @@ class ScoreDialect(NamedTuple):
 # vLLM's names: of the first and the second texts of a pair; of what makes a document relevant (`instruct` is SGLang's).
 FIRSTS, SECONDS = ("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")
 INSTRUCTIONS = ("instruction", "instruct")
+# TEI's fields of a rerank; llama.cpp takes `top_n` with them.
+TEI_ONLY = ("texts", "raw_scores", "return_text", "truncate", "truncation_direction")
+TEI_FIELDS = ("model", "query", "top_n", *TEI_ONLY)
 
 _RERANK = BodyDecoder(RerankRequest)
 _SCORE = BodyDecoder(ScoreRequest)
@@ -134,6 +155,13 @@ def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
     top_n = body.top_n
     if top_n is not None and (top_n != int(top_n) or top_n < 0):
         raise InvalidRequest(f"top_n must be a whole number of at least 0, got {top_n}", param="top_n")
+    if body.texts is not None:
+        return _decode_tei(body, body.texts, undecoded, limits)
+    for name in TEI_ONLY:
+        if getattr(body, name) is not None:
+            raise InvalidRequest(f"{name} needs texts, not documents", param=name)
+    if body.documents is None:
+        raise missing_field("documents")
     documents = tuple(map(_text_of, body.documents))
     return Scoring(
         firsts=(_text_of(body.query),),
@@ -143,6 +171,30 @@ def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
         top_n=int(top_n) if top_n else None,
         returns_documents=body.return_documents is not False,
         **_common(body, undecoded),
+    )
+
+
+def _decode_tei(
+    body: RerankRequest, texts: Sequence[str], undecoded: Mapping[str, msgspec.Raw], limits: LimitsConfig
+) -> Scoring:
+    """A request with `texts`. Its answer has no place for warnings, so other fields are refused by their names."""
+    others = [name for name in body.__struct_fields__ if name not in TEI_FIELDS and getattr(body, name) is not None]
+    for name in (*others, *undecoded):
+        raise InvalidRequest(
+            f"{name[:64]} cannot be given with texts; the fields are {', '.join(TEI_FIELDS)}", param=name[:64]
+        )
+    common = _common(body, {}) | {"use_activation": not body.raw_scores}
+    if body.truncate:
+        common["truncation"] = truncation(-1, (body.truncation_direction or "right").lower())
+    return Scoring(
+        firsts=(_text_of(body.query),),
+        seconds=tuple(texts),
+        first_names=("query",),
+        second_names=_names("texts", texts, limits),
+        top_n=int(body.top_n) if body.top_n else None,
+        returns_documents=body.return_text is True,
+        is_tei=True,
+        **common,
     )
 
 
@@ -171,6 +223,9 @@ def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
 def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
     """Encode the answer, best first; equal scores keep the request's order. `others` are `id`, `model`, `warnings`."""
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: call.top_n]
+    if call.is_tei:  # texts are truncated only if `truncate` says so, which needs no warning
+        texts = call.seconds if call.returns_documents else [UNSET] * len(scores)
+        return encode_json([TeiRank(index=index, score=scores[index], text=texts[index]) for index in best])
     results = [
         RerankResult(
             index=index,

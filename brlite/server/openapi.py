@@ -46,7 +46,7 @@ from brlite.dialects.openai_tokens import (
 )
 from brlite.dialects.responses import ResponsesRequest
 from brlite.dialects.responses_events import Item
-from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
+from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest, TeiRank
 from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
 from brlite.server.model_actions import ModelAction, ModelActionDone
@@ -138,6 +138,7 @@ COMPLETION_BODY = BodyFields(CompletionRequest, COMPLETIONS)
 RESPONSE_BODY = BodyFields(ResponsesRequest, RESPONSES)
 EMBEDDING_BODY = BodyFields(EmbeddingRequest, EMBEDDINGS)
 RERANK_BODY = BodyFields(RerankRequest, RERANK)
+RERANK_ANSWER = RerankAnswer | list[TeiRank]  # the second for a request with `texts`
 SCORE_BODY = BodyFields(ScoreRequest, SCORE)
 MESSAGES_BODY = BodyFields(MessagesRequest, MESSAGES)
 INFILL_BODY = BodyFields(InfillRequest, INFILL)
@@ -159,9 +160,9 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ),
     ("post", "/v1/embeddings"): Operation("Texts to vectors", (EMBEDDING_BODY,), EmbeddingAnswer),
     ("post", "/pooling"): Operation("The same in vLLM's shape", (EMBEDDING_BODY,), PoolingAnswer),
-    ("post", "/v1/rerank"): Operation("Documents by relevance to a query", (RERANK_BODY,), RerankAnswer),
-    ("post", "/v2/rerank"): Operation("The same", (RERANK_BODY,), RerankAnswer),
-    ("post", "/v1/reranking"): Operation("The same, by llama.cpp's name", (RERANK_BODY,), RerankAnswer),
+    ("post", "/v1/rerank"): Operation("Documents by relevance to a query", (RERANK_BODY,), RERANK_ANSWER),
+    ("post", "/v2/rerank"): Operation("The same", (RERANK_BODY,), RERANK_ANSWER),
+    ("post", "/v1/reranking"): Operation("The same, by llama.cpp's name", (RERANK_BODY,), RERANK_ANSWER),
     ("post", "/v1/score"): Operation("How well texts go together", (SCORE_BODY,), ScoreAnswer),
     ("post", "/v1/messages"): Operation("Answer a chat", (MESSAGES_BODY,), ShownMessage, dict[str, Any]),
     ("post", "/infill"): Operation("Fill a gap in a text", (INFILL_BODY,), InfillAnswer, InfillAnswer),

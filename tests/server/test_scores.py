@@ -74,6 +74,39 @@ async def test_top_n_without_documents_is_short(scorer: Client) -> None:
     assert more["results"] == whole["results"]
 
 
+@pytest.mark.parametrize("is_raw", [False, True])
+@pytest.mark.parametrize("has_text", [False, True])
+async def test_texts_give_a_bare_list_as_with_tei(scorer: Client, is_raw: bool, has_text: bool) -> None:
+    texts = ["one", "two", "three"]
+    body = {"query": "which? ", "texts": texts, "raw_scores": is_raw, "return_text": has_text, "truncate": False}
+
+    status, answer = await scorer.post("/rerank", body)
+
+    scores = [logit("which? " + text) if is_raw else sigmoid(logit("which? " + text)) for text in texts]
+    order = sorted(range(3), key=lambda index: -scores[index])
+    assert status == 200, answer
+    assert [item["index"] for item in answer] == order
+    assert [item["score"] for item in answer] == pytest.approx([scores[index] for index in order])
+    assert [item.get("text") for item in answer] == [texts[index] if has_text else None for index in order]
+    assert all(len(item) == 2 + has_text for item in answer)
+
+
+@pytest.mark.parametrize(
+    ("direction", "kept"), [("Right", "a" * 60 + "bcde"), ("left", "a" * 58 + "bcdefg"), (None, None)]
+)
+async def test_a_long_text_is_cut_from_teis_direction(scorer: Client, direction: str | None, kept: str | None) -> None:
+    body: dict[str, Any] = {"query": "a" * 60, "texts": ["bcdefg"], "raw_scores": True}
+    if direction is not None:
+        body |= {"truncate": True, "truncation_direction": direction}
+
+    status, answer = await scorer.post("/rerank", body)
+
+    if kept is None:
+        assert (status, answer["error"]["param"]) == (400, "texts[0]")
+    else:
+        assert [item["score"] for item in answer] == pytest.approx([logit(kept)])
+
+
 async def test_equal_scores_keep_their_order(scorer: Client) -> None:
     _, answer = await scorer.post("/v1/rerank", rerank_body(["same"] * 4))
 
@@ -160,6 +193,13 @@ async def test_a_longer_pair_is_cut_as_told_and_the_answer_says_so(scorer: Clien
         ("/v1/rerank", {"query": "", "documents": ["b", ""]}, "documents[1]", "at least one token"),
         ("/v1/rerank", {"query": "\ud800", "documents": ["b"]}, None, ""),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", ""),
+        ("/rerank", {"query": "a", "documents": ["b"], "raw_scores": True}, "raw_scores", "needs texts"),
+        ("/rerank", {"query": "a", "texts": ["b"], "documents": ["b"]}, "documents", "cannot be given with texts"),
+        ("/rerank", {"query": "a", "texts": ["b"], "priority": 1}, "priority", "cannot be given with texts"),
+        ("/rerank", {"query": "a", "texts": ["b"], "frob": 1}, "frob", "cannot be given with texts"),
+        ("/rerank", {"query": "a", "texts": []}, "texts", "at least 1"),
+        ("/rerank", {"query": "a", "texts": ["b", 7]}, "texts[1]", "Expected"),
+        ("/rerank", {"query": "a", "texts": ["b"], "truncation_direction": "up"}, "truncation_direction", "Right"),
         ("/v1/score", {"text_1": "a"}, "text_2", "Missing required parameter"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"] * 3}, "text_1", r"as many as text_2 has (3), got 2"),
         ("/v1/score", {"text_1": "a", "text_2": []}, "text_2", "at least 1"),
