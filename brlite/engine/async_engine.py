@@ -70,6 +70,7 @@ class EngineLoop:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
         self.prompts = PromptEncoder(engine, self._check_loop)
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
+        self._factories = FairThread("brlite-processors", stopping)  # likewise
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
         self._begun: deque[BegunStep] = deque()
@@ -194,14 +195,14 @@ class EngineLoop:
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
 
     async def make_processors(self, params: SamplingParams, *, tenant: str = "") -> Processors | None:
-        """The logits processors for `Request.processors`, made on the thread that compiles grammars.
+        """The logits processors for `Request.processors`, made on a thread of their own: a factory may take long.
 
         Raises `InvalidRequest` for a name that is not allowed, and for arguments that its factory refuses.
         """
         if not params.logits_processors:
             return None
         self._check_loop()
-        return await self._compiler.run(tenant, functools.partial(self._engine.processor_maker.make, params))
+        return await self._factories.run(tenant, functools.partial(self._engine.processor_maker.make, params))
 
     async def generate(
         self,
@@ -351,11 +352,13 @@ class EngineLoop:
         self._masks.shutdown(wait=False)
         self.prompts.close()
         self._compiler.close()
+        self._factories.close()
 
     async def _close(self) -> None:
         self._finalizer.detach()
         self.prompts.close()
         self._compiler.close()
+        self._factories.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

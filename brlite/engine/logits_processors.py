@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = "brlite.logits_processors"
 SLOW_SECONDS = 0.01  # of a call; a token of a small model takes about as long
+MAX_REASON = 300  # characters of a factory's error that the client gets
 
 Factory = Callable[..., Callable[..., Any]]
 Processors = tuple[tuple[LogitsProcessor, ...], ...]  # of each answer of a request
@@ -69,9 +70,10 @@ class ProcessorMaker:
             return None
         for item in params.logits_processors:
             if isinstance(item, NamedProcessor) and item.name not in self._factories:
-                allowed = ", ".join(sorted(self._factories)) or "none"
+                allowed = ", ".join(sorted(self._factories))
+                which = f"allowed are {allowed}" if allowed else "it allows no logits processors"
                 raise InvalidRequest(
-                    f"logits_processors: {item.name[:64]!r} is not allowed on this server; allowed are {allowed} "
+                    f"logits_processors: {item.name[:64]!r} is not allowed on this server; {which} "
                     "(engine.logits_processors)",
                     param="logits_processors",
                 )
@@ -88,7 +90,10 @@ class ProcessorMaker:
             if not callable(function):
                 raise RuntimeError(f"the factory returned {type(function).__name__}, which cannot be called")
         except (ValueError, TypeError) as error:
-            raise InvalidRequest(f"logits_processors: {item.name}: {error}", param="logits_processors") from error
+            text = str(error)
+            if len(text) > MAX_REASON:
+                text = f"{text[:MAX_REASON]}… (the first {MAX_REASON} of {len(text)} characters)"
+            raise InvalidRequest(f"logits_processors: {item.name}: {text}", param="logits_processors") from error
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a `CancelledError` of the factory would end the client's connection

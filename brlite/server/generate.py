@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -70,7 +71,7 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
     with admit(request, call.model) as model:
         delivery = make_delivery(request, dialect, call, call.model or model.name, limits)
         if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
-            delivery.end_after(timeout_seconds(request, call))
+            delivery.end_after(timeout_seconds(request, call.timeout_seconds))
         return await delivery.run(model)
 
 
@@ -79,10 +80,10 @@ def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
     return web.Response(body=encode_json(answer), content_type="application/json")
 
 
-def timeout_seconds(request: web.Request, call: Generation) -> float:
-    """The time limit in the request's body or header, in seconds. Raises `InvalidRequest`."""
-    if call.timeout_seconds is not None:
-        return call.timeout_seconds
+def timeout_seconds(request: web.Request, in_body: float | None) -> float:
+    """The time limit in the request's body or header, one of which there must be. Raises `InvalidRequest`."""
+    if in_body is not None:
+        return in_body
     text = request.headers[TIMEOUT_HEADER]
     try:
         seconds = float(text)
@@ -94,6 +95,10 @@ def timeout_seconds(request: web.Request, call: Generation) -> float:
             param=TIMEOUT_HEADER,
         )
     return seconds
+
+
+def timed_out(seconds: float) -> RequestTimeout:
+    return RequestTimeout(f"the request was not complete after its timeout of {seconds:g} s", param="timeout")
 
 
 @contextmanager
@@ -149,6 +154,8 @@ class Delivery:
         self._error: BrliteError | None = None
         self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
         self._deadline: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None  # that `_deadline` cancels while the prompts are encoded
+        self._is_encoding = False
         self._text_end = None if call.make_text_end is None else call.make_text_end()
         self._changed = asyncio.Event()
         self._engine: EngineLoop
@@ -166,6 +173,10 @@ class Delivery:
             return await self._end_with(in_client_words(error, self._call.field_names))
         except BrliteError as error:
             return await self._end_with(error)
+        except asyncio.CancelledError:
+            if not self._is_encoding or self._error is None:
+                raise
+            return await self._end_with(self._error)
         finally:
             self._close()
 
@@ -177,8 +188,8 @@ class Delivery:
         self._limits = msgspec.structs.replace(
             self._limits, max_wait_seconds=min(seconds, self._limits.max_wait_seconds)
         )
-        error = RequestTimeout(f"the request was not complete after its timeout of {seconds:g} s", param="timeout")
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+        self._task = asyncio.current_task()
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, timed_out(seconds))
 
     async def _submit(self, model: ServedModel) -> None:
         """Wait until the model is loaded, encode the prompts and queue their requests.
@@ -191,7 +202,9 @@ class Delivery:
             engine = await self._wait_for(model)
         if engine.sampling_defaults:
             self._call = with_model_defaults(self._call, engine)
+        self._is_encoding = True
         made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
+        self._is_encoding = False
         if self._call.is_strict and made.warnings:
             refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
@@ -217,6 +230,8 @@ class Delivery:
         """End the response with this error."""
         self._error = self._error or error
         self._changed.set()
+        if self._is_encoding and self._task is not None:
+            self._task.cancel()
 
     def abort(self) -> None:
         """End the generation at its next step. The response has the tokens so far and the finish reason "abort"."""

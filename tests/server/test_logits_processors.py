@@ -21,10 +21,12 @@ from brlite.http.listen import HttpServer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MODULE = """
+import threading
 import numpy as np
 from asyncio import CancelledError
 
 NUM_MADE = []
+GATE = threading.Event()
 
 def spell(tokenizer, text="ab", *, repeat=True):
     if not isinstance(text, str) or not text:
@@ -41,6 +43,14 @@ def spell(tokenizer, text="ab", *, repeat=True):
 
     return process
 
+def slow(tokenizer):
+    NUM_MADE.append("slow")
+    assert GATE.wait(120)
+    return spell(tokenizer)
+
+def long(tokenizer):
+    raise ValueError("x" * 1000)
+
 def broken(tokenizer, kind="RuntimeError"):
     errors = {"RuntimeError": RuntimeError, "CancelledError": CancelledError, "SystemExit": SystemExit}
     if kind in errors:
@@ -54,6 +64,8 @@ ENTRY_POINTS = """
 ban_text = processors_of_the_page:ban_text
 spell = spelling_processors:spell
 broken = spelling_processors:broken
+slow = spelling_processors:slow
+long = spelling_processors:long
 forbidden = never_imported:anything
 missing = no_such_module:anything
 """
@@ -107,7 +119,7 @@ class Client:
 
 @pytest.fixture
 async def client(package: None) -> AsyncIterator[Client]:
-    config = toy_config("spell", "broken", "ban_text")
+    config = toy_config("spell", "broken", "ban_text", "slow", "long")
     async with (
         HttpServer(create_app(config), "127.0.0.1", 0, config.limits, grace_seconds=0.2) as server,
         aiohttp.ClientSession() as session,
@@ -183,12 +195,13 @@ async def test_a_processor_that_fails_ends_its_own_stream_with_a_reason(client: 
 @pytest.mark.parametrize(
     ("item", "text"),
     [
-        ("forbidden", "'forbidden' is not allowed on this server; allowed are ban_text, broken, spell"),
+        ("forbidden", "'forbidden' is not allowed on this server; allowed are ban_text, broken, long, slow, spell"),
         ("os.system", "'os.system' is not allowed"),
         ({"qualname": "spelling_processors.spell"}, "is not allowed"),
         ({"qualname": "spell", "kwargs": {"text": ""}}, "spell: text must be a string that is not empty"),
         ({"qualname": "spell", "kwargs": {"colour": 1}}, "unexpected keyword argument 'colour'"),
         ({"qualname": "spell", "args": [1, 2, 3]}, "positional argument"),
+        ("long", "long: " + "x" * 300 + "… (the first 300 of 1000 characters)"),
         ({"qualname": "spell", "code": "x"}, "logits_processors must be a list"),
         (7, "logits_processors must be a list"),
     ],
@@ -217,6 +230,30 @@ async def test_a_factory_that_breaks_is_no_fault_of_the_client(
     assert status == 500
     assert "secret" not in answer["error"]["message"]
     assert text in caplog.text
+
+
+async def test_a_slow_factory_delays_no_grammar_and_ends_at_its_requests_timeout(client: Client):
+    slow = asyncio.create_task(client.complete(logits_processors=["slow"]))
+    late, refusal = await client.post(COMPLETIONS, prompt="x", logits_processors=["slow"], timeout=0.05)
+    (choice,) = await client.complete(guided_choice=["yes"])
+    assert not slow.done()
+    sys.modules["spelling_processors"].GATE.set()
+
+    (made,) = await slow
+
+    assert (choice["text"], made["text"]) == ("yes", "ababab")
+    assert (late, refusal["error"]["code"]) == (408, "request_timeout")
+
+
+async def test_a_server_that_allows_none_says_so(package: None):
+    config = toy_config()
+    async with (
+        HttpServer(create_app(config), "127.0.0.1", 0, config.limits, grace_seconds=0.2) as server,
+        aiohttp.ClientSession() as session,
+    ):
+        _, answer = await Client(session, server.url).post(COMPLETIONS, prompt="x", logits_processors=["spell"])
+
+    assert "'spell' is not allowed on this server; it allows no logits processors" in answer["error"]["message"]
 
 
 async def test_explain_shows_the_names_and_calls_no_processor(client: Client):
