@@ -17,7 +17,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Priority, Text, TokenIds, Truncation
+from brlite.dialects.generation import Priority, Text, Timeout, TokenIds, Truncation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import Whole, truncation
 from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
@@ -37,6 +37,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeout: Timeout | None = None
 
 
 class EmbeddingUsage(Struct):
@@ -92,6 +93,7 @@ class Embedding(Struct, frozen=True, kw_only=True):
     truncation: Truncation | None
     cache_salt: str
     priority: int | None
+    timeout_seconds: float | None
     warnings: tuple[str, ...]
 
 
@@ -135,6 +137,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
         truncation=cut,
         cache_salt=body.cache_salt or "",
         priority=body.priority,
+        timeout_seconds=body.timeout,
         warnings=warnings,
     )
 

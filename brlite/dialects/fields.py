@@ -139,7 +139,7 @@ OBEYED = (
         (VLLM,),
         "lower numbers go first, from that of the [key](keys.md) on; SGLang's go the other way",
     ),
-    ObeyedField("timeout", ALL_FIVE, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
+    ObeyedField("timeout", (*ALL_FIVE, *OF_PROMPTS), (), "seconds, LiteLLM's; the request ends with a 408 after them"),
     ObeyedField("cache_salt", (*ALL_FIVE, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),

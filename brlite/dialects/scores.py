@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Priority, Truncation
+from brlite.dialects.generation import Priority, Timeout, Truncation
 from brlite.dialects.json_body import BodyDecoder, missing_field
 from brlite.dialects.openai import Whole, truncation
 from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
@@ -38,6 +38,7 @@ class PairRequest(Struct, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
+    timeout: Timeout | None = None
 
 
 class RerankRequest(PairRequest, kw_only=True):
@@ -124,6 +125,7 @@ class Scoring(Struct, frozen=True, kw_only=True):
     truncation: Truncation | None
     cache_salt: str
     priority: int | None
+    timeout_seconds: float | None
     warnings: tuple[str, ...]
     top_n: int | None = None
     returns_documents: bool = True
@@ -294,5 +296,6 @@ def _common(body: PairRequest, undecoded: Mapping[str, msgspec.Raw]) -> dict[str
         "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
         "cache_salt": body.cache_salt or "",
         "priority": body.priority,
+        "timeout_seconds": body.timeout,
         "warnings": warnings,
     }

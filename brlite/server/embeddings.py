@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from aiohttp import web
 from msgspec import UNSET
@@ -28,7 +30,7 @@ from brlite.errors import RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
-from brlite.server.generate import CONFIG, admit
+from brlite.server.generate import CONFIG, TIMEOUT_HEADER, admit, timed_out, timeout_seconds
 from brlite.server.truncation import Truncator
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop
@@ -36,8 +38,29 @@ QUICK_ITEMS = 4  # encoded between two yields to the event loop
 
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
     """Embed each input. If the client disconnects, the handler is cancelled and all requests are aborted."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    limits = request.app[CONFIG].limits
     call = decode(await read_body(request, limits), limits)
+    return await in_time(request, call.timeout_seconds, partial(_embed, dialect, request, call))
+
+
+async def in_time(
+    request: web.Request, in_body: float | None, work: Callable[[], Coroutine[Any, Any, web.Response]]
+) -> web.Response:
+    """The result of `work()`, which is cancelled at the time limit in the request's body or header, if there is one.
+
+    Raises `RequestTimeout`, or `InvalidRequest` for a wrong limit.
+    """
+    if in_body is None and TIMEOUT_HEADER not in request.headers:
+        return await work()
+    seconds = timeout_seconds(request, in_body)
+    try:
+        return await asyncio.wait_for(work(), seconds)
+    except asyncio.TimeoutError:
+        raise timed_out(seconds) from None
+
+
+async def _embed(dialect: EmbeddingDialect, request: web.Request, call: Embedding) -> web.Response:
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model:
         name = call.model or model.name
@@ -77,7 +100,8 @@ def origin_of(request: web.Request, call: Embedding | Scoring) -> tuple[Origin, 
 def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
     """Charge the request's key for the prompts that the block computes with the model `name`, and log their tokens.
 
-    A block that raises `RequestError`, such as a refusal, costs nothing. A request cancelled by its client is charged.
+    A block that raises `RequestError`, such as a refusal, costs nothing. A request cancelled by its client, or at its
+    timeout, is charged.
     """
     try:
         yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -12,14 +13,24 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, LimitsConfig, ModelSpec
+from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.fakes import HIDDEN_SIZE
 from tests.server.conftest import Client, chat_body, completion_body
 
+MakeClient = Callable[..., Awaitable[Client]]
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 ENDPOINTS = [
     ("/v1/chat/completions", chat_body()),
     ("/v1/completions", completion_body()),
     ("/v1/responses", {"input": "hi"}),
+]
+OF_PROMPTS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/embeddings", {"input": ["hi"] * 9}),
+    ("/pooling", {"input": "hi"}),
+    ("/v1/score", {"text_1": "hi", "text_2": ["a", "b"]}),
+    ("/v1/rerank", {"query": "hi", "documents": ["a"] * 9}),
 ]
 
 
@@ -40,6 +51,26 @@ async def test_a_request_ends_with_408_at_its_timeout(stuck: Client, path: str, 
     for status, answer in (in_body, in_header, body_first):
         assert (status, answer["error"]["code"], answer["error"]["param"]) == (408, "request_timeout", "timeout")
         assert "its timeout of 0.05 s" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "body"), OF_PROMPTS)
+async def test_embeddings_and_scores_end_at_their_timeout_and_are_aborted(
+    make_client: MakeClient, eventually: Eventually, path: str, body: dict[str, Any]
+) -> None:
+    stuck = await make_client(scoring_head=ScoringHead(array("f", [1.0] * HIDDEN_SIZE)))
+    stuck.backend.gate = threading.Event()
+
+    in_body = await stuck.post(path, {**body, "timeout": 0.05})
+    in_header = await stuck.post(path, body, **{"X-Request-Timeout": "0.05"})
+    wrong, refusal = await stuck.post(path, body, **{"X-Request-Timeout": "-1"})
+    stuck.backend.gate.set()
+    status, _ = await stuck.post(path, {**body, "timeout": 3600})
+    await eventually(lambda: not stuck.engine.stats.num_running)
+
+    for code, answer in (in_body, in_header):
+        assert (code, answer["error"]["code"], answer["error"]["param"]) == (408, "request_timeout", "timeout")
+    assert (wrong, refusal["error"]["param"], status) == (400, "X-Request-Timeout", 200)
+    assert stuck.engine.stats.num_waiting == 0
 
 
 async def test_a_client_is_told_not_to_retry_what_its_own_timeout_ended(stuck: Client) -> None:
