@@ -173,6 +173,7 @@ class FakeBackend:
         self.num_launched_ahead = 0
         self._launched: deque[Batch] = deque()
         self._last_drawn: dict[int, int] = {}  # by the step before
+        self._failed: set[int] = set()  # sequences that a step failed for: the result of the step ahead is not used
 
     def execute(self, batch: Batch) -> StepResult:
         self.has_begun.set()
@@ -180,7 +181,12 @@ class FakeBackend:
             self.gate.wait(timeout=PATIENCE_SECONDS)
         self.batches.append(batch)
         assert len({seq.seq_id for seq in batch.seqs}) == len(batch.seqs) <= self.info.max_num_seqs
-        errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}
+        try:
+            errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}
+        except Exception:
+            self._failed.update(seq.seq_id for seq in batch.seqs)
+            raise
+        self._failed.update(seq_id for seq_id, error in errors.items() if error is not None)
         return StepResult([self._compute(batch, seq, errors[seq.seq_id]) for seq in batch.seqs])
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
@@ -248,7 +254,7 @@ class FakeBackend:
         assert seq.num_draft_tokens <= self.info.max_draft_tokens
         assert not seq.num_draft_tokens or not (sampling.output_counts or sampling.banned_token_ids)
         num_real = len(context) - seq.num_draft_tokens
-        if sampling.output_counts and sampling.params.repeat_last_n < 0:
+        if sampling.output_counts and sampling.params.repeat_last_n < 0 and seq.seq_id not in self._failed:
             counts = zip(array("i", sampling.counted_token_ids), array("i", sampling.output_counts), strict=True)
             prompt, output = context[: num_real - sampling.position], context[num_real - sampling.position : num_real]
             expected = dict.fromkeys(prompt, 0) | Counter(output)

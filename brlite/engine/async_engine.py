@@ -21,7 +21,17 @@ from typing import NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import read_token_ids
-from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, CanRunAhead, StepResult, close_dropped
+from brlite.engine.backend import (
+    Backend,
+    BackendInfo,
+    Batch,
+    CanBeLost,
+    CanClose,
+    CanRunAhead,
+    StepResult,
+    close_all,
+    close_dropped,
+)
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.guidance import StepGuidance
@@ -346,13 +356,12 @@ class EngineLoop:
         """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
-        for backend in self._backends:
-            backend.close()
-        self._thread.shutdown(wait=False)
-        self._masks.shutdown(wait=False)
         self.prompts.close()
         self._compiler.close()
         self._factories.close()
+        self._thread.shutdown(wait=False)
+        self._masks.shutdown(wait=False)
+        close_all([self.tokenizer, *self._backends])
 
     async def _close(self) -> None:
         self._finalizer.detach()
@@ -364,11 +373,9 @@ class EngineLoop:
             await asyncio.wait([self._task])
         self._engine.end_all(stopping())
         self._idle.set()
-        loop = asyncio.get_running_loop()
+        owned: list[CanClose] = [self.tokenizer, *self._backends]  # with the tokenizer, a chat's rendering ends
         try:
-            await loop.run_in_executor(self._thread, self.tokenizer.close)  # a chat that is being rendered ends here
-            for backend in self._backends:
-                await loop.run_in_executor(self._thread, backend.close)
+            await asyncio.get_running_loop().run_in_executor(self._thread, close_all, owned)
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)

@@ -13,6 +13,7 @@ import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -256,7 +257,7 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
         guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
         for token, guess in zip(drawn, guesses, strict=False):
             if isinstance(token, Undrawn):
-                return cls.undrawn(seq.seq_id, token)
+                return cls(seq.seq_id, prompt_logprobs=prompt_logprobs, error=token.value)
             tokens.append(token)
             if token.token_id != guess:
                 break
@@ -402,8 +403,18 @@ class CanBeLost(Protocol):
         ...
 
 
+class CanClose(Protocol):
+    def close(self) -> None: ...
+
+
+def close_all(owned: Iterable[CanClose]) -> None:
+    """Close each, also after one that raises. The last error is raised at the end."""
+    with ExitStack() as closing:
+        for each in reversed(list(owned)):
+            closing.callback(each.close)
+
+
 def close_dropped(what: str, backends: list[Backend]) -> None:
     """The finalizer of an object that owns backends and was dropped without `close`."""
     warnings.warn(f"an {what} was dropped without close(); its model is given back now", ResourceWarning, stacklevel=2)
-    for backend in backends:
-        backend.close()
+    close_all(backends)

@@ -50,12 +50,12 @@ from brlite.engine.request import (
     Sequence,
     SequenceStatus,
     Sink,
+    TokenCounts,
     interpret,
-    make_counts,
     sibling_seed,
 )
 from brlite.engine.request_queue import RequestQueue
-from brlite.engine.scheduler import Scheduler, make_batch
+from brlite.engine.scheduler import Scheduler, scheduled_seqs
 from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest
@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
     runs: list[tuple[Sequence, int]]
     guidance: StepGuidance | None
-    processors: dict[int, LogitsProcessors] | None
+    processors: dict[int, LogitsProcessors]
     start: float
     is_ahead: bool
 
@@ -170,10 +170,8 @@ class Engine:
             group=request.group or request.request_id,
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if len(self._queue) >= self.limits.max_waiting:
-            displaced = self._queue.make_room(request)
-            if displaced is not None:
-                self._end_with_error(*displaced)
+        has_room = len(self._queue) < self.limits.max_waiting
+        displaced = None if has_room else self._queue.make_room(request)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
@@ -188,6 +186,8 @@ class Engine:
         )
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
         seq = self._beams.begin(state) if request.params.use_beam_search else self._add_sequence(state)
+        if displaced is not None:  # only now: nothing refuses the new request any more
+            self._end_with_error(*displaced)
         self._requests[request.request_id] = self._queue[request.request_id] = state
         self._scheduler.add(seq)
 
@@ -247,65 +247,49 @@ class Engine:
     def _decide(self) -> Batch | None:
         runs, start = self._scheduler.schedule(self._clock()), self._clock()
         for seq, _ in runs:
-            if seq.is_started:
-                continue
-            state = seq.state
-            seq.is_started = True
-            state.num_started += 1
-            if not state.is_queued:
-                self._queue.pop(state.request.request_id, None)
-            if state.scheduled_time is None:
-                state.scheduled_time = start
-                state.num_cached_tokens = seq.num_computed_tokens
-                self.stats.note_scheduled(state, start)
+            if not seq.is_started:
+                self._note_started(seq, start)
         self._set_gauges()
         if not runs:
             return None
-        guided = [
-            GuidedSeq(seq.seq_id, seq.matcher, seq.draft_token_ids)
-            for seq, num_tokens in runs
-            if seq.matcher is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens
-        ]
-        self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
-        processors: dict[int, LogitsProcessors] | None = None
+        guided, processors = list[GuidedSeq](), dict[int, LogitsProcessors]()
         for seq, num_tokens in runs:
-            if seq.processors is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens:
+            if seq.matcher is None and seq.processors is None:
+                continue
+            if seq.num_scheduled_tokens + num_tokens < seq.num_tokens:
+                continue  # a chunk of its prompt, after which nothing is drawn
+            if seq.matcher is not None:
+                guided.append(GuidedSeq(seq.seq_id, seq.matcher, seq.draft_token_ids))
+            if seq.processors is not None:
                 seq.processors.begin(seq.token_ids[seq.num_prompt_tokens :])
-                processors = processors or {}
                 processors[seq.seq_id] = seq.processors
-        masks = None if guidance is None else guidance.masks
-        batch = make_batch(runs, self.tokenizer.eos_token_ids, masks, processors)
+        self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
+        seqs = scheduled_seqs(runs, self.tokenizer.eos_token_ids)
+        batch = Batch(seqs, None if guidance is None else guidance.masks, processors or None)
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens += num_tokens
         self._steps.append(Step(runs, guidance, processors, start, is_ahead=bool(self._steps)))
         return batch
 
+    def _note_started(self, seq: Sequence, now: float) -> None:
+        """Note that a sequence is in its first step. With the last one of its request, that leaves the queue."""
+        state = seq.state
+        seq.is_started = True
+        state.num_started += 1
+        if not state.is_queued:
+            self._queue.pop(state.request.request_id, None)
+        if state.scheduled_time is None:
+            state.scheduled_time = now
+            state.num_cached_tokens = seq.num_computed_tokens
+            self.stats.note_scheduled(state, now)
+
     def update(self, result: StepResult) -> None:
         """Apply the result of the first step under way, and pass each of its requests its delta."""
-        now = self._clock()
-        step = self._steps.popleft()
+        now, step = self._clock(), self._steps[0]  # under way until its result can be applied
         if step.guidance is not None:
             step.guidance.advance(result)
-        between, seconds = now - self._last_end, now - max(step.start, self._last_end)
-        self._last_end = now
-        self.stats.num_step_threads = result.num_threads
-        self.stats.host_draws += result.num_host_draws
-        has_chunk = max(step.runs, key=itemgetter(1))[1] > 1
-        is_plain = not (has_chunk or step.guidance or step.processors or self._has_model_guesses)
-        if self._wait_cost is not None and is_plain:
-            num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
-            if step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs):  # else there was none before it
-                self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
-        self._has_model_guesses = False
-        computing = seconds
-        if step.processors is not None:
-            computing -= self._processor_times.note(step.processors.values(), self.stats)
-        if self._pace is not None and has_chunk:
-            chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
-            self._pace.observe(chunks, computing)
-        if self.draft_model is not None and not has_chunk:
-            self.draft_model.cost.observe_step(sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs), computing)
-        self._scheduler.end_step(step.runs)
+        seconds = self._measure(step, result, now)
+        self._scheduler.end_step(self._steps.popleft().runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:
@@ -318,8 +302,35 @@ class Engine:
             if state.search is not None and self._requests.get(state.request.request_id) is state:
                 self._beams.advance(state, state.search, now)
             self._deliver(state)
-        self._end_aborted()
+        if self._aborted:
+            self._end_aborted()
         self._set_gauges()
+
+    def _measure(self, step: Step, result: StepResult, now: float) -> float:
+        """Give the time of a step that ends now to what estimates the cost of steps. Returns its seconds."""
+        between, seconds = now - self._last_end, now - max(step.start, self._last_end)
+        self._last_end = now
+        self.stats.num_step_threads = result.num_threads
+        self.stats.host_draws += result.num_host_draws
+        computing = seconds
+        if step.processors:
+            computing -= self._processor_times.note(step.processors.values(), self.stats)
+        has_model_guesses, self._has_model_guesses = self._has_model_guesses, False
+        if max(step.runs, key=itemgetter(1))[1] > 1:
+            if self._pace is not None:
+                chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
+                self._pace.observe(chunks, computing)
+            return seconds
+        if self.draft_model is None and self._wait_cost is None:
+            return seconds
+        num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
+        if self.draft_model is not None:
+            self.draft_model.cost.observe_step(num_rows, computing)
+        is_plain = not (step.guidance or step.processors or has_model_guesses)
+        follows_one = step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs)
+        if self._wait_cost is not None and is_plain and follows_one:
+            self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
+        return seconds
 
     def fail(self, error: Exception) -> None:
         """Note that the first step under way raised: its requests end with an `EngineError`, the others continue."""
@@ -394,7 +405,7 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             seed=sibling_seed(state.seed, index) if index else state.seed,
             detokenizer=detokenizer,
-            counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
+            counts=TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None,
             cache_root=state.cache_root,
             waiting_since=self._clock(),
             block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],

@@ -6,9 +6,8 @@ Queues, blocks and batches are elsewhere; their owners update the numbers here.
 from __future__ import annotations
 
 import enum
-import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,12 +79,23 @@ class SequenceStatus(enum.Enum):
 
 
 class TokenCounts:
-    """The distinct tokens of a prompt and its output, with how often each was generated; kept up to date in O(1)."""
+    """The distinct ones of the last `num_last` tokens of prompt and output, with how often each was generated.
 
-    def __init__(self, prompt_token_ids: list[int]) -> None:
-        self._ids = array("i", dict.fromkeys(prompt_token_ids))
+    A new token takes constant time. A negative `num_last` is a window without end.
+    """
+
+    def __init__(self, prompt_token_ids: list[int], num_last: int) -> None:
+        self.is_windowed = num_last >= 0
+        token_ids = prompt_token_ids[-num_last:] if self.is_windowed else prompt_token_ids
+        self._ids = array("i", dict.fromkeys(token_ids))
         self._counts = array("i", bytes(self._ids.itemsize * len(self._ids)))
         self._index = {token_id: index for index, token_id in enumerate(self._ids)}
+        self._num_last = num_last
+        self._window = deque[tuple[int, int]]()  # the last tokens, each with 1 if it was generated, 0 if not
+        self._num_in_window = Counter[int]()
+        if self.is_windowed:
+            self._window.extend((token_id, 0) for token_id in token_ids)
+            self._num_in_window.update(token_ids)
 
     def add(self, token_id: int) -> None:
         index = self._index.setdefault(token_id, len(self._ids))
@@ -93,6 +103,20 @@ class TokenCounts:
             self._ids.append(token_id)
             self._counts.append(0)
         self._counts[index] += 1
+        if self.is_windowed:
+            self._window.append((token_id, 1))
+            self._num_in_window[token_id] += 1
+            if len(self._window) > self._num_last:
+                self._drop(*self._window.popleft())
+
+    def _drop(self, token_id: int, is_output: int) -> None:
+        self._num_in_window[token_id] -= 1
+        self._counts[self._index[token_id]] -= is_output
+        if not self._num_in_window[token_id]:
+            del self._num_in_window[token_id]
+            index, last_id, last_count = self._index.pop(token_id), self._ids.pop(), self._counts.pop()
+            if last_id != token_id:  # the last entry takes its place
+                self._ids[index], self._counts[index], self._index[last_id] = last_id, last_count, index
 
     @property
     def token_ids(self) -> bytes:
@@ -101,30 +125,6 @@ class TokenCounts:
     @property
     def output_counts(self) -> bytes:
         return self._counts.tobytes()
-
-
-class WindowCounts:
-    """Counts of the last `size` tokens of a prompt and its output, for `repeat_last_n`."""
-
-    def __init__(self, prompt_token_ids: list[int], size: int) -> None:
-        self._window = deque(((token_id, 0) for token_id in prompt_token_ids[-size:]), maxlen=size)
-
-    def add(self, token_id: int) -> None:
-        self._window.append((token_id, 1))
-
-    @property
-    def token_ids(self) -> bytes:
-        return array("i", self._counts()).tobytes()
-
-    @property
-    def output_counts(self) -> bytes:
-        return array("i", self._counts().values()).tobytes()
-
-    def _counts(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
-        for token_id, is_output in self._window:
-            counts[token_id] = counts.get(token_id, 0) + is_output
-        return counts
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Sequence:
     num_prompt_tokens: int
     seed: int
     detokenizer: Detokenizer
-    counts: TokenCounts | WindowCounts | None
+    counts: TokenCounts | None
     cache_root: bytes
     matcher: Matcher | None = None
     repetitions: Repetitions | None = None  # with DRY only
@@ -307,13 +307,6 @@ class RequestState:
         self.delta = {}
         self.has_output = True
         return output
-
-
-def make_counts(params: SamplingParams, prompt_token_ids: list[int]) -> TokenCounts | WindowCounts:
-    """The counts that penalties use. A window larger than any text is the same as no window."""
-    if params.repeat_last_n < 0 or params.repeat_last_n > sys.maxsize:
-        return TokenCounts(prompt_token_ids)
-    return WindowCounts(prompt_token_ids, params.repeat_last_n)
 
 
 def sibling_seed(seed: int, index: int) -> int:

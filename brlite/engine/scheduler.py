@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
 from itertools import islice, takewhile
 
-from brlite.engine.backend import (
-    CPU_ROWS,
-    Batch,
-    LogitsProcessors,
-    PoolingInput,
-    RowCosts,
-    SamplingInput,
-    ScheduledSeq,
-    TokenMasks,
-)
+from brlite.engine.backend import CPU_ROWS, PoolingInput, RowCosts, SamplingInput, ScheduledSeq
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
 from brlite.engine.drafting import NgramDrafter, StepForecast, WaitCost
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
+from brlite.engine.request import Sequence, SequenceStatus
 from brlite.engine.turns import TurnQueue
 
 # A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
@@ -439,15 +429,10 @@ def _ngrams(seq: Sequence) -> NgramDrafter | None:
     return seq.drafter if seq.drafter.follow(seq.token_ids) else None
 
 
-def make_batch(
-    scheduled: list[tuple[Sequence, int]],
-    eos_token_ids: tuple[int, ...],
-    masks: TokenMasks | None = None,
-    processors: Mapping[int, LogitsProcessors] | None = None,
-) -> Batch:
-    """The scheduled sequences as a `Batch`, plain data for a backend."""
+def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...]) -> list[ScheduledSeq]:
+    """The runs of a step as plain data, for a `Batch`."""
     seqs = []
-    for seq, num_tokens in scheduled:
+    for seq, num_tokens in runs:
         token_ids, drafts, start = seq.token_ids, seq.draft_token_ids, seq.num_scheduled_tokens
         end, is_whole = start + num_tokens, start + num_tokens >= len(token_ids)
         is_being_drawn = start == len(token_ids)
@@ -474,7 +459,7 @@ def make_batch(
                 takes_last_draw=is_being_drawn,
             )
         )
-    return Batch(seqs, masks, processors)
+    return seqs
 
 
 def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
@@ -505,7 +490,8 @@ def _max_guesses(seq: Sequence, num_drawn: int) -> int:
 
 def _depends_on_last_draw(seq: Sequence) -> bool:
     """Whether a draw needs the token before it as input. Backends add it to the counts of a whole text themselves."""
-    is_edited = isinstance(seq.counts, WindowCounts) or seq.repetitions is not None or seq.processors is not None
+    has_window = seq.counts is not None and seq.counts.is_windowed
+    is_edited = has_window or seq.repetitions is not None or seq.processors is not None
     return is_edited or seq.matcher is not None or bool(seq.state.request.bad_words)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Config, LimitsConfig, ModelSpec
-from brlite.engine.backend import Backend
+from brlite.engine.backend import Backend, close_all
 from brlite.engine.engine import Engine
 from brlite.engine.logits_processors import load_factories
 from brlite.engine.scoring import ScoringHead
@@ -41,9 +41,7 @@ class Assembly(NamedTuple):
 
     def close(self) -> None:
         """Free a model that is not being served."""
-        self.engine.tokenizer.close()
-        for backend in self.backends:
-            backend.close()
+        close_all([self.engine.tokenizer, *self.backends])
 
 
 def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:

@@ -24,7 +24,7 @@ from brlite.config.options import ENGINE_VARIABLE, Config
 from brlite.config.validation import engine_override, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine.admission import read_token_ids
-from brlite.engine.backend import Backend, close_dropped
+from brlite.engine.backend import Backend, close_all, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
@@ -200,9 +200,7 @@ class LLM:
         """Free weights and cache after the running step. May be called twice, and inside `on_finished`."""
         self._is_closed = True
         self._finalizer.detach()
-        self.tokenizer.close()
-        for backend in self._backends:
-            backend.close()
+        close_all([self.tokenizer, *self._backends])
 
     def __enter__(self) -> LLM:
         return self

@@ -14,6 +14,7 @@ from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
+from brlite.sampling_params import SamplingParams
 from brlite.server.chat_replies import ChatReplies, template_extras
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.infill import InfillText
@@ -44,20 +45,16 @@ async def make_requests(
 
     They share one turn of their tenant in the queue. Only the first can fail by the queue timeout.
     """
-    requests: list[Request] = []
-    warnings: list[str] = []
-    truncations: list[str] = []
+    requests, warnings, truncations = list[Request](), list[str](), list[str]()
     replies = make_replies(call, engine.tokenizer, spec)
-    grammar = None
-    if call.params.structured is not None and replies is None:
-        grammar = await engine.compile(call.params.structured, tenant=tenant)
-    bad_words = await engine.prompts.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
     params = call.params if call.params.best_of is None else call.params.for_all_answers()
-    first, infill = call.prompts[0], engine.tokenizer.infill
-    if isinstance(first, Infill) and infill is not None:  # then all prompts are of this type
-        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *infill.ends))
-        if first.files and infill.file is None:
-            warnings.append(FILES_AS_TEXT)
+    if isinstance(call.prompts[0], Infill):  # then all prompts are of this type
+        params = _infill_params(params, call.prompts[0], engine.tokenizer, warnings)
+    grammar = bad_words = None
+    if params.structured is not None and replies is None:
+        grammar = await engine.compile(params.structured, tenant=tenant)
+    if params.bad_words:
+        bad_words = await engine.prompts.encode_bad_words(params, tenant=tenant)
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         room = 1 if call.truncation is None else None
@@ -66,9 +63,8 @@ async def make_requests(
         if call.truncation is not None:
             kept = _truncated(token_ids, call, call.truncation, engine)
             if len(kept) < len(token_ids):
-                truncations.append(
-                    f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
-                )
+                cut = f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
+                truncations.append(cut)
                 token_ids, text = kept, None  # the text no longer matches the tokens
         requests.append(
             Request(
@@ -113,9 +109,22 @@ def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> Cha
     return ChatReplies(call, chat, tokenizer, reply_format) if has_calls or has_reasoning else None
 
 
+def _infill_params(params: SamplingParams, prompt: Infill, tokenizer: Tokenizer, warnings: list[str]) -> SamplingParams:
+    """The parameters for an infill, which the tokens that end one stop. Without them, unchanged."""
+    infill = tokenizer.infill
+    if infill is None:
+        return params
+    if prompt.files and infill.file is None:
+        warnings.append(FILES_AS_TEXT)
+    return msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *infill.ends))
+
+
 async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoop, warnings: list[str]) -> Request:
-    """The request with the grammar of its reply. If a tool's schema cannot be enforced, calls are not constrained, with
-    a warning. If a call is forced or strict, or the answer has a grammar, it raises `InvalidRequest` instead."""
+    """The request with the grammar of its reply.
+
+    If a tool's schema cannot be enforced, calls are not constrained, with a warning. If a call is forced or strict, or
+    the answer has a grammar, it raises `InvalidRequest` instead.
+    """
     shown, params = replies.shown_token_ids(), request.params
     try:
         structured = replies.structured(params.structured)

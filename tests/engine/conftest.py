@@ -55,6 +55,7 @@ class Driver:
         self.outputs: dict[str, RequestOutput] = {}
         self.errors: dict[str, BrliteError] = {}
         self.finished: list[str] = []
+        self.num_submitted = 0
         self._begun: deque[tuple[Batch, Callable[[], StepResult]]] = deque()
         self._ids = (f"request-{number}" for number in itertools.count())
 
@@ -91,6 +92,7 @@ class Driver:
             processors=self.engine.processor_maker.make(sampling),
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
+        self.num_submitted += 1
         return request.request_id
 
     def step(self) -> Batch | None:

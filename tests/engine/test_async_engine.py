@@ -212,6 +212,37 @@ async def test_a_backend_that_cannot_close_leaves_no_thread() -> None:
     assert set(threading.enumerate()) == threads_before
 
 
+async def test_a_backend_that_cannot_close_keeps_no_other_from_closing() -> None:
+    class Stuck(FakeBackend):
+        def close(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    backend, draft_backend = Stuck(max_draft_tokens=4), FakeBackend()
+    engine = Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig(), draft_backend=draft_backend)
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        await EngineLoop(engine, backend).close()
+
+    assert draft_backend.is_closed
+
+
+def test_an_engine_whose_loop_is_closed_also_closes_its_tokenizer() -> None:
+    class Closing(ByteTokenizer):
+        is_closed = False
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    backend, tokenizer = FakeBackend(), Closing()
+    engine = EngineLoop(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend)
+    asyncio.run(engine.start())
+
+    asyncio.run(engine.close())
+
+    assert tokenizer.is_closed
+    assert backend.is_closed
+
+
 async def test_a_closed_engine_encodes_no_long_text() -> None:
     async with running(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT) as (engine, _):
         await engine.close()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
-from brlite.engine.request import Request
+from brlite.engine.backend import ScheduledSeq, SeqResult, Undrawn
+from brlite.engine.outputs import TokenLogprob
+from brlite.engine.request import Request, TokenCounts
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
 from brlite.sampling_params import SamplingParams
 from tests.engine.conftest import Driver
-from tests.fakes import BLOCK_SIZE, EOS, reference_tokens
+from tests.fakes import BLOCK_SIZE, EOS, VOCAB_SIZE, reference_tokens
 
 MakeDriver = Callable[..., Driver]
 
@@ -375,6 +381,20 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_driver: Ma
     assert caught.value.retry_after_seconds >= 1
 
 
+def test_a_request_that_is_refused_displaces_none_from_a_full_queue(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=1, max_beam_width=VOCAB_SIZE))
+    driver.submit("running")
+    driver.step()
+    waiting = driver.submit("waiting", priority=1)
+
+    with pytest.raises(InvalidRequest, match="best_of"):
+        driver.submit("more beams than tokens", use_beam_search=True, best_of=VOCAB_SIZE)
+    driver.finish()
+
+    assert not driver.errors
+    assert driver.outputs[waiting].finished
+
+
 def test_exempt_parts_do_not_fill_the_queue(make_driver: MakeDriver) -> None:
     driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=2))
 
@@ -496,6 +516,24 @@ def test_penalties_see_no_more_than_the_last_tokens_where_that_is_asked_for(make
     ]
 
 
+@given(
+    prompt=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    output=st.lists(st.integers(0, 3), max_size=12),
+    num_last=st.integers(-1, 9).filter(bool),
+)
+def test_the_counts_of_a_window_are_those_of_its_tokens(prompt: list[int], output: list[int], num_last: int) -> None:
+    counts = TokenCounts(prompt, num_last)
+    for token_id in output:
+        counts.add(token_id)
+
+    text = [(token_id, 0) for token_id in prompt] + [(token_id, 1) for token_id in output]
+    expected = Counter[int]()
+    for token_id, is_output in text[-num_last:] if num_last > 0 else text:
+        expected[token_id] += is_output
+    token_ids, output_counts = array("i", counts.token_ids), array("i", counts.output_counts)
+    assert dict(zip(token_ids, output_counts, strict=True)) == dict(expected)
+
+
 def test_penalties_send_the_tokens_seen_with_their_counts(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=lambda context, seed: ord("a"))
 
@@ -519,6 +557,16 @@ def test_prompt_logprobs_cover_every_prompt_token_whatever_the_chunks(make_drive
     assert logprobs is not None
     assert logprobs[0] is None
     assert [entry and entry.token_id for entry in logprobs[1:]] == list(b" prompt of some length")
+
+
+def test_prompt_logprobs_come_where_no_token_can_be_drawn_after_the_prompt() -> None:
+    logprobs = [TokenLogprob(token_id, -1.0) for token_id in b"bc"]
+    seq = ScheduledSeq(1, 0, list(b"abc"), [0], prompt_targets=list(b"bc"))
+
+    result = SeqResult.of_draws(seq, [Undrawn.NOTHING_ALLOWED], logprobs)
+
+    assert result.error == Undrawn.NOTHING_ALLOWED.value
+    assert result.prompt_logprobs == logprobs
 
 
 def test_a_request_id_in_use_is_refused(make_driver: MakeDriver) -> None:

@@ -1,12 +1,13 @@
-"""Any order of submitting, stepping and aborting, on a cache too small: texts stay right.
+"""Any order of submitting, stepping, failing and aborting, on a cache too small: texts stay right.
 
 So they do with guesses and without, by n-grams and by a draft model, and whether each step waits for the one before or
-is decided ahead of its result.
+is decided ahead of its result. Every request ends, and is counted once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hypothesis import settings
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from brlite.config.options import LimitsConfig
+from brlite.engine.backend import ScheduledSeq
 from brlite.engine.request import sibling_seed
+from brlite.sampling_params import PoolingParams, StructuredOutput
 from tests.engine.conftest import Driver
-from tests.fakes import FakeBackend, printable_token, reference_tokens, repeating_token
+from tests.fakes import FakeBackend, hidden_state, printable_token, reference_tokens, repeating_token
 
 # Few letters and few shapes, so that prompts share prefixes, evict each other and come back.
 prompts = st.builds(
@@ -24,6 +27,16 @@ prompts = st.builds(
     st.sampled_from(["", "a", "ab", "abc"]),
     st.text("ab", min_size=1, max_size=9),
 )
+
+
+# Parameters that make a draw depend on more than the tokens before it, or several sequences depend on each other.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "window": {"repetition_penalty": 1.1, "repeat_last_n": 3},
+    "bad words": {"bad_words": ["ab", "x"]},
+    "grammar": {"structured": StructuredOutput(choice=["abcabc", "abd", "xyz"])},
+    "processors": {"logits_processors": [lambda output, logits: logits]},
+    "beams": {"use_beam_search": True, "best_of": 3, "temperature": 0},
+}
 
 
 class Asked(NamedTuple):
@@ -34,12 +47,28 @@ class Asked(NamedTuple):
     n: int
     seed: int
     stop: frozenset[int]
+    special: str = ""
+
+    def submit(self, driver: Driver, **more: Any) -> str:
+        params = {"temperature": 1.0, "stop_token_ids": tuple(self.stop), **SPECIAL.get(self.special, {}), **more}
+        return driver.submit(list(self.prompt), max_tokens=self.max_tokens, n=self.n, seed=self.seed, **params)
 
     def reference(self, index: int, next_token: Callable[[Sequence[int], int], int]) -> list[int]:
+        if self.special:
+            return alone(self, next_token)[index]
         seed = sibling_seed(self.seed, index)
         tokens = reference_tokens(self.prompt, self.max_tokens, seed=seed, next_token=next_token)
         end = next((number for number, token in enumerate(tokens, 1) if token in self.stop), self.max_tokens)
         return tokens[:end]
+
+
+@lru_cache(maxsize=4096)
+def alone(asked: Asked, next_token: Callable[[Sequence[int], int], int]) -> list[list[int]]:
+    """The answers to a request in an engine without others, without guesses, one step after the other."""
+    driver = Driver(max_num_seqs=4, max_model_len=40, next_token=next_token)
+    request_id = asked.submit(driver)
+    driver.finish()
+    return [driver.token_ids(request_id, index) for index in range(asked.n)]
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -75,11 +104,23 @@ class EngineMachine(RuleBasedStateMachine):
             max_draft_tokens=max_draft_tokens,
             engine={"max_draft_seqs": max_draft_seqs, "speculation": speculation},
             can_run_ahead=can_run_ahead,
+            fault=self.fault,
             draft_backend=None if draft_token is None else FakeBackend(**draft),
             draft_seconds=0.01,
         )
         self.asked: dict[str, Asked] = {}
+        self.embedded: dict[str, bytes] = {}
         self.aborted: set[str] = set()
+        self.next_fault = ""
+        self.has_failed = False
+
+    def fault(self, seq: ScheduledSeq) -> str | None:
+        """What is wrong with the first sequence of a step that is computed after `next_fault` was set."""
+        fault, self.next_fault = self.next_fault, ""
+        self.has_failed = self.has_failed or bool(fault)
+        if fault == "step":
+            raise RuntimeError("the device failed")
+        return fault or None
 
     @rule(
         prompt=prompts,
@@ -88,6 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(1, 3),
         tenant=st.sampled_from(["", "a", "b"]),
         group=st.sampled_from(["", "body"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
         stop=st.frozensets(st.sampled_from(b"abcxyz"), max_size=3),
         more=st.sampled_from([{}, {}, {"presence_penalty": 0.5}, {"prompt_logprobs": 1}]),
     )
@@ -99,21 +141,28 @@ class EngineMachine(RuleBasedStateMachine):
         seed: int,
         tenant: str,
         group: str,
+        priority: int,
         stop: frozenset[int],
         more: dict[str, Any],
     ) -> None:
-        request_id = self.driver.submit(
-            prompt,
-            max_tokens=max_tokens,
-            n=n,
-            seed=seed,
-            temperature=1.0,
-            tenant=tenant,
-            group=group,
-            stop_token_ids=tuple(stop),
-            **more,
-        )
-        self.asked[request_id] = Asked(prompt.encode(), max_tokens, n, seed, stop)
+        asked = Asked(prompt.encode(), max_tokens, n, seed, stop)
+        self.asked[asked.submit(self.driver, tenant=tenant, group=group, priority=priority, **more)] = asked
+
+    @rule(prompt=prompts, max_tokens=st.integers(1, 9), n=st.integers(1, 3), special=st.sampled_from(sorted(SPECIAL)))
+    def submit_special(self, prompt: str, max_tokens: int, n: int, special: str) -> None:
+        asked = Asked(prompt.encode(), max_tokens, n, 1, frozenset(), special)
+        self.asked[asked.submit(self.driver)] = asked
+
+    @rule(prompt=prompts, pooling=st.sampled_from(["last", "mean"]), priority=st.integers(0, 1))
+    def embed(self, prompt: str, pooling: Any, priority: int) -> None:
+        params = PoolingParams(pooling=pooling, normalize=False)
+        request_id = self.driver.submit(prompt, pooling=params, priority=priority)
+        if pooling == "last":
+            self.embedded[request_id] = prompt.encode()
+
+    @rule(fault=st.sampled_from(["step", "broken"]))
+    def fail(self, fault: str) -> None:
+        self.next_fault = fault
 
     @rule(num_steps=st.integers(1, 4))
     def step(self, num_steps: int) -> None:
@@ -150,16 +199,27 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver.engine.check_integrity()
 
     def teardown(self) -> None:
-        self.driver.finish()
-        assert self.driver.engine.stats.num_used_blocks == 0
-        assert not self.driver.errors
+        driver, stats = self.driver, self.driver.engine.stats
+        driver.finish()
+        assert (stats.num_used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
+        assert sum(stats.finished.values()) == driver.num_submitted
+        assert stats.finished["error"] == len(driver.errors)
+        assert self.has_failed or not driver.errors
         for request_id, asked in self.asked.items():
-            assert self.driver.outputs[request_id].finished
-            self.check_texts(request_id, asked)
+            if request_id not in driver.errors:
+                assert driver.outputs[request_id].finished
+                self.check_texts(request_id, asked)
+        for request_id, prompt in self.embedded.items():
+            if request_id not in driver.errors:
+                embedding = driver.outputs[request_id].embedding
+                assert embedding is not None
+                assert embedding.tolist() == hidden_state(prompt)
 
     def check_texts(self, request_id: str, asked: Asked) -> None:
         outputs = {output.index: output.token_ids for output in self.driver.outputs[request_id].outputs}
         assert set(outputs) == set(range(asked.n))
+        if request_id in self.aborted and asked.special == "beams":
+            return  # the best beams so far need not be the beginnings of the best answers
         for index, token_ids in outputs.items():
             expected = asked.reference(index, self.driver.backend.next_token)
             assert token_ids == (expected[: len(token_ids)] if request_id in self.aborted else expected)
