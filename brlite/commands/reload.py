@@ -72,7 +72,7 @@ class FileWatch:
         return is_settled
 
     def loaded(self, stamps: Stamps) -> None:
-        """Note the files that were loaded, or could not be."""
+        """Set the state of the files at the last reload, also of one that failed. Only a later change is detected."""
         self._loaded = self._seen = stamps
 
 

@@ -286,8 +286,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     serialize_file: Annotated[
         str, option('file for the packed weights; "": only those of downloaded models are kept, in the cache folder')
     ] = ""
-    input_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = "input_ids.1"
-    output_name: Annotated[str, option("of br-vllm-serving's traced graph; only engine plugins use it")] = ""
+    input_name: Annotated[
+        str, option("the input's name in br-vllm-serving's traced graph; only engine plugins use it")
+    ] = "input_ids.1"
+    output_name: Annotated[
+        str, option("the output's name in br-vllm-serving's traced graph; only engine plugins use it")
+    ] = ""
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -495,7 +499,10 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = ()
     forwarded: Annotated[
         Forwarded,
-        option("X-Forwarded-For, Forwarded, X-Real-IP to upstreams: off, set, append (after a trusted proxy's)"),
+        option(
+            "X-Forwarded-For, Forwarded and X-Real-IP to upstreams; off: none, set: the client's address, append: "
+            "that, after the addresses that a trusted proxy in front sent"
+        ),
     ] = "off"
     response_headers: Annotated[tuple[HeaderName, ...], option("answer headers forwarded besides the usual ones")] = ()
     max_in_flight: Annotated[Count, option("requests of one model at once; more wait")] = 256
