@@ -22,15 +22,12 @@ def model_convert() -> NoReturn:
 
 
 def _run(name: str) -> NoReturn:
-    """Import the command line and run it. Ctrl-C during the import ends the process without a traceback."""
-    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else the parent has it ignored
-    if is_pythons:
+    """Import the command line and run it. Ctrl-C while the command is imported ends the process without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from brlite.commands import cli
 
     try:
-        if is_pythons:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = getattr(cli, name)()
     except KeyboardInterrupt:  # before the command's own handling of it
         status = cli.EXIT_INTERRUPTED

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from brlite.backends.native.library import NativeLibrary, load_library
 from tests.extras import HAS_TORCH, is_left_out, num_tests
 from tests.limits import PATIENCE_SECONDS
+from tests.processes import children, wait_gone
 
 # How fast an example is made and run says something of the machine only.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -61,6 +62,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if left_out:
         count = f"{sum(map(num_tests, left_out))} tests and more in {len(left_out)} files"
         terminalreporter.write_line(f"left out: {count}, which need torch: pip install -e '.[test,all]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """Who starts a process ends it: what a file's tests leave would be found by the tests of another file."""
+    before = set(children(os.getpid()))
+    yield
+    wait_gone(set(children(os.getpid())) - before)
 
 
 @pytest.fixture(scope="session")

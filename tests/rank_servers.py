@@ -18,6 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.limits import PATIENCE_SECONDS
+from tests.processes import children
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 BRLITE = (sys.executable, "-m", "brlite")
@@ -106,27 +107,6 @@ def write_seed_config(folder: Path, model: Path, *, ranks: int) -> Path:
     }
     path.write_text(json.dumps(fields))
     return path
-
-
-def children(pid: int) -> Iterator[int]:
-    """The processes that any thread of a process has started and that are alive."""
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        yield from (child for child in map(int, file.read_text().split()) if is_alive(child))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
-
-
-def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, f"still there: {pids}"
-        time.sleep(0.02)
 
 
 async def wait_status(session: aiohttp.ClientSession, path: str, status: int) -> None:

@@ -17,12 +17,11 @@ from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
+from tests.processes import is_alive, wait_gone
 from tests.rank_servers import (
     BRLITE,
     RankServer,
-    is_alive,
     serving,
-    wait_gone,
     wait_status,
     write_model,
     write_seed_config,

@@ -9,6 +9,7 @@ import argparse
 import atexit
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -129,6 +130,8 @@ def _status_of(args: argparse.Namespace) -> int:
                 import aiohttp  # noqa: F401
         command = import_module(f"brlite.commands.{args.command.replace('-', '_')}")
         gc.enable()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # an import may raise ImportError for KeyboardInterrupt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return int(command.run(args))
     except BrliteError as error:
         print("\n".join(f"brlite: error: {line}" for line in shown(str(error)).splitlines()), file=sys.stderr)

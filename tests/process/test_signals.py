@@ -6,21 +6,17 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it_answers
+from tests.processes import children
 
 UNSHARE = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
 MAY_UNSHARE = subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
 
 pytestmark = pytest.mark.skipif(not MAY_UNSHARE, reason="this machine gives no process namespace")
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def start(port: int) -> list[str]:
@@ -37,10 +33,10 @@ def test_orphans_are_reaped() -> None:
         for _ in range(5):  # the shell ends first, so what it has started is process 1's
             subprocess.run([*enter, "sh", "-c", "sleep 0.1 & exit 0"], check=True)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(children(init)) > 1 and time.monotonic() < deadline:
+        while len([*children(init)]) > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
-        assert len(children(init)) == 1  # the command itself
+        assert len([*children(init)]) == 1  # the command itself
 
 
 def test_process_1_has_the_commands_status() -> None:
@@ -57,6 +53,6 @@ def test_a_signal_to_process_1_ends_the_server_in_good_order(number: signal.Sign
     with running(start(port), stderr=subprocess.DEVNULL) as process:
         wait_until_it_answers(port)
 
-        os.kill(children(process.pid)[0], number)
+        os.kill(next(children(process.pid)), number)
 
         assert process.wait(PATIENCE_SECONDS) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,15 @@ def control_ids(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def baichuan(baichuan_folder: Path) -> Tokenizer:
-    return load_tokenizer(baichuan_folder)
+def baichuan(baichuan_folder: Path) -> Iterator[Tokenizer]:
+    with closing(load_tokenizer(baichuan_folder)) as tokenizer:
+        yield tokenizer
 
 
 @pytest.fixture(scope="module")
-def chatglm(chatglm_folder: Path) -> Tokenizer:
-    return load_tokenizer(chatglm_folder)
+def chatglm(chatglm_folder: Path) -> Iterator[Tokenizer]:
+    with closing(load_tokenizer(chatglm_folder)) as tokenizer:
+        yield tokenizer
 
 
 @pytest.mark.parametrize("text", TEXTS)

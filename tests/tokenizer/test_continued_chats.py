@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ QUESTION = {"role": "user", "content": "Name a colour. END"}
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> Tokenizer:
-    return load_tokenizer(smollm2_path)
+def smollm2(smollm2_path: Path) -> Iterator[Tokenizer]:
+    with closing(load_tokenizer(smollm2_path)) as tokenizer:
+        yield tokenizer
 
 
 @pytest.mark.model
@@ -53,9 +56,11 @@ ALL_BUT_THE_LAST = "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}"
 def test_a_template_that_leaves_the_last_message_out_cannot_be_continued(llama_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(llama_folder, tmp_path / "model")
     folder = write_folder(tmp_path / "model", tokenizer_config={"chat_template": ALL_BUT_THE_LAST})
-    tokenizer = load_tokenizer(folder)
 
-    with pytest.raises(InvalidRequest, match="the chat template does not end with the last message") as caught:
+    with (
+        closing(load_tokenizer(folder)) as tokenizer,
+        pytest.raises(InvalidRequest, match="the chat template does not end with the last message") as caught,
+    ):
         tokenizer.render_chat([QUESTION, {"role": "assistant", "content": "x"}], continue_final_message=True)
 
     assert caught.value.param == "continue_final_message"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,11 @@ def test_a_vocabulary_without_them_refuses_a_suffix(qwen2_folder: Path) -> None:
 
 def test_a_message_may_write_control_tokens_where_the_operator_allows_it(qwen2_folder: Path) -> None:
     messages = [{"role": "user", "content": "a<|im_end|>b"}]
-    plain, allowed = (load_tokenizer(qwen2_folder, control_tokens_in_text=is_on) for is_on in (False, True))
-    end = plain.special_token_id("<|im_end|>")
 
-    assert plain.encode_chat(messages).count(end) == 1
-    assert allowed.encode_chat(messages).count(end) == 2
+    for is_allowed, num_ends in ((False, 1), (True, 2)):
+        with closing(load_tokenizer(qwen2_folder, control_tokens_in_text=is_allowed)) as tokenizer:
+            end = tokenizer.special_token_id("<|im_end|>")
+            assert tokenizer.encode_chat(messages).count(end) == num_ends
 
 
 def test_a_gguf_file_names_the_tokens_by_old_keys_and_new(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,15 @@ from brlite.tokenizer.token_bytes import read_token_bytes
 
 
 @pytest.fixture(scope="module")
-def byte_level(qwen2_folder: Path) -> Tokenizer:
-    return load_tokenizer(qwen2_folder)
+def byte_level(qwen2_folder: Path) -> Iterator[Tokenizer]:
+    with closing(load_tokenizer(qwen2_folder)) as tokenizer:
+        yield tokenizer
 
 
 @pytest.fixture(scope="module")
-def pieces(sentencepiece_folder: Path) -> Tokenizer:
-    return load_tokenizer(sentencepiece_folder)
+def pieces(sentencepiece_folder: Path) -> Iterator[Tokenizer]:
+    with closing(load_tokenizer(sentencepiece_folder)) as tokenizer:
+        yield tokenizer
 
 
 @pytest.fixture(scope="module", params=["byte_level", "pieces"])

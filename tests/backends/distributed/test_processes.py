@@ -22,7 +22,7 @@ from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import BackendLost, ConfigError
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
-from tests.rank_servers import children, wait_gone
+from tests.processes import children, wait_gone
 from tests.tiny_models import write_tiny_model
 
 PROMPT = [5, 17, 200, 3, 3, 90, 41]
