@@ -101,7 +101,7 @@ def locate_model(
         check_path(path)
         name = path
     hub = hub_of(parse_model_name(name))
-    failures = [f"no file or folder {name} is here"] if _may_be_a_path(name) else []
+    failures = [f"no file or folder {name} is here"] if path is not None or _may_be_a_path(name) else []
     for source in sources(hub):
         try:
             found = source.find(name, default_cache() if cache is None else cache, on_progress)

@@ -165,7 +165,8 @@ def model_override(model: str | None) -> dict[str, object]:
     name = path.stem if is_file else cached[1].replace("--", "/", 1) if cached else os.path.basename(folder)
     if not name:
         raise ConfigError(f"--model {model}: this is the root folder, and no model")
-    return {"model[0].name": name, "model[0].path": str(path)}
+    # A name goes into JSON, where bytes of a path that are no UTF-8 have no place.
+    return {"model[0].name": os.fsencode(name).decode(errors="replace"), "model[0].path": str(path)}
 
 
 def engine_override(name: str | None) -> dict[str, object]:
@@ -173,9 +174,10 @@ def engine_override(name: str | None) -> dict[str, object]:
 
     Without a name the environment variable decides, if it is set.
     """
-    name = name or os.environ.get(ENGINE_VARIABLE)
-    if not name:
+    if not name and not (name := os.environ.get(ENGINE_VARIABLE, "").strip()):
         return {}
+    if len(name.split()) > 1:
+        raise ConfigError(f"{ENGINE_VARIABLE}, or --engine: {show(name)}: allowed is a name without spaces")
     is_ours = name in get_args(Backend)
     return {"engine.name": None, "engine.backend": name} if is_ours else {"engine.name": name}
 

@@ -15,7 +15,8 @@ def expand_home(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise OSError(errno.ENOENT, f"{error} Set HOME or BRLITE_CACHE", str(path)) from None
+        remedy = " Set HOME or BRLITE_CACHE" if Path(path).parts[0] == "~" else ""
+        raise OSError(errno.ENOENT, f"{error}{remedy}", str(path)) from None
 
 
 def default_cache() -> Path:

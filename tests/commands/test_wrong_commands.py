@@ -96,6 +96,7 @@ FLAGS = [
     ("run --device=", "--device: it is empty"),
     ("serve --model=", "--model: it is empty"),
     ("serve --engine=", "--engine: it is empty"),
+    ("serve --engine 'a b'", 'BRLITE_ENGINE, or --engine: "a b": allowed is a name without spaces'),
     ("serve --model ' '", "--model: it is empty"),
     ("serve ' '", "CONFIG: it is empty"),
     ("tune ''", "NAME|PATH: it is empty"),
@@ -303,6 +304,7 @@ def test_another_program_on_the_port_is_no_server_of_models(
     "environment",
     [
         {"HOME": "/absent"},
+        {"BRLITE_ENGINE": " "},
         {"HOME": ""},
         {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"},
         {"LC_ALL": "xx_YY.nothing"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import re
 from pathlib import Path
 
@@ -305,6 +307,29 @@ def test_a_model_is_named_by_its_path(tmp_path, monkeypatch, path, name):
     (tmp_path / "linked").symlink_to("models--org--a-model/snapshots/0123abcd")
 
     assert model_override(path) == {"model[0].name": name, "model[0].path": str(Path(path))}
+
+
+def test_a_name_is_text_also_where_its_folder_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(b"a\xff")
+
+    assert model_override(os.fsdecode(b"a\xff"))["model[0].name"] == "a\ufffd"
+
+
+@pytest.mark.parametrize("table", option_tables(), ids=lambda table: table.name)
+def test_every_option_is_named_where_its_type_or_its_name_is_wrong(table):
+    required = {"upstream": {"url": "http://a", "models": ["m"]}, "key": {"name": "k", "key": "s"}}.get(table.name, {})
+
+    def said(**fields):
+        row = {"name": "m"} | required | fields if table.is_list else fields
+        with pytest.raises(ConfigError) as caught:
+            make_config({table.name: [row] if table.is_list else row}, source="f")
+        return str(caught.value)
+
+    for option in table.options:
+        at = f"f: {table.name}{'[0]' if table.is_list else ''}.{option.name}"
+        assert re.match(re.escape(at) + r" = .*: allowed (is|are) ", said(**{option.name: datetime.time(1)}))
+        assert f"no such field; did you mean {option.name}? " in said(**{f"{option.name}_": 1})
 
 
 def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
