@@ -189,7 +189,7 @@ class Connection(web.RequestHandler):
 
     @property
     def is_busy(self) -> bool:
-        """Whether it has a request with complete headers. Such a connection is not closed to make room."""
+        """Whether it has a request with complete headers."""
         return self.state in (ConnectionState.READING_BODY, ConnectionState.SERVING)
 
     def make_room(self) -> None:
@@ -201,7 +201,7 @@ class Connection(web.RequestHandler):
     def drain(self) -> None:
         """Close now if no request is in progress, else after its response."""
         self.is_draining = True
-        if self.state is not ConnectionState.SERVING:
+        if not self.is_busy:
             self.force_close()
 
     def abort(self) -> None:

@@ -139,6 +139,22 @@ async def test_a_key_is_refused_by_its_limits_before_its_body_is_read(proxy: Pro
     assert (await ask(proxy, b"secret-a", door)).status == 200
 
 
+async def test_a_body_that_is_arriving_when_the_server_stops_is_read_and_answered(proxy: Proxy, door: bytes) -> None:
+    (client,) = await hold(proxy, b"secret-a", door, 1)
+    await wait_until(lambda: proxy.bodies.num_bytes == len(PIECE))
+
+    proxy.forwarder.is_draining = True
+    closing = asyncio.create_task(proxy.server.close())
+    await asyncio.sleep(0)
+    client.send(b" " * (MIB - len(PIECE) - 2) + b'"}')
+    answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+    client.leave()
+
+    assert (answer.status, answer.error["code"]) == (503, "not_ready")
+    assert answer.fields[b"connection"] == b"close"
+    await closing
+
+
 def feed_of_a_request() -> Callable[[bytes], object]:
     held = HeldBody(BodyBudget(MIB), ApiKey())
     head = RequestHead(b"POST", b"/v1/completions", {}, b"", is_http_1_0=False)
