@@ -19,6 +19,7 @@ _EXTENSIONS = rb"(?:[ \t]*;" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb"|" + _QUOTED +
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})" + _EXTENSIONS + rb"\r\n")
 FIELD_LINE = _TOKEN + rb":[\t -~\x80-\xff]*\r\n"  # no folded lines: RFC 9112 §5.2 forbids them
 
+_CUT_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}(?:[ \t;][^\n]*|\r)?")  # the beginning of a chunk's line
 _TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
 
@@ -125,7 +126,7 @@ class ChunkedBody:
         match = CHUNK_SIZE.match(data, position)
         if match is None:
             line = data[position:]
-            if b"\n" in line or len(line) > MAX_CHUNK_LINE:
+            if not _CUT_SIZE.fullmatch(line) or len(line) > MAX_CHUNK_LINE:
                 raise FramingError("a chunk has no valid size")
             self._data = line
             return len(data)

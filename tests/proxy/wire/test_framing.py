@@ -94,6 +94,12 @@ def test_chunks_framed_in_any_other_way_are_refused(data):
         ChunkedBody().feed(data)
 
 
+@pytest.mark.parametrize("data", [b"{", b"\r", b"zz", b"-", b" ", b"0x", b"5\rx", b"123456789", b"5" + b" " * 2000])
+def test_what_can_never_become_a_chunk_is_refused_at_once(data):
+    with pytest.raises(FramingError):
+        ChunkedBody().feed(data)
+
+
 def test_a_body_until_the_end_of_its_connection_has_all_that_comes():
     body = CloseBody()
 
