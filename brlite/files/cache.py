@@ -15,8 +15,7 @@ def expand_home(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        remedy = " Set HOME or BRLITE_CACHE" if Path(path).parts[0] == "~" else ""
-        raise OSError(errno.ENOENT, f"{error}{remedy}", str(path)) from None
+        raise OSError(errno.ENOENT, f"{error} Set HOME or BRLITE_CACHE", str(path)) from None
 
 
 def default_cache() -> Path:
