@@ -33,6 +33,11 @@ The HTTP status of each stands in one table, `brlite/dialects/errors.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class BrliteError(Exception):
     """Root of everything brlite raises on purpose. `str(error)` is one line fit for a user."""
@@ -173,3 +178,14 @@ class UpstreamUnavailable(UpstreamError):
 
 class UpstreamTimeout(UpstreamError):
     """The server that the request was forwarded to did not answer, or stopped answering, within the limit."""
+
+
+def without_stop_iteration(work: Callable[[], T]) -> T:
+    """Run code of others for a future. Before Python 3.12 one never ends that gets a `StopIteration`.
+
+    Raises `RuntimeError` in its place.
+    """
+    try:
+        return work()
+    except StopIteration as error:
+        raise RuntimeError("StopIteration was raised") from error

@@ -40,7 +40,15 @@ from brlite.engine.outputs import RequestOutput
 from brlite.engine.prompt_encoder import PromptEncoder
 from brlite.engine.request import Origin, Request, Sink
 from brlite.engine.stats import EngineStats
-from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
+from brlite.errors import (
+    BackendLost,
+    BrliteError,
+    EngineError,
+    InvalidRequest,
+    NotReady,
+    stopping,
+    without_stop_iteration,
+)
 from brlite.grammar.compiler import deep_stack
 from brlite.grammar.matcher import Grammar
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
@@ -456,7 +464,7 @@ class EngineLoop:
                 step.guidance.advance(result)
             return result
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, without_stop_iteration, compute)
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. If it failed, end all requests with an error: no step will run again."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from brlite.errors import EngineError, NotReady
+from brlite.errors import EngineError, NotReady, without_stop_iteration
 
 T = TypeVar("T")
 Jobs = OrderedDict["asyncio.Future[Any]", Callable[[], Any]]
@@ -71,7 +71,7 @@ class FairThread:
             del self._tenants[tenant]
         try:
             with self._starting():
-                running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+                running = asyncio.get_running_loop().run_in_executor(self._thread, without_stop_iteration, work)
         except RuntimeError as error:  # the system gives no more threads; the next work tries again
             if not done.done():
                 done.set_exception(EngineError(f"no thread beside the event loop can be started: {error}"))

@@ -48,7 +48,8 @@ class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
         self.text += later.text
         self.token_ids.extend(later.token_ids)
         if later.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+            self.logprobs = self.logprobs or []
+            self.logprobs.extend(later.logprobs)
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
 

@@ -7,8 +7,9 @@ prefix-cache hit, a decode and a preemption all change that one number.
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import islice, takewhile
+from operator import attrgetter
 
 from brlite.engine.backend import CPU_ROWS, PoolingInput, RowCosts, SamplingInput, ScheduledSeq
 from brlite.engine.bad_words import completing_tokens
@@ -16,7 +17,7 @@ from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
 from brlite.engine.drafting import NgramDrafter, StepForecast, WaitCost
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Sequence, SequenceStatus
+from brlite.engine.request import Request, Sequence, SequenceStatus
 from brlite.engine.turns import TurnQueue
 
 # A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
@@ -395,22 +396,21 @@ class Scheduler:
             return latest, next(iter(self.waiting.tenants)), None
         if len(self.running) < self._max_num_seqs:
             return None
-        running = [seq for seq in self.running if seq.state.priority == priority]
-        if not running:
+        tenants = _grouped((seq for seq in self.running if seq.state.priority == priority), attrgetter("tenant"))
+        if not tenants:
             return None
-        tenants = Counter(seq.state.request.tenant for seq in running)
-        newcomer = next((tenant for tenant in self.waiting.tenants if not tenants[tenant]), None)
+        newcomer = next((tenant for tenant in self.waiting.tenants if tenant not in tenants), None)
         if newcomer is not None:
-            tenant, num_running = tenants.most_common(1)[0]
-            latest = [seq for seq in running if seq.state.request.tenant == tenant][-1]
-            return (latest, newcomer, None) if num_running > 1 else None
+            most = max(tenants.values(), key=len)
+            return (most[-1], newcomer, None) if len(most) > 1 else None
         for tenant in self.waiting.tenants:
-            mates = [seq for seq in running if seq.state.request.tenant == tenant]
-            groups = Counter(seq.state.request.group for seq in mates)
-            group, num_running = groups.most_common(1)[0]
-            new_group = next((each for each in self.waiting.groups(tenant) if not groups[each]), None)
-            if num_running > 1 and new_group is not None:
-                return [seq for seq in mates if seq.state.request.group == group][-1], tenant, new_group
+            if len(tenants[tenant]) == 1:
+                continue
+            groups = _grouped(tenants[tenant], attrgetter("group"))
+            most = max(groups.values(), key=len)
+            new_group = next((group for group in self.waiting.groups(tenant) if group not in groups), None)
+            if len(most) > 1 and new_group is not None:
+                return most[-1], tenant, new_group
         return None
 
     def _stop(self, seq: Sequence) -> None:
@@ -421,6 +421,14 @@ class Scheduler:
         seq.waiting_since = self._now
         self._begun_waiting[seq] = None
         self.num_preemptions += 1
+
+
+def _grouped(seqs: Iterable[Sequence], key: Callable[[Request], str]) -> dict[str, list[Sequence]]:
+    """The sequences by a property of their requests, in their order."""
+    grouped: dict[str, list[Sequence]] = {}
+    for seq in seqs:
+        grouped.setdefault(key(seq.state.request), []).append(seq)
+    return grouped
 
 
 def _ngrams(seq: Sequence) -> NgramDrafter | None:

@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
+from brlite.errors import without_stop_iteration
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ def start_daemon(work: Callable[[], T], name: str) -> Future[T]:
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(without_stop_iteration(work))
         except BaseException as error:  # the reader of the future gets it
             future.set_exception(error)
 

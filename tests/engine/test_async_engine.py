@@ -16,9 +16,11 @@ from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
+from brlite.engine.fair_thread import FairThread
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.prompt_encoder import LONG_TEXT
-from brlite.errors import EngineError, InvalidRequest, NotReady
+from brlite.errors import EngineError, InvalidRequest, NotReady, stopping
+from brlite.process.waiting import start_daemon
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
 
@@ -146,10 +148,11 @@ async def test_leaving_the_iterator_aborts_the_request() -> None:
         assert len(backend.batches) < 30
 
 
-async def test_a_failed_step_raises_at_its_reader_and_the_engine_serves_on() -> None:
+@pytest.mark.parametrize("error", [RuntimeError("broken kernel"), StopIteration()])
+async def test_a_failed_step_raises_at_its_reader_and_the_engine_serves_on(error: Exception) -> None:
     def fault(seq: Any) -> None:
         if seq.token_ids[0] == ord("x"):
-            raise RuntimeError("broken kernel")
+            raise error
 
     async with running(fault=fault) as (engine, _):
         with pytest.raises(EngineError):
@@ -241,6 +244,19 @@ def test_an_engine_whose_loop_is_closed_also_closes_its_tokenizer() -> None:
 
     assert tokenizer.is_closed
     assert backend.is_closed
+
+
+async def test_code_that_raises_stop_iteration_keeps_no_thread_from_its_next_work() -> None:
+    def end() -> None:
+        raise StopIteration
+
+    thread = FairThread("test", stopping)
+    for running in (thread.run("", end), asyncio.wrap_future(start_daemon(end, "test"))):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await running
+
+    assert await thread.run("", lambda: "next") == "next"
+    thread.close()
 
 
 async def test_a_closed_engine_encodes_no_long_text() -> None:
