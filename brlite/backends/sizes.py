@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,15 @@ import msgspec
 from brlite.backends.choose import check_activations, find_obstacle
 from brlite.backends.draft import draft_spec, find_draft
 from brlite.backends.native.abi import LANES
-from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
+from brlite.backends.torch.device import (
+    CardMemory,
+    compute_dtype,
+    device_memory,
+    prepare_environment,
+    rules_for,
+    select_device,
+)
+from brlite.backends.torch.graph_memory import graph_bytes, most_rows
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
@@ -26,7 +35,7 @@ from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
 from brlite.models.precision import Precision, PrecisionName
@@ -76,7 +85,9 @@ class RankSizes(msgspec.Struct, frozen=True):
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """How much memory a model takes, in bytes, and in which types. With `ranks` it is the sum over the ranks.
 
-    `draft` has the sizes of its draft model.
+    `graph_bytes` are those of CUDA graphs, `free_bytes` those that the model's cards have free, None on the CPU. With
+    `is_filled` the KV cache takes all that a card has left. `verifies_guesses` and `runs_ahead` are properties of the
+    backend. `draft` has the sizes of the draft model.
     """
 
     num_parameters: int
@@ -90,6 +101,11 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     num_blocks: int
     block_size: int
+    graph_bytes: int = 0
+    free_bytes: int | None = None
+    is_filled: bool = False
+    verifies_guesses: bool = True
+    runs_ahead: bool = False
     ranks: tuple[RankSizes, ...] = ()
     draft: Sizes | None = None
 
@@ -99,8 +115,9 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        """Weights and KV cache together, those of the draft model too."""
-        return self.weight_bytes + self.kv_bytes + (0 if self.draft is None else self.draft.num_bytes)
+        """Weights, KV cache and graphs together, those of the draft model too."""
+        own = self.weight_bytes + self.kv_bytes + self.graph_bytes
+        return own + (0 if self.draft is None else self.draft.num_bytes)
 
 
 def find_model(spec: ModelSpec) -> Path | None:
@@ -120,30 +137,42 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
         return sizes_at(path, spec, engine)
     if spec.name != DEFAULT_MODEL:
         return None
-    return with_draft(measure(DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS), spec, engine)
+    return _with_draft(partial(measure, DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS), spec, engine)
 
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint imports torch
-    checkpoint = open_checkpoint(path, spec.model_file)
-    return with_draft(measure_checkpoint(checkpoint, spec, engine), spec, engine)
-
-
-def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
-    """The sizes with those of the model's draft model, if it has one that is used. Raises `ModelError`."""
-    if spec.draft is None or engine.speculation == "off":
-        return sizes
-    checkpoint = open_checkpoint(find_draft(spec.draft))
-    of_draft = draft_spec(spec, engine, checkpoint.config, (sizes.context, sizes.num_blocks * sizes.block_size))
-    draft = measure_checkpoint(checkpoint, of_draft, engine)
-    return msgspec.structs.replace(sizes, draft=draft)
+    return measure_checkpoint(open_checkpoint(path, spec.model_file), spec, engine)
 
 
 def measure_checkpoint(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig) -> Sizes:
-    """The sizes of an open model."""
-    with naming(checkpoint.path):
-        return measure(checkpoint.config, spec, engine, checkpoint.formats(), precision_made_for(checkpoint))
+    """The sizes of an open model, and of its draft model, if it has one that is used. Raises `ModelError`."""
+    formats, made_for = checkpoint.formats(), precision_made_for(checkpoint)
+
+    def measure_served(reserved: int = 0) -> Sizes:
+        with naming(checkpoint.path):
+            return measure(checkpoint.config, spec, engine, formats, made_for=made_for, reserved=reserved)
+
+    return _with_draft(measure_served, spec, engine)
+
+
+def _with_draft(measure_served: Callable[..., Sizes], spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes with those of the draft model, whose memory on a card the served model's KV cache leaves free."""
+    sizes = measure_served()
+    if spec.draft is None or engine.speculation == "off":
+        return sizes
+    checkpoint = open_checkpoint(find_draft(spec.draft))
+
+    def measure_draft() -> Sizes:
+        served = sizes.context, sizes.num_blocks * sizes.block_size
+        return measure_checkpoint(checkpoint, draft_spec(spec, engine, checkpoint.config, served), engine)
+
+    draft = measure_draft()
+    if sizes.is_filled:
+        sizes = measure_served(reserved=draft.num_bytes)
+        draft = measure_draft()
+    return msgspec.structs.replace(sizes, draft=draft)
 
 
 def measure(
@@ -151,11 +180,14 @@ def measure(
     spec: ModelSpec,
     engine: EngineConfig,
     formats: Mapping[str, str] = NO_FORMATS,
+    *,
     made_for: PrecisionName | None = None,
+    reserved: int = 0,
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
     `formats` are those of the checkpoint's tensors; a tensor without one is not quantized. `made_for` is a bundle's.
+    An automatic KV cache leaves `reserved` bytes of the memory to others.
     """
     family = find_family(hf_config)
     config = family.read_config(hf_config)
@@ -167,8 +199,12 @@ def measure(
     shards = [Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)]
     ranks, dtype = _rank_sizes(model, shards, holding, kv_dtype)
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
-    room = partial(_cache_room, engine, ranks, is_native=is_native)
-    context, num_blocks, reason = _find_context(config, spec, block_size, room)
+    graphs = 0
+    if holding.has_kernels and len(ranks) == 1:
+        graphs = graph_bytes(config, most_rows(spec, engine), spec.build_seq or min(config.max_context, MOST_CONTEXT))
+    cards = [] if is_native else find_cards(spec, engine)
+    room = partial(_cache_room, engine, cards, ranks, graphs + reserved)
+    context, num_blocks, reason, is_filled = _find_context(config, spec, block_size, room)
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,
@@ -181,16 +217,26 @@ def measure(
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
         num_blocks=num_blocks,
         block_size=block_size,
+        graph_bytes=graphs,
+        free_bytes=sum(card.free for card in cards) if cards else None,
+        is_filled=is_filled,
+        verifies_guesses=is_native or holding.has_kernels,
+        runs_ahead=holding.runs_ahead and len(ranks) == 1,
         ranks=tuple(ranks) if len(ranks) > 1 else (),
     )
 
 
 class Holding(NamedTuple):
-    """How weights are held: by native code, or by torch with each weight in `dtype` that is not in its form."""
+    """How weights are held: by native code, or by torch with each weight in `dtype` that is not in its form.
+
+    With `has_kernels` our kernels for cards compute. With `runs_ahead` steps are launched ahead, on one card.
+    """
 
     is_native: bool = True
     dtype: KVDtype = "bfloat16"
     keeps_forms: bool = True
+    has_kernels: bool = False
+    runs_ahead: bool = False
 
 
 def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, precision: Precision) -> Holding:
@@ -203,7 +249,9 @@ def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, pr
     if precision.weights == "int8":
         check_groups(config, spec.tensor_parallel)
     dtype: KVDtype = "bfloat16" if compute_dtype(engine.dtype, device).itemsize == 2 else "float32"
-    return Holding(is_native=False, dtype=dtype, keeps_forms=rules_for(device).keeps_forms(precision))
+    rules = rules_for(device)
+    has_kernels = rules.has_triton and engine.torch_kernels != "eager" and dtype == "bfloat16"
+    return Holding(False, dtype, rules.keeps_forms(precision), has_kernels, rules.runs_ahead)
 
 
 def _rank_sizes(
@@ -241,16 +289,16 @@ def settle_context(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig
 
 def _find_context(
     config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]
-) -> tuple[int, int, str]:
-    """The context, the blocks of the KV cache, and the reason for the context. `room` is the cache that memory allows.
+) -> tuple[int, int, str, bool]:
+    """The context, the blocks of the KV cache, the reason for the context, and whether the cache fills a card.
 
-    The default context is the model's own if the cache can hold one. The cache then has `SHARED_TOKENS` for each
-    sequence, at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`. On a
-    card it takes all the memory that is left.
+    `room` is the cache that memory allows. The default context is the model's own if the cache can hold one. The cache
+    then has `SHARED_TOKENS` for each sequence, at least one whole context, and at most half of the memory that the
+    weights leave, or `num_blocks`. On a card it takes all the memory that is left.
     """
     if spec.build_seq:
         blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-        return spec.build_seq, blocks, "set by build_seq"
+        return spec.build_seq, blocks, "set by build_seq", False
     own, reason = config.max_context, "the model's own"
     if own > MOST_CONTEXT:
         own, reason = MOST_CONTEXT, f"of the model's {own}; build_seq or --context may ask for more"
@@ -259,7 +307,7 @@ def _find_context(
         context = max(most // block_size * block_size, min(own, LEAST_CONTEXT))
         own, reason = context, f"of the model's {config.max_context}, limited by {bound}"
     shared = (most if is_filled else min(spec.build_batch * SHARED_TOKENS, most)) // block_size
-    return own, spec.num_blocks or max(math.ceil(own / block_size), shared), reason
+    return own, spec.num_blocks or max(math.ceil(own / block_size), shared), reason, is_filled
 
 
 class CacheRoom(NamedTuple):
@@ -270,19 +318,30 @@ class CacheRoom(NamedTuple):
     is_filled: bool = False
 
 
-def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> CacheRoom:
-    """How many tokens of KV cache fit into the memory that the weights leave. Each rank has a card of its own."""
+def find_cards(spec: ModelSpec, engine: EngineConfig) -> list[CardMemory]:
+    """The memory of the ranks' cards in this machine; empty on the CPU, and where a card does not report it."""
+    devices = [select_device(engine.device, spec.devices[0])]
+    for index in spec.devices[1:]:
+        with suppress(ConfigError):  # it is in another machine
+            devices.append(select_device(engine.device, index))
+    return [card for card in map(device_memory, devices) if card is not None]
+
+
+def _cache_room(
+    engine: EngineConfig, cards: Sequence[CardMemory], ranks: Sequence[RankSizes], reserved: int
+) -> CacheRoom:
+    """How many tokens of KV cache fit into the memory that the weights and `reserved` bytes leave. Each rank has a card
+    of its own; the fullest one decides."""
     weights, per_token = (sum(each) for each in zip(*map(msgspec.structs.astuple, ranks), strict=True))
-    card = None if is_native else device_memory(select_device(engine.device))
-    if card is not None:
-        room = max(0, int(card.total * engine.gpu_memory_utilization) - (card.total - card.free))
-        memory, bound = room * len(ranks), "engine.gpu_memory_utilization of the card's memory"
+    if cards:
+        rooms = [int(card.total * engine.gpu_memory_utilization) - (card.total - card.free) for card in cards]
+        memory, bound = max(0, min(rooms)) * len(ranks), "engine.gpu_memory_utilization of the card's memory"
     else:
         memory, bound = find_memory().total, "memory"
     is_bound = 0 < engine.memory_gib * GIB < memory
     if is_bound:
         memory, bound = int(engine.memory_gib * GIB), "engine.memory_gib"
-    left = max(0, memory - weights)
-    if card is not None and not is_bound:
+    left = max(0, memory - weights - reserved)
+    if cards and not is_bound:
         return CacheRoom(left // per_token, bound, is_filled=True)
     return CacheRoom(left // 2 // per_token, bound)

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
-from brlite.backends.draft import check_draft
-from brlite.backends.sizes import Sizes, find_model, known_sizes, measure_checkpoint, with_draft
+from brlite.backends.draft import check_draft, refuse_guesses
+from brlite.backends.sizes import Sizes, find_model, known_sizes, measure_checkpoint
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.commands.given_config import is_model
@@ -116,7 +116,9 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     checkpoint = open_checkpoint(path, spec.model_file)
     model = check_model(checkpoint, spec)
-    sizes = with_draft(measure_checkpoint(checkpoint, spec, engine), spec, engine)
+    sizes = measure_checkpoint(checkpoint, spec, engine)
+    if not sizes.verifies_guesses:
+        refuse_guesses(spec, engine, "torch")
     origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
@@ -127,15 +129,22 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
 def describe(config: Config, reports: Sequence[ModelReport], available_bytes: int) -> Iterator[str]:
     """The lines about the models and their memory, then the warnings."""
     for report in reports:
-        yield from _describe_model(report)
-    known = [report.sizes for report in reports if report.sizes is not None]
-    total = sum(sizes.num_bytes for sizes in known)
-    at_once = min(total, int(config.engine.memory_gib * GIB) or total)
-    bound = f", at most {show_bytes(at_once)} at once" if at_once < total else ""
-    if known:
-        yield f"memory: {show_bytes(total)} for weights and KV cache{bound}; {show_bytes(available_bytes)} are free now"
-    if at_once > available_bytes:
-        yield "warning: this is more than is free; lower build_batch, build_seq or num_blocks"
+        yield from _describe_model(report, config.engine)
+    by_card: dict[tuple[int, ...], list[Sizes]] = {}  # () for the host
+    for report in reports:
+        if report.sizes is not None:
+            devices = () if report.sizes.free_bytes is None else report.spec.devices
+            by_card.setdefault(devices, []).append(report.sizes)
+    for devices, group in sorted(by_card.items()):
+        cards = f" of card{'s' * (len(devices) > 1)} {', '.join(map(str, devices))}" if devices else ""
+        total = sum(sizes.num_bytes for sizes in group)
+        free = (group[0].free_bytes or 0) if devices else available_bytes
+        at_once = min(total, int(config.engine.memory_gib * GIB) or total)
+        bound = f", at most {show_bytes(at_once)} at once" if at_once < total else ""
+        parts = "weights, KV cache and graphs" if devices else "weights and KV cache"
+        yield f"memory{cards}: {show_bytes(total)} for {parts}{bound}; {show_bytes(free)} are free now"
+        if at_once > free:
+            yield "warning: this is more than is free; lower build_batch, build_seq or num_blocks"
     yield from (f"warning: {warning}" for warning in config_warnings(config))
 
 
@@ -154,7 +163,7 @@ def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
         yield f"  or else   {', '.join(target.fallbacks)}"
 
 
-def _describe_model(report: ModelReport) -> Iterator[str]:
+def _describe_model(report: ModelReport, engine: EngineConfig) -> Iterator[str]:
     spec, sizes = report.spec, report.sizes
     yield f"model {spec.name}"
     yield f"  from      {report.origin}"
@@ -170,6 +179,10 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
         yield f"            ({named}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
+    if sizes.graph_bytes:
+        yield f"  graphs    {show_bytes(sizes.graph_bytes)} at most, for steps without a prompt"
+    if sizes.runs_ahead:
+        yield f"  guesses   {_describe_guesses(spec, sizes, engine)}"
     if spec.draft is not None and (draft := sizes.draft) is not None:
         memory = f"{show_bytes(draft.weight_bytes)} of weights and {show_bytes(draft.kv_bytes)} of KV cache"
         yield f"  draft     {spec.draft.path}: {memory}, precision {draft.precision}"
@@ -178,3 +191,13 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
         word = "ranks" if number == 0 else ""
         weights, kv = show_bytes(rank.weight_bytes), show_bytes(rank.kv_bytes_per_token * num_tokens)
         yield f"  {word:<9} {number}: {weights} of the weights, {kv} of the KV cache"
+
+
+def _describe_guesses(spec: ModelSpec, sizes: Sizes, engine: EngineConfig) -> str:
+    """What `speculation` chooses for a model whose steps are launched ahead."""
+    if engine.speculation == "off":
+        return "none: engine.speculation is off"
+    if sizes.verifies_guesses and engine.guesses_text(has_draft=spec.draft is not None, runs_ahead=sizes.runs_ahead):
+        return "of a draft model and of repeated text" if spec.draft is not None else "of repeated text"
+    more = '; engine.speculation = "on" guesses text, too' if sizes.verifies_guesses else ""
+    return f"only tokens that a grammar forces{more}"

@@ -176,6 +176,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """The maximum number of tokens of a step: the option if set, else the backend's `preferred`."""
         return self.max_num_batched_tokens or preferred
 
+    def guesses_text(self, *, has_draft: bool, runs_ahead: bool) -> bool:
+        """Whether a backend that verifies guesses gets those of text; `runs_ahead`: it launches steps ahead."""
+        return self.speculation == "on" or (self.speculation == "auto" and (has_draft or not runs_ahead))
+
 
 class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A smaller model of the same vocabulary, which guesses tokens for the served one to verify."""

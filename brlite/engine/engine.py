@@ -115,9 +115,8 @@ class Engine:
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
         self.draft_model = None if draft_backend is None else DraftModel(draft_backend, info)
-        self.may_guess = info.verifies_guesses and (
-            config.speculation == "on"
-            or (config.speculation == "auto" and (draft_backend is not None or not info.can_run_ahead))
+        self.may_guess = info.verifies_guesses and config.guesses_text(
+            has_draft=draft_backend is not None, runs_ahead=info.can_run_ahead
         )
         self._wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
         self._has_model_guesses = False  # in the next step

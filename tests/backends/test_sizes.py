@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from brlite.backends import sizes
 from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, GIB, Sizes, measure
-from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.backends.torch.device import RULES, CardMemory
+from brlite.config.options import Config, DraftConfig, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.process.machine import Memory
 from brlite.sampling_params import SamplingParams
@@ -71,6 +73,89 @@ def test_num_blocks_alone_limits_the_context() -> None:
 
     assert (found.context, found.num_blocks) == (3200, 200)
     assert found.context_reason == "of the model's 8192, limited by num_blocks"
+
+
+CARD = CardMemory(total=80 * GIB, free=70 * GIB)
+LLAMA_8B = {
+    **DEFAULT_MODEL_CONFIG,
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> dict[int, CardMemory]:
+    """The CPU in the place of CUDA cards with this memory."""
+    memory = {0: CARD, 1: CARD}
+    monkeypatch.setattr(sizes, "select_device", lambda name, index=0: index)
+    monkeypatch.setattr(sizes, "device_memory", memory.__getitem__)
+    monkeypatch.setattr(sizes, "compute_dtype", lambda *_: SimpleNamespace(itemsize=2))
+    monkeypatch.setattr(sizes, "rules_for", lambda _: RULES["cuda"])
+    return memory
+
+
+def on_card(engine: dict[str, Any] | None = None, **spec: Any) -> Sizes:
+    return measure(LLAMA_8B, ModelSpec(**spec), EngineConfig(backend="torch", **(engine or {})))
+
+
+@pytest.mark.usefixtures("cards")
+def test_weights_graphs_and_the_cache_fill_the_share_of_a_card() -> None:
+    found, eager = on_card(build_batch=64), on_card({"torch_kernels": "eager"}, build_batch=64)
+
+    share = 0.9 * CARD.total - (CARD.total - CARD.free)
+    for each in (found, eager):
+        assert share - each.block_size * each.kv_bytes_per_token < each.num_bytes <= share
+    assert eager.graph_bytes == 0
+    assert 0.1 * GIB < found.graph_bytes < GIB
+    assert found.num_blocks < eager.num_blocks
+    assert found.free_bytes == CARD.free
+
+
+def test_the_memory_is_that_of_the_models_card(cards: dict[int, CardMemory]) -> None:
+    cards[0] = CARD._replace(free=0)
+
+    assert on_card(devices=(1,)).kv_bytes > 40 * GIB
+    assert "limited by engine.gpu_memory_utilization" in on_card(devices=(0,)).context_reason
+
+
+def test_of_ranks_the_fullest_card_decides(cards: dict[int, CardMemory]) -> None:
+    cards[1] = CARD._replace(free=20 * GIB)
+
+    found = on_card(tensor_parallel=2)
+
+    assert found.graph_bytes == 0  # ranks have none
+    assert found.num_bytes <= 2 * (0.9 * CARD.total - (CARD.total - 20 * GIB))
+
+
+@pytest.mark.usefixtures("cards")
+def test_the_cache_on_a_card_leaves_room_for_the_draft_model(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "served")
+    draft = write_tiny_model(tmp_path / "draft")
+    spec = ModelSpec(name="m", path=str(folder), draft=DraftConfig(path=str(draft)))
+
+    found = sizes.sizes_at(folder, spec, EngineConfig(backend="torch"))
+
+    assert found.draft is not None
+    assert found.draft.num_bytes > 2**20
+    assert found.num_bytes <= 0.9 * CARD.total - (CARD.total - CARD.free)
+
+
+@pytest.mark.usefixtures("cards")
+@pytest.mark.parametrize(
+    ("kernels", "tensor_parallel", "expected"),
+    [("auto", 1, (True, True)), ("eager", 1, (False, True)), ("auto", 2, (True, False))],
+)
+def test_what_a_card_does_with_guesses_is_known_before_a_model_is_loaded(
+    kernels: str, tensor_parallel: int, expected: tuple[bool, bool]
+) -> None:
+    found = on_card({"torch_kernels": kernels}, tensor_parallel=tensor_parallel)
+
+    assert (found.verifies_guesses, found.runs_ahead) == expected
 
 
 def test_an_endless_context_is_asked_for_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from brlite.backends.sizes import Sizes
@@ -87,27 +88,71 @@ def test_a_path_that_leads_nowhere_is_refused(tmp_path):
         inspect_model(ModelSpec(name="tiny", path=str(tmp_path / "absent")), FLOAT32)
 
 
+SIZES = Sizes(
+    num_parameters=1000,
+    max_context=64,
+    context=64,
+    context_reason="the model's own",
+    dtype="float32",
+    precision="bf16",
+    weight_bytes=4000,
+    kv_dtype="float32",
+    kv_bytes_per_token=10,
+    num_blocks=10,
+    block_size=10,
+)
+
+
 def test_more_memory_than_is_free_is_a_warning():
-    sizes = Sizes(
-        num_parameters=1000,
-        max_context=64,
-        context=64,
-        context_reason="the model's own",
-        dtype="float32",
-        precision="bf16",
-        weight_bytes=4000,
-        kv_dtype="float32",
-        kv_bytes_per_token=10,
-        num_blocks=10,
-        block_size=10,
-    )
-    report = ModelReport(spec=ModelSpec(), origin="here", sizes=sizes)
+    report = ModelReport(spec=ModelSpec(), origin="here", sizes=SIZES)
 
     enough = list(describe(Config(), [report], 5000))
     too_little = list(describe(Config(), [report], 4999))
 
     assert enough[-1] == "memory: 5 kB for weights and KV cache; 5 kB are free now"
     assert too_little[-1].startswith("warning: this is more than is free")
+
+
+def test_the_memory_of_models_on_a_card_is_compared_with_that_of_the_card():
+    sizes = msgspec.structs.replace(SIZES, graph_bytes=500, free_bytes=6000, runs_ahead=True)
+    on_card, on_host = (ModelReport(spec=ModelSpec(devices=(1,)), origin="here", sizes=each) for each in (sizes, SIZES))
+
+    alone = list(describe(Config(), [on_card], 0))
+    together = list(describe(Config(), [on_card, on_card, on_host], 5000))
+
+    assert "  graphs    500 B at most, for steps without a prompt" in alone
+    assert alone[-1] == "memory of card 1: 5.5 kB for weights, KV cache and graphs; 6 kB are free now"
+    assert together[-3:-1] == [
+        "memory: 5 kB for weights and KV cache; 5 kB are free now",
+        "memory of card 1: 11 kB for weights, KV cache and graphs; 6 kB are free now",
+    ]
+    assert together[-1].startswith("warning: this is more than is free")
+
+
+@pytest.mark.parametrize(
+    ("speculation", "verifies_guesses", "expected"),
+    [
+        ("auto", True, 'only tokens that a grammar forces; engine.speculation = "on" guesses text, too'),
+        ("auto", False, "only tokens that a grammar forces"),
+        ("on", True, "of repeated text"),
+        ("off", True, "none: engine.speculation is off"),
+    ],
+)
+def test_what_speculation_chooses_on_a_card_is_said(speculation, verifies_guesses, expected):
+    sizes = msgspec.structs.replace(SIZES, runs_ahead=True, verifies_guesses=verifies_guesses)
+    report = ModelReport(spec=ModelSpec(), origin="here", sizes=sizes)
+
+    lines = list(describe(Config(engine=EngineConfig(speculation=speculation)), [report], 5000))
+
+    assert f"  guesses   {expected}" in lines
+
+
+@pytest.mark.torch
+def test_guesses_that_the_backend_cannot_verify_are_refused_before_the_start(model):
+    engine = EngineConfig(backend="torch", device="cpu", dtype="float32", speculation="on")
+
+    with pytest.raises(ConfigError, match='speculation is "on", but the torch backend cannot verify guesses'):
+        inspect_model(ModelSpec(name="tiny", path=str(model)), engine)
 
 
 def test_a_budget_bounds_what_is_needed_at_once(tmp_path, model, capsys):

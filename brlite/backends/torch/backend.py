@@ -31,11 +31,12 @@ from brlite.backends.torch.device import (
     select_device,
 )
 from brlite.backends.torch.draws import can_draw, draw
+from brlite.backends.torch.graph_memory import most_rows
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import MemoryNeeds, held_forms, load_model, num_cache_blocks
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import ProbedModel, probe_device
-from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
+from brlite.backends.torch.steps import ComputedStep, LastDraws, StepLimits, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
@@ -129,9 +130,8 @@ class TorchBackend:
         if rules.has_triton:
             plan.report(0.0, "compiling kernels and capturing steps")
         with needs.explained("kernels and graphs", "lower num_blocks or engine.gpu_memory_utilization"):
-            steps, notes = choose_steps(
-                decoder, cache, engine.torch_kernels, max_rows=most_rows(plan), max_length=spec.build_seq
-            )
+            limits = StepLimits(most_rows(spec, engine), engine.step_tokens(rules.step_tokens), spec.build_seq)
+            steps, notes = choose_steps(decoder, cache, engine.torch_kernels, limits)
         if plan.shard is not None:  # the ranks join the logits of all draws in one call
             rules = rules._replace(runs_ahead=False)
         return cls(steps, _describe(steps, plan, notes), rules)
@@ -288,14 +288,6 @@ class TorchBackend:
         """The logits of some rows, on the device where tokens are drawn from them."""
         logits = self._steps.logits(step, rows)
         return logits if self._rules.samples else logits.cpu()
-
-
-def most_rows(plan: LoadPlan) -> int:
-    """The rows of the largest step without a prompt, a token of each sequence or guesses. Graphs have them."""
-    spec, engine = plan.spec, plan.engine
-    if engine.speculation == "off":
-        return spec.build_batch
-    return max(spec.build_batch, min(spec.build_batch, engine.max_draft_seqs) * (1 + engine.max_draft_tokens))
 
 
 def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:

@@ -8,7 +8,7 @@ from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import compute_capability, make_current, rules_for
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import SharedParameters
-from brlite.backends.torch.steps import EagerSteps, Steps
+from brlite.backends.torch.steps import EagerSteps, StepLimits, Steps
 from brlite.config.options import TorchKernels
 from brlite.errors import ConfigError
 
@@ -18,9 +18,9 @@ EAGER_NOTE = "slower than this card can be: torch's own operators compute, not o
 
 
 def choose_steps(
-    decoder: Decoder, cache: KVCache, kernels: TorchKernels, *, max_rows: int, max_length: int
+    decoder: Decoder, cache: KVCache, kernels: TorchKernels, limits: StepLimits
 ) -> tuple[Steps, list[str]]:
-    """The steps of a model, and notes for the operator. `max_rows` is the largest number of sequences of a step.
+    """The steps of a model, and notes for the operator. Kernels are compiled and graphs captured.
 
     Raises `ConfigError` if `kernels` is "triton" and our kernels cannot be used.
     """
@@ -34,9 +34,12 @@ def choose_steps(
     from brlite.backends.torch.triton.steps import GRAPH_NOTE, TritonSteps
 
     with torch.inference_mode():
-        steps = TritonSteps(decoder.config, decoder.parameters, cache, max_length=max_length)
-        is_shared = isinstance(decoder.parameters, SharedParameters)
-        failure = "tensor_parallel is above 1" if is_shared else steps.capture(max_rows)
+        steps = TritonSteps(decoder.config, decoder.parameters, cache, max_length=limits.length)
+        if isinstance(decoder.parameters, SharedParameters):  # the ranks cannot communicate yet
+            failure: str | None = "tensor_parallel is above 1"
+        else:
+            failure = steps.capture(limits.rows)
+            steps.warm_up(limits)
     return steps, [GRAPH_NOTE.format(reason=failure)] if failure else []
 
 

@@ -192,13 +192,18 @@ class CardMemory(NamedTuple):
 
 
 def device_memory(device: torch.device) -> CardMemory | None:
-    """The memory of a card. None for the CPU and for a runtime that does not report it; without a report of free memory
-    all counts as free."""
+    """The memory of a card; what torch keeps unused is free. None for the CPU and for a runtime that reports none.
+
+    Without a report of free memory all counts as free.
+    """
     runtime = _runtime(device.type) if device.type != "cpu" else None
     get_info = getattr(runtime, "mem_get_info", None)
     if get_info is not None:
         free, total = get_info(device)
-        return CardMemory(int(total), int(free))
+        # torch keeps what models that were unloaded had, for later tensors.
+        kept = [getattr(runtime, f"memory_{state}", None) for state in ("reserved", "allocated")]
+        reserved, allocated = (0 if count is None else int(count(device)) for count in kept)
+        return CardMemory(int(total), int(free) + reserved - allocated)
     get_properties = getattr(runtime, "get_device_properties", None)
     total = None if get_properties is None else getattr(get_properties(device), "total_memory", None)
     return None if total is None else CardMemory(total, total)
@@ -209,6 +214,16 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     import torch
 
     return torch.cuda.get_device_capability(device)
+
+
+def shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program on a card may have; 0 if that is not known."""
+    import torch
+
+    if device.type == "cpu":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return max(0, getattr(properties, "shared_memory_per_multiprocessor", 0) - 1024)  # a block's own 1 KiB
 
 
 def host_device() -> torch.device:

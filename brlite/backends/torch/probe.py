@@ -29,7 +29,7 @@ from brlite.backends.torch.draws import draw
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, random_codes, store_codes_, store_rows_
-from brlite.backends.torch.steps import LastDraws
+from brlite.backends.torch.steps import LastDraws, StepLimits
 from brlite.config.options import TorchKernels
 from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
 from brlite.errors import ConfigError
@@ -160,7 +160,7 @@ def _compute(model: ProbedModel, device: torch.device, dtype: torch.dtype) -> Te
     num_blocks = MAX_LENGTH // BLOCK_SIZE
     cache = KVCache(model.config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=model.kv_dtype, device=device)
     decoder = _decoder(model, device, dtype)
-    steps, _ = choose_steps(decoder, cache, model.kernels, max_rows=4, max_length=MAX_LENGTH)
+    steps, _ = choose_steps(decoder, cache, model.kernels, StepLimits(4, BLOCK_SIZE, MAX_LENGTH))
     tables = (range(num_blocks), range(num_blocks, 2 * num_blocks))
     logits: list[Tensor] = []
     with torch.inference_mode():

@@ -50,6 +50,14 @@ class LastDraws(NamedTuple):
     sources: Sequence[int]
 
 
+class StepLimits(NamedTuple):
+    """The most `rows` of a step without a prompt, the most `tokens` of any step, and the `length` of a context."""
+
+    rows: int
+    tokens: int
+    length: int
+
+
 class Steps(Protocol):
     """Computes steps of one model with one cache. Nothing waits for the device."""
 

@@ -17,7 +17,7 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import SharedParameters
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.probe import PLAIN_CONFIG
-from brlite.backends.torch.steps import EagerSteps, Steps
+from brlite.backends.torch.steps import EagerSteps, StepLimits, Steps
 from brlite.config.options import TorchKernels
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig
@@ -32,7 +32,7 @@ def make_model(
 
 
 def choose(kernels: TorchKernels, dtype: torch.dtype = torch.bfloat16) -> tuple[Steps, list[str]]:
-    return choose_steps(*make_model(dtype=dtype), kernels=kernels, max_rows=2, max_length=8)
+    return choose_steps(*make_model(dtype=dtype), kernels, StepLimits(rows=2, tokens=4, length=8))
 
 
 @pytest.fixture

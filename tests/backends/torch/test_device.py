@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from brlite.backends.torch.device import (
+    CardMemory,
     compute_dtype,
     computes_on_cpu,
     describe_device,
+    device_memory,
     host_device,
     prepare_environment,
     rules_for,
@@ -169,3 +171,11 @@ def test_only_the_device_module_names_a_device(path: Path) -> None:
     names_one = bool(DEVICE_WORDS.search(path.read_text()))
 
     assert names_one == (path.name == "device.py")
+
+
+def test_memory_that_torch_keeps_after_a_model_was_unloaded_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"mem_get_info": (20, 80), "memory_reserved": 50, "memory_allocated": 10}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+
+    assert device_memory(torch.device("cuda:1")) == CardMemory(total=80, free=60)

@@ -1,9 +1,10 @@
 """Attention over the paged cache, for prompt chunks and single tokens alike, with bits that do not depend on the batch.
 
 A row's keys are read in splits of SPLIT positions, counted from position 0 of its sequence, and within a split in
-tiles of BLOCK_KEYS, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The results of the splits are
-merged in order. For single tokens one program computes a tile of rows over one split, and `merge_kernel` merges, so
-that a long context uses the whole card. For chunks one program computes all splits of a tile and merges them itself.
+tiles of BLOCK_KEYS (32 or 64, by head and card), with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The
+results of the splits are merged in order. For single tokens one program computes a tile of rows over one split, and
+`merge_kernel` merges, so that a long context uses the whole card. For chunks one program computes all splits of a tile
+and merges them itself.
 Masked keys have a weight of exactly zero, so a row's result does not depend on the other rows of its tile.
 """
 
@@ -17,18 +18,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from brlite.backends.torch.graph_memory import MIN_SPLIT, split_size
 from brlite.backends.torch.triton.inputs import StepInputs
 from brlite.backends.torch.triton.precision import DOT, widen
+from brlite.models.config import ModelConfig
 
-MIN_SPLIT = 256
-MAX_SPLITS = 64
-BLOCK_KEYS = 64
+LARGE_HEAD_SHARED = 147_456  # bytes that a tile of 128 rows and 64 keys of heads above 128 takes at the least
 
 
-class HeadsShape(NamedTuple):
+class AttentionShape(NamedTuple):
+    """The heads of a model, the positions of a split, and the keys of a tile with the tiles that are loaded at once."""
+
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    split: int = MIN_SPLIT
+    keys: int = 64
+    stages: int = 2
+
+    @classmethod
+    def of(cls, config: ModelConfig, max_length: int, shared_memory: int) -> AttentionShape:
+        """The shape for contexts up to `max_length`, on a card whose programs may have `shared_memory` bytes."""
+        is_small = config.head_dim > 128 and shared_memory < LARGE_HEAD_SHARED
+        tile = (32, 1) if is_small else (64, 2)
+        return cls(config.num_heads, config.num_kv_heads, config.head_dim, split_size(max_length), *tile)
+
+    @property
+    def group_size(self) -> int:
+        return self.num_heads // self.num_kv_heads
 
 
 class LayerPages(NamedTuple):
@@ -38,11 +55,6 @@ class LayerPages(NamedTuple):
     values: Tensor
     key_scales: Tensor | None
     value_scales: Tensor | None
-
-
-def split_size(max_length: int) -> int:
-    """The positions of a split, for a model of contexts up to `max_length`."""
-    return max(MIN_SPLIT, int(triton.next_power_of_2(-(-max_length // MAX_SPLITS))))
 
 
 def tile_tokens(group_size: int) -> int:
@@ -59,6 +71,71 @@ def _corrections(best, other_best):
 
 
 @triton.jit
+def _keys_seen(first_key, positions, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Which of BLOCK_KEYS keys from position `first_key` on each row sees: [BLOCK_ROWS, BLOCK_KEYS]."""
+    key_positions = first_key + tl.arange(0, BLOCK_KEYS)
+    is_seen = key_positions[None, :] <= positions[:, None]
+    if WINDOW > 0:
+        is_seen &= key_positions[None, :] > positions[:, None] - WINDOW
+    return is_seen
+
+
+@triton.jit
+def _attend_split(
+    q,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    table,
+    kv_head,
+    positions,
+    first,
+    last,
+    end,
+    scale,
+    WINDOW: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of q [BLOCK_ROWS, BLOCK_DIM] to the keys from position `first` to `last`; `end` is the context's.
+
+    Returns the largest scaled score of each row, the sum of the softmax weights relative to it, and that of the values.
+    """
+    dims = tl.arange(0, q.shape[1])
+    best = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    weight = tl.zeros([q.shape[0]], tl.float32)
+    values_sum = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
+    for first_key in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
+        key_positions = first_key + tl.arange(0, BLOCK_KEYS)
+        is_key = key_positions < end
+        blocks = tl.load(table + key_positions // BLOCK_SIZE, mask=is_key, other=0)
+        slots = (blocks.to(tl.int64) * BLOCK_SIZE + key_positions % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
+        pages = slots[:, None] * HEAD_DIM + dims[None, :]
+        is_value = is_key[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(keys + pages, mask=is_value, other=0)
+        scores = tl.dot(q, tl.trans(widen(k) if IS_INT8 else k.to(DOT))) * scale
+        if IS_INT8:
+            scores *= tl.load(key_scales + slots, mask=is_key, other=0)[None, :]
+        scores = tl.where(_keys_seen(first_key, positions, WINDOW, BLOCK_KEYS), scores, float("-inf"))
+        new_best, correction, _ = _corrections(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - tl.where(new_best == float("-inf"), 0.0, new_best)[:, None])
+        weight = weight * correction + tl.sum(weights, axis=1)
+        v = tl.load(values + pages, mask=is_value, other=0)
+        if IS_INT8:
+            weights *= tl.load(value_scales + slots, mask=is_key, other=0)[None, :]
+        values_sum = tl.dot(
+            weights.to(tl.bfloat16).to(DOT), widen(v) if IS_INT8 else v.to(DOT), values_sum * correction[:, None]
+        )
+        best = new_best
+    return best, weight, values_sum
+
+
+@triton.jit(do_not_specialize=("table_width", "num_singles"))
 def attention_kernel(
     query,
     keys,
@@ -122,49 +199,19 @@ def attention_kernel(
         last_split = split + 1
 
     dims = tl.arange(0, BLOCK_DIM)
-    is_dim = dims < HEAD_DIM
-    q = tl.load(
-        query + (rows * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :],
-        mask=is_row[:, None] & is_dim[None, :],
-        other=0,
-    ).to(DOT)
-    scale = softmax_scale * 1.4426950408889634
+    is_place = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    places = rows * NUM_HEADS + heads
+    q = tl.load(query + places[:, None] * HEAD_DIM + dims[None, :], mask=is_place, other=0).to(DOT)
     total_best = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total_weight = tl.zeros([BLOCK_ROWS], tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     for split in range(first_split, last_split):
-        best = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_ROWS], tl.float32)
-        values_sum = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-        first = tl.maximum(split * SPLIT, begin // BLOCK_KEYS * BLOCK_KEYS)
-        last = tl.minimum((split + 1) * SPLIT, end)
-        for first_key in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
-            key_positions = first_key + tl.arange(0, BLOCK_KEYS)
-            is_key = key_positions < end
-            blocks = tl.load(tables + seq * table_width + key_positions // BLOCK_SIZE, mask=is_key, other=0)
-            slots = (blocks.to(tl.int64) * BLOCK_SIZE + key_positions % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
-            pages = slots[:, None] * HEAD_DIM + dims[None, :]
-            is_value = is_key[:, None] & is_dim[None, :]
-            k = tl.load(keys + pages, mask=is_value, other=0)
-            scores = tl.dot(q, tl.trans(widen(k) if IS_INT8 else k.to(DOT))) * scale
-            if IS_INT8:
-                scores *= tl.load(key_scales + slots, mask=is_key, other=0)[None, :]
-            is_seen = key_positions[None, :] <= positions[:, None]
-            if WINDOW > 0:
-                is_seen &= key_positions[None, :] > positions[:, None] - WINDOW
-            scores = tl.where(is_seen, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            reference = tl.where(new_best == float("-inf"), 0.0, new_best)
-            weights = tl.exp2(scores - reference[:, None])
-            correction = tl.exp2(best - reference)
-            weight = weight * correction + tl.sum(weights, axis=1)
-            v = tl.load(values + pages, mask=is_value, other=0)
-            if IS_INT8:
-                weights *= tl.load(value_scales + slots, mask=is_key, other=0)[None, :]
-            values_sum = tl.dot(
-                weights.to(tl.bfloat16).to(DOT), widen(v) if IS_INT8 else v.to(DOT), values_sum * correction[:, None]
-            )
-            best = new_best
+        best, weight, values_sum = _attend_split(
+            q, keys, values, key_scales, value_scales, tables + seq * table_width, kv_head, positions,
+            tl.maximum(split * SPLIT, begin // BLOCK_KEYS * BLOCK_KEYS), tl.minimum((split + 1) * SPLIT, end), end,
+            softmax_scale * 1.4426950408889634,
+            WINDOW, IS_INT8, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, STAGES,
+        )  # fmt: skip
         if IS_PART:
             total_best = best
             total_weight = weight
@@ -173,7 +220,6 @@ def attention_kernel(
             total_best, correction, new_correction = _corrections(total_best, best)
             total_weight = total_weight * correction + weight * new_correction
             total = total * correction[:, None] + values_sum * new_correction[:, None]
-    places = rows * NUM_HEADS + heads
     if IS_PART:
         places += tl.program_id(2).to(tl.int64) * num_singles * NUM_HEADS
         tl.store(part_best + places, total_best, mask=is_row)
@@ -181,10 +227,10 @@ def attention_kernel(
         result = total
     else:
         result = (total / total_weight[:, None]).to(tl.bfloat16)
-    tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=is_row[:, None] & is_dim[None, :])
+    tl.store(out + places[:, None] * HEAD_DIM + dims[None, :], result, mask=is_place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_singles",))
 def merge_kernel(
     parts,
     part_best,
@@ -222,45 +268,42 @@ def merge_kernel(
     tl.store(out + place + dims, (total / total_weight).to(tl.bfloat16), mask=is_dim)
 
 
-def attend(
-    query: Tensor, pages: LayerPages, inputs: StepInputs, heads: HeadsShape, *, window: int, split: int
-) -> Tensor:
+def attend(query: Tensor, pages: LayerPages, inputs: StepInputs, shape: AttentionShape, *, window: int) -> Tensor:
     """Attention of every row of query [T, Hq, D] to its sequence's cache, its own key included: [T, Hq · D]."""
     num_rows, num_singles = inputs.num_rows, inputs.num_singles
-    group = heads.num_heads // heads.num_kv_heads
+    group = triton.next_power_of_2(shape.group_size)
     out = torch.empty_like(query)
-    shape = {
+    constants = {
         "WINDOW": window,
-        "NUM_HEADS": heads.num_heads,
-        "HEAD_DIM": heads.head_dim,
-        "BLOCK_DIM": max(16, triton.next_power_of_2(heads.head_dim)),
-        "SPLIT": split,
+        "NUM_HEADS": shape.num_heads,
+        "HEAD_DIM": shape.head_dim,
+        "BLOCK_DIM": max(16, triton.next_power_of_2(shape.head_dim)),
+        "SPLIT": shape.split,
+        "enable_fp_fusion": False,
     }
-    scale = 1 / math.sqrt(heads.head_dim)
 
     def launch(tiles: tuple[Tensor, Tensor], depth: int, target: tuple[Tensor | None, ...], **options: int) -> None:
-        attention_kernel[(len(tiles[0]), heads.num_kv_heads, depth)](
+        attention_kernel[(len(tiles[0]), shape.num_kv_heads, depth)](
             *(query, *pages, inputs.tables, *tiles, inputs.starts, inputs.lengths, inputs.first_rows, *target),
-            *(inputs.tables.shape[1], num_singles, scale),
-            **shape,
+            *(inputs.tables.shape[1], num_singles, 1 / math.sqrt(shape.head_dim)),
+            **constants,
             **options,
             IS_INT8=pages.key_scales is not None,
-            NUM_KV_HEADS=heads.num_kv_heads,
+            NUM_KV_HEADS=shape.num_kv_heads,
             BLOCK_SIZE=pages.keys.shape[1],
-            BLOCK_KEYS=BLOCK_KEYS,
-            enable_fp_fusion=False,
+            BLOCK_KEYS=shape.keys,
+            STAGES=shape.stages,
         )
 
     if num_singles:
-        splits = inputs.num_splits(split)
-        parts = query.new_empty((splits, num_singles, heads.num_heads, heads.head_dim), dtype=torch.float32)
-        sums = query.new_empty((2, splits, num_singles, heads.num_heads), dtype=torch.float32)
-        rows = max(16, triton.next_power_of_2(group))
-        launch(inputs.single_tiles, splits, (parts, *sums), IS_PART=True, BLOCK_ROWS=rows, STAGES=2, num_warps=4)
-        merge_kernel[(num_singles, heads.num_heads)](
-            parts, *sums, out, inputs.positions, num_singles, **shape, num_warps=1, enable_fp_fusion=False
+        splits = inputs.num_splits(shape.split)
+        sizes = (splits, num_singles, shape.num_heads)
+        parts = query.new_empty((*sizes, shape.head_dim), dtype=torch.float32)
+        best, weight = (query.new_empty(sizes, dtype=torch.float32) for _ in range(2))
+        launch(inputs.single_tiles, splits, (parts, best, weight), IS_PART=True, BLOCK_ROWS=max(16, group), num_warps=4)
+        merge_kernel[(num_singles, shape.num_heads)](
+            parts, best, weight, out, inputs.positions, num_singles, **constants, num_warps=1
         )
     if inputs.num_tiles:
-        rows = max(128, triton.next_power_of_2(group))
-        launch(inputs.tiles, 1, (out, None, None), IS_PART=False, BLOCK_ROWS=rows, STAGES=2, num_warps=8)
+        launch(inputs.tiles, 1, (out, None, None), IS_PART=False, BLOCK_ROWS=max(128, group), num_warps=8)
     return out.view(num_rows, -1)

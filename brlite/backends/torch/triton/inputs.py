@@ -1,6 +1,7 @@
 """The inputs of a step in one array of int32, which is copied to the card in one transfer.
 
-Sequences of a single token come first, in the order that they were given, then the longer runs.
+Sequences of a single token come first, in the order that they were given, then the longer runs. Each part of the array
+begins at a multiple of 16 bytes: Triton compiles a kernel again for a pointer that is aligned otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from brlite.backends.torch.device import send
 from brlite.backends.torch.steps import Run
 
 Integers = npt.NDArray[np.int32]
+
+_ALIGNED = 4  # numbers in 16 bytes
 
 
 class TokenRun(NamedTuple):
@@ -80,7 +83,7 @@ class StepLayout(NamedTuple):
         def take(*shape: int) -> Tensor:
             nonlocal rest
             size = int(np.prod(shape))
-            part, rest = rest[:size].view(shape), rest[size:]
+            part, rest = rest[:size].view(shape), rest[_padded(size) :]
             return part
 
         return StepInputs(
@@ -140,8 +143,17 @@ def lay_out(
     rows = np.empty(len(runs), np.int64)
     rows[order] = first_rows
     context = int((starts + lengths)[:num_singles].max(initial=0))
-    array = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
+    array = np.zeros(sum(_padded(part.size) for part in parts), np.int32)
+    begin = 0
+    for part in parts:
+        array[begin : begin + part.size] = part
+        begin += _padded(part.size)
     return StepLayout(array, rows.tolist(), num_rows, num_singles, len(tile_seqs), width, context)
+
+
+def _padded(size: int) -> int:
+    """`size` numbers, filled up so that the next part is aligned."""
+    return -(-size // _ALIGNED) * _ALIGNED
 
 
 def transfer(layout: StepLayout, device: torch.device) -> StepInputs:

@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from brlite.backends.torch.graph_memory import MAX_PARTS
 from brlite.backends.torch.parameters import GroupedLinear, Linear
 from brlite.backends.torch.triton.precision import DOT, dequantized
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.precision import MatrixForm
 
 MAX_NARROW_ROWS = 128  # with more rows, weights in groups are widened before the product
-MAX_PARTS = 8
 SEGMENT_STEP = 128  # a segment is a multiple of this number of inputs
 _WANTED_PROGRAMS = 264  # two for each of a large card's multiprocessors
 _NARROW_TILE = 64
@@ -175,7 +175,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def multiply_kernel(
     x,
     values,
@@ -223,7 +223,7 @@ def multiply_kernel(
     tl.store(pointers, total, mask=(outputs[:, None] < num_outputs) & (rows[None, :] < num_rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def gated_kernel(
     x,
     values,

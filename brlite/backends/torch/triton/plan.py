@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from brlite.backends.torch.device import shared_memory
 from brlite.backends.torch.kv_cache import FloatPages, Int8Pages, KVCache, Pages
 from brlite.backends.torch.parallel import Group, JoinedHead, SummedLinear
 from brlite.backends.torch.parameters import Parameters, scales_name
@@ -54,7 +55,7 @@ class TritonDecoder:
         self.parameters = parameters
         self.cache = cache
         self.device = parameters.named["embedding"].device
-        self.split = attention.split_size(max_length)
+        self._shape = attention.AttentionShape.of(config, max_length, shared_memory(self.device))
         self._rope = rope_tables(config.rope, max_length, self.device)
         self._network = build_network(config)
         head = parameters.linears[self._network.head.name]
@@ -150,9 +151,8 @@ class TritonDecoder:
             num_warps=1,
             enable_fp_fusion=False,
         )
-        heads_shape = attention.HeadsShape(config.num_heads, config.num_kv_heads, config.head_dim)
         pages = attention.LayerPages(keys, values, key_scales, value_scales)
-        return attention.attend(query, pages, inputs, heads_shape, window=operation.window or 0, split=self.split)
+        return attention.attend(query, pages, inputs, self._shape, window=operation.window or 0)
 
 
 def _tensors(pages: Pages) -> tuple[Tensor, Tensor | None]:

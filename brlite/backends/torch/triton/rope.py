@@ -47,7 +47,7 @@ def _store(pages, scales, place, heads, dims, is_there, HEAD_DIM: tl.constexpr, 
         tl.store(pages + place * HEAD_DIM + dims, heads.to(tl.bfloat16), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def store_heads_kernel(
     qkv,
     bias,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def add_norm_kernel(
     hidden,
     product,
@@ -46,7 +46,7 @@ def add_norm_kernel(
         tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def take_draws_kernel(token_ids, sources, drawn, num_rows, BLOCK: tl.constexpr):
     """token_ids [T] int32 = drawn [R] int64 at `sources` [T], where these are not negative."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

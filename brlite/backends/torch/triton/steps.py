@@ -9,6 +9,7 @@ scratch block, which is never read.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.device import make_current, send
+from brlite.backends.torch.device import device_errors, make_current, send
+from brlite.backends.torch.graph_memory import graph_rows
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Parameters
-from brlite.backends.torch.steps import ComputedStep, LastDraws, Run
+from brlite.backends.torch.steps import ComputedStep, LastDraws, Run, StepLimits
 from brlite.backends.torch.triton.attention import tile_tokens
 from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 from brlite.backends.torch.triton.plan import TritonDecoder
 from brlite.backends.torch.triton.rows import take_draws
 from brlite.engine.backend import MAX_DRAFT_TOKENS
 from brlite.models.config import ModelConfig
+from brlite.process.machine import show_bytes
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAPH_ROWS = 128
 MAX_SHORT_RUN = 1 + MAX_DRAFT_TOKENS  # tokens; as single tokens, longer runs would read too much of the cache
+WARM_UP_TOKENS = (17, 33, 65, 129)  # each in another row of `TILES`
 GRAPH_NOTE = "steps are not replayed from graphs, which costs time between kernels: {reason}"
+
+_CAPTURING = threading.Lock()  # torch can capture one graph at a time in a process
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class StepGraph:
 
 
 class TritonSteps:
-    """`Steps` for CUDA cards. Call `capture` before the first step; without it steps are correct but slower."""
+    """`Steps` for CUDA cards. They are slow, and the first ones by seconds, without `capture` and `warm_up`."""
 
     is_batch_invariant = True
 
@@ -93,27 +98,46 @@ class TritonSteps:
     def capture(self, max_rows: int) -> str | None:
         """Capture a graph for 1, 2, 4, … rows, up to `max_rows`. Returns why there are none, if that fails."""
         make_current(self.device)
-        began = time.monotonic()
-        sizes = [1 << power for power in range((min(max_rows, MAX_GRAPH_ROWS) - 1).bit_length() + 1)]
-        pool = torch.cuda.graph_pool_handle()
+        began, num_reserved = time.monotonic(), torch.cuda.memory_reserved(self.device)
+        sizes = graph_rows(max_rows)
         try:
-            for size in reversed(sizes):  # the largest first: the others reuse its memory from the pool
-                layout = lay_out([self._filler] * size, self.cache.block_size, 1, table_width=self._table_width)
-                array = torch.from_numpy(layout.array).to(self.device)
-                # A graph has the splits of the longest context; programs skip those beyond a row's context.
-                inputs = layout.on(array)._replace(max_context=self._max_length)
-                self._decoder.logits(self._decoder.forward(inputs))  # kernels are compiled outside of the capture
-                torch.cuda.synchronize(self.device)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    hidden = self._decoder.forward(inputs)
-                    logits = self._decoder.logits(hidden)
-                self._graphs[size] = StepGraph(graph, array, inputs, hidden, logits)
+            with _CAPTURING, device_errors():
+                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                # On a stream of this card: torch's own stream for captures is of the first card that captured.
+                for size in reversed(sizes):  # the largest first: the others reuse its memory from the pool
+                    layout = lay_out([self._filler] * size, self.cache.block_size, 1, table_width=self._table_width)
+                    array = torch.from_numpy(layout.array).to(self.device)
+                    # A graph has the splits of the longest context; programs skip those beyond a row's context.
+                    inputs = layout.on(array)._replace(max_context=self._max_length)
+                    self._decoder.logits(self._decoder.forward(inputs))  # kernels are compiled outside of the capture
+                    torch.cuda.synchronize(self.device)
+                    graph = torch.cuda.CUDAGraph()
+                    # thread_local: other models may compute and allocate memory meanwhile, on this card too.
+                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        hidden = self._decoder.forward(inputs)
+                        logits = self._decoder.logits(hidden)
+                    self._graphs[size] = StepGraph(graph, array, inputs, hidden, logits)
         except RuntimeError as error:  # torch's class for errors of drivers and memory
             self._graphs.clear()
             return " ".join(str(error).split())[:300]
-        logger.info("steps of up to %d rows were captured in %.1f s", sizes[-1], time.monotonic() - began)
+        num_bytes = torch.cuda.memory_reserved(self.device) - num_reserved
+        seconds = time.monotonic() - began
+        logger.info("steps of up to %d rows were captured in %.1f s, in %s", sizes[-1], seconds, show_bytes(num_bytes))
         return None
+
+    def warm_up(self, limits: StepLimits) -> None:
+        """Compile the kernels of steps that no graph has, up to the longest, and reserve the memory that they take.
+
+        The tokens are written to the scratch block. Raises torch's error if memory is too small for such a step.
+        """
+        make_current(self.device)
+        table = [self.cache.scratch_block] * self._table_width
+        for num_tokens in sorted({min(number, limits.tokens) for number in (*WARM_UP_TOKENS, limits.tokens)}):
+            starts = range(0, num_tokens, limits.length)
+            runs = [TokenRun(0, [0] * min(limits.length, num_tokens - start), table) for start in starts]
+            layout = lay_out(runs, self.cache.block_size, self._tile_tokens)
+            hidden = self._decoder.forward(transfer(layout, self.device))
+            self._decoder.logits(hidden[: limits.rows])
 
     @property
     def _filler(self) -> TokenRun:

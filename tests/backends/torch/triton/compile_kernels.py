@@ -1,6 +1,7 @@
 """Compile kernels for cards that need not be there: `compile_kernels.py CAPABILITY:NAME …`, such as 90:merge.
 
-Prints how often the code of each has some instructions, as JSON. Not for Triton's interpreter.
+Prints how often the code of each has some instructions, and its bytes of shared memory, as JSON. Not for Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from brlite.backends.torch.triton.attention import BLOCK_KEYS, MIN_SPLIT, attention_kernel, merge_kernel
+from brlite.backends.torch.graph_memory import MIN_SPLIT
+from brlite.backends.torch.triton.attention import attention_kernel, merge_kernel
 from brlite.backends.torch.triton.multiply import gated_kernel, multiply_kernel
 from brlite.backends.torch.triton.rope import store_heads_kernel
 from brlite.backends.torch.triton.rows import add_norm_kernel, take_draws_kernel
 
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # bytes that a program may have, by compute capability
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "fma.rn.bf16x2")
 # What arguments are, by their names; a kernel's other arguments are constants, None where they are not given.
 POINTERS = {
@@ -35,7 +38,9 @@ MANY_ROWS = {"IS_EVEN": True, "BLOCK_OUTPUTS": 128, "BLOCK_ROWS": 128, "BLOCK_IN
 PART = {"IS_PART": True, "HAS_SEGMENTS": False}
 SEGMENTS = {"IS_PART": False, "HAS_SEGMENTS": True}
 HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_DIM": 128}
-ATTENTION = {**HEADS, "WINDOW": 0, "BLOCK_SIZE": 16, "BLOCK_KEYS": BLOCK_KEYS, "SPLIT": MIN_SPLIT, "STAGES": 2}
+ATTENTION = {**HEADS, "WINDOW": 0, "BLOCK_SIZE": 16, "BLOCK_KEYS": 64, "SPLIT": MIN_SPLIT, "STAGES": 2}
+LARGE_HEADS = {**ATTENTION, "HEAD_DIM": 256, "BLOCK_DIM": 256, "BLOCK_KEYS": 32, "STAGES": 1}  # where 64 do not fit
+MANY_GATED = {**MANY_ROWS, "BLOCK_OUTPUTS": 64, "BLOCK_ROWS": 256, "HAS_BIAS": True}
 STORED = {**HEADS, "NUM_PARTS": 2, "ROTARY_DIM": 128, "IS_INTERLEAVED": False, "HAS_BIAS": False, "HAS_NORM": True}
 NO_SCALES = {"scales": None}
 WORDS = {"values": "*i32", "up_values": "*i32"}
@@ -79,6 +84,24 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         {**ATTENTION, "IS_PART": False, "IS_INT8": True, "BLOCK_ROWS": 128, "part_best": None, "part_weight": None},
         8,
     ),
+    "attention of large heads": (
+        attention_kernel,
+        {"keys": "*bf16", "values": "*bf16", "out": "*bf16"},
+        {
+            **LARGE_HEADS,
+            **dict.fromkeys(("key_scales", "value_scales", "part_best", "part_weight")),
+            "IS_PART": False,
+            "IS_INT8": False,
+            "BLOCK_ROWS": 128,
+        },
+        8,
+    ),
+    "gated many": (
+        gated_kernel,
+        {"values": "*bf16", "up_values": "*bf16", "out": "*bf16"},
+        {**MANY_GATED, **NO_SCALES, "up_scales": None, "FORM": "bfloat16"},
+        8,
+    ),
     "take draws": (take_draws_kernel, {}, {"BLOCK": 256}, 4),
     "merge": (merge_kernel, {"out": "*bf16"}, {**HEADS, "WINDOW": 0, "SPLIT": MIN_SPLIT}, 1),
     "add norm": (
@@ -91,7 +114,7 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
 
 
 def compiled_for(capability: int, name: str) -> dict[str, int]:
-    """How often the code of a kernel has each of `INSTRUCTIONS`."""
+    """How often the code of a kernel has each of `INSTRUCTIONS`, and its bytes of shared memory."""
     kernel, own_types, constants, num_warps = KERNELS[name]
     known = {argument: kind for kind, names in POINTERS.items() for argument in names.split()}
     types = {**known, **ALIGNED, **NUMBERS, **own_types}
@@ -108,8 +131,9 @@ def compiled_for(capability: int, name: str) -> dict[str, int]:
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return {instruction: code.count(instruction) for instruction in INSTRUCTIONS}
+    compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+    counts = {instruction: compiled.asm["ptx"].count(instruction) for instruction in INSTRUCTIONS}
+    return {**counts, "shared": compiled.metadata.shared}
 
 
 if __name__ == "__main__":

@@ -6,17 +6,17 @@ import itertools
 import random
 from typing import NamedTuple
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from brlite.backends.torch.kv_cache import Int8Pages
+from brlite.backends.torch.probe import PLAIN_CONFIG
 from brlite.backends.torch.triton.attention import (
-    MIN_SPLIT,
-    HeadsShape,
+    AttentionShape,
     LayerPages,
     attend,
-    split_size,
     tile_tokens,
 )
 from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
@@ -56,7 +56,7 @@ def slots_of(run: TokenRun) -> list[int]:
     return [run.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for position in context]
 
 
-def make_pages(shape: HeadsShape, runs: list[TokenRun], *, is_int8: bool = False) -> Pages:
+def make_pages(shape: AttentionShape, runs: list[TokenRun], *, is_int8: bool = False) -> Pages:
     """Pages in which all contexts have keys and values; what is beyond them is not a number."""
     generator = torch.Generator().manual_seed(1)
     size = (NUM_BLOCKS, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
@@ -77,7 +77,7 @@ def make_pages(shape: HeadsShape, runs: list[TokenRun], *, is_int8: bool = False
     return Pages(layer, *((page.values.double() * page.scales).flatten(0, 1) for page in stored))
 
 
-def make_query(shape: HeadsShape, inputs: StepInputs) -> Tensor:
+def make_query(shape: AttentionShape, inputs: StepInputs) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randn((inputs.num_rows, shape.num_heads, shape.head_dim), generator=generator).bfloat16()
 
@@ -93,7 +93,7 @@ def expected_rows(query: Tensor, pages: Pages, run: TokenRun, window: int) -> Te
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~is_seen, -torch.inf).softmax(dim=-1), values)
 
 
-def check(shape: HeadsShape, spans: list[tuple[int, int]], *, window: int = 0, is_int8: bool = False) -> None:
+def check(shape: AttentionShape, spans: list[tuple[int, int]], *, window: int = 0, is_int8: bool = False) -> None:
     """Each head of each row of a step comes out as expected."""
     runs = make_runs(spans)
     pages = make_pages(shape, runs, is_int8=is_int8)
@@ -101,7 +101,7 @@ def check(shape: HeadsShape, spans: list[tuple[int, int]], *, window: int = 0, i
     inputs = transfer(layout, torch.device("cpu"))
     query = make_query(shape, inputs)
 
-    found = attend(query, pages.layer, inputs, shape, window=window, split=MIN_SPLIT)
+    found = attend(query, pages.layer, inputs, shape, window=window)
 
     found = found.view_as(query).double()
     for run, first in zip(runs, layout.rows, strict=True):
@@ -114,32 +114,32 @@ def check(shape: HeadsShape, spans: list[tuple[int, int]], *, window: int = 0, i
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("window", [0, 20, 270])
 def test_chunks_and_single_tokens_see_their_own_sequence_over_all_splits(window: int, is_int8: bool) -> None:
-    check(HeadsShape(4, 2, 16), MIXED, window=window, is_int8=is_int8)
+    check(AttentionShape(4, 2, 16), MIXED, window=window, is_int8=is_int8)
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7])
 def test_query_heads_share_key_heads(group: int) -> None:
-    check(HeadsShape(2 * group, 2, 24), SHORT)
+    check(AttentionShape(2 * group, 2, 24), SHORT)
 
 
 @pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", [16, 24, 80])
 def test_heads_of_any_size(head_dim: int, is_int8: bool) -> None:
-    check(HeadsShape(2, 1, head_dim), SHORT, is_int8=is_int8)
+    check(AttentionShape(2, 1, head_dim), SHORT, is_int8=is_int8)
 
 
 def test_a_chunk_of_more_tokens_than_a_tile_has() -> None:
     assert tile_tokens(7) == 18
-    check(HeadsShape(7, 1, 16), [(250, 40), (3, 19)])
+    check(AttentionShape(7, 1, 16), [(250, 40), (3, 19)])
 
 
 def test_a_group_of_more_heads_than_the_narrowest_tile_has_rows() -> None:
-    check(HeadsShape(20, 1, 16), [(70, 1), (0, 9)])
+    check(AttentionShape(20, 1, 16), [(70, 1), (0, 9)])
 
 
 @pytest.mark.parametrize("window", [0, 20])
 def test_splits_beyond_a_context_change_nothing(window: int) -> None:
-    shape = HeadsShape(4, 2, 16)
+    shape = AttentionShape(4, 2, 16)
     runs = make_runs([(0, 1), (300, 1)])
     pages = make_pages(shape, runs)
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 1), torch.device("cpu"))
@@ -147,12 +147,30 @@ def test_splits_beyond_a_context_change_nothing(window: int) -> None:
     wider = transfer(lay_out(runs, BLOCK_SIZE, 1, table_width=64), torch.device("cpu"))
 
     plain, captured = (
-        attend(query, pages.layer, step, shape, window=window, split=MIN_SPLIT)
-        for step in (inputs, wider._replace(max_context=1024))
+        attend(query, pages.layer, step, shape, window=window) for step in (inputs, wider._replace(max_context=1024))
     )
 
     assert torch.equal(plain, captured)
 
 
 def test_a_split_is_longer_for_models_of_long_contexts() -> None:
-    assert [split_size(length) for length in (40, 16_384, 16_385, 131_072)] == [256, 256, 512, 2048]
+    lengths = (40, 16_384, 16_385, 131_072)
+    shapes = [AttentionShape.of(PLAIN_CONFIG, length, shared_memory=2**18) for length in lengths]
+
+    assert [shape.split for shape in shapes] == [256, 256, 512, 2048]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "shared_memory", "keys"), [(128, 101_376, 64), (256, 101_376, 32), (256, 166_912, 64), (192, 0, 32)]
+)
+def test_a_tile_has_fewer_keys_where_large_heads_would_not_fit_the_card(
+    head_dim: int, shared_memory: int, keys: int
+) -> None:
+    config = msgspec.structs.replace(PLAIN_CONFIG, head_dim=head_dim)
+
+    assert AttentionShape.of(config, 4096, shared_memory).keys == keys
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+def test_small_tiles_see_the_same(is_int8: bool) -> None:
+    check(AttentionShape(4, 2, 16, keys=32, stages=1), MIXED, window=270, is_int8=is_int8)

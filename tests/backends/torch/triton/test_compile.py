@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.torch.triton.compile_kernels import KERNELS
+from tests.backends.torch.triton.compile_kernels import KERNELS, SHARED_MEMORY
 from tests.limits import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[4]
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-NEW, OLD = 90, 80  # cards with asynchronous matrix units, and the first of those that the kernels are for
-NAMES = {NEW: set(KERNELS), OLD: {"multiply many", "gated int8", "attention part int8"}}
+# Cards with asynchronous matrix units, the first of those that the kernels are for, and those of least shared memory.
+NEW, OLD, SMALL = 90, 80, 86
+NAMES = {
+    NEW: set(KERNELS) - {"attention of large heads"},
+    OLD: {"multiply many", "gated int8", "attention part int8"},
+    SMALL: {"multiply many", "gated many", "attention int8", "attention of large heads"},
+}
 WIDENING = {"multiply few int8", "gated int8", "attention part int8", "attention int8"}
 
 Counts = dict[str, int]
@@ -45,11 +50,16 @@ def test_products_use_asynchronous_matrix_units_where_a_card_has_them(
     compiled: dict[tuple[int, str], Counts],
 ) -> None:
     products = {"multiply few", "multiply many", "multiply few int8", "gated int8", "attention int8"}
-    products |= {"multiply few int4", "gated int4"}
+    products |= {"multiply few int4", "gated int4", "gated many"}
 
     assert having(compiled, NEW, "wgmma.mma_async") == products
     assert having(compiled, NEW, "mma.sync") == {"attention part int8"}  # whose rows are too few for those
     assert having(compiled, OLD, "mma.sync") == NAMES[OLD]
+
+
+def test_every_tile_fits_the_shared_memory_of_the_card(compiled: dict[tuple[int, str], Counts]) -> None:
+    for (capability, name), counts in compiled.items():
+        assert counts["shared"] <= SHARED_MEMORY[capability], (capability, name)
 
 
 @pytest.mark.parametrize("capability", NAMES)

@@ -53,6 +53,17 @@ def test_every_row_has_its_token_its_position_and_its_slot(runs: list[TokenRun])
     assert inputs.num_rows == layout.num_rows == sum(len(run.token_ids) for run in runs)
 
 
+@given(step_runs(), st.integers(1, 9))
+def test_every_part_is_aligned_so_that_no_step_needs_a_kernel_of_its_own(
+    runs: list[TokenRun], tile_tokens: int
+) -> None:
+    inputs = transfer(lay_out(runs, BLOCK_SIZE, tile_tokens), CPU)
+
+    parts = [part for each in inputs for part in (each if isinstance(each, tuple) else (each,))]
+    offsets = {part.storage_offset() % 4 for part in parts if isinstance(part, torch.Tensor) and part.numel()}
+    assert offsets == {0}
+
+
 @given(step_runs())
 def test_every_sequence_has_its_span_and_its_table(runs: list[TokenRun]) -> None:
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 3), CPU)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from brlite.backends.torch.graph_memory import MAX_PARTS
 from brlite.backends.torch.parameters import GroupedLinear, Linear, Parameters
 from brlite.backends.torch.quantize import quantize_weight, random_codes, store_codes_
 from brlite.backends.torch.triton.multiply import (
     MAX_NARROW_ROWS,
-    MAX_PARTS,
     SEGMENT_STEP,
     Matrix,
     choose_tile,

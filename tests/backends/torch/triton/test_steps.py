@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +11,21 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brlite.backends.torch import choose_steps
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
+from brlite.backends.torch.graph_memory import DRIVER_BYTES, graph_bytes, graph_rows
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
-from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, Steps
+from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, StepLimits, Steps
 from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
 from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import ModelSpec
+from brlite.errors import BackendLost
 from brlite.models.config import KVDtype, ModelConfig
 from brlite.models.precision import PrecisionName
 from tests.load_plans import make_plan
@@ -202,18 +206,32 @@ def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
             torch.testing.assert_close(*written, rtol=1e-2, atol=1e-2)
 
 
+class FakeGraphs:
+    """`torch.cuda` as far as a capture uses it, with the CPU for a card. Notes how each graph is captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captures: list[dict[str, Any]] = []
+        fakes = {"graph_pool_handle": lambda: "pool", "Stream": lambda device: ("stream", device), "graph": self.graph}
+        for name, fake in {**fakes, "synchronize": lambda device: None, "CUDAGraph": object}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def graph(self, graph: object, **options: Any) -> AbstractContextManager[None]:
+        self.captures.append(options)
+        return nullcontext()
+
+
 def test_steps_that_cannot_be_captured_are_launched_and_the_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: torch.device) -> None:
         raise RuntimeError("CUDA error: out of memory\nwhile a graph was captured")
 
     monkeypatch.setattr(choose_steps, "compute_capability", lambda _: (8, 0))
     monkeypatch.setattr(choose_steps, "rules_for", lambda _: DeviceRules(has_triton=True))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    FakeGraphs(monkeypatch)
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     decoder = PLAIN.load()
 
     steps, notes = choose_steps.choose_steps(
-        decoder, make_cache(decoder.config, "bfloat16"), "auto", max_rows=1, max_length=LENGTH
+        decoder, make_cache(decoder.config, "bfloat16"), "auto", StepLimits(rows=1, tokens=4, length=LENGTH)
     )
 
     assert isinstance(steps, TritonSteps)
@@ -221,6 +239,71 @@ def test_steps_that_cannot_be_captured_are_launched_and_the_start_says_so(monkey
     assert note.startswith("steps are not replayed from graphs")
     assert note.endswith("CUDA error: out of memory while a graph was captured")
     assert logits_of(steps, runs_of(STEPS[0])).isfinite().all()
+
+
+def test_a_capture_is_on_a_stream_of_the_models_card_and_is_not_disturbed_by_other_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs, steps = FakeGraphs(monkeypatch), PLAIN.kernels()
+
+    assert steps.capture(3) is None
+
+    expected = {"pool": "pool", "stream": ("stream", DEVICE), "capture_error_mode": "thread_local"}
+    assert graphs.captures == [expected] * 3
+    assert sorted(steps._graphs) == [1, 2, 4]
+
+
+def test_a_card_that_is_lost_in_a_capture_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    FakeGraphs(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+
+    with pytest.raises(BackendLost, match="illegal memory access"):
+        PLAIN.kernels().capture(1)
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Adds up the memory of the tensors that a step makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "embedding", "_to_copy"):
+            self.num_bytes += made.nbytes
+        return made
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_the_memory_reserved_for_graphs_holds_what_a_step_of_one_layer_makes(num_rows: int) -> None:
+    steps = PLAIN.kernels()
+    layout = lay_out([steps._filler] * num_rows, BLOCK_SIZE, 1, table_width=steps._table_width)
+    inputs = layout.on(torch.from_numpy(layout.array))._replace(max_context=LENGTH)
+
+    with AllocatedBytes() as allocated, torch.inference_mode():
+        steps._decoder.logits(steps._decoder.forward(inputs))
+
+    reserved = graph_bytes(steps.config, num_rows, LENGTH) - len(graph_rows(num_rows)) * DRIVER_BYTES
+    assert reserved / 20 < allocated.num_bytes <= reserved
+
+
+def test_a_warm_up_computes_steps_of_each_tile_and_writes_to_no_block_of_a_sequence() -> None:
+    steps, computed = PLAIN.kernels(), list[int]()
+    forward = steps._decoder.forward
+
+    def counted(inputs: StepInputs) -> Tensor:
+        computed.append(inputs.num_rows)
+        return forward(inputs)
+
+    steps._decoder.forward = counted  # type: ignore[method-assign]
+    steps.warm_up(StepLimits(rows=2, tokens=40, length=LENGTH))
+
+    assert computed == [17, 33, 40]
+    layer = steps.cache.layers[0]
+    for pages in (layer.keys, layer.values):
+        assert not pages.read(torch.arange(NUM_BLOCKS + 1), torch.float32).any()
 
 
 def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
