@@ -12,10 +12,23 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
+// Whether weights of some rows are computed between the products of others: by units that do not multiply, at the same
+// time. AVX2 has too few registers for it (0.92x).
+#if defined(BRLITE_HAS_AVX512)
+constexpr bool OVERLAPS = true;
+#else
+constexpr bool OVERLAPS = false;
+#endif
+constexpr int PAGES_AT_ONCE = OVERLAPS ? 2 : 1;  // of weights
+
 // One thread's scratch memory. A row is one query head of one token; rows that share a key/value head form a tile.
 struct AttentionScratch {
     float scores[TILE_ROWS][CHUNK] __attribute__((aligned(64)));
-    float sums[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));    // of the current chunk
+    // By lane of a page. The largest score is that of all tokens of the chunk, seen or not.
+    float lane_scores[TILE_ROWS][LANES] __attribute__((aligned(64)));
+    float lane_sums[TILE_ROWS][LANES] __attribute__((aligned(64)));           // of weights
+    float lane_magnitudes[TILE_ROWS][LANES] __attribute__((aligned(64)));     // of int8: of weights times value scales
+    float sums[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));  // of the current chunk
     float totals[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));  // of all chunks so far
     union {
         int16_t ints[TILE_ROWS][CHUNK];
@@ -29,6 +42,7 @@ struct AttentionScratch {
     float weight_scales[TILE_ROWS];
     float peaks[TILE_ROWS], total_peaks[TILE_ROWS];
     float weight_sums[TILE_ROWS], total_weights[TILE_ROWS];
+    unsigned next_page, end_page;  // whose weights are computed next, counted through the pages of all rows
     const uint8_t* pages[BRLITE_CHUNK_PAGES];
 };
 
@@ -53,64 +67,33 @@ INLINE Bf16::Row* query_rows(AttentionScratch& s, Bf16) { return s.queries.bf16[
 INLINE int16_t* weight_rows(AttentionScratch& s, Int8) { return s.weights.ints[0]; }
 INLINE Bf16::Row* weight_rows(AttentionScratch& s, Bf16) { return s.weights.bf16[0]; }
 
-// scores[rows][pages * 16] = queries times keys.
+INLINE const float* page_scales(const AttentionTile& at, int page) {
+    return (const float*)(at.s.pages[page] + 2 * page_part_bytes(BRLITE_INT8, head_size(at.a)));
+}
+
+constexpr float NOTHING = -__builtin_inff();  // lower than any score
+
+// scores[rows][pages * 16] = queries times keys, in int8 without the query's scale.
 template <class Kind, int ROWS, int PAGES>
 static void score_tile(const AttentionTile& at, int first_row, int first_page) {
     typename Kind::Sum sums[1][ROWS][PAGES];
     const uint8_t* keys[PAGES];
+    const long part = page_part_bytes(at.a.kv_format, head_size(at.a));
     UNROLLED for (int p = 0; p < PAGES; p++) keys[p] = at.s.pages[first_page + p];
     clear<Kind>(sums[0]);
     add_pairs<Kind>(sums, keys, Kind::PAIR_BYTES, query_rows(at.s, Kind()) + first_row * BRLITE_MAX_HEAD_DIM,
                     BRLITE_MAX_HEAD_DIM, head_size(at.a) / 2);
-    store_sums<Kind>(sums[0], &at.s.scores[first_row][first_page * LANES], CHUNK);
-}
-
-// sums[rows][columns * 16] = weights times values, over all pages of the chunk.
-template <class Kind, int ROWS, int COLUMNS>
-static void value_tile(const AttentionTile& at, int first_row, int first_column) {
-    const int size = head_size(at.a);
-    const long skipped = page_part_bytes(at.a.kv_format, size) + first_column * Kind::PAIR_BYTES;
-    const typename Kind::Row* weights = weight_rows(at.s, Kind()) + first_row * CHUNK;
-    typename Kind::Sum sums[1][ROWS][COLUMNS];
-    clear<Kind>(sums[0]);
-    for (int page = 0; page < at.num_pages; page++) {
-        const uint8_t* values[COLUMNS];
-        UNROLLED for (int c = 0; c < COLUMNS; c++) values[c] = at.s.pages[page] + skipped + c * Kind::PAIR_BYTES;
-        add_pairs<Kind>(sums, values, size / LANES * Kind::PAIR_BYTES, weights + page * LANES, CHUNK, LANES / 2);
-    }
-    store_sums<Kind>(sums[0], &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
-}
-
-enum class Part { SCORES, VALUES };
-
-// SCORES: ROWS rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
-template <class Kind, int ROWS>
-static void multiply_rows(const AttentionTile& at, Part part, int first_row, int first, int end) {
-    constexpr int PANELS = panels_at_once(ROWS);
-    for (; first + PANELS <= end; first += PANELS)
-        part == Part::SCORES ? score_tile<Kind, ROWS, PANELS>(at, first_row, first)
-                             : value_tile<Kind, ROWS, PANELS>(at, first_row, first);
-    for (; first < end; first++)
-        part == Part::SCORES ? score_tile<Kind, ROWS, 1>(at, first_row, first)
-                             : value_tile<Kind, ROWS, 1>(at, first_row, first);
-}
-
-constexpr int CACHED_PANELS = 2;  // fit the L1 cache while all rows are multiplied by them
-
-// All rows of the tile, up to MAX_ROWS at a time.
-template <class Kind>
-INLINE void multiply_tile(const AttentionTile& at, Part part) {
-    typedef void (*Rows)(const AttentionTile&, Part, int, int, int);
-    static const Rows rows[6] = {multiply_rows<Kind, 1>, multiply_rows<Kind, 2>, multiply_rows<Kind, 3>,
-                                 multiply_rows<Kind, 4>, multiply_rows<Kind, 5>, multiply_rows<Kind, 6>};
-    const int count = part == Part::SCORES ? at.num_pages : head_size(at.a) / LANES;
-    const int num_tiles = (at.num_rows + MAX_ROWS - 1) / MAX_ROWS, num_panels = num_tiles == 1 ? count : CACHED_PANELS;
-    for (int panel = 0; panel < count; panel += num_panels) {
-        for (int t = 0; t < num_tiles; t++) {
-            const int first = at.num_rows * t / num_tiles;
-            rows[at.num_rows * (t + 1) / num_tiles - first - 1](at, part, first, panel,
-                                                                smaller(count, panel + num_panels));
+    float* to = at.s.scores[first_row] + first_page * LANES;
+    float* best = at.s.lane_scores[first_row];
+    UNROLLED for (int r = 0; r < ROWS; r++, to += CHUNK, best += LANES) {
+        Floats largest = first_page ? load(best) : splat(NOTHING);
+        UNROLLED for (int p = 0; p < PAGES; p++) {
+            Floats scores = Kind::floats(sums[0][r][p]);
+            if constexpr (Kind::IS_INT8) scores = scores * load((const float*)(keys[p] + 2 * part));
+            largest = larger_of(largest, scores);
+            store(to + p * LANES, scores);
         }
+        store(best, largest);
     }
 }
 
@@ -129,10 +112,6 @@ INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
 #endif
 }
 
-INLINE const float* page_scales(const AttentionTile& at, int page) {
-    return (const float*)(at.s.pages[page] + 2 * page_part_bytes(BRLITE_INT8, head_size(at.a)));
-}
-
 INLINE Ints sees(const AttentionTile& at, int row, int token) {
     const Ints tokens = lane_numbers() + token;
     return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
@@ -140,71 +119,213 @@ INLINE Ints sees(const AttentionTile& at, int row, int token) {
 
 INLINE bool sees_whole_chunk(const AttentionTile& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
 
-constexpr float NOTHING = -__builtin_inff();  // lower than any score
-
-// The scores of a page. In int8, each is multiplied by the scale of its key; `weigh` multiplies by the query's scale.
-template <bool IS_INT8>
-INLINE Floats page_scores(const AttentionTile& at, int row, int page) {
-    const Floats scores = load(at.s.scores[row] + page * LANES);
-    if constexpr (IS_INT8) return scores * load(page_scales(at, page));
-    return scores;
-}
-
-template <bool IS_INT8, bool SEES_ALL>
+// The largest of the scores that a row may see.
 INLINE float largest_score(const AttentionTile& at, int row) {
+    if (sees_whole_chunk(at, row)) return max_of(load(at.s.lane_scores[row]));
     Floats best = splat(NOTHING);
-    for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
-        const Floats scores = page_scores<IS_INT8>(at, row, page);
-        best = larger_of(best, SEES_ALL ? scores : choose(sees(at, row, page * LANES), scores, splat(NOTHING)));
+    for (int page = 0; page < at.num_pages; page++) {
+        const Floats scores = load(at.s.scores[row] + page * LANES);
+        best = larger_of(best, choose(sees(at, row, page * LANES), scores, splat(NOTHING)));
     }
     return max_of(best);
 }
 
-// Turns a row's scores into weights e^(score - peak), in the form that multiplies values; 0 for tokens that the row may
-// not see. Also sets the row's peak and its sum of weights. Scores and peaks are scaled by log2(e), so that weights are
-// powers of two.
+// Stores a row's weights of one page in the form that multiplies values; 0 for tokens that the row may not see. Adds
+// them to `sum`. In int8, `magnitude` becomes the largest one of weights times the scales of values.
 template <bool IS_INT8, bool SEES_ALL>
-INLINE void weigh(const AttentionTile& at, int row) {
+INLINE void store_page(const AttentionTile& at, int row, int page, Floats weights, Floats& sum, Ints& magnitude) {
     AttentionScratch& s = at.s;
-    const float scale = at.a.softmax_scale * LOG2_E * (IS_INT8 ? s.query_scales[row] : 1.0f);
-    s.peaks[row] = largest_score<IS_INT8, SEES_ALL>(at, row) * scale;
-    const Floats peak = splat(s.peaks[row]);
-    Floats sum = splat(0.0f);
-    Ints largest = Ints{};
-    _Pragma("GCC unroll 4") for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
-        Floats weight = power_of_2(page_scores<IS_INT8>(at, row, page) * scale - peak);
-        if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
-        if (IS_INT8) {
-            sum = sum + weight;
-            weight = weight * load(page_scales(at, page) + LANES);
-            // Again, as the scales of unseen tokens may be NaN.
-            if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
-            largest = larger_magnitude(largest, weight);
-            store(s.scores[row] + page * LANES, weight);
-        } else {
-            sum = sum + store_weights(s.weights.bf16[row] + page * LANES, weight);
-        }
+    const Ints seen = SEES_ALL ? Ints{} : sees(at, row, page * LANES);
+    if (!SEES_ALL) weights = choose(seen, weights, Floats{});
+    if constexpr (!IS_INT8) {
+        sum = sum + store_weights(s.weights.bf16[row] + page * LANES, weights);
+        return;
     }
-    s.weight_sums[row] = sum_of(sum);
-    if (!IS_INT8) return;
-    const float magnitude = largest_magnitude(largest);
-    s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, magnitude, s.weights.ints[row]);
+    sum = sum + weights;
+    weights = weights * load(page_scales(at, page) + LANES);
+    if (!SEES_ALL) weights = choose(seen, weights, Floats{});  // again, as the scales of unseen tokens may be NaN
+    magnitude = larger_magnitude(magnitude, weights);
+    store(s.scores[row] + page * LANES, weights);
 }
 
 template <bool IS_INT8>
-INLINE void weigh_rows(const AttentionTile& at) {
-    for (int row = 0; row < at.num_rows; row++)
+INLINE void finish_row(const AttentionTile& at, int row, Floats sum, Ints magnitude) {
+    AttentionScratch& s = at.s;
+    s.weight_sums[row] = sum_of(sum);
+    if (!IS_INT8) return;
+    const float largest = largest_magnitude(magnitude);
+    s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, largest, s.weights.ints[row]);
+}
+
+// A row's exponents of 2 are its scores times this.
+template <bool IS_INT8>
+INLINE float score_scale(const AttentionTile& at, int row) {
+    return IS_INT8 ? at.s.query_scales[row] : 1.0f;
+}
+
+// Turns a row's scores into weights 2^(score - peak). Sets the row's peak, too.
+template <bool IS_INT8, bool SEES_ALL>
+INLINE void weigh(const AttentionTile& at, int row) {
+    const float scale = score_scale<IS_INT8>(at, row);
+    at.s.peaks[row] = largest_score(at, row) * scale;
+    const Floats peak = splat(at.s.peaks[row]);
+    Floats sum = splat(0.0f);
+    Ints magnitude = Ints{};
+    _Pragma("GCC unroll 4") for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
+        const Floats weights = power_of_2(load(at.s.scores[row] + page * LANES) * scale - peak);
+        store_page<IS_INT8, SEES_ALL>(at, row, page, weights, sum, magnitude);
+    }
+    finish_row<IS_INT8>(at, row, sum, magnitude);
+}
+
+template <bool IS_INT8>
+INLINE void weigh_rows(const AttentionTile& at, int num_rows) {
+    for (int row = 0; row < num_rows; row++)
         sees_whole_chunk(at, row) ? weigh<IS_INT8, true>(at, row) : weigh<IS_INT8, false>(at, row);
 }
 
+// Computes x here. GCC would move the operations to where their result is used.
+INLINE void compute_now(Floats& x) {
+#if defined(BRLITE_HAS_AVX512)
+    asm volatile("" : "+v"(x));
+#elif defined(BRLITE_HAS_AVX2)
+    asm volatile("" : "+x"(x.low), "+x"(x.high));
+#else
+    (void)x;
+#endif
+}
+
+// As `weigh` for rows that see the whole chunk, between other operations: weights of pages `next_page` to `end_page`.
+// Each call does one quarter of the work of PAGES_AT_ONCE pages.
+template <bool IS_INT8>
+struct NextWeights {
+    const AttentionTile& at;
+    PowerOf2 powers[PAGES_AT_ONCE];
+
+    INLINED void operator()(int quarter) {
+        UNROLLED for (int i = 0; i < PAGES_AT_ONCE; i++) compute(powers[i], at.s.next_page + i, quarter);
+        if (quarter == 3) at.s.next_page += PAGES_AT_ONCE;
+    }
+
+    INLINED void compute(PowerOf2& power, unsigned page, int quarter) {
+        const unsigned row = page / BRLITE_CHUNK_PAGES;
+        if (quarter == 0) {
+            const Floats scores = load(at.s.scores[0] + page * LANES);
+            power.begin((IS_INT8 ? scores * score_scale<IS_INT8>(at, row) : scores) - at.s.peaks[row]);
+            compute_now(power.shifted);
+        } else if (quarter == 1) {
+            power.reduce();
+            compute_now(power.series);
+        } else if (quarter == 2) {
+            power.evaluate();
+            compute_now(power.series);
+        } else {
+            Floats sum = load(at.s.lane_sums[row]);
+            Ints magnitude = bits_of(load(at.s.lane_magnitudes[row]));
+            store_page<IS_INT8, true>(at, row, page % BRLITE_CHUNK_PAGES, power.value(), sum, magnitude);
+            store(at.s.lane_sums[row], sum);
+            if (IS_INT8) store(at.s.lane_magnitudes[row], from_bits(magnitude));
+        }
+    }
+};
+
+// sums[rows][columns * 16] = weights times values, over all pages of the chunk. Meanwhile computes the next weights.
+template <class Kind, int ROWS, int COLUMNS>
+static void value_tile(const AttentionTile& at, int first_row, int first_column) {
+    const int size = head_size(at.a);
+    const long skipped = page_part_bytes(at.a.kv_format, size) + first_column * Kind::PAIR_BYTES;
+    const long stride = size / LANES * Kind::PAIR_BYTES;
+    const typename Kind::Row* weights = weight_rows(at.s, Kind()) + first_row * CHUNK;
+    typename Kind::Sum sums[1][ROWS][COLUMNS];
+    clear<Kind>(sums[0]);
+    for (int page = 0; page < at.num_pages; page++, weights += LANES) {
+        const uint8_t* values[COLUMNS];
+        UNROLLED for (int c = 0; c < COLUMNS; c++) values[c] = at.s.pages[page] + skipped + c * Kind::PAIR_BYTES;
+        if (OVERLAPS && ROWS >= MAX_ROWS - 1 && at.s.next_page < at.s.end_page)
+            add_pairs<Kind>(sums, values, stride, weights, CHUNK, LANES / 2, NextWeights<Kind::IS_INT8>{at, {}});
+        else
+            add_pairs<Kind>(sums, values, stride, weights, CHUNK, LANES / 2);
+    }
+    store_sums<Kind>(sums[0], &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
+}
+
+enum class Part { SCORES, VALUES };
+
+// SCORES: ROWS rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
+template <class Kind, int ROWS>
+static void multiply_rows(const AttentionTile& at, Part part, int first_row, int first, int end) {
+    constexpr int PANELS = panels_at_once(ROWS);
+    for (; first + PANELS <= end; first += PANELS)
+        part == Part::SCORES ? score_tile<Kind, ROWS, PANELS>(at, first_row, first)
+                             : value_tile<Kind, ROWS, PANELS>(at, first_row, first);
+    for (; first < end; first++)
+        part == Part::SCORES ? score_tile<Kind, ROWS, 1>(at, first_row, first)
+                             : value_tile<Kind, ROWS, 1>(at, first_row, first);
+}
+
+// The same for any number of rows up to MAX_ROWS.
+template <class Kind>
+INLINE void multiply_block(const AttentionTile& at, Part part, int first_row, int end_row, int first, int end) {
+    typedef void (*Rows)(const AttentionTile&, Part, int, int, int);
+    static const Rows rows[6] = {multiply_rows<Kind, 1>, multiply_rows<Kind, 2>, multiply_rows<Kind, 3>,
+                                 multiply_rows<Kind, 4>, multiply_rows<Kind, 5>, multiply_rows<Kind, 6>};
+    rows[end_row - first_row - 1](at, part, first_row, first, end);
+}
+
+constexpr int CACHED_PANELS = 2;  // fit the L1 cache while all rows are multiplied by them
+
+// All rows of the tile, in blocks of up to MAX_ROWS. The first row of block b is first_of_block(b).
+INLINE int num_blocks(const AttentionTile& at) { return (at.num_rows + MAX_ROWS - 1) / MAX_ROWS; }
+INLINE int first_of_block(const AttentionTile& at, int b) { return at.num_rows * b / num_blocks(at); }
+
+template <class Kind>
+INLINE void multiply_tile(const AttentionTile& at, Part part) {
+    const int count = part == Part::SCORES ? at.num_pages : head_size(at.a) / LANES;
+    const int blocks = num_blocks(at), num_panels = blocks == 1 ? count : CACHED_PANELS;
+    for (int panel = 0; panel < count; panel += num_panels)
+        for (int b = 0; b < blocks; b++)
+            multiply_block<Kind>(at, part, first_of_block(at, b), first_of_block(at, b + 1), panel,
+                                 smaller(count, panel + num_panels));
+}
+
+// Weights, and weights times values, of a chunk that all rows see whole. The weights of a block are computed while the
+// block before it is multiplied.
+template <class Kind>
+INLINE void weigh_and_multiply(const AttentionTile& at) {
+    AttentionScratch& s = at.s;
+    const int blocks = num_blocks(at);
+    weigh_rows<Kind::IS_INT8>(at, first_of_block(at, 1));
+    for (int b = 0; b < blocks; b++) {
+        const int first = first_of_block(at, b), end = first_of_block(at, b + 1);
+        const int next_end = first_of_block(at, smaller(b + 2, blocks));
+        for (int row = end; row < next_end; row++) {
+            s.peaks[row] = largest_score(at, row) * score_scale<Kind::IS_INT8>(at, row);
+            store(s.lane_sums[row], Floats{});
+            store(s.lane_magnitudes[row], Floats{});
+        }
+        s.next_page = end * BRLITE_CHUNK_PAGES;
+        s.end_page = next_end * BRLITE_CHUNK_PAGES;
+        multiply_block<Kind>(at, Part::VALUES, first, end, 0, head_size(at.a) / LANES);
+        for (NextWeights<Kind::IS_INT8> weigh{at, {}}; s.next_page < s.end_page;)  // what is left
+            for (int quarter = 0; quarter < 4; quarter++) weigh(quarter);
+        for (int row = end; row < next_end; row++)
+            finish_row<Kind::IS_INT8>(at, row, load(s.lane_sums[row]), bits_of(load(s.lane_magnitudes[row])));
+    }
+}
+
 // Attention of all rows over one chunk: fills peaks, weight_sums and sums.
+template <class Kind>
 INLINE void attend_chunk(const AttentionTile& at) {
     AttentionScratch& s = at.s;
-    const bool is_int8 = at.a.kv_format == BRLITE_INT8;
-    is_int8 ? multiply_tile<Int8>(at, Part::SCORES) : multiply_tile<Bf16>(at, Part::SCORES);
-    is_int8 ? weigh_rows<true>(at) : weigh_rows<false>(at);
-    is_int8 ? multiply_tile<Int8>(at, Part::VALUES) : multiply_tile<Bf16>(at, Part::VALUES);
-    if (!is_int8) return;
+    multiply_tile<Kind>(at, Part::SCORES);
+    s.next_page = s.end_page = 0;
+    if (OVERLAPS && sees_whole_chunk(at, 0) && sees_whole_chunk(at, at.num_rows - 1)) {
+        weigh_and_multiply<Kind>(at);
+    } else {
+        weigh_rows<Kind::IS_INT8>(at, at.num_rows);
+        multiply_tile<Kind>(at, Part::VALUES);
+    }
+    if (!Kind::IS_INT8) return;
     for (int row = 0; row < at.num_rows; row++)
         for (int i = 0; i < head_size(at.a); i += LANES)
             store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
@@ -290,7 +411,7 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
     for (int chunk = first_chunk; chunk <= last_chunk; chunk++) {
         at.chunk_start = chunk * CHUNK;
         find_pages(step, op, item, at, kv_head);
-        attend_chunk(at);
+        a.kv_format == BRLITE_INT8 ? attend_chunk<Int8>(at) : attend_chunk<Bf16>(at);
         merge_chunk(at);
     }
     for (int row = 0; row < at.num_rows; row++) {

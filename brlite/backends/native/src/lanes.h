@@ -306,16 +306,33 @@ INLINE Floats exp_of(Floats x) {
     return from_bits(bits_of(power) & ~is_nothing);
 }
 
-// 2^x for x <= 0, with a relative error below 3e-6: 2^n * 2^r, |r| <= 1/2, with the minimax polynomial of degree 4 for
-// 2^r. 2^-126 below -126; NaN for NaN, exactly 1 for 0.
+// 2^x for x <= 0, with a relative error of 1e-4: 2^n * 2^r, |r| <= 1/2, with the minimax polynomial of degree 3 for
+// 2^r. n is added to the exponent's bits. 2^-125 below -125; NaN for NaN, exactly 1 for 0. In four steps, so that
+// other operations can run in between.
+struct PowerOf2 {
+    Floats rest, shifted, series;
+
+    INLINED void begin(Floats x) {
+        rest = larger_of(x, splat(-125.0f));
+        shifted = rest + ROUNDING_SHIFT;
+    }
+    INLINED void reduce() {
+        rest = rest - (shifted - ROUNDING_SHIFT);
+        series = rest * 0.05500893294811249f + 0.2422109693288803f;
+    }
+    INLINED void evaluate() {
+        series = series * rest + 0.6932829022407532f;
+        series = series * rest + 1.0f;
+    }
+    INLINED Floats value() const { return from_bits(bits_of(series) + (bits_of(shifted) << 23)); }
+};
+
 INLINE Floats power_of_2(Floats x) {
-    const Floats clipped = larger_of(x, splat(-126.0f)), shifted = clipped + ROUNDING_SHIFT;
-    const Floats r = clipped - (shifted - ROUNDING_SHIFT);
-    Floats series = r * 0.009582854807376862f + 0.05590642988681793f;
-    series = series * r + 0.24024099111557007f;
-    series = series * r + 0.6931241750717163f;
-    series = series * r + 1.0f;
-    return series * from_bits((bits_of(shifted) << 23) + bits_of(splat(1.0f)));
+    PowerOf2 power;
+    power.begin(x);
+    power.reduce();
+    power.evaluate();
+    return power.value();
 }
 
 // The nearest bfloat16 as a float32, ties to even. Subnormal numbers become 0; NaN stays NaN.

@@ -27,6 +27,7 @@ struct Int8 {
     typedef __m512i Sum;
     typedef __m512i Pair;
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
+    static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return _mm512_setzero_si512(); }
     INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE Pair load(const uint8_t* at, int) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at)); }
@@ -67,6 +68,7 @@ struct Bf16 {
     typedef __m512 Sum;
     typedef __m512i Pair;
     static constexpr int PAIR_BYTES = 64, STEPS = 1;
+    static constexpr bool IS_INT8 = false;
     INLINE Sum zero() { return _mm512_setzero_ps(); }
     INLINE Pair load(const uint8_t* at, int) { return _mm512_loadu_si512(at); }
     INLINE Floats floats(Sum sum) { return (Floats)sum; }
@@ -108,6 +110,7 @@ struct Int8 {
     typedef Sum Pair;
     typedef const Row* Broadcast;
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
+    static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
     INLINE Sum plus(Sum a, Sum b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
     INLINE Pair load(const uint8_t* at, int) {
@@ -165,6 +168,7 @@ struct Bf16 {
     typedef Sum Pair;
     typedef const Row* Broadcast;
     static constexpr int PAIR_BYTES = 64, STEPS = 2;
+    static constexpr bool IS_INT8 = false;
     INLINE Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     INLINE Pair load(const uint8_t* at, int step) {
         const __m256i low = _mm256_loadu_si256((const __m256i*)at),
@@ -201,6 +205,7 @@ struct Int8 {
         int32_t even, odd;
     };
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
+    static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return Ints{}; }
     INLINE Sum plus(Sum a, Sum b) { return a + b; }
     INLINE Pair load(const uint8_t* at, int) {
@@ -233,6 +238,7 @@ struct Bf16 {
         float even, odd;
     };
     static constexpr int PAIR_BYTES = 64, STEPS = 1;
+    static constexpr bool IS_INT8 = false;
     INLINE Sum zero() { return Floats{}; }
     INLINE Pair load(const uint8_t* at, int) {
         Pair pair;
@@ -255,10 +261,16 @@ constexpr int panels_at_once(int) { return 1; }
 
 // ---- what they are used for --------------------------------------------------------------------------------------
 
-// sums[pair % SUMS][row][panel] += `num_pairs` pairs, a multiple of 4, of `rows` with those of `panels`.
-template <class Kind, int SUMS, int ROWS, int PANELS>
+struct NothingBeside {
+    INLINED void operator()(int) const {}
+};
+
+// sums[pair % SUMS][row][panel] += `num_pairs` pairs, a multiple of 4, of `rows` with those of `panels`. `beside(i)` is
+// called between them, after pair i of each four: for work of units that do not multiply, which costs no time there.
+template <class Kind, int SUMS, int ROWS, int PANELS, class Beside = NothingBeside>
 INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
-                      long pair_stride, const typename Kind::Row* rows, long row_stride, int num_pairs) {
+                      long pair_stride, const typename Kind::Row* rows, long row_stride, int num_pairs,
+                      Beside beside = {}) {
 #if defined(BRLITE_HAS_DOTPROD)
     if constexpr (Kind::IS_INT8) {
         UNROLLED for (int p = 0; p < PANELS; p++)
@@ -276,6 +288,7 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint
                 UNROLLED for (int p = 0; p < PANELS; p++)
                     Kind::add(sums[i / Kind::STEPS % SUMS][r][p], weights[p], row);
             }
+            if (step == Kind::STEPS - 1) beside(i / Kind::STEPS);
         }
     }
 }

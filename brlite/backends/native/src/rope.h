@@ -112,6 +112,8 @@ INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const float* query = norm_head(a, query_norm, op.epsilon, heads + head * a.head_dim, normed);
         rotate(a, op.num_inputs, angles, query, turned);
+        // So that a score is the exponent of its weight, a power of 2.
+        for (int i = 0; i < size; i += LANES) store(turned + i, load(turned + i) * (a.softmax_scale * LOG2_E));
         write_row(step.queries, a.kv_format, row * a.num_heads + head, turned, size);
     }
     const float* key = norm_head(a, key_norm, op.epsilon, heads + (a.num_heads + kv_head) * a.head_dim, normed);

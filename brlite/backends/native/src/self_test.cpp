@@ -45,6 +45,7 @@ constexpr Tokens BATCHES[] = {
     {1, {{0, 13, 5}}},
     {2, {{3, 256, 1}, {1, 261, 1}}},
     {1, {{0, 18, 3}}},
+    {1, {{0, 262, 11}}},  // several blocks of rows that see a whole chunk
 };
 
 // All results of an engine, to be compared bit for bit.
