@@ -132,8 +132,8 @@ def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
     if plan.spec.serialize_file:
         notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
     plan = msgspec.structs.replace(plan, notes=notes)
-    keeps_codes = rules_for(select_device(plan.engine.device)).keeps_forms(plan.precision)
-    described = describe_precision(plan.model, plan.spec, is_native=False, keeps_codes=keeps_codes)
+    keeps_forms = rules_for(select_device(plan.engine.device)).keeps_forms(plan.precision)
+    described = describe_precision(plan.model, plan.spec, is_native=False, keeps_forms=keeps_forms)
     logger.info("model %s: precision %s", plan.spec.name, described)
     plan.report(0.0, "starting torch")
     if plan.spec.tensor_parallel > 1:

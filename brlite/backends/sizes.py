@@ -211,7 +211,7 @@ def measure(
         context=context,
         context_reason=reason,
         dtype=dtype,
-        precision=describe_precision(model, spec, is_native=is_native, keeps_codes=holding.keeps_forms),
+        precision=describe_precision(model, spec, is_native=is_native, keeps_forms=holding.keeps_forms),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),

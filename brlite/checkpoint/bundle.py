@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from brlite.checkpoint.checkpoint import Checkpoint
-from brlite.checkpoint.model_file import check_model_file, exists
+from brlite.checkpoint.model_file import MAX_JSON_BYTES, exists, read_model_text
 from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 from brlite.errors import ModelError
@@ -33,7 +33,6 @@ PACKED_SUFFIX = ".brlite"
 FORMAT = "brlite bundle"
 FORMAT_VERSION = 1
 IDENTITY_CHARACTERS = 32
-MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,14 +121,9 @@ def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
 
 
 def _read(file: Path) -> Manifest:
-    check_model_file(file)
     try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ModelError(f"{file}: over {MAX_MANIFEST_BYTES} bytes, which no manifest has")
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        manifest = msgspec.json.decode(read_model_text(file, MAX_JSON_BYTES), type=Manifest)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ModelError(f"{file}: not the manifest of a bundle: {reason(error)}") from error
     if (manifest.format, manifest.format_version) != (FORMAT, FORMAT_VERSION):
         found = f"{excerpt(manifest.format)} version {manifest.format_version}"

@@ -95,14 +95,9 @@ def default_hub() -> HubName:
     return HUB_PREFIXES[name.lower()]
 
 
-def is_model_name(text: str) -> bool:
-    """Whether `text` has the form of a model's name on a hub."""
-    return FULL_NAME.fullmatch(text) is not None
-
-
 def may_be_a_name(path: str) -> bool:
     """Whether a text given as a path can also be a model's name on a hub."""
-    return not path.startswith(PATH_STARTS) and "/" in path and is_model_name(path)
+    return not path.startswith(PATH_STARTS) and "/" in path and FULL_NAME.fullmatch(path) is not None
 
 
 def check_path(path: str) -> None:

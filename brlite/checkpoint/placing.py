@@ -20,7 +20,7 @@ from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
 from brlite.models.precision import INT4_FORMS, PRECISIONS, MatrixForm, Precision, name_of
-from brlite.models.shards import LANES, Shard, parameter_parts, rank_parameters
+from brlite.models.shards import LANES, Shard, rank_parameters, shard_slices
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
     """For each tensor of the checkpoint: the parts that a rank holds, each with its target in the rank's parameters."""
     if shard is None:
         return {name: [(None, target)] for name, target in model.targets.items()}
-    slices = parameter_parts(model.config, shard)
+    slices = shard_slices(model.config, shard)
     targets: dict[str, list[tuple[StoredPart, WeightTarget]]] = {name: [] for name in model.targets}
     for name, target in model.targets.items():
         held, num_before = slices[target.parameter], 0
@@ -168,10 +168,10 @@ def card_forms(model: CheckedModel, shard: Shard | None = None) -> dict[str, Mat
     return {name: forms.pop() if len(forms) == 1 else "int8" for name, forms in found.items()}
 
 
-def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool, keeps_codes: bool = True) -> str:
+def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool, keeps_forms: bool = True) -> str:
     """For the log: the precision that is served, what decided it, and what becomes of each quantized format.
 
-    `keeps_codes` says whether the backend has forms for quantized files, as native code always has.
+    `keeps_forms` says whether the backend has forms for quantized files, as native code always has.
     """
     if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
@@ -180,7 +180,7 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
         return f"{name_of(model.precision)}, which the bundle was made for (auto)"
     if not quantized:
         return "bf16, as no matrix of the files is quantized (auto)"
-    if not keeps_codes:
+    if not keeps_forms:
         return f"bf16: torch widens the file's {', '.join(quantized)} (auto)"
     matrices = _stored_matrices(model, spec.tensor_parallel, is_native=is_native)
     uses = []

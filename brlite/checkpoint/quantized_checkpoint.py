@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from brlite.checkpoint.checkpoint import weights_identity
+from brlite.checkpoint.checkpoint import naming, weights_identity
 from brlite.checkpoint.quantization import Quantization, read_quantization, without_quantization
 from brlite.checkpoint.quantized_matrix import LAYOUTS, SCALES, Array, QuantizedMatrix
 from brlite.checkpoint.safetensors import TensorEntry, read_headers
@@ -54,10 +54,8 @@ class QuantizedCheckpoint:
         entries = {entry.name: entry for header in headers.values() for entry in header.entries}
         self._entries = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED_SUFFIXES)}
         self._num_unused = len(entries) - len(self._entries)
-        try:
+        with naming(path):
             self._matrices = _find_matrices(quantization, self._entries)
-        except ModelError as error:
-            raise ModelError(f"{path}: {error}") from error
         taken = {part.name for _, parts in self._matrices.values() for part in parts.values()}
         self._plain = {name: entry for name, entry in self._entries.items() if name not in taken}
         for name, entry in self._plain.items():
@@ -93,10 +91,10 @@ class QuantizedCheckpoint:
                 elif name in self._matrices:
                     matrix, parts = self._matrices[name]
                     arrays = {part: _read_array(streams[place.file], place) for part, place in parts.items()}
-                    try:
-                        yield matrix.tensor(arrays)
-                    except ModelError as error:
-                        raise ModelError(f"{self.path}: {error}") from error
+                    with naming(self.path):
+                        tensor = matrix.tensor(arrays)
+                    yield tensor
+                    del tensor
                     if matrix.format.decode is not None:
                         (scales,) = (arrays[part] for part in SCALES if part in arrays)
                         num_rounded += int((scales.astype(np.float16).astype(np.float32) != scales).sum())

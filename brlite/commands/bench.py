@@ -11,14 +11,13 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import NamedTuple
 
 import aiohttp
-import msgspec
 
-from brlite.commands.chat import NOT_AN_ANSWER, error_message, first_model, given_key, read_body, server_address
+from brlite.commands.chat import first_model, given_key, server_address, stream_chunks
 from brlite.errors import ConfigError
-from brlite.files.quoting import one_line
 
 WORDS = ("sea", "sky", "stone", "river", "light", "salt", "cloud", "grain", "iron", "wood", "glass", "fire", "snow")
 
@@ -108,24 +107,13 @@ async def _ask(
 ) -> TimedAnswer:
     """Wait until fewer requests than allowed run, then send one and read its stream. The wait is not in its times."""
     num_tokens = 0
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    body = {**body, "temperature": 0}
     async with free:
         sent = first = last = time.monotonic()
-        try:
-            async with session.post(f"{server}/v1/completions", json=body) as response:
-                if response.status != 200:
-                    raise ConfigError(f"{server}: {error_message(await read_body(response))}")
-                async for line in response.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    data = line.removeprefix(b"data: ")
-                    chunk = msgspec.json.decode(data)
-                    if "error" in chunk:
-                        raise ConfigError(f"{server}: {error_message(data)}")
-                    num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
-                    if any(choice.get("text") for choice in chunk.get("choices", ())):
-                        last = time.monotonic()
-                        first = last if first == sent else first
-        except NOT_AN_ANSWER as error:
-            raise ConfigError(f"{server}: {one_line(error)}") from None
+        async with aclosing(stream_chunks(session, f"{server}/v1/completions", body)) as chunks:
+            async for choices, num_so_far in chunks:
+                num_tokens = num_so_far or num_tokens
+                if any(choice.get("text") for choice in choices):
+                    last = time.monotonic()
+                    first = last if first == sent else first
     return TimedAnswer(sent, first, last, num_tokens)

@@ -241,13 +241,27 @@ async def _ask_server(
     body = {
         "model": model,
         "messages": msgspec.to_builtins(messages),
-        "stream": True,
-        "stream_options": {"include_usage": True},
         **chosen,
     }
     num_tokens = 0
+    async with aclosing(stream_chunks(session, f"{server}/v1/chat/completions", body)) as chunks:
+        async for choices, num_so_far in chunks:
+            num_tokens = num_so_far or num_tokens
+            if text := "".join(choice.get("delta", {}).get("content") or "" for choice in choices):
+                yield Piece(text, 0)
+    yield Piece("", num_tokens)
+
+
+async def stream_chunks(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, object]
+) -> AsyncGenerator[tuple[list[dict[str, Any]], int], None]:
+    """Send a request for a stream. Yields the choices of each chunk, and its number of tokens where it has the usage.
+
+    Raises `ConfigError` for an error of the server, and where another program answers.
+    """
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with session.post(f"{server}/v1/chat/completions", json=body) as response:
+        async with session.post(url, json=body) as response:
             if response.status != 200:
                 raise ConfigError(error_message(await read_body(response)))
             async for line in response.content:
@@ -255,12 +269,9 @@ async def _ask_server(
                     chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
                     if "error" in chunk:
                         raise ConfigError(error_message(line.removeprefix(b"data: ")))
-                    num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
-                    if text := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
-                        yield Piece(text, 0)
+                    yield chunk.get("choices") or [], int((chunk.get("usage") or {}).get("completion_tokens") or 0)
     except NOT_AN_ANSWER as error:
-        raise ConfigError(f"{server}: {one_line(error)}") from None
-    yield Piece("", num_tokens)
+        raise ConfigError(f"{url}: {one_line(error)}") from None
 
 
 async def first_model(session: aiohttp.ClientSession, server: str) -> str:

@@ -102,15 +102,15 @@ def vocabulary_range(config: ModelConfig, shard: Shard) -> range:
 def rank_parameters(config: ModelConfig, shard: Shard) -> dict[str, Parameter]:
     """Every parameter with the shape of the rank's part. No shape is padded."""
     held = {}
-    parts = parameter_parts(config, shard)
+    slices = shard_slices(config, shard)
     for name, parameter in list_parameters(config).items():
-        rows, columns = parts[name]
+        rows, columns = slices[name]
         inputs = parameter.shape[1:] if columns is None else (len(columns),)
         held[name] = msgspec.structs.replace(parameter, shape=(sum(map(len, rows)), *inputs))
     return held
 
 
-def parameter_parts(config: ModelConfig, shard: Shard) -> dict[str, ShardSlice]:
+def shard_slices(config: ModelConfig, shard: Shard) -> dict[str, ShardSlice]:
     """The rank's part of every parameter by name."""
     parts = _parts(config, shard)
     return {

@@ -46,7 +46,7 @@ def stored_model(mix: Mapping[str, str], option: PrecisionOption = "auto", **cha
 
 def described(model: CheckedModel, option: PrecisionOption = "auto", *, is_native: bool = True, ranks: int = 1) -> str:
     spec = ModelSpec(name="m", precision=option, tensor_parallel=ranks)
-    return describe_precision(model, spec, is_native=is_native, keeps_codes=is_native)
+    return describe_precision(model, spec, is_native=is_native, keeps_forms=is_native)
 
 
 def test_what_no_file_has_quantized_is_bfloat16() -> None:

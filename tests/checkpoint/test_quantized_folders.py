@@ -133,7 +133,7 @@ def test_what_becomes_of_each_format_is_said(name: str, text: str, tmp_path: Pat
     said = describe_precision(model, spec, is_native=True)
     assert said == f"the file's own: {text}, F16 is rounded to int8 (auto)"
     assert (
-        describe_precision(model, spec, is_native=False, keeps_codes=False)
+        describe_precision(model, spec, is_native=False, keeps_forms=False)
         == f"bf16: torch widens the file's {CASES[name].stored_as} (auto)"
     )
 

@@ -357,7 +357,7 @@ def test_two_conversions_do_not_write_to_one_folder(tmp_path: Path, library: cty
         (lambda bundle: sorted(bundle.glob("model-*"))[0].unlink(), ["model-00001", "No such file"]),
         (lambda bundle: (bundle / MANIFEST_FILE).write_text('{"format": '), [MANIFEST_FILE, "not the manifest"]),
         (lambda bundle: (bundle / MANIFEST_FILE).write_text("[]"), [MANIFEST_FILE, "not the manifest"]),
-        (lambda bundle: (bundle / MANIFEST_FILE).write_bytes(b"\xff"), [MANIFEST_FILE, "not the manifest"]),
+        (lambda bundle: (bundle / MANIFEST_FILE).write_bytes(b"\xff"), [MANIFEST_FILE, "not UTF-8"]),
         (lambda bundle: replace(bundle, '"format_version": 1', '"format_version": 2'), ["version 2", "version 1"]),
         (lambda bundle: replace(bundle, "model-00001", "../model-00001"), ["../model-00001", "beside it"]),
         (lambda bundle: replace(bundle, '"num_bytes": ', '"num_bytes": -'), ["-", "bytes"]),

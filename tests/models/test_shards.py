@@ -14,9 +14,9 @@ from brlite.models.shards import (
     Shard,
     check_num_ranks,
     head_ranges,
-    parameter_parts,
     rank_parameters,
     shard_config,
+    shard_slices,
     vocabulary_range,
 )
 
@@ -56,7 +56,7 @@ def times_held(config: ModelConfig, size: int, name: str, *, sums: bool) -> np.n
     shape = list_parameters(config)[name].shape
     held = np.zeros(shape, int)
     for rank in range(size):
-        rows, columns = parameter_parts(config, Shard(rank, size, sums))[name]
+        rows, columns = shard_slices(config, Shard(rank, size, sums))[name]
         for part in rows:
             if columns is None:
                 held[part.start : part.stop] += 1

@@ -23,7 +23,7 @@ from brlite.errors import ConfigError
 from brlite.models.config import ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import weight_bytes
 from brlite.models.precision import MatrixForm
-from brlite.models.shards import parameter_parts, shard_config
+from brlite.models.shards import shard_config, shard_slices
 from brlite.process.machine import find_memory, show_bytes
 
 PLAIN = DeviceRules()
@@ -95,7 +95,7 @@ def load_model(
     forms = held_forms(plan, rules)
     parameters = allocate_parameters(config, dtype, device, forms)
     if plan.shard is not None:
-        for name, held in parameter_parts(plan.config, plan.shard).items():
+        for name, held in shard_slices(plan.config, plan.shard).items():
             if sum(map(len, held.rows)) < len(parameters.named[name]):
                 parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
     for target, tensor in placing(plan):

@@ -26,7 +26,7 @@ from brlite.config.options import ModelSpec
 from brlite.models.config import RopeConfig
 from brlite.models.network import weight_bytes
 from brlite.models.precision import PRECISIONS
-from brlite.models.shards import Shard, parameter_parts
+from brlite.models.shards import Shard, shard_slices
 from tests.backends.native_models import load_native
 from tests.backends.torch.test_parallel import Table, ThreadGroup
 from tests.load_plans import make_plan, read_tensors
@@ -126,7 +126,7 @@ def test_two_ranks_hold_the_parts_of_one_and_give_its_logits(checkpoint: Checkpo
 
     for rank, (decoder, logits) in enumerate(ranks):
         assert (logits - expected).norm() <= 0.01 * expected.norm()  # int8 has other groups in other parts
-        for name, (rows, columns) in parameter_parts(plan.config, Shard(rank, 2)).items():
+        for name, (rows, columns) in shard_slices(plan.config, Shard(rank, 2)).items():
             if plan.card_forms.get(name, "int8") != "int8":
                 linear = name.removesuffix(".weight")
                 part = torch.cat([weight_of(whole.parameters.linears[linear])[each.start : each.stop] for each in rows])
@@ -150,7 +150,7 @@ def test_a_rank_whose_inputs_end_within_a_group_widens_the_matrix(folder: Path) 
 def test_what_becomes_of_each_format_is_said(folder: Path) -> None:
     checkpoint = open_checkpoint(model_path(folder, "mixed"))
     model = plan_of(checkpoint).model
-    said = describe_precision(model, ModelSpec(name="m"), is_native=False, keeps_codes=True)
+    said = describe_precision(model, ModelSpec(name="m"), is_native=False, keeps_forms=True)
 
     assert said == (
         "the file's own: Q4_0 is rounded to int8 in 6 of 10 matrices, else kept, Q4_1 is rounded to int8, "
