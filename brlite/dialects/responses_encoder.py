@@ -388,5 +388,5 @@ def encode_error(error: BaseException) -> bytes:
 def _shown_error(error: BaseException) -> dict[str, Any]:
     """The error of a response. Its code is from OpenAI's closed list."""
     status = status_of(error).http
-    code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
+    code = {400: "invalid_prompt", 429: "rate_limit_exceeded"}.get(status, "server_error")
     return {"code": code, "message": error_message(error)}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 from aiohttp import web
 from msgspec import UNSET
@@ -26,11 +24,12 @@ from brlite.dialects.scores import Scoring
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Origin
-from brlite.errors import RequestError
+from brlite.errors import BrliteError, InvalidRequest, RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
-from brlite.server.generate import CONFIG, TIMEOUT_HEADER, admit, timed_out, timeout_seconds
+from brlite.http.request_id import shown_request_id
+from brlite.server.generate import CONFIG, RUNNING, TIMEOUT_HEADER, admit, timed_out, timeout_seconds
 from brlite.server.truncation import Truncator
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop
@@ -38,31 +37,10 @@ QUICK_ITEMS = 4  # encoded between two yields to the event loop
 
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
     """Embed each input. If the client disconnects, the handler is cancelled and all requests are aborted."""
-    limits = request.app[CONFIG].limits
-    call = decode(await read_body(request, limits), limits)
-    return await in_time(request, call.timeout_seconds, partial(_embed, dialect, request, call))
-
-
-async def in_time(
-    request: web.Request, in_body: float | None, work: Callable[[], Coroutine[Any, Any, web.Response]]
-) -> web.Response:
-    """The result of `work()`, which is cancelled at the time limit in the request's body or header, if there is one.
-
-    Raises `RequestTimeout`, or `InvalidRequest` for a wrong limit.
-    """
-    if in_body is None and TIMEOUT_HEADER not in request.headers:
-        return await work()
-    seconds = timeout_seconds(request, in_body)
-    try:
-        return await asyncio.wait_for(work(), seconds)
-    except asyncio.TimeoutError:
-        raise timed_out(seconds) from None
-
-
-async def _embed(dialect: EmbeddingDialect, request: web.Request, call: Embedding) -> web.Response:
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = decode(await read_body(request, limits), limits)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-    with admit(request, call.model) as model:
+    with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_pooling(call.params, engine.info)
@@ -89,6 +67,49 @@ async def _embed(dialect: EmbeddingDialect, request: web.Request, call: Embeddin
     return web.Response(body=body, content_type="application/json")
 
 
+class PromptWork:
+    """A request that generates no text, while it is in progress. What ends it cancels its task."""
+
+    def __init__(self, request: web.Request, answer_id: str) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._request, self._id, self._task = request, answer_id, task
+        self.error: BrliteError | None = None
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        return tenant == self._request[API_KEY].tenant and name in (self._id, shown_request_id(self._request))
+
+    def abort(self) -> None:
+        self.fail(InvalidRequest("the request was ended by DELETE /v1/requests", code="request_aborted"))
+
+    def fail(self, error: BrliteError) -> None:
+        self.error = self.error or error
+        self._task.cancel()
+
+
+@contextmanager
+def in_progress(request: web.Request, in_body: float | None, answer_id: str) -> Iterator[None]:
+    """The block ends at the time limit in the request's body (`in_body`) or header, at an abort, and with the server.
+
+    Raises `RequestTimeout`, `InvalidRequest` or `NotReady` then.
+    """
+    work, running, deadline = PromptWork(request, answer_id), request.app[RUNNING], None
+    if in_body is not None or TIMEOUT_HEADER in request.headers:
+        seconds = timeout_seconds(request, in_body)
+        deadline = asyncio.get_running_loop().call_later(seconds, work.fail, timed_out(seconds))
+    running.add(work)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if work.error is None:
+            raise
+        raise work.error from None
+    finally:
+        running.discard(work)
+        if deadline is not None:
+            deadline.cancel()
+
+
 def origin_of(request: web.Request, call: Embedding | Scoring) -> tuple[Origin, tuple[str, ...]]:
     """The origin of a call's prompts, and a warning if its key does not allow the priority that it asks for."""
     key = request[API_KEY]
@@ -100,8 +121,7 @@ def origin_of(request: web.Request, call: Embedding | Scoring) -> tuple[Origin, 
 def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
     """Charge the request's key for the prompts that the block computes with the model `name`, and log their tokens.
 
-    A block that raises `RequestError`, such as a refusal, costs nothing. A request cancelled by its client, or at its
-    timeout, is charged.
+    A block that raises `RequestError`, such as a refusal, costs nothing. A cancelled request is charged.
     """
     try:
         yield

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -48,7 +48,23 @@ LOADING_COMMENT_SECONDS = 1.0
 STOPPING_RETRY_SECONDS = 1
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
-RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in progress
+
+
+class Running(Protocol):
+    """A request for a model that is in progress, and what may end it from outside."""
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        """Whether the request or its response has this id, and belongs to the tenant."""
+        ...
+
+    def abort(self) -> None: ...
+
+    def fail(self, error: BrliteError) -> None:
+        """End the response with this error."""
+        ...
+
+
+RUNNING: web.AppKey[set[Running]] = web.AppKey("running")
 
 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:

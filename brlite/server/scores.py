@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import Iterable
-from functools import partial
 
 from aiohttp import web
 from msgspec import UNSET
@@ -19,7 +18,7 @@ from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
-from brlite.server.embeddings import QUICK_ITEMS, charge, in_time, origin_of
+from brlite.server.embeddings import QUICK_ITEMS, charge, in_progress, origin_of
 from brlite.server.generate import CONFIG, admit
 from brlite.server.truncation import Truncator
 from brlite.tokenizer.pair_template import PairTemplate
@@ -27,15 +26,10 @@ from brlite.tokenizer.pair_template import PairTemplate
 
 async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     """Score each pair of texts. If the client disconnects, the handler is cancelled and all requests are aborted."""
-    limits = request.app[CONFIG].limits
-    call = dialect.decode(await read_body(request, limits), limits)
-    return await in_time(request, call.timeout_seconds, partial(_score, dialect, request, call))
-
-
-async def _score(dialect: ScoreDialect, request: web.Request, call: Scoring) -> web.Response:
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = dialect.decode(await read_body(request, limits), limits)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-    with admit(request, call.model) as model:
+    with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         if engine.scoring_head is None:
