@@ -6,7 +6,8 @@
 
 The model computes nothing: its tokens come from a table. Each run is a server in a process of its own; another process
 holds the connections and drops what it reads. A step with all streams in it makes one event for each. Counted is the
-server process's CPU time, kernel included, over the steps in which all streams run.
+server process's CPU time, kernel included, over the steps in which all streams run. The event loop and the
+interpreter's settings are those of `brlite serve`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+try:
+    from uvloop import run
+except ImportError:
+    from asyncio import run
+
 from ahead import CONTEXT, PROMPT, TimedDevice
 
 from brlite.app import create_app
 from brlite.backends.plugins.toy_text import toy_tokenizer
-from brlite.commands.serve import GC_THRESHOLDS
+from brlite.commands.serve import GC_THRESHOLDS, SWITCH_INTERVAL_SECONDS
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Batch, StepResult
@@ -87,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asyncio.run(_read_streams(args.client, args.streams[0], args.endpoint, args.tokens))
         return
     if args.one:
-        print(asyncio.run(_serve(args.streams[0], args.endpoint, args.tokens)))
+        print(run(_serve(args.streams[0], args.endpoint, args.tokens)))
         return
     packages = {"here": None} if args.against is None else {"here": None, "there": args.against}
     print(f"{args.endpoint}, CPU per event, medians of {args.rounds} rounds")
@@ -118,7 +124,8 @@ async def _serve(streams: int, endpoint: str, num_tokens: int) -> float:
     config = Config(model=(ModelSpec(name="null", path="x", build_seq=CONTEXT),), engine=engine_config, limits=limits)
     engine = EngineLoop(Engine(model.info, toy_tokenizer(), engine_config, limits), model)
     gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)  # as `brlite serve`
+    gc.set_threshold(*GC_THRESHOLDS)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     async with engine, HttpServer(create_app(engine, config), "127.0.0.1", 0, limits) as server:
         options = ["--client", str(server.port), "--streams", str(streams), "--endpoint", endpoint]
         command = [sys.executable, __file__, *options, "--tokens", str(num_tokens)]

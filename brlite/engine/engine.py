@@ -297,7 +297,7 @@ class Engine:
         self.stats.generation_rate.add(num_generated)
         # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
         self.stats.note_step(self.stats.prompt_tokens - num_prompt + num_generated, seconds)
-        for state in dict.fromkeys(seq.state for seq, _ in step.runs):
+        for state in dict.fromkeys([seq.state for seq, _ in step.runs]):
             if state.search is not None and self._requests.get(state.request.request_id) is state:
                 self._beams.advance(state, state.search, now)
             self._deliver(state)
@@ -467,8 +467,8 @@ class Engine:
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
         """Append the tokens of one step to a sequence and to its request's delta, up to one that ends the sequence."""
         state, matcher, eos_token_ids = seq.state, seq.matcher, self.tokenizer.eos_token_ids
-        num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
-        num_tokens = num_before
+        num_tokens = num_before = len(seq.token_ids) - seq.num_prompt_tokens
+        last_token_time = seq.last_token_time
         if matcher is not None:  # tokens drawn after the end of the answer are dropped
             tokens = tokens[: matcher.num_tokens - num_before]
         for token in tokens:

@@ -127,7 +127,7 @@ class TokenCounts:
         return self._counts.tobytes()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One of a request's `n` completions while it is computed. `token_ids` is the prompt followed by the output.
 
@@ -212,7 +212,7 @@ class Sequence:
             self.repetitions.add(token_id)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RequestState:
     """A request in the engine. `delta` collects the output that its sink has not got yet.
 

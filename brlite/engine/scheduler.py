@@ -459,7 +459,7 @@ def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, .
                 block_table=seq.block_table.copy(),
                 sampling=_sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids) if is_drawn else None,
                 prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
-                if seq.wants_prompt_logprobs
+                if params.prompt_logprobs is not None and seq.wants_prompt_logprobs
                 else [],
                 num_prompt_logprobs=params.prompt_logprobs or 0,
                 num_draft_tokens=len(drafts),

@@ -1,7 +1,11 @@
-"""Server-sent events on an aiohttp response: framed events go straight to the transport, one write for each call.
+"""Server-sent events on an aiohttp response: framed events go straight to the transport, no task is woken.
 
 The handler never waits for a write; it reads `is_backlogged` and merges or waits. Comments keep silent streams alive.
 `dialects/` frames the events.
+
+A transport gets its events in the next turn of the event loop. So the writes of all streams of an engine step follow
+each other, and the next step begins before them. With 256 streams an event then takes 16 to 17 µs of CPU time, and 19
+if each write stands between the Python code for two streams (`bench/events.py`).
 
 It relies on public behaviour of aiohttp. After `StreamResponse.prepare()` the transport has the headers, so later
 writes follow them. `write_eof()` ends the chunked encoding, and the connection then takes its next request.
@@ -41,6 +45,7 @@ class EventStream:
         self._comment_seconds = comment_seconds
         self._comment_text: Callable[[], str] = lambda: "keep-alive"
         self._loop = asyncio.get_running_loop()
+        self._unsent = b""  # `_flush` is scheduled and writes it
         self._last_write = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
 
@@ -66,13 +71,20 @@ class EventStream:
         self._start_comments()
 
     def write(self, events: bytes) -> bool:
-        """Write framed events at once. Returns False and writes nothing if the client has left."""
-        # uvloop raises, and asyncio warns, on a write after close.
+        """Write framed events in the next turn of the loop. Returns False and writes nothing if the client has left."""
         if self._transport.is_closing():
             return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events
         self._last_write = self._loop.time()
         return True
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, b""
+        # uvloop raises, and asyncio warns, on a write after close.
+        if unsent and not self._transport.is_closing():
+            self._transport.write(unsent)
 
     def comment(self) -> bool:
         """Write a comment line, which clients ignore."""
@@ -97,10 +109,11 @@ class EventStream:
     @property
     def is_backlogged(self) -> bool:
         """Whether the client is so far behind that further events should wait."""
-        return self._transport.get_write_buffer_size() > BACKLOG_BYTES
+        return len(self._unsent) + self._transport.get_write_buffer_size() > BACKLOG_BYTES
 
     async def drained(self, seconds: float) -> bool:
         """Wait until the client has caught up. If it reads nothing for `seconds`, cut the connection: False."""
+        self._flush()
         stall = StallTimer(self._transport, seconds)
         stall.start()
         try:
@@ -118,6 +131,7 @@ class EventStream:
     async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
         """Write the last events and end the response. Returns the response that the handler must return."""
         self.close()
+        self._flush()
         with suppress(ConnectionError):  # the client left before the end; aiohttp handles that
             await self._response.write_eof(last_events)
         return self._response

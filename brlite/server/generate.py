@@ -417,7 +417,7 @@ class StreamDelivery(Delivery):
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
         events = self._builder.events(index, output)
-        if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
+        if events and not self._stream.write(b"".join(map(self._encoder.encode, events))):
             self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
             self._changed.set()
 
