@@ -259,8 +259,11 @@ class ConnectionPool:
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Reset it: after an orderly end, clients would take a cut response without Content-Length for complete."""
-    sock = transport.get_extra_info("socket")
+    """Reset it: after an orderly end, clients would take a cut response without Content-Length for complete.
+
+    Does nothing to a connection that is lost already.
+    """
+    sock = None if transport.is_closing() else transport.get_extra_info("socket")
     if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     transport.abort()

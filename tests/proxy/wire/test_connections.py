@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from brlite.config.address import Address, parse_address
-from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection
+from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection, reset
 from tests.proxy.proxies import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
@@ -105,3 +105,16 @@ async def test_what_a_unix_socket_took_was_read_if_it_ends_without_a_reset(tmp_p
         has_all_arrived = await holder.has_all_arrived
         assert (has_all_arrived, holder.error is None) == (True, is_read)
         pool.close()
+
+
+async def test_a_connection_may_be_reset_after_it_was_lost(ends) -> None:
+    connection, _ = ends
+    holder = Holder(connection)
+
+    reset(connection.transport)
+    connection.transport.abort()
+    await holder.has_all_arrived
+    await asyncio.sleep(0)  # asyncio closes the socket after it has said so
+    reset(connection.transport)
+
+    assert connection.transport.is_closing()
