@@ -201,7 +201,9 @@ class AnswerHead:
     def __init__(self, status: int, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool) -> None:
         self.status = status
         self.fields = fields
-        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
+        # RFC 9112 §6.1: in HTTP/1.0 chunks are faulty framing, after which the connection must be closed.
+        is_faulty = is_http_1_0 and b"transfer-encoding" in fields
+        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0) and not is_faulty
         kind = self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
         self.may_be_json = kind in (b"", b"application/json") or kind.endswith(b"+json")
         self.is_plain = b"transfer-encoding" not in fields and status not in BODYLESS

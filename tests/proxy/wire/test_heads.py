@@ -251,3 +251,19 @@ def test_a_stream_is_never_to_be_transformed(said, sent):
 def test_the_reason_is_never_the_upstreams():
     assert status_line(503) == b"HTTP/1.1 503 Service Unavailable\r\n"
     assert status_line(599) == b"HTTP/1.1 599 \r\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "framing", "keeps_alive"),
+    [
+        (b"1.0", b"Content-Length: 1", True),
+        (b"1.0", b"Transfer-Encoding: chunked", False),
+        (b"1.1", b"Transfer-Encoding: chunked", True),
+    ],
+)
+def test_a_connection_with_chunks_in_http_1_0_is_not_kept(version, framing, keeps_alive):
+    data = b"HTTP/%b 200 OK\r\nConnection: keep-alive\r\n%b\r\n\r\n" % (version, framing)
+
+    head, _ = Heads(read_answer).read(data)
+
+    assert head.keeps_alive is keeps_alive
