@@ -38,8 +38,7 @@ from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.beam_sequences import BeamSequences
 from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
 from brlite.engine.detokenizer import Detokenizer
-from brlite.engine.draft_model import DraftModel, DraftPlan
-from brlite.engine.drafting import WaitCost
+from brlite.engine.draft_model import DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.logits_processors import Factory, ProcessorMaker, ProcessorTimes
 from brlite.engine.outputs import CompletionOutput, RequestOutput
@@ -57,6 +56,7 @@ from brlite.engine.request import (
 from brlite.engine.request_queue import RequestQueue
 from brlite.engine.scheduler import Scheduler, scheduled_seqs
 from brlite.engine.scoring import ScoringHead
+from brlite.engine.speculation import Speculation
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler
@@ -114,23 +114,16 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
-        self.draft_model = None if draft_backend is None else DraftModel(draft_backend, info)
-        self.may_guess = info.verifies_guesses and config.guesses_text(
-            has_draft=draft_backend is not None, runs_ahead=info.can_run_ahead
-        )
-        self._wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
+        max_num_batched_tokens = max(config.step_tokens(info.step_tokens), info.max_num_seqs)
+        self._speculation = Speculation(info, config, self._blocks, max_num_batched_tokens, draft_backend)
+        self.draft_model, self.may_guess = self._speculation.model, self._speculation.may_guess
         self._has_model_guesses = False  # in the next step
         self._scheduler = Scheduler(
             self._blocks,
+            self._speculation,
             max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=config.step_tokens(info.step_tokens),
-            max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation != "off" else 0,
-            max_draft_seqs=config.max_draft_seqs,
-            may_guess=self.may_guess,
-            row_costs=info.row_costs,
-            wait_cost=self._wait_cost,
+            max_num_batched_tokens=max_num_batched_tokens,
             pace=self._pace,
-            draft_model=self.draft_model,
         )
         self._seq_ids = itertools.count()
         self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._seq_ids, self._add_sequence)
@@ -320,15 +313,16 @@ class Engine:
                 chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
                 self._pace.observe(chunks, computing)
             return seconds
-        if self.draft_model is None and self._wait_cost is None:
+        wait_cost = self._speculation.wait_cost
+        if self.draft_model is None and wait_cost is None:
             return seconds
         num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
         if self.draft_model is not None:
             self.draft_model.cost.observe_step(num_rows, computing)
         is_plain = not (step.guidance or step.processors or has_model_guesses)
         follows_one = step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs)
-        if self._wait_cost is not None and is_plain and follows_one:
-            self._wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
+        if wait_cost is not None and is_plain and follows_one:
+            wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         return seconds
 
     def fail(self, error: Exception) -> None:

@@ -6,23 +6,18 @@ prefix-cache hit, a decode and a preemption all change that one number.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from itertools import islice, takewhile
+from itertools import takewhile
 from operator import attrgetter
 
-from brlite.engine.backend import CPU_ROWS, PoolingInput, RowCosts, SamplingInput, ScheduledSeq
+from brlite.engine.backend import PoolingInput, SamplingInput, ScheduledSeq
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
-from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
-from brlite.engine.drafting import NgramDrafter, StepForecast, WaitCost
+from brlite.engine.draft_model import DraftPlan
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import Request, Sequence, SequenceStatus
+from brlite.engine.speculation import Speculation
 from brlite.engine.turns import TurnQueue
-
-# A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
-FEW_TOKENS = 8  # up to so many missing tokens add almost no cost to the step of the first guess
-EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 
 
 class Scheduler:
@@ -42,11 +37,7 @@ class Scheduler:
     Prompts: while answers run, a step has as many prompt tokens as fit `pace.max_seconds`, which bounds the time
     between two tokens of a stream.
 
-    Drafts: while at most `max_draft_seqs` run, sequences may guess ahead with the rest of the budgets. Tokens that a
-    grammar forces are drafts for any number of sequences: they must be computed anyway.
-
-    `may_guess` is for guesses alone, not for forced tokens. With a `wait_cost` they must also pay for the time that the
-    device waits: no step is decided behind one with guesses.
+    Drafts: what is left of the budgets goes to `Speculation`. No step is decided behind one with drafts.
 
     A step may be decided while the one before is under way, if `can_schedule_ahead`. A sequence that the earlier step
     ends is then in one step too many. It keeps its blocks until that step has ended.
@@ -55,31 +46,22 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
+        speculation: Speculation,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_draft_tokens: int = 0,
-        max_draft_seqs: int = 0,
-        may_guess: bool = True,
-        row_costs: RowCosts = CPU_ROWS,
-        wait_cost: WaitCost | None = None,
         pace: StepPace | None = None,
-        draft_model: DraftModel | None = None,
     ) -> None:
+        """`max_num_batched_tokens` is at least `max_num_seqs`."""
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._begun_waiting: dict[Sequence, None] = {}  # of requests that have begun; those that wait longest first
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
-        self._max_draft_tokens = max_draft_tokens
-        self._max_draft_seqs = max_draft_seqs
-        self._may_guess = may_guess and max_draft_tokens > 0
-        self._row_costs = row_costs
-        self._wait_cost = wait_cost
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._pace = pace
-        self._draft_model = draft_model
+        self._speculation = speculation
         self._now = 0.0  # the time of the last `schedule`
 
     @property
@@ -155,7 +137,7 @@ class Scheduler:
             for seq in self.running
         )
         has_room = num_missing <= self._blocks.num_free and self._next_to_replace() is None
-        return has_room and not self._wants_guesses()
+        return has_room and not self._speculation.wants_result(self.running)
 
     def schedule(self, now: float) -> list[tuple[Sequence, int]]:
         """The sequences of the step at `now`, each with the number of its tokens to compute. They hold the blocks."""
@@ -193,9 +175,13 @@ class Scheduler:
                 rest = min(seq.num_left - scheduled[seq], budget)
                 scheduled[seq] += rest
                 budget -= rest
-        if self._max_draft_tokens:
-            self._draft(scheduled, budget + num_held_back)
+        if self._speculation.max_draft_tokens:
+            self._speculation.add_drafts(scheduled, self.running, budget + num_held_back)
         return list(scheduled.items())
+
+    def plan_drafts(self, now: float) -> DraftPlan | None:
+        """The guesses that the draft model should make before the next step, by `Speculation.plan`."""
+        return None if self._match_next() is not None else self._speculation.plan(self.running, now)
 
     def _num_paced_tokens(self, num_answers: int, prompts: list[Sequence]) -> int:
         """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
@@ -240,110 +226,6 @@ class Scheduler:
                 return -returned
         scheduled[seq] = num_tokens
         return num_tokens - returned
-
-    def _draft(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        """Add drafts while they pay. They use only tokens and blocks that no other sequence needs in this step."""
-        may_guess = self._may_guess and len(self.running) <= self._max_draft_seqs
-        may_use_ngrams = may_guess and (self._wait_cost is None or self._do_ngrams_pay())
-        forecast = StepForecast(self._max_num_batched_tokens - budget, self._row_costs)
-        for seq, num_tokens in scheduled.items():
-            forced = seq.matcher.forced if seq.matcher is not None else ()
-            if not (forced or may_guess):
-                continue
-            limit = min(_max_drafts(seq, num_tokens, is_forced=bool(forced)), self._max_draft_tokens, budget)
-            if limit <= 0:
-                continue
-            # Each sequence may need a block in the next step, and none may be preempted for another's guesses.
-            limit = max(0, min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running))))
-            guesses = [] if forced or self._draft_model is None else self._draft_model.guesses_for(seq)
-            if forced or guesses:  # those of a model are made already, since they pay
-                seq.draft_token_ids = forecast.add_forced(list(islice(forced or guesses, limit)))
-            elif may_use_ngrams and (drafter := _ngrams(seq)) is not None:
-                num_guesses = forecast.add_guesses(drafter.acceptance, limit)
-                seq.draft_token_ids = drafter.guess(seq.token_ids, num_guesses)
-            self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
-            budget -= len(seq.draft_token_ids)
-
-    def _do_ngrams_pay(self) -> bool:
-        """Whether n-grams are expected to gain more than the wait of the step behind them costs.
-
-        Before the result of the step under way, its draws are expected to be right as often as guesses were.
-        """
-        forecast = StepForecast(len(self.running), self._row_costs)
-        for seq in self.running:
-            num_drawn = seq.num_output_tokens + seq.is_being_drawn
-            limit = min(_max_guesses(seq, num_drawn), self._max_draft_tokens)
-            if limit > 0 and (drafter := _ngrams(seq)) is not None:
-                chance = drafter.acceptance if seq.is_being_drawn else 1.0
-                forecast.add_guesses(drafter.acceptance, limit, chance=chance)
-        return forecast.gains(self._wait)
-
-    @property
-    def _wait(self) -> float:
-        """The cost of a step that is not decided ahead."""
-        return 0.0 if self._wait_cost is None else self._wait_cost.cost
-
-    def _wants_guesses(self) -> bool:
-        """Whether the step after the one under way should wait for its result, to have guesses or a plan of them."""
-        if not self._may_guess or not 0 < len(self.running) <= self._max_draft_seqs:
-            return False
-        if not all(seq.is_being_drawn for seq in self.running):
-            return False  # a prompt is left
-        model = self._draft_model
-        return (model is not None and not model.use_rest()) or self._do_ngrams_pay()
-
-    def plan_drafts(self, now: float) -> DraftPlan | None:
-        """The guesses that the draft model should make before the next step. Call it before `schedule`.
-
-        None if they do not pay, and before a step with a prompt chunk. Sequences for which n-grams are expected to
-        guess better get none.
-        """
-        model = self._draft_model
-        if model is None or model.is_off or not self._may_guess:
-            return None
-        model.release_stopped()
-        num_seqs = len(self.running)
-        is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in self.running)
-        if not is_decoding or num_seqs > self._max_draft_seqs or self._match_next() is not None:
-            return None
-        forecast, wanted = StepForecast(num_seqs, self._row_costs), list[tuple[Sequence, int]]()
-        budget = self._max_num_batched_tokens - num_seqs
-        for seq in self.running:
-            limit = self._blocks.num_spare_slots(seq, num_reserved=num_seqs)
-            limit = min(limit, _max_drafts(seq, 1, is_forced=False), self._max_draft_tokens, budget)
-            if limit <= 0 or (seq.matcher is not None and seq.matcher.forced):
-                continue
-            num_guesses = self._num_model_guesses(seq, limit, forecast, model)
-            budget -= num_guesses
-            if num_guesses:
-                wanted.append((seq, num_guesses))
-        if forecast.gains(0.0):
-            if forecast.gains(self._wait):
-                model.note_paying()
-            elif not model.is_trial_due(self._wait):
-                wanted = []
-        plan = model.plan(wanted, self._max_num_batched_tokens, now)
-        if plan is None:
-            model.rest()
-        return plan
-
-    def _num_model_guesses(self, seq: Sequence, limit: int, forecast: StepForecast, model: DraftModel) -> int:
-        """How many guesses the draft model should make for a sequence: as many as pay, or a few as a trial."""
-        draft = model.follow(seq)
-        if draft is None:
-            return 0
-        cost = model.cost.per_guess(len(self.running))
-        drafter = _ngrams(seq)
-        by_ngrams, by_model = copy.copy(forecast), copy.copy(forecast)
-        by_ngrams.add_guesses(0.0 if drafter is None else drafter.acceptance, limit)
-        num_guesses = by_model.add_guesses(draft.acceptance, limit, cost)
-        num_missing = draft.num_tokens - draft.num_computed_tokens
-        catch_up_cost = cost * self._row_costs.other * max(0, num_missing - FEW_TOKENS)
-        num_expected = min(seq.state.max_tokens - seq.num_output_tokens, max(EXPECTED_TOKENS, seq.num_output_tokens))
-        if (by_model.rate / by_ngrams.rate - 1) * num_expected > catch_up_cost:
-            forecast.add_guesses(draft.acceptance, limit, cost)
-            return num_guesses
-        return min(limit, TRIAL_GUESSES) if model.is_trial_due(catch_up_cost + TRIAL_GUESSES * cost) else 0
 
     def _match_next(self) -> list[int] | None:
         """The cached blocks that the next waiting sequence can share; None if it lacks a place or blocks.
@@ -431,12 +313,6 @@ def _grouped(seqs: Iterable[Sequence], key: Callable[[Request], str]) -> dict[st
     return grouped
 
 
-def _ngrams(seq: Sequence) -> NgramDrafter | None:
-    """The sequence's n-gram drafter if it has a guess now."""
-    seq.drafter = seq.drafter or NgramDrafter(seq.num_prompt_tokens)
-    return seq.drafter if seq.drafter.follow(seq.token_ids) else None
-
-
 def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...]) -> list[ScheduledSeq]:
     """The runs of a step as plain data, for a `Batch`."""
     seqs = []
@@ -468,32 +344,6 @@ def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, .
             )
         )
     return seqs
-
-
-def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
-    """How many drafts may follow the `num_tokens` that a step computes of the sequence.
-
-    None unless the step draws for it, and unless each draw depends only on the tokens before: penalties, bad words and
-    `min_tokens` change with each draw, logits processors may, and beams change with each step. Guesses need one token
-    of output; forced tokens may also follow the end of a prompt. The last token that `max_tokens` allows is never a
-    draft. None while another step with it is under way.
-    """
-    is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
-    if not is_drawn or not (is_forced or (num_tokens == 1 and seq.num_output_tokens > 0)):
-        return 0
-    return 0 if seq.num_in_flight_tokens else _max_guesses(seq, seq.num_output_tokens)
-
-
-def _max_guesses(seq: Sequence, num_drawn: int) -> int:
-    """How many drafts may follow the first `num_drawn` tokens of an answer."""
-    request = seq.state.request
-    if num_drawn < request.params.min_tokens or request.bad_words or seq.state.search is not None:
-        return 0
-    if seq.counts is not None or seq.repetitions is not None:
-        return 0
-    if seq.processors is not None:
-        return 0
-    return seq.state.max_tokens - num_drawn - 1
 
 
 def _depends_on_last_draw(seq: Sequence) -> bool:
