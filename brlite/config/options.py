@@ -380,7 +380,10 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_tools_bytes: Annotated[Count, option("their definitions together, as JSON")] = 512 * 1024
     max_stored_bytes: Annotated[
         CountOrZero,
-        option("responses kept for `previous_response_id`; the oldest are forgotten first; 0: none are kept"),
+        option(
+            "responses kept for `previous_response_id`, and events of background responses that run; the oldest are "
+            "forgotten first; 0: none are kept"
+        ),
     ] = 64 * 1024 * 1024
     max_idempotent_bytes: Annotated[
         CountOrZero,

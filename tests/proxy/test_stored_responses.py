@@ -97,6 +97,24 @@ async def test_what_is_asked_about_a_response_goes_to_the_upstream_that_stores_i
             await responses.retrieve(each.id)
 
 
+async def test_a_background_stream_is_left_and_taken_up_again_at_its_upstream(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    setting = await behind(stack, connect, await toy(stack), await toy(stack))
+    mine, others = (client.responses for client in setting.clients)
+    text = " ".join(map(str, range(200)))
+
+    async with await mine.create(model="toy", input=text, background=True, stream=True) as left:
+        first = await anext(left)
+    rest = [event async for event in await mine.retrieve(first.response.id, stream=True, starting_after=0)]  # type: ignore[union-attr]  # it is response.created
+
+    assert [event.sequence_number for event in rest] == list(range(1, len(rest) + 1))
+    assert rest[-1].type == "response.completed"
+    assert rest[-1].response.output_text == text
+    with pytest.raises(openai.NotFoundError):
+        await others.retrieve(rest[-1].response.id, stream=True)
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_one_key_does_not_reach_the_responses_of_another(
     stack: AsyncExitStack, connect: Connect, is_streamed: bool

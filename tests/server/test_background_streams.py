@@ -8,13 +8,17 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
-from brlite.config.options import KeysConfig
+from brlite.app import create_app
+from brlite.config.options import Config, KeysConfig, ModelSpec
 from brlite.dialects.responses_stored import FinishedResponse
 from brlite.http.body import BODIES
+from brlite.http.listen import HttpServer
 from brlite.server.response_store import STORE
+from brlite.server.served_model import ModelTable, ServedModel
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client
 
@@ -149,6 +153,23 @@ async def test_a_refusal_is_a_status_and_no_stream(client: Client, api: openai.A
         await api.responses.create(**{**STREAMED, "input": "x" * 1000})
 
     assert refusal.value.param == "input"
+
+
+async def test_a_model_that_does_not_load_in_time_is_an_event_of_the_stream() -> None:
+    spec = ModelSpec(name="fake", load="on_demand")
+    config = Config(model=(spec,))
+    app = create_app(ModelTable([ServedModel(spec)]), config)  # without a manager nothing ever loads it
+
+    async with (
+        HttpServer(app, "127.0.0.1", 0, config.limits) as server,
+        aiohttp.ClientSession() as session,
+        session.post(server.url + PATH, json={**STREAMED, "timeout": 0.05}) as response,
+    ):
+        text = await response.text()
+
+    assert (response.status, response.content_type) == (200, "text/event-stream")
+    assert text.startswith("event: error\ndata: {")
+    assert app[STORE].num_bytes == 0
 
 
 async def test_a_failed_step_fails_the_stream(make_client: MakeClient) -> None:
