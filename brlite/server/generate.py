@@ -1,8 +1,8 @@
 """The endpoint of each dialect: decode a call, admit it, deliver the response. Start reading at `generate`.
 
 A delivery writes the engine's outputs to one HTTP response: as a stream, or as one body. A stream whose model must be
-loaded begins before the load and reports the progress in comments. The engine's sinks write to the client's socket
-directly, so a token costs one write and wakes no task. A client slower than the model gets merged deltas. When a client
+loaded begins before the load and reports the progress in comments. The engine's sinks write to the client's stream
+without a task between, so a token costs one write. A client slower than the model gets merged deltas. When a client
 disconnects, its requests are aborted.
 """
 
