@@ -22,6 +22,7 @@ from brlite.process.machine import show_bytes
 HEAD_BYTES = 512
 MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; large vocabularies take 30 MB
 MAX_JSON_BYTES = 16 * 2**20  # parsing takes up to 22 times as much; indexes of shards, the largest, have some MB
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, as JSON writes it; without the other: no text
 FETCH_AGAIN = "fetch it again"
 # The template for chats with tools, beside a chat_template.jinja. A bundle has no folders: there it has another name.
 TOOL_TEMPLATE_FILE, BUNDLED_TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja", "tool_use.jinja"
@@ -152,8 +153,11 @@ def read_model_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in one of a model's JSON files. Raises `ModelError` naming the file."""
+    text = read_model_text(path, MAX_JSON_BYTES)
     try:
-        content = json.loads(read_model_text(path, MAX_JSON_BYTES))
+        content = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # a lone one must fail here, not when it is used
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON: {reason(error)}") from None
     if not isinstance(content, dict):

@@ -61,7 +61,8 @@ def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
     if attends_both_ways(config):
         return "attention in both directions"
     if "pooling_type" in config:  # of a GGUF file
-        return GGUF_MODES.get(config["pooling_type"], f"pooling type {excerpt(config['pooling_type'])}")
+        kind = config["pooling_type"]
+        return GGUF_MODES.get(kind if type(kind) is int else 0, f"pooling type {excerpt(kind)}")
     if not path.is_dir():
         return "lasttoken"
     if exists(path / MODULES_FILE):

@@ -13,6 +13,7 @@ from brlite.chat.reply import find_reply_format
 from brlite.chat.template import ChatTemplate
 from brlite.chat.tool_calls import PARSERS
 from brlite.chat.turns import TemplateExtras
+from brlite.conversion.convert import read_side_files
 from brlite.errors import InvalidRequest, ModelError
 from brlite.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import write_folder
@@ -159,6 +160,21 @@ def test_a_chat_with_tools_gets_the_template_named_tool_use(folder: Path, has_fi
     assert tokenizer.chat_format is not None
     assert find_reply_format(tokenizer.chat_format, "auto", "auto").calls is PARSERS["hermes"]
     assert {"mood", "tools"} <= tokenizer.chat_format.capabilities.variables
+
+
+def test_a_bundle_keeps_the_template_for_tools(folder: Path, tmp_path: Path) -> None:
+    (folder / "chat_template.jinja").write_text("plain")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name, content in read_side_files(folder, {}).items():
+        (bundle / name).write_bytes(content)
+
+    tokenizer = load_tokenizer(bundle)
+
+    assert rendered(tokenizer) == "plain"
+    assert tokenizer.render_chat(HELLO, extras=TemplateExtras(tools=[TOOL])) == "[now]hello"
 
 
 def test_named_templates_may_be_an_object(folder: Path) -> None:

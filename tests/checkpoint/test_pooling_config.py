@@ -91,6 +91,11 @@ def test_lengths_come_from_the_config_json_unless_the_option_names_them(
     assert spec.matryoshka_dimensions == expected
 
 
+@pytest.mark.parametrize("kind", ["mean", [1], {"a": 1}, True, None])
+def test_a_pooling_type_that_is_no_number_of_ggufs_turns_embeddings_off(tmp_path: Path, kind: object) -> None:
+    assert settle_pooling(tmp_path, {"pooling_type": kind}, SPEC).pooling == "none"
+
+
 @pytest.mark.parametrize("content", ["[", "{}", "[1]", "\x00"])
 def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "modules.json").write_text(content)

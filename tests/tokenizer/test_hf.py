@@ -228,7 +228,13 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path: Path, option
 BROKEN_FILES = {
     "tokenizer.json": ["", "{", "{}", '{"model": {"type": "BPE"}}'],
     "tokenizer.model": ["", "not a sentencepiece model"],
-    "tokenizer_config.json": ["{", "[1]", '{"bos_token": 1}', '{"added_tokens_decoder": {"x": 1}}'],
+    "tokenizer_config.json": [
+        r'{"bos_token": "\ud800"}',
+        "{",
+        "[1]",
+        '{"bos_token": 1}',
+        '{"added_tokens_decoder": {"x": 1}}',
+    ],
     "special_tokens_map.json": ["[" * 100_000, "null", '{"additional_special_tokens": 5}'],
     "added_tokens.json": ['{"<x>": "<y>"}', '{"<x>": null}', '{"<x>": 1e999}'],
     "generation_config.json": ['{"eos_token_id": "x"}', '{"eos_token_id": [true]}', '{"eos_token_id": -1}'],
