@@ -185,7 +185,7 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not blank."""
     prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
-        raise ConfigError(f"{path}: holds no prompt; expected is one a line")
+        raise ConfigError(f"{path}: holds no prompt; write one on each line")
     return prompts
 
 

@@ -45,7 +45,7 @@ class Loader(Protocol):
         ...
 
     def release_memory(self) -> None:
-        """Return remaining memory to the system. Called after a model was unloaded."""
+        """Give the system the freed memory that the process still holds. Called after a model was unloaded."""
         ...
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class TokenizerOptions(NamedTuple):
     """How a tokenizer is loaded. `chat_template` is the file that replaces the model's own template.
 
-    `limits` are for one chat or text in a child process. With `control_tokens_in_text` the text of a control token in a
-    message becomes that token.
+    `limits` bound a child process that renders a chat or encodes a text: its CPU time for each, and its memory. With
+    `control_tokens_in_text` the text of a control token in a message becomes that token.
     """
 
     chat_template: Path | None
