@@ -12,7 +12,7 @@
     python bench/card.py --first DIR --short
 
 `--first` runs, each in a process with a time limit: the checks, 2,000 random schedules, the speed of the 8B shape, its
-profile, and the tiles of its products. DIR gets a JSON file and the output of each.
+profile, the tiles of its products, and the 1B shape beside transformers. DIR gets a JSON file and the output of each.
 
 Exit status: 0, or 1 if a check failed or a number could not be had.
 """

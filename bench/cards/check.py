@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -74,16 +74,17 @@ def run_checks(args: argparse.Namespace) -> int:
     for group in groups:
         with ThreadPoolExecutor(max(1, cores // CORES_PER_CHECK)) as pool:
             running = [pool.submit(_run, name, each, args, deadline) for name, each in jobs if name in group]
-            for future in running:
+            for future in as_completed(running):
                 outcomes.append(future.result())
                 print("\n".join(_lines(outcomes[-1])), flush=True)
+                if args.json is not None:
+                    found = {"device": args.device, "model": str(args.model), "seconds": time.monotonic() - began}
+                    found["outcomes"] = [_plain(each) for each in outcomes]
+                    args.json.write_text(json.dumps(found, indent=1) + "\n")
     findings = [finding for outcome in outcomes for finding in outcome.findings]
     num_failed, num_skipped = (sum(each.is_ok is is_ok for each in findings) for is_ok in (False, None))
     seconds = time.monotonic() - began
     print(f"{len(findings)} checks, {num_failed} FAILED, {num_skipped} skipped, {seconds:.0f} s")
-    if args.json is not None:
-        kept = {"device": args.device, "model": str(args.model), "seconds": seconds}
-        args.json.write_text(json.dumps({**kept, "outcomes": [_plain(each) for each in outcomes]}, indent=1) + "\n")
     return 1 if num_failed else 0
 
 

@@ -1,8 +1,9 @@
 """`card.py --first DIR`: the first quarter of an hour on a card, in one command. Each part is a process with a limit.
 
 The order is that of what is most worth knowing: whether results are right, whether bits are equal in any schedule, how
-fast steps are, where their time goes, and which tiles are best. A part that fails, hangs or loses the card leaves the
-others alone. Each part writes DIR/NAME.json and DIR/NAME.txt; DIR/first.json says how each ended.
+fast steps are, where their time goes, which tiles are best, and how fast transformers is. A part that fails, hangs or
+loses the card leaves the others alone. Each part writes DIR/NAME.json and DIR/NAME.txt as it finds something;
+DIR/first.json says how each ended. The last lines compare with the bars of `bars.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cards import models
+from cards import bars, check, models
 from measuring import steps
 from torch.profiler import ProfilerActivity, profile
+
+from brlite.models.precision import PrecisionName
 
 GRACE_SECONDS = 15.0  # after its time limit a part writes what it has
 PROFILED_STEPS = 20
@@ -38,11 +42,12 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("check", ("--check",), 0.2),
+    Part("check", ("--check", "--only", ",".join(name for name in check.NAMES if name != "schedules")), 0.2),
     Part("schedules", ("--check", "--only", "schedules", "--schedules", "2000"), 0.15),
     Part("speed", ("--shapes", "8b", "--no-peers"), 0.35),
-    Part("profile", ("--profile", "--shapes", "8b"), 0.1),
-    Part("tiles", ("--tiles", "--shapes", "8b"), 0.2),
+    Part("profile", ("--profile", "--shapes", "8b"), 0.08),
+    Part("tiles", ("--tiles", "--shapes", "8b"), 0.12),
+    Part("peers", ("--shapes", "1b", "--precisions", "bf16"), 0.1),  # and what the others left over
 )
 
 
@@ -61,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         found.append({"part": part.name, "status": status, "seconds": round(seconds, 1), "limit": round(limit, 1)})
         print(f"{part.name}: {status} in {seconds:.0f} of {limit:.0f} s", flush=True)
         (folder / "first.json").write_text(json.dumps({"device": args.device, "parts": found}, indent=1) + "\n")
+    print("\n".join(bars.report(folder)))
     return 0 if all(each["status"] == "ok" for each in found) else 1
 
 
@@ -77,25 +83,44 @@ def _run_part(part: Part, limit: float, args: argparse.Namespace) -> str:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return "not done"
+        finally:  # also where this command is interrupted: the card must not stay taken
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return "ok" if status == 0 else f"status {status}"
 
 
 def run_profile(args: argparse.Namespace) -> int:
     """Print where the time of decode steps goes, by kernel, of each shape and precision."""
-    device = torch.device(args.device)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     deadline, found = time.monotonic() + args.time_limit, list[dict[str, object]]()
+    is_complete = True
     for shape, precision in [(shape, precision) for shape in args.shapes for precision in args.precisions]:
-        group = [steps.decode_step(rows, CONTEXT) for rows in ((1, 2) if args.short else (1, 64))]
-        blocks = steps.num_blocks(group, models.BLOCK_SIZE)
-        kernels = (args.kernels or models.kernels())[0]
-        backend = models.make_backend(
-            shape, precision, args.device, kernels, rows=group[-1].rows, context=2 * CONTEXT, num_blocks=blocks
-        )
+        try:
+            for step in _profiled(shape, precision, args, deadline):
+                found.append(step)
+                if args.json is not None:
+                    args.json.write_text(json.dumps({"steps": found}, indent=1) + "\n")
+        except Exception as error:  # of this precision alone
+            is_complete = False
+            print(f"\n{shape} {precision}: {type(error).__name__}: {error}"[:300])
+    return 0 if found and is_complete else 1
+
+
+def _profiled(
+    shape: str, precision: PrecisionName, args: argparse.Namespace, deadline: float
+) -> Iterator[dict[str, object]]:
+    """Print and give the kernels of decode steps of few and of many rows, until the time is up."""
+    is_card = torch.device(args.device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_card else [])]
+    group = [steps.decode_step(rows, CONTEXT) for rows in ((1, 2) if args.short else (1, 64))]
+    blocks = steps.num_blocks(group, models.BLOCK_SIZE)
+    kernels = (args.kernels or models.kernels())[0]
+    backend = models.make_backend(
+        shape, precision, args.device, kernels, rows=group[-1].rows, context=2 * CONTEXT, num_blocks=blocks
+    )
+    with closing(backend):
         steps.fill_cache(backend, group)
         for step, batch in zip(group, steps.make_batches(group, backend.info), strict=True):
             if time.monotonic() > deadline:
@@ -105,14 +130,10 @@ def run_profile(args: argparse.Namespace) -> int:
             with profile(activities=activities) as profiled:
                 for _ in range(num_steps):
                     backend.execute(batch)
-            rows = _kernels(profiled, num_steps, is_card=device.type == "cuda")
+            rows = _kernels(profiled, num_steps, is_card=is_card)
             print(f"\n{shape} {precision} {step.name}: microseconds a step")
             print("\n".join(f"{row['microseconds']:10.1f}  {row['calls']:6.1f} x  {row['kernel']}" for row in rows))
-            found.append({"shape": shape, "precision": precision, "step": step.name, "kernels": rows})
-            if args.json is not None:
-                args.json.write_text(json.dumps({"steps": found}, indent=1) + "\n")
-        backend.close()
-    return 0 if found else 1
+            yield {"shape": shape, "precision": precision, "step": step.name, "kernels": rows}
 
 
 def _kernels(profiled: profile, num_steps: int, *, is_card: bool) -> list[dict[str, float | str]]:

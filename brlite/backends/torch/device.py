@@ -34,7 +34,8 @@ KINDS = ("cpu", "cuda", "supa")
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
 NODES = Path("/dev")
 BIREN_NODES = "biren*"
-CARD_NODES = (BIREN_NODES, "nvidia[0-9]*", "dxg", "kfd")  # one exists if there is any card
+CUDA_NODES = ("nvidia[0-9]*", "dxg", "kfd")
+CARD_NODES = (BIREN_NODES, *CUDA_NODES)  # one exists if there is any card
 # Errors of a card after which it computes on: too little memory, a call of a library or a launch that was refused.
 RECOVERABLE = re.compile("out of memory|_STATUS_|invalid (configuration )?argument|no kernel image|too many resources")
 BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual sets 0: its cards are connected over PCIe
@@ -137,8 +138,7 @@ def computes_on_cpu(name: str) -> bool:
 def select_device(name: str, index: int = 0) -> torch.device:
     """The device called `name`, card `index` unless the name has a number. Raises `ConfigError` if it is not there.
 
-    "auto" takes a Biren card if there is one, else a CUDA card, else the CPU, and warns of Biren cards that cannot be
-    used.
+    "auto" takes a Biren card if there is one, else a CUDA card, else the CPU, and warns of cards that cannot be used.
     """
     prepare_environment()
     if name == "auto":
@@ -146,6 +146,8 @@ def select_device(name: str, index: int = 0) -> torch.device:
         if has_biren_cards() and not _num_devices("supa"):
             _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
         name = next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
+        if name == "cpu" and any(any(NODES.glob(node)) for node in CUDA_NODES):
+            _warn_once(f"the CPU computes, although there may be a card: {_obstacles('cuda') or 'torch finds none'}")
     kind, _, number = name.partition(":")
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
@@ -309,8 +311,15 @@ def _runtime(kind: str) -> ModuleType | None:
 
 
 def _obstacles(kind: str) -> str:
-    """Why no plugin adds this kind of device to torch; empty if one does, or none is needed."""
-    return "; ".join(_load_biren_plugin()) if kind == "supa" and _runtime(kind) is None else ""
+    """Why torch cannot use this kind of device: no plugin adds it, or its driver is missing or too old. Else empty."""
+    runtime = _runtime(kind)
+    if kind == "supa":
+        return "; ".join(_load_biren_plugin()) if runtime is None else ""
+    try:
+        getattr(runtime, "init", lambda: None)()
+    except (RuntimeError, AssertionError) as error:  # of the driver, and of a build of torch without CUDA
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return ""
 
 
 @functools.cache  # a plugin that failed during import is not tried again

@@ -32,7 +32,7 @@ from brlite.backends.torch.quantize import quantize_linears_, random_codes, stor
 from brlite.backends.torch.steps import LastDraws, StepLimits
 from brlite.config.options import TorchKernels
 from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
-from brlite.errors import ConfigError
+from brlite.errors import BrliteError, ConfigError
 from brlite.models.config import KVDtype, ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
 from brlite.models.precision import PRECISIONS, MatrixForm, Precision
@@ -118,9 +118,13 @@ def probe_device(device: torch.device, dtype: torch.dtype, model: ProbedModel = 
             found = _compute(model, device, dtype)
             is_drawn_right = not rules_for(device).samples or draws_right(found, ahead=rules_for(device).runs_ahead)
             found = found.cpu()
-        except (RuntimeError, IndexError) as error:  # torch's classes for failures of operators, drivers and memory
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"{describe_device(device)} cannot compute a tiny model: {reason}") from error
+        except BrliteError:
+            raise
+        except Exception as error:  # operators, drivers, memory and Triton have classes of their own
+            reason = " ".join(f"{describe_device(device)} cannot compute a tiny model: {error}".split())[:300]
+            if rules_for(device).has_triton and model.kernels != "eager":
+                reason += '; engine.torch_kernels = "eager" computes without our kernels'
+            raise ConfigError(reason) from error
     # The least cosine of any row and the greatest error relative to the row's norm. NaN if there is one.
     cosines = functional.cosine_similarity(found, expected, dim=1)
     errors = (found - expected).norm(dim=1) / expected.norm(dim=1)

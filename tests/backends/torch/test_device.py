@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from brlite.backends.torch import device as device_module
 from brlite.backends.torch.device import (
     CardMemory,
     compute_dtype,
@@ -179,3 +180,34 @@ def test_memory_that_torch_keeps_after_a_model_was_unloaded_is_free(monkeypatch:
         monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
 
     assert device_memory(torch.device("cuda:1")) == CardMemory(total=80, free=60)
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update it"
+
+
+def make_driver_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError(f"{TOO_OLD}\nor install an older torch")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+
+
+def test_a_driver_that_is_too_old_is_the_reason_that_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_driver_too_old(monkeypatch)
+
+    with pytest.raises(ConfigError) as refusal:
+        select_device("cuda")
+
+    assert str(refusal.value) == f"device cuda:0 is not there: none found; {TOO_OLD}"
+
+
+def test_a_card_that_auto_cannot_use_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_driver_too_old(monkeypatch)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device_module, "NODES", tmp_path)
+
+    assert select_device("auto").type == "cpu"
+    assert f"the CPU computes, although there may be a card: {TOO_OLD}" in caplog.messages

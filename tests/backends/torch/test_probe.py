@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from brlite.backends.torch import probe
+from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.device import DeviceRules, host_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
@@ -155,3 +156,22 @@ def test_tokens_of_the_step_before_are_taken_where_steps_run_ahead(monkeypatch: 
 
 def test_a_report_reads_well() -> None:
     assert str(ProbeReport(0.99987, 0.0142, ())) == "cosine 0.999870, error 1.42% against float32 on the CPU"
+
+
+def test_a_kernel_that_does_not_fit_the_card_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As Triton's, of no class of torch."""
+
+    def choose(decoder: Any, cache: Any, kernels: str, limits: Any) -> Any:
+        if kernels != "eager":
+            raise OutOfResources("out of resource: shared memory, Required: 147456")
+        return choose_steps(decoder, cache, "eager", limits)
+
+    monkeypatch.setattr(probe, "choose_steps", choose)
+    monkeypatch.setattr(probe, "rules_for", lambda _: DeviceRules(has_triton=True))
+
+    with pytest.raises(ConfigError) as refusal:
+        probe_device(CPU, torch.bfloat16)
+
+    assert "cannot compute a tiny model: out of resource: shared memory, Required: 147456" in str(refusal.value)
+    assert str(refusal.value).endswith('engine.torch_kernels = "eager" computes without our kernels')
