@@ -4,6 +4,7 @@
     python bench/limits.py --model FOLDER --rows 1,8,32         # another one
     python bench/limits.py --only-limits                        # memory and multiplications alone
     python bench/limits.py --cpu-time                           # one thread, its processor time: beside other programs
+    python bench/limits.py --prefill 128 --positions 0,8064     # 128 tokens of a prompt, the first at these positions
     BRLITE_ISA=avx2 python bench/limits.py                      # the kernels and the limits of a lesser processor
     python bench/limits.py --short                              # a few steps: for CI
 
@@ -97,7 +98,7 @@ def _measure_limits(measure: machine_limits.Measure, args: argparse.Namespace) -
 def _measure_steps(args: argparse.Namespace, limits: Limits, measure: machine_limits.Measure) -> list[Timed]:
     model = subject.find_model(args.model)
     wanted = [steps.decode_step(rows, context) for context in args.contexts for rows in args.rows]
-    wanted += [steps.prefill_step(num_tokens) for num_tokens in args.prefill]
+    wanted += [steps.prefill_step(num_tokens, start) for start in args.positions for num_tokens in args.prefill]
     config = _engine_config(args, model, wanted)
     with closing(build_engine(config).backend) as backend:
         info = backend.info
@@ -196,7 +197,19 @@ def _context_lines(timed: Sequence[Timed]) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
-    kept = ("model", "precision", "backend", "threads", "cpu_time", "rows", "contexts", "prefill", "rounds", "seconds")
+    kept = (
+        "model",
+        "precision",
+        "backend",
+        "threads",
+        "cpu_time",
+        "rows",
+        "contexts",
+        "prefill",
+        "positions",
+        "rounds",
+        "seconds",
+    )
     return {name: getattr(args, name) for name in kept} | {"isa": os.environ.get("BRLITE_ISA", "")}
 
 
@@ -206,6 +219,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=_counts, default=[1, 4, 8, 16, 32, 64], metavar="LIST", help="of decode steps")
     parser.add_argument("--contexts", type=_counts, default=[64, 512], metavar="LIST", help="of decode steps (64,512)")
     parser.add_argument("--prefill", type=_counts, default=[128, 512], metavar="LIST", help="prompt tokens (128,512)")
+    parser.add_argument("--positions", type=_positions, default=[0], metavar="LIST", help="of their first token (0)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each step (5)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each limit (1)")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, which others do not share")
@@ -222,11 +236,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _counts(text: str) -> list[int]:
+def _counts(text: str, smallest: int = 1) -> list[int]:
     counts = [int(word) for word in text.split(",") if word.strip()]
-    if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; needed are numbers from 1, separated by commas")
+    if not counts or min(counts) < smallest:
+        raise argparse.ArgumentTypeError(f"{text!r}; needed are numbers from {smallest}, separated by commas")
     return counts
+
+
+def _positions(text: str) -> list[int]:
+    return _counts(text, smallest=0)
 
 
 if __name__ == "__main__":

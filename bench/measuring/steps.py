@@ -34,7 +34,7 @@ class Step(Struct, frozen=True):
     @property
     def name(self) -> str:
         if self.num_tokens > 1:
-            return f"prefill {self.num_tokens}"
+            return f"prefill {self.num_tokens}" + (f" @ {self.start}" if self.start else "")
         return f"decode {self.rows} @ {self.context}"
 
     @property
@@ -53,8 +53,8 @@ def decode_step(rows: int, context: int) -> Step:
     return Step(rows, 1, context)
 
 
-def prefill_step(num_tokens: int) -> Step:
-    return Step(1, num_tokens, num_tokens)
+def prefill_step(num_tokens: int, start: int) -> Step:
+    return Step(1, num_tokens, start + num_tokens)
 
 
 def num_blocks(steps: Sequence[Step], block_size: int) -> int:
