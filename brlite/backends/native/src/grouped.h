@@ -9,10 +9,10 @@
 //   bytes of an int4 column, each with two inputs:   0, 2 | 4, 6 | 1, 3 | 5, 7
 //   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
 //
-// Plain AVX2 multiplies unsigned bytes by signed ones, and adds pairs of products, in 16 bits. That is exact for int4
-// codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would overflow. Activations
-// are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as those with one scale a
-// row, and as bytes. The other instruction sets, AVX-512 without VNNI among them, have only the int16 form.
+// AVX2 and AVX-512 without VNNI multiply unsigned bytes by signed ones, and add pairs of products, in 16 bits. That is
+// exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would
+// overflow. Activations are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as
+// those with one scale a row, and as bytes. The other instruction sets have only the int16 form.
 #pragma once
 
 #include "multiply.h"
@@ -20,10 +20,13 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-#if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
+#if defined(BRLITE_HAS_AVX512)
 
+#if defined(BRLITE_HAS_VNNI)
 constexpr int MAX_GROUPED_ROWS = 12;  // of a tile: a sum and a total each take 24 of the 32 registers
-constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
+#else
+constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
+#endif
 
 // Stores the 32 integers of a group in the order of the quads.
 INLINE void store_quads(int8_t* to, Ints low, Ints high) {
@@ -32,13 +35,48 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     _mm_storeu_si128((__m128i*)(to + LANES), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
 }
 
+// The bytes of inputs `first` to `first + 7` of an int4 panel's group, and the quad of their lower or upper 4 bits.
+INLINE Int8::Pair load_int4(const uint8_t* group, int first) { return _mm512_loadu_si512(group + first * LANES / 2); }
+INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
+    return _mm512_and_si512(is_upper ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+}
+
+#elif defined(BRLITE_HAS_AVX2)
+
+constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
+
+INLINE void store_quads(int8_t* to, Ints low, Ints high) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
+                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
+    // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
+    const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
+    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(of_0, of_4));
+    _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi8(of_0, of_4));
+}
+
+INLINE Int8::Pair load_int4(const uint8_t* group, int first) {
+    const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
+    return {_mm256_loadu_si256(bytes), _mm256_loadu_si256(bytes + 1)};
+}
+INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
+    const __m256i code = _mm256_set1_epi8(15);
+    if (is_upper) bytes = {_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)};
+    return {_mm256_and_si256(bytes.low, code), _mm256_and_si256(bytes.high, code)};
+}
+
+#endif
+
+#if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
+
+constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
+
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <bool IS_INT4>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
     if constexpr (IS_INT4) {
-        const __m512i bytes = _mm512_loadu_si512(group + first * LANES / 2), code = _mm512_set1_epi8(15);
-        quads[0] = _mm512_and_si512(bytes, code);
-        quads[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), code);
+        const Int8::Pair bytes = load_int4(group, first);
+        quads[0] = int4_quad(bytes, false);
+        quads[1] = int4_quad(bytes, true);
         return;
     }
     const __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
@@ -58,33 +96,7 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // a
 
 INLINE Int8::Sum equal_sums(int32_t value) { return _mm512_set1_epi32(value); }
 
-#elif defined(BRLITE_HAS_AVX2)
-
-constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
-
-INLINE void store_quads(int8_t* to, Ints low, Ints high) {
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
-                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
-    // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
-    const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
-    _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(of_0, of_4));
-    _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi8(of_0, of_4));
-}
-
-// The bytes of inputs `first` to `first + 7` of an int4 panel's group, and the quad of their lower or upper 4 bits.
-INLINE Int8::Pair load_int4(const uint8_t* group, int first) {
-    const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
-    return {_mm256_loadu_si256(bytes), _mm256_loadu_si256(bytes + 1)};
-}
-INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
-    const __m256i code = _mm256_set1_epi8(15);
-    if (is_upper) bytes = {_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)};
-    return {_mm256_and_si256(bytes.low, code), _mm256_and_si256(bytes.high, code)};
-}
-
-#endif
-
-#if defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
+#elif defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
 
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
@@ -146,7 +158,7 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     }
 }
 
-#elif defined(BRLITE_HAS_AVX2)
+#elif defined(BRLITE_HAS_AVX512) || defined(BRLITE_HAS_AVX2)
 
 // The space of one input. A group is 32 integers as int16, then the same as bytes in the order of the quads.
 struct GroupedRow {
@@ -160,11 +172,23 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
     store_quads((int8_t*)((int16_t*)to + BRLITE_GROUP), low, high);
 }
 
-struct Words {  // 16-bit sums: two for each column, each of the products of half a group
-    __m256i low, high;
-};
 static_assert(BRLITE_GROUP / 2 * 15 * 127 <= INT16_MAX, "sums of int4 codes times int8 activations are exact");
 
+// Words: 16-bit sums, two for each column, each of the products of half a group.
+#if defined(BRLITE_HAS_AVX512)
+typedef __m512i Words;
+INLINE Words no_words() { return _mm512_setzero_si512(); }
+INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
+    int32_t inputs;
+    memcpy(&inputs, row, sizeof inputs);
+    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(quad, _mm512_set1_epi32(inputs)));
+}
+INLINE Int8::Sum sum_words(Words words) { return _mm512_madd_epi16(words, _mm512_set1_epi16(1)); }
+#else
+struct Words {
+    __m256i low, high;
+};
+INLINE Words no_words() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // asm fixes the order of instructions, as in `Int8::add`.
 INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
     __m256i inputs, product;
@@ -177,20 +201,23 @@ INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
         : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [inputs] "=&x"(inputs), [product] "=&x"(product)
         : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quad.low), [high] "x"(quad.high));
 }
+INLINE Int8::Sum sum_words(Words words) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(words.low, ones), _mm256_madd_epi16(words.high, ones)};
+}
+#endif
 
 template <int ROWS>
 INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride) {
     Words words[ROWS];
-    UNROLLED for (int r = 0; r < ROWS; r++) words[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    UNROLLED for (int r = 0; r < ROWS; r++) words[r] = no_words();
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
         const Int8::Pair bytes = load_int4(group, i), lower = int4_quad(bytes, false);
         UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], lower, rows + r * row_stride + i);
         const Int8::Pair upper = int4_quad(bytes, true);
         UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], upper, rows + r * row_stride + i + 4);
     }
-    const __m256i ones = _mm256_set1_epi16(1);
-    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = {_mm256_cvtepi32_ps(_mm256_madd_epi16(words[r].low, ones)),
-                                                       _mm256_cvtepi32_ps(_mm256_madd_epi16(words[r].high, ones))};
+    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(sum_words(words[r]));
 }
 
 template <int FORMAT, int ROWS>
