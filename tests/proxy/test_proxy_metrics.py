@@ -233,7 +233,7 @@ async def test_a_family_of_another_type_is_left_out_and_said(start: Start) -> No
         (Answer(body=b"<html>\n"), "line 1 is not a sample: <html>"),
         (Answer(body=b"up 1\n\xff"), "can't decode byte 0xff"),
         (Answer(body=b"# \n" * 2**21), "answered more than 4194304 bytes"),
-        (NEVER, "did not answer GET /metrics within 0.2 s"),
+        (NEVER, "did not answer GET /metrics within 3 s"),
     ],
     ids=["absent", "no metrics", "not UTF-8", "too long", "silent"],
 )
@@ -241,7 +241,7 @@ async def test_an_upstream_that_cannot_be_read_is_said_and_harms_no_other(
     start: Start, answer: Answer, why: str
 ) -> None:
     async with GetServer({"/metrics": answer}) as bad, GetServer({"/metrics": Answer(body=THEIRS)}) as good:
-        config = ProxyConfig(health_timeout_seconds=0.2)
+        config = ProxyConfig(health_timeout_seconds=3)  # the good one answers in time on a busy machine, too
         downstream = await start(upstream(bad, "bad"), upstream(good, "good"), proxy=config)
 
         families, text = await downstream.families("?upstream=all"), await downstream.text("?upstream=bad")
