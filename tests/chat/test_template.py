@@ -203,5 +203,6 @@ def test_lone_surrogates_are_refused_with_the_callers_field(llama_folder: Path) 
         tokenizer.encode_chat([{"role": "user", "content": "\ud800"}])
     with pytest.raises(InvalidRequest, match="lone surrogate") as prompt:
         tokenizer.encode("\udfff", param="prompt")
+    tokenizer.close()  # the errors' tracebacks keep it alive
 
     assert (chat.value.param, prompt.value.param) == ("messages", "prompt")
