@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
@@ -92,6 +92,8 @@ class BackgroundStream(DetachedStream):
             if self._kept.is_dropped:
                 raise not_kept()
         async with EventStream(request, limits.sse_comment_seconds) as stream:
+            if request.method == hdrs.METH_HEAD:
+                return await stream.finish()  # its response ends with the headers
             while self._kept is None and not self._is_over:
                 await asyncio.shield(self._changed)
             if self._kept is None:

@@ -148,6 +148,21 @@ async def test_an_event_that_has_not_come_cannot_be_followed(
     assert refusal.value.param == "starting_after"
 
 
+async def test_a_head_request_of_a_running_stream_has_no_body(client: Client, api: openai.AsyncOpenAI) -> None:
+    first = await anext(await api.responses.create(**STREAMED))
+    host, port = client.url.removeprefix("http://").split(":")
+    path = f"{PATH}/{first.response.id}"
+
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"HEAD {path}?stream=true HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head, _, rest = (await asyncio.wait_for(reader.read(), PATIENCE_SECONDS)).partition(b"\r\n\r\n")
+    writer.close()
+
+    assert head.startswith(b"HTTP/1.1 200") and b"text/event-stream" in head
+    assert rest.startswith(b"HTTP/1.1 200") and b'"status":"in_progress"' in rest
+
+
 async def test_a_refusal_is_a_status_and_no_stream(client: Client, api: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         await api.responses.create(**{**STREAMED, "input": "x" * 1000})
