@@ -159,8 +159,10 @@ async def test_a_head_request_of_a_running_stream_has_no_body(client: Client, ap
     head, _, rest = (await asyncio.wait_for(reader.read(), PATIENCE_SECONDS)).partition(b"\r\n\r\n")
     writer.close()
 
-    assert head.startswith(b"HTTP/1.1 200") and b"text/event-stream" in head
-    assert rest.startswith(b"HTTP/1.1 200") and b'"status":"in_progress"' in rest
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"text/event-stream" in head
+    assert rest.startswith(b"HTTP/1.1 200")
+    assert b'"status":"in_progress"' in rest
 
 
 async def test_a_refusal_is_a_status_and_no_stream(client: Client, api: openai.AsyncOpenAI) -> None:
