@@ -16,6 +16,7 @@ from msgspec import UNSET, Raw
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
+from brlite.dialects.kept_events import KeptEvents
 from brlite.dialects.openai_answer import ShownLogprob, encode_json, shown_logprob
 from brlite.dialects.responses_events import (
     ArgumentsDelta,
@@ -48,7 +49,7 @@ from brlite.dialects.responses_events import (
     delta_logprobs,
 )
 from brlite.dialects.responses_items import sealed
-from brlite.dialects.responses_stored import NOT_KEPT, FinishedResponse, KeptEvents
+from brlite.dialects.responses_stored import NOT_KEPT, FinishedResponse
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
 from brlite.dialects.sse import frame
 

@@ -8,110 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
-from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Generation
+from brlite.dialects.kept_events import STATE_BYTES
 from brlite.dialects.responses_encoder import ResponsesEncoder
-from brlite.dialects.responses_stored import (
-    STATE_BYTES,
-    EventReader,
-    FinishedResponse,
-    KeptEvents,
-    check_starting_after,
-    not_kept,
-)
+from brlite.dialects.responses_stored import FinishedResponse, check_following
 from brlite.errors import stopping
 from brlite.http.access_log import log_extras
 from brlite.http.body import HELD
-from brlite.http.events import EventStream
 from brlite.server.generate import CONFIG, RUNNING, generate
 from brlite.server.idempotency import ANSWERS
 from brlite.server.response_store import STORE
-from brlite.server.resumable import RECORDED, DetachedStream
+from brlite.server.resumable import RECORDED, RecordedStream
 
 logger = logging.getLogger(__name__)
-
-
-class BackgroundStream(DetachedStream):
-    """The events of one background response. Its encoder keeps them; `grow` counts their bytes.
-
-    If `grow` returns False, since the store has no room for them, they are dropped.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: KeptEvents | None = None  # until the engine has the prompt
-        self._grow: Callable[[int], bool] = lambda num_bytes: True
-        self._num_counted = 0
-        self._refusal = b""
-
-    def keep(self, kept: KeptEvents, grow: Callable[[int], bool]) -> None:
-        """Set where the encoder keeps the events, before the first one."""
-        self._kept, self._grow = kept, grow
-        self._notify()
-
-    def write(self, events: bytes) -> bool:
-        assert self._kept is not None  # by now the encoder has kept the events
-        grown, self._num_counted = self._kept.num_bytes - self._num_counted, self._kept.num_bytes
-        if not self._kept.is_dropped and not self._grow(grown):
-            self._kept.drop()
-        self._notify()
-        return True
-
-    async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
-        """The response is stored with these events, so they are not counted here. If there is none: an error."""
-        if self._kept is None:
-            self._refusal = last_events
-        return web.StreamResponse()
-
-    def close(self) -> None:
-        """Does nothing: an event may follow when the delivery has ended. `end` follows."""
-
-    def end(self) -> None:
-        """No event follows."""
-        self._is_over = True
-        self._notify()
-
-    async def follow(
-        self, request: web.Request, starting_after: int | None, limits: LimitsConfig
-    ) -> web.StreamResponse:
-        """Send the events after this number as they come, until the last one or until the client leaves.
-
-        Raises `InvalidRequest` if there is no event of this number yet, or if the events were dropped. If they are
-        dropped meanwhile, the connection is cut.
-        """
-        if self._kept is not None:
-            check_starting_after(starting_after, self._kept.num_events)
-            if self._kept.is_dropped:
-                raise not_kept()
-        async with EventStream(request, limits.sse_comment_seconds) as stream:
-            if request.method == hdrs.METH_HEAD:
-                return await stream.finish()  # its response ends with the headers
-            while self._kept is None and not self._is_over:
-                await asyncio.shield(self._changed)
-            if self._kept is None:
-                return await stream.finish(self._refusal)
-            reader = EventReader(self._kept, starting_after)
-            while not self._kept.is_dropped:
-                events = reader.read()
-                if events is None and self._is_over:
-                    break
-                if events is None:
-                    await asyncio.shield(self._changed)
-                elif events and not (stream.write(events) and await stream.drained(limits.slow_client_seconds)):
-                    break
-                else:
-                    await asyncio.sleep(0)  # decompressing a long history takes a while
-            else:
-                stream.abort()
-            return await stream.finish()
 
 
 @dataclass
@@ -121,7 +37,7 @@ class RunningResponse:
     task: asyncio.Task[Any]
     encoder: ResponsesEncoder
     response: FinishedResponse
-    stream: BackgroundStream | None
+    stream: RecordedStream | None
 
 
 class BackgroundResponses:
@@ -135,7 +51,7 @@ class BackgroundResponses:
         self.in_progress: dict[tuple[str, str], FinishedResponse] = {}
 
     async def start(
-        self, dialect: Dialect, request: web.Request, tenant: str, stream: BackgroundStream | None
+        self, dialect: Dialect, request: web.Request, tenant: str, stream: RecordedStream | None
     ) -> web.StreamResponse:
         """Run the call of a request. Returns its response in progress, or, with a `stream`, when that has ended.
 
@@ -165,7 +81,7 @@ class BackgroundResponses:
                 either: list[asyncio.Future[Any]] = [task, begun]
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             elif await stream.begun():
-                return await stream.follow(request, None, request.app[CONFIG].limits)
+                return await stream.follow(request, 0, request.app[CONFIG].limits, has_ids=False)
         except asyncio.CancelledError:
             if not begun.done():
                 task.cancel()  # the client left, and knows no id
@@ -174,10 +90,18 @@ class BackgroundResponses:
             return web.Response(body=begun.result(), content_type="application/json")
         return task.result()  # the stored answer of a retry; or it raises the refusal
 
-    def stream(self, tenant: str, response_id: str) -> BackgroundStream | None:
-        """The stream of a running response. None if it does not run, or has none."""
+    async def follow(
+        self, request: web.Request, tenant: str, response_id: str, num_seen: int
+    ) -> web.StreamResponse | None:
+        """Send the events of a running response. None if it does not run, or has no stream.
+
+        Raises `InvalidRequest` if it has fewer than `num_seen` events so far, or if they were dropped.
+        """
         running = self._running.get((tenant, response_id))
-        return None if running is None else running.stream
+        if running is None or running.stream is None or running.encoder.kept is None:
+            return None
+        check_following(running.encoder.kept, num_seen)
+        return await running.stream.follow(request, num_seen, request.app[CONFIG].limits, has_ids=False)
 
     async def ended(self, tenant: str, response_id: str) -> None:
         """Wait until the response does not run. A cancelled wait does not end the response."""
@@ -207,13 +131,10 @@ class BackgroundResponses:
         store, kept, held = request.app[STORE], running.encoder.kept, request[HELD].hand_over()
         self._running[key], self.in_progress[key] = running, running.response
         store.put(tenant, response_id, running.response, STATE_BYTES)
+        assert kept is not None  # a background response is stored
+        kept.count_with(lambda num: key not in self.in_progress or store.grow(tenant, response_id, num))
         if running.stream is not None:
-            assert kept is not None  # a background response is stored
-
-            def grow(num_bytes: int) -> bool:
-                return key not in self.in_progress or store.grow(tenant, response_id, num_bytes)
-
-            running.stream.keep(kept, grow)
+            running.stream.keep(kept)
         running.task.add_done_callback(partial(self._end, key, request))
         running.task.add_done_callback(lambda _: held.release())
         request.app[ANSWERS].settle(request, tenant, running.response.body)  # a retry gets the same one

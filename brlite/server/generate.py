@@ -40,7 +40,7 @@ from brlite.http.request_id import shown_request_id
 from brlite.server import idempotency
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
-from brlite.server.resumable import RECORDED, DetachedStream
+from brlite.server.resumable import RECORDED, RecordedStream
 from brlite.server.served_model import ModelTable, ServedModel
 
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -360,7 +360,7 @@ class StreamDelivery(Delivery):
     """
 
     _state = StreamState.WAITING
-    _stream: EventStream | DetachedStream  # from BEGUN on
+    _stream: EventStream | RecordedStream  # from BEGUN on
 
     async def _begin(self) -> None:
         """Send the headers."""

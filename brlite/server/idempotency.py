@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
@@ -20,6 +19,7 @@ from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
+from brlite.dialects.kept_events import STATE_BYTES, KeptEvents, decompressed_events
 from brlite.errors import InvalidRequest
 from brlite.http.body import HELD
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
@@ -30,10 +30,7 @@ from brlite.server.resumable import (
     last_event_id,
     not_resumable,
     numbered,
-    split_events,
 )
-
-logger = logging.getLogger(__name__)
 
 HEADER = "Idempotency-Key"
 MAX_KEY_LENGTH = 255
@@ -43,20 +40,27 @@ Run = Callable[[Dialect, web.Request], Awaitable[web.StreamResponse]]
 
 
 class StoredAnswer(Struct, frozen=True):
-    """`digest` is the digest of the request. Requests with the same key must have the same digest."""
+    """`digest` is the digest of the request. Requests with the same key must have the same digest.
+
+    The `body` of a stream is compressed. An answer that is being streamed is stored without a body, for its size.
+    """
 
     digest: bytes
-    body: bytes
-    content_type: str
+    body: bytes = b""
+    is_stream: bool = False
 
-    def response(self, num_seen: int | None) -> web.Response:
+    async def response(self, num_seen: int | None) -> web.Response:
         """The whole answer, or the events after the first `num_seen`. Raises `InvalidRequest` if it has fewer."""
-        body = self.body
-        if num_seen is not None:
-            events = split_events(body)
-            check_num_seen(num_seen, len(events))
-            body = numbered(events[num_seen:], num_seen)
-        return web.Response(body=body, content_type=self.content_type, headers={"Idempotent-Replayed": "true"})
+        body = await asyncio.to_thread(self._events, num_seen) if self.is_stream else self.body
+        content_type = "text/event-stream" if self.is_stream else "application/json"
+        return web.Response(body=body, content_type=content_type, headers={"Idempotent-Replayed": "true"})
+
+    def _events(self, num_seen: int | None) -> bytes:
+        events = decompressed_events(self.body)
+        if num_seen is None:
+            return b"".join(events)
+        check_num_seen(num_seen, len(events))
+        return numbered(events[num_seen:], num_seen)
 
 
 class RunningAnswer:
@@ -99,16 +103,21 @@ class IdempotentAnswers:
         if num_seen:
             raise not_resumable()
 
-        recorder = RecordingEncoder(dialect.make_encoder, self._limits.max_idempotent_bytes)
+        kept = KeptEvents() if is_streamed else None
+        stream = None if num_seen is None else RecordedStream()
+        recorder = RecordingEncoder(dialect.make_encoder, kept)
         recorded = dialect._replace(make_encoder=recorder.make)
-        stream = None if num_seen is None else RecordedStream(self._limits.max_idempotent_bytes)
         running = self._running[tenant, key] = RunningAnswer((tenant, key), digest, stream)
+        if kept is not None:
+            self.store.put(tenant, key, StoredAnswer(digest), STATE_BYTES)
+            kept.count_with(lambda num: not running.answer.done() and self.store.grow(tenant, key, num))
         if is_streamed and stream is None:
             try:
                 return await run(recorded, request)
             finally:
-                self._end(running, recorder.kept_stream, "text/event-stream")
-        if stream is not None:
+                self._end(running, recorder.body, is_stream=True)
+        if stream is not None and kept is not None:
+            stream.keep(kept)
             request[RECORDED] = stream
         task, held = asyncio.ensure_future(run(recorded, request)), request[HELD].hand_over()
         self._tasks.add(task)
@@ -117,15 +126,13 @@ class IdempotentAnswers:
             self._tasks.discard(task)
             held.release()
             has_failed = task.cancelled() or task.exception() is not None
-            if stream is None:
-                self._end(running, None if has_failed else recorder.kept_body, "application/json")
-            else:
-                stream.close()
-                self._end(running, recorder.kept_stream, "text/event-stream")
+            if stream is not None:
+                stream.end()
+            self._end(running, None if has_failed else recorder.body, is_stream=is_streamed)
 
         task.add_done_callback(on_done)
         if stream is not None and await stream.begun():
-            return await stream.follow(request, 0, self._limits)
+            return await stream.follow(request, 0, self._limits, has_ids=True)
         return await asyncio.shield(task)
 
     async def _earlier(
@@ -138,16 +145,20 @@ class IdempotentAnswers:
         key = request.headers[HEADER]
         while (running := self._running.get((tenant, key))) is not None:
             _check(running.digest, digest)
-            if running.stream is not None and num_seen is not None and await running.stream.begun():
-                return await running.stream.follow(request, num_seen, self._limits)
+            stream = running.stream
+            if stream is not None and stream.kept is not None and num_seen is not None and await stream.begun():
+                check_num_seen(num_seen, stream.kept.num_events)
+                if stream.kept.is_dropped:
+                    raise not_resumable()
+                return await stream.follow(request, num_seen, self._limits, has_ids=True)
             answer = await asyncio.shield(running.answer)
             if answer is not None:
-                return answer.response(num_seen)
+                return await answer.response(num_seen)
         stored = self.store.get(tenant, key)
         if stored is None:
             return None
         _check(stored.digest, digest)
-        return stored.response(num_seen)
+        return await stored.response(num_seen)
 
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait up to `seconds` for running requests, then cancel them."""
@@ -159,17 +170,19 @@ class IdempotentAnswers:
     def settle(self, request: web.Request, tenant: str, body: bytes) -> None:
         """Make this body the answer of a request that goes on running, if it has a key."""
         if (running := self._running.get((tenant, request.headers.get(HEADER, "")))) is not None:
-            self._end(running, body, "application/json")
+            self._end(running, body, is_stream=False)
 
-    def _end(self, running: RunningAnswer, body: bytes | None, content_type: str) -> None:
+    def _end(self, running: RunningAnswer, body: bytes | None, *, is_stream: bool) -> None:
         """Store a complete answer. `body` is None if the answer did not become complete."""
         if running.answer.done():
             return  # it was settled
         del self._running[running.place]
         tenant, key = running.place
         answer = None
-        if body is not None:
-            answer = StoredAnswer(running.digest, body, content_type)
+        if body is None:
+            self.store.pop(tenant, key)
+        else:
+            answer = StoredAnswer(running.digest, body, is_stream)
             self.store.put(tenant, key, answer, len(body) + len(key) + OBJECT_BYTES)
         running.answer.set_result(answer)
 
@@ -178,21 +191,21 @@ ANSWERS = web.AppKey("answers", IdempotentAnswers)
 
 
 class RecordingEncoder:
-    """An encoder that keeps the bytes of another one, at most `max_bytes`; `make` is its dialect's `make_encoder`.
+    """An encoder that keeps what another one encodes; `make` is its dialect's `make_encoder`.
 
-    `kept_body` is set by `whole`, `kept_stream` once the stream has ended without error.
+    `kept` gets the events of a stream. `body` is that of the complete answer, or the compressed events of a stream that
+    has ended without error.
     """
 
     _encoder: ResponseEncoder  # set by `make`, which is called once
 
-    def __init__(self, make_encoder: Callable[[Generation, str, str, str], ResponseEncoder], max_bytes: int) -> None:
+    def __init__(
+        self, make_encoder: Callable[[Generation, str, str, str], ResponseEncoder], kept: KeptEvents | None
+    ) -> None:
         self._make_encoder = make_encoder
-        self._max_bytes = max_bytes
-        self._stream: list[bytes] = []
-        self._num_bytes = 0
+        self._kept = kept
         self._is_aborted = self._may_be_aborted = False
-        self.kept_body: bytes | None = None
-        self.kept_stream: bytes | None = None
+        self.body: bytes | None = None
 
     def make(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
         self._encoder = self._make_encoder(call, answer_id, model, fingerprint)
@@ -200,41 +213,34 @@ class RecordingEncoder:
         return self
 
     def opening(self, usage: TokenUsage) -> bytes:
-        return self._kept(self._encoder.opening(usage))
+        return self._keep(self._encoder.opening(usage))
 
     def encode(self, event: Event) -> bytes:
         self._is_aborted |= self._is_abort(event)
-        return self._kept(self._encoder.encode(event))
+        return self._keep(self._encoder.encode(event))
 
     def closing(self, usage: TokenUsage) -> bytes:
-        data = self._kept(self._encoder.closing(usage))
-        if not self._is_aborted and self._num_bytes <= self._max_bytes:
-            self.kept_stream = b"".join(self._stream)
+        data = self._keep(self._encoder.closing(usage))
+        if self._kept is not None and not self._is_aborted:
+            self.body = self._kept.finish() or None  # empty if the store had no room for it
         return data
 
     def failing(self, error: BaseException) -> bytes:
-        return self._encoder.failing(error)
+        return self._keep(self._encoder.failing(error))
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         data = self._encoder.whole(events, usage, warnings)
         if not any(map(self._is_abort, events)):
-            self.kept_body = data
+            self.body = data
         return data
 
     def _is_abort(self, event: Event) -> bool:
         return event.finish_reason == "abort" and not self._may_be_aborted
 
-    def _kept(self, data: bytes) -> bytes:
-        self._num_bytes += len(data)
-        if self._num_bytes <= self._max_bytes:
-            self._stream.append(data)
-        elif self._stream:
-            self._stream.clear()
-            logger.warning(
-                "a stream is not kept for retries: it has more than limits.max_idempotent_bytes = %d",
-                self._max_bytes,
-            )
-        return data
+    def _keep(self, events: bytes) -> bytes:
+        if self._kept is not None:
+            self._kept.add(events)
+        return events
 
 
 def _check(before: bytes, now: bytes) -> None:

@@ -18,11 +18,11 @@ from brlite.dialects.responses_stored import FinishedResponse
 from brlite.errors import InvalidRequest, NotFound
 from brlite.http.body import keep_body, read_body
 from brlite.http.keys import API_KEY
-from brlite.server.background import BACKGROUND, BackgroundStream
+from brlite.server.background import BACKGROUND
 from brlite.server.generate import CONFIG, generate
 from brlite.server.response_store import STORE, TenantResponses
 from brlite.server.resumable import HEADER as LAST_EVENT_ID
-from brlite.server.resumable import MAX_DIGITS
+from brlite.server.resumable import MAX_DIGITS, RecordedStream
 from brlite.server.tokens import count_prompt_tokens
 
 MAX_LISTED_ITEMS = 100
@@ -33,7 +33,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, request.app[CONFIG].limits)
     keep_body(request, body)
     dialect = responses_dialect(request)
-    # Most requests are not decoded here. A name with escaped letters has \\u.
+    # Most requests are not decoded here. A name with escaped letters has \u.
     fields = decode_fields(body) if b'"background"' in body or b"\\u" in body else {}
     if bytes(fields.get("background", Raw(b"null"))) != b"true":
         return await generate(dialect, request)
@@ -41,11 +41,11 @@ async def create_response(request: web.Request) -> web.StreamResponse:
     if is_streamed and LAST_EVENT_ID in request.headers:
         text = f"{LAST_EVENT_ID} is not for background responses: GET /v1/responses/{{id}}?stream=true&starting_after=N"
         raise InvalidRequest(text, param=LAST_EVENT_ID)
-    stream, background = BackgroundStream() if is_streamed else None, request.app[BACKGROUND]
-    response = await background.start(dialect, request, request[API_KEY].tenant, stream)
+    stream = RecordedStream() if is_streamed else None
+    response = await request.app[BACKGROUND].start(dialect, request, request[API_KEY].tenant, stream)
     if is_streamed and isinstance(response, web.Response):  # of a retry: the response in progress as it was
         assert isinstance(response.body, bytes)
-        return await _send_events(request, _find(request, msgspec.json.decode(response.body)["id"]), None)
+        return await _send_events(request, _find(request, msgspec.json.decode(response.body)["id"]), 0)
     return response
 
 
@@ -78,7 +78,7 @@ async def get_response(request: web.Request) -> web.StreamResponse:
     response = _find(request)
     if not is_streamed:
         return web.Response(body=response.body, content_type="application/json")
-    return await _send_events(request, response, None if after is None else int(after))
+    return await _send_events(request, response, 0 if after is None else int(after) + 1)
 
 
 async def delete_response(request: web.Request) -> web.Response:
@@ -94,11 +94,7 @@ async def cancel_response(request: web.Request) -> web.Response:
 
     Other responses are refused as at OpenAI: their clients disconnect, or `DELETE /v1/requests/{id}`.
     """
-    response, background, tenant = (
-        _find(request),
-        request.app[BACKGROUND],
-        request[API_KEY].tenant,
-    )
+    response, background, tenant = _find(request), request.app[BACKGROUND], request[API_KEY].tenant
     if not response.is_background:
         raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
     background.cancel(request.app, tenant, response.id)
@@ -132,15 +128,15 @@ async def list_input_items(request: web.Request) -> web.Response:
     return web.Response(body=encode_json(page), content_type="application/json")
 
 
-async def _send_events(request: web.Request, response: FinishedResponse, after: int | None) -> web.StreamResponse:
-    """The events of a response after number `after`; None: all. Those of a running one as they come."""
+async def _send_events(request: web.Request, response: FinishedResponse, num_seen: int) -> web.StreamResponse:
+    """The events of a response after the first `num_seen`. Those of a running one as they come."""
     background, tenant = request.app[BACKGROUND], request[API_KEY].tenant
-    if (stream := background.stream(tenant, response.id)) is not None:
-        return await stream.follow(request, after, request.app[CONFIG].limits)
+    if (followed := await background.follow(request, tenant, response.id, num_seen)) is not None:
+        return followed
     if response.is_running:  # it was not asked to be streamed: its events are made at its end
         await background.ended(tenant, response.id)
         response = _find(request, response.id)
-    events = await asyncio.to_thread(response.events, after)
+    events = await asyncio.to_thread(response.events, num_seen)
     return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
 
 

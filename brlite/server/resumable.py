@@ -10,35 +10,44 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.sse import EVENT_END
+from brlite.dialects.kept_events import EventReader, KeptEvents
 from brlite.errors import InvalidRequest
-from brlite.http.events import BACKLOG_BYTES, EventStream
+from brlite.http.events import EventStream
 
 HEADER = "Last-Event-ID"
 MAX_DIGITS = 9  # of an event's number
 
 
-class DetachedStream:
-    """A stream that is not a client's. It has the methods of `EventStream`, for the delivery that writes it.
+class RecordedStream:
+    """A stream that does not belong to a client. Its encoder keeps the events, and any number of clients follow them.
 
-    Clients follow it. It neither waits for them nor ends with them.
+    It has the methods of `EventStream`, for the delivery that writes it. It neither waits for clients nor ends with
+    them.
     """
 
     is_backlogged = False
 
     def __init__(self) -> None:
+        self.kept: KeptEvents | None = None  # until it has an encoder
         self._has_begun = self._is_over = False
         self._changed = asyncio.get_running_loop().create_future()
+
+    def keep(self, kept: KeptEvents) -> None:
+        """Set where the encoder keeps the events. Call it before the first one."""
+        self.kept = kept
+        self._notify()
 
     async def prepare(self) -> None:
         self._has_begun = True
         self._notify()
 
     def write(self, events: bytes) -> bool:
-        raise NotImplementedError
+        """Wake the clients: the encoder has kept these events."""
+        self._notify()
+        return True
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
@@ -49,12 +58,18 @@ class DetachedStream:
         return True
 
     async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
-        self.write(last_events)
-        self.close()
+        if self.kept is None:
+            self.kept = KeptEvents()
+        if not self.kept.num_events:  # the request was refused before it had an encoder
+            self.kept.add(last_events)
+        self._notify()
         return web.StreamResponse()
 
     def close(self) -> None:
-        """Mark the stream as complete. May be called twice, and before `prepare`."""
+        """Does nothing: an event may follow when the delivery has ended. `end` follows."""
+
+    def end(self) -> None:
+        """No event follows. May be called before `prepare`."""
         self._is_over = True
         self._notify()
 
@@ -64,71 +79,43 @@ class DetachedStream:
             await asyncio.shield(self._changed)
         return self._has_begun
 
+    async def follow(
+        self, request: web.Request, num_seen: int, limits: LimitsConfig, *, has_ids: bool
+    ) -> web.StreamResponse:
+        """Send the events after the first `num_seen` as they come, until the last one or until the client leaves.
+
+        With `has_ids` each event has its number. If a client reads so slowly that its next event is dropped meanwhile,
+        its connection is cut.
+        """
+        async with EventStream(request, limits.sse_comment_seconds) as stream:
+            if request.method == hdrs.METH_HEAD:
+                return await stream.finish()  # its response ends with the headers
+            while self.kept is None and not self._is_over:
+                await asyncio.shield(self._changed)
+            reader = None if self.kept is None else EventReader(self.kept, num_seen)
+            while reader is not None:
+                if reader.is_late:
+                    stream.abort()
+                    break
+                events = reader.read()
+                if events is None and self._is_over:
+                    break
+                if events is None:
+                    await asyncio.shield(self._changed)
+                    continue
+                data = numbered(events, num_seen) if has_ids else b"".join(events)
+                num_seen += len(events)
+                if data and not (stream.write(data) and await stream.drained(limits.slow_client_seconds)):
+                    break
+                await asyncio.sleep(0)  # decompressing a long history takes a while
+            return await stream.finish()
+
     def _notify(self) -> None:
         self._changed.set_result(None)
         self._changed = asyncio.get_running_loop().create_future()
 
 
-class RecordedStream(DetachedStream):
-    """The events of one stream, kept in memory.
-
-    `follow` sends the events to a client, also those that are written later. Beyond `max_bytes` the oldest events are
-    dropped until half of that is left.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__()
-        self._events: list[bytes] = []
-        self._num_forgotten = 0  # dropped events before `_events`
-        self._num_bytes, self._max_bytes = 0, max_bytes
-
-    def write(self, events: bytes) -> bool:
-        new = split_events(events)
-        self._events += new
-        self._num_bytes += sum(map(len, new))
-        if self._num_bytes > self._max_bytes:
-            num_events = 0
-            while self._num_bytes > self._max_bytes // 2:
-                self._num_bytes -= len(self._events[num_events])
-                num_events += 1
-            del self._events[:num_events]
-            self._num_forgotten += num_events
-        self._notify()
-        return True
-
-    async def follow(self, request: web.Request, num_seen: int, limits: LimitsConfig) -> web.StreamResponse:
-        """Send the numbered events after the first `num_seen`, until the stream ends or the client leaves.
-
-        Raises `InvalidRequest` if there are fewer events, or if the next one was dropped. If a client reads so slowly
-        that its next event is dropped meanwhile, its connection is cut.
-        """
-        check_num_seen(num_seen, self._num_forgotten + len(self._events))
-        if num_seen < self._num_forgotten:
-            raise not_resumable()
-        async with EventStream(request, limits.sse_comment_seconds) as stream:
-            while num_seen >= self._num_forgotten:
-                begin = end = num_seen - self._num_forgotten
-                num_bytes = 0
-                while end < len(self._events) and num_bytes < BACKLOG_BYTES:  # at most about BACKLOG_BYTES a write
-                    num_bytes += len(self._events[end])
-                    end += 1
-                events = self._events[begin:end]
-                if events:
-                    if not stream.write(numbered(events, num_seen)):
-                        break
-                    num_seen += len(events)
-                    if not await stream.drained(limits.slow_client_seconds):
-                        break
-                elif self._is_over:
-                    break
-                else:
-                    await asyncio.shield(self._changed)
-            else:
-                stream.abort()
-            return await stream.finish()
-
-
-RECORDED = web.RequestKey("recorded", DetachedStream)  # where the events of a request are recorded
+RECORDED = web.RequestKey("recorded", RecordedStream)  # where the events of a request are recorded
 
 
 def last_event_id(request: web.Request) -> int | None:
@@ -141,11 +128,6 @@ def last_event_id(request: web.Request) -> int | None:
             f"{HEADER} must be the id of the last event that came, or 0, got {text[:64]!r}", param=HEADER
         )
     return int(text)
-
-
-def split_events(stream: bytes) -> list[bytes]:
-    """The complete events of a stream's bytes, each with its end mark."""
-    return [event + EVENT_END for event in stream.split(EVENT_END)[:-1]]
 
 
 def numbered(events: Sequence[bytes], num_before: int) -> bytes:

@@ -12,7 +12,9 @@ import pytest
 from aiohttp import web
 
 from brlite.config.options import KeysConfig, LimitsConfig
+from brlite.dialects.kept_events import STATE_BYTES, KeptEvents
 from brlite.http.listen import HttpServer
+from brlite.server.idempotency import ANSWERS
 from brlite.server.resumable import RecordedStream
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
@@ -132,38 +134,37 @@ async def test_a_stream_keeps_no_more_events_than_answers_for_retries_may_have(
         return 97
 
     client = await make_client(
-        limits={"max_idempotent_bytes": 4000}, next_token=next_token, max_model_len=256, num_blocks=64
+        limits={"max_idempotent_bytes": STATE_BYTES + 600}, next_token=next_token, max_model_len=256, num_blocks=64
     )
     body = completion_body(stream=True, max_tokens=120)
     headers = {"Idempotency-Key": "k", "Last-Event-ID": "1"}
+    store = client.server._app[ANSWERS].store
     whole = asyncio.create_task(ask(client, body, 0, "/v1/completions"))
     await eventually(lambda: client.engine.stats.generation_tokens >= 100 - len(b"hello"))
 
     forgotten = await client.post("/v1/completions", body, **headers)
-    url, last = client.url + "/v1/completions", headers | {"Last-Event-ID": "94"}
-    async with client.session.post(url, json=body, headers=last) as response:
-        go_on.set()
-        rest = await response.read()
+    go_on.set()
     events = await asyncio.wait_for(whole, PATIENCE_SECONDS)
     after = await client.post("/v1/completions", body, **headers)
 
     assert len(events) > 120
-    assert EVENT.findall(rest) == [(b"%d" % number, event) for number, event in events.items() if number > 94]
     for status, answer in (forgotten, after):
         assert (status, answer["error"]["code"]) == (400, "stream_not_resumable")
-    assert "a stream is not kept for retries: it has more than limits.max_idempotent_bytes = 4000" in caplog.text
+    assert "the store of answers for retries is full (limits.max_idempotent_bytes" in caplog.text
+    assert store.num_bytes == 0
 
 
 async def test_a_client_that_does_not_read_has_few_of_the_events_in_memory(eventually: Eventually) -> None:
     limits, waiting = LimitsConfig(), list[asyncio.Transport]()
-    recorded = RecordedStream(max_bytes=10**8)
-    recorded.write(b"data: %b\n\n" % (b"x" * 8000) * 4000)
-    recorded.close()
+    recorded, kept = RecordedStream(), KeptEvents()
+    recorded.keep(kept)
+    kept.add(b"data: %b\n\n" % (b"x" * 8000) * 4000)
+    recorded.end()
 
     async def follow(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         waiting.append(request.transport)
-        return await recorded.follow(request, 0, limits)
+        return await recorded.follow(request, 0, limits, has_ids=True)
 
     app = web.Application()
     app.router.add_get("/", follow)
