@@ -4,8 +4,8 @@ The handler never waits for a write; it reads `is_backlogged` and merges or wait
 `dialects/` frames the events.
 
 A transport gets its events in the next turn of the event loop. So the writes of all streams of an engine step follow
-each other, and the next step begins before them. With 256 streams this took 2 to 20 % less CPU time an event than writes
-between the Python code for two streams (`bench/events.py`).
+each other, and the next step begins before them. With 256 streams this took 2 to 20 % less CPU time an event than
+writes between the Python code for two streams (`bench/events.py`).
 
 It relies on public behaviour of aiohttp. After `StreamResponse.prepare()` the transport has the headers, so later
 writes follow them. `write_eof()` ends the chunked encoding, and the connection then takes its next request.
