@@ -330,8 +330,10 @@ def find_cards(spec: ModelSpec, engine: EngineConfig) -> list[CardMemory]:
 def _cache_room(
     engine: EngineConfig, cards: Sequence[CardMemory], ranks: Sequence[RankSizes], reserved: int
 ) -> CacheRoom:
-    """How many tokens of KV cache fit into the memory that the weights and `reserved` bytes leave. Each rank has a card
-    of its own; the fullest one decides."""
+    """How many tokens of KV cache fit into the memory that the weights and `reserved` bytes leave.
+
+    Each rank has a card of its own; the fullest one decides.
+    """
     weights, per_token = (sum(each) for each in zip(*map(msgspec.structs.astuple, ranks), strict=True))
     if cards:
         rooms = [int(card.total * engine.gpu_memory_utilization) - (card.total - card.free) for card in cards]

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -212,7 +212,7 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
     Raises `ConfigError` for a prompt that does not fit, and if a saved text is encoded to other tokens now.
     """
     max_tokens = task.max_tokens
-    with _loaded(load, config) as (engine, backend):
+    with closing(load(config)) as (engine, backend):
         prompts = _encode(engine, task)
         info = engine.info
         fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
@@ -236,7 +236,7 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
         runs += [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
     num_threads = 2 if (config.engine.threads or physical_cores()) == 1 else 1
     other = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, threads=num_threads))
-    with _loaded(load, other) as (engine, backend):
+    with closing(load(other)) as (engine, backend):
         way = Way(name=f"threads = {num_threads}")
         runs.append(replay.compare(engine, backend, way, expected, say))
     report = ReplayReport(
@@ -252,15 +252,6 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
     )
     say("\n".join(_conclusion(report, engine.tokenizer)))
     return report
-
-
-@contextmanager
-def _loaded(load: Load, config: Config) -> Iterator[Assembly]:
-    assembly = load(config)
-    try:
-        yield assembly
-    finally:
-        assembly.backend.close()
 
 
 class _Replay:

@@ -181,10 +181,9 @@ def _decode_tei(
 ) -> Scoring:
     """A request with `texts`. Its answer has no place for warnings, so other fields are refused by their names."""
     others = [name for name in body.__struct_fields__ if name not in TEI_FIELDS and getattr(body, name) is not None]
-    for name in (*others, *undecoded):
-        raise InvalidRequest(
-            f"{name[:64]} cannot be given with texts; the fields are {', '.join(TEI_FIELDS)}", param=name[:64]
-        )
+    if others := [*others, *undecoded]:
+        name, fields = others[0][:64], ", ".join(TEI_FIELDS)
+        raise InvalidRequest(f"{name} cannot be given with texts; the fields are {fields}", param=name)
     common = _common(body, {}) | {"use_activation": not body.raw_scores}
     if body.truncate:
         common["truncation"] = truncation(-1, (body.truncation_direction or "right").lower())

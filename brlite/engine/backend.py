@@ -416,5 +416,5 @@ def close_all(owned: Iterable[CanClose]) -> None:
 
 def close_dropped(what: str, backends: list[Backend]) -> None:
     """The finalizer of an object that owns backends and was dropped without `close`."""
-    warnings.warn(f"an {what} was dropped without close(); its model is given back now", ResourceWarning, stacklevel=2)
+    warnings.warn(f"an {what} was dropped without close(); its model is freed now", ResourceWarning, stacklevel=2)
     close_all(backends)

@@ -111,15 +111,28 @@ class IdempotentAnswers:
         if kept is not None:
             self.store.put(tenant, key, StoredAnswer(digest), STATE_BYTES)
             kept.count_with(lambda num: not running.answer.done() and self.store.grow(tenant, key, num))
-        if is_streamed and stream is None:
-            try:
-                return await run(recorded, request)
-            finally:
-                self._end(running, recorder.body, is_stream=True)
-        if stream is not None and kept is not None:
+            if stream is None:
+                try:
+                    return await run(recorded, request)
+                finally:
+                    self._end(running, recorder.body, is_stream=True)
             stream.keep(kept)
             request[RECORDED] = stream
-        task, held = asyncio.ensure_future(run(recorded, request)), request[HELD].hand_over()
+        task = asyncio.ensure_future(run(recorded, request))
+        self._hold(request, running, recorder, task)
+        if stream is not None and await stream.begun():
+            return await stream.follow(request, 0, self._limits, has_ids=True)
+        return await asyncio.shield(task)
+
+    def _hold(
+        self,
+        request: web.Request,
+        running: RunningAnswer,
+        recorder: RecordingEncoder,
+        task: asyncio.Task[web.StreamResponse],
+    ) -> None:
+        """Let a task compute an answer to its end, also if the client disconnects. Its body counts until then."""
+        held, stream = request[HELD].hand_over(), running.stream
         self._tasks.add(task)
 
         def on_done(task: asyncio.Task[web.StreamResponse]) -> None:
@@ -128,12 +141,9 @@ class IdempotentAnswers:
             has_failed = task.cancelled() or task.exception() is not None
             if stream is not None:
                 stream.end()
-            self._end(running, None if has_failed else recorder.body, is_stream=is_streamed)
+            self._end(running, None if has_failed else recorder.body, is_stream=stream is not None)
 
         task.add_done_callback(on_done)
-        if stream is not None and await stream.begun():
-            return await stream.follow(request, 0, self._limits, has_ids=True)
-        return await asyncio.shield(task)
 
     async def _earlier(
         self, request: web.Request, tenant: str, digest: bytes, num_seen: int | None

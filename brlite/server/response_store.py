@@ -25,7 +25,7 @@ class TenantResponses:
     """The responses of one tenant: those in progress in the background, by tenant and id, and stored ones."""
 
     def __init__(
-        self, store: ResponseStore, tenant: str, in_progress: Mapping[tuple[str, str], FinishedResponse] = {}
+        self, store: ResponseStore, tenant: str, in_progress: Mapping[tuple[str, str], FinishedResponse]
     ) -> None:
         self._store = store
         self._tenant = tenant

@@ -203,7 +203,7 @@ async def test_a_bad_query_of_a_stored_response_is_refused(serve: Start, query: 
 
 def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most(caplog: pytest.LogCaptureFixture) -> None:
     store = make_response_store(5000)
-    mine, other = TenantResponses(store, "a"), TenantResponses(store, "b")
+    mine, other = TenantResponses(store, "a", {}), TenantResponses(store, "b", {})
     other.keep(FinishedResponse("resp_0", b"x" * 500, (), {}))
 
     for number in range(1, 6):
