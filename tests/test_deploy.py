@@ -19,6 +19,7 @@ import yaml
 
 from brlite.app import create_app
 from brlite.commands import cli
+from brlite.commands.cli import EXIT_BAD_INPUT
 from brlite.config.load import load_config
 from brlite.config.options import Config, LimitsConfig
 from brlite.http.listen import HttpServer
@@ -293,6 +294,12 @@ def test_every_systemd_unit_gives_running_streams_their_grace() -> None:
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         parser.read(unit)
         assert float(parser["Service"]["TimeoutStopSec"]) >= Config().server.drain_seconds + CLOSING_SECONDS, unit
+
+
+def test_a_unit_is_not_restarted_with_a_config_that_is_wrong() -> None:
+    unit = (DEPLOY / "systemd" / "brlite.service").read_text(encoding="utf-8")
+
+    assert re.findall(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE) == [str(EXIT_BAD_INPUT)]
 
 
 def test_pods_and_units_keep_the_models_of_a_hub_in_a_folder_that_they_may_write() -> None:

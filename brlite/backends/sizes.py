@@ -85,9 +85,9 @@ class RankSizes(msgspec.Struct, frozen=True):
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """How much memory a model takes, in bytes, and in which types. With `ranks` it is the sum over the ranks.
 
-    `graph_bytes` are those of CUDA graphs, `free_bytes` those that the model's cards have free, None on the CPU. With
-    `is_filled` the KV cache takes all that a card has left. `verifies_guesses` and `runs_ahead` are properties of the
-    backend. `draft` has the sizes of the draft model.
+    `graph_bytes` are those of CUDA graphs. With `is_on_card`, `free_bytes` are those that the model's cards have free,
+    None if they do not report it. With `is_filled` the KV cache takes all that a card has left. `verifies_guesses` and
+    `runs_ahead` are properties of the backend. `draft` has the sizes of the draft model.
     """
 
     num_parameters: int
@@ -102,6 +102,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     graph_bytes: int = 0
+    is_on_card: bool = False
     free_bytes: int | None = None
     is_filled: bool = False
     verifies_guesses: bool = True
@@ -218,6 +219,7 @@ def measure(
         num_blocks=num_blocks,
         block_size=block_size,
         graph_bytes=graphs,
+        is_on_card=holding.is_on_card,
         free_bytes=sum(card.free for card in cards) if cards else None,
         is_filled=is_filled,
         verifies_guesses=is_native or holding.has_kernels,
@@ -233,6 +235,7 @@ class Holding(NamedTuple):
     """
 
     is_native: bool = True
+    is_on_card: bool = False
     dtype: KVDtype = "bfloat16"
     keeps_forms: bool = True
     has_kernels: bool = False
@@ -251,7 +254,7 @@ def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, pr
     dtype: KVDtype = "bfloat16" if compute_dtype(engine.dtype, device).itemsize == 2 else "float32"
     rules = rules_for(device)
     has_kernels = rules.has_triton and engine.torch_kernels != "eager" and dtype == "bfloat16"
-    return Holding(False, dtype, rules.keeps_forms(precision), has_kernels, rules.runs_ahead)
+    return Holding(False, device.type != "cpu", dtype, rules.keeps_forms(precision), has_kernels, rules.runs_ahead)
 
 
 def _rank_sizes(

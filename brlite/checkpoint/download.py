@@ -24,7 +24,7 @@ from brlite.checkpoint.quantization import read_quantization, without_quantizati
 from brlite.checkpoint.repository import Repository
 from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
 from brlite.errors import MissingExtra, ModelError
-from brlite.files.quoting import reason
+from brlite.files.quoting import excerpt, reason
 from brlite.files.temporary import temporary_folder
 from brlite.models.registry import find_family
 from brlite.process.waiting import start_daemon
@@ -58,8 +58,9 @@ class Download:
         self._commit = listing.commit
         by_name = {file.name: file for file in listing.files}
         wanted = [by_name[file] for file in choose_files(list(by_name), name.quantization)]
-        if any(Path(file.name).is_absolute() or ".." in Path(file.name).parts for file in wanted):
-            raise ModelError(f"{self._hub.title} lists a file outside of the repository")
+        outside = [file.name for file in wanted if Path(file.name).is_absolute() or ".." in Path(file.name).parts]
+        if outside:
+            raise ModelError(f"{self._hub.title} lists a file outside of the repository: {excerpt(outside[0])}")
 
         def say_waiting() -> None:
             logger.warning("another process downloads %s: waiting for it", name.repository)

@@ -202,7 +202,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=file_path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
-    parser.add_argument("--model", type=word, metavar="NAME|PATH", help="model to use instead of the config's first")
+    parser.add_argument("--model", type=word, metavar="NAME|PATH", help="model to use, as for serve")
     add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(logs_from="warning")
@@ -226,7 +226,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=word,
         metavar="NAME|PATH",
-        help="model to use instead of the config's first: a name on a hub, a folder or a file",
+        help="model to use instead of the config's: a name on a hub, a folder or a file; of several, its name",
     )
     draft = "smaller model of the same vocabulary that guesses tokens ahead (docs/speculation.md)"
     parser.add_argument("--draft", type=word, metavar="PATH", help=draft)

@@ -54,7 +54,16 @@ NOT_AN_ANSWER = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat with the config's model, or with the server at `--url`, until end of input. Returns the exit status."""
+    """Chat with the config's model, or with the server at `--url`, until end of input. Returns the exit status.
+
+    Raises `ConfigError` for an argument that has no effect with `--url`, or without it.
+    """
+    unused = ("config", "draft", "context", "device", "threads", "engine", "engine_option")
+    if args.url and (named := next((name for name in unused if getattr(args, name) not in (None, [])), None)):
+        argument = "CONFIG" if named == "config" else f"--{named.replace('_', '-')}"
+        raise ConfigError(f"{argument} is for a model that is loaded here; with --url the server has its own")
+    if args.api_key_env and not args.url:
+        raise ConfigError("--api-key-env is for the server at --url, which is not given")
     config = None if args.url else given_config(args)
     given = given_sampling(args)
     if config is None:

@@ -94,12 +94,35 @@ OTHERS = {
     **dict.fromkeys(("--trust-remote-code",), "leave it out: no code of a model's folder is ever run"),
     **dict.fromkeys(("--embedding", "--embeddings", "--runner", "--task"), "leave it out: a model serves what it can"),
 }
+SEVERAL = {"model": "several models are [[model]] tables of a config file (docs/several-models.md)"}
+
+
+class StoreOnce(argparse.Action):
+    """Stores an option's value. An option that is given twice is an error; argparse would silently use the last one."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if option_string is not None:
+            if self.dest in parser.given:
+                allowed = SEVERAL.get(self.dest, "allowed is once")
+                parser.error(f"{option_string} is given twice: {allowed}")
+            parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose subcommands report unknown flags themselves, since they have the valid ones."""
+    """An `ArgumentParser` whose options may be given once, unless they collect values (`action="append"`).
+
+    Its subcommands report unknown flags themselves, since they have the valid ones.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.given: set[str] = set()  # the options of this command line so far, for `StoreOnce`
+        self.register("action", None, StoreOnce)
+        self.register("action", "store", StoreOnce)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self.given.clear()
         first = args[0] if args and self._subparsers is not None else ""
         if first.startswith("-") and first.partition("=")[0] not in self._option_string_actions:
             self.error(f"{first}: the COMMAND comes first, as in {self.prog} serve --model NAME")

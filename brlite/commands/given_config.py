@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from brlite.config.load import load_config
-from brlite.config.options import Config
-from brlite.config.validation import engine_override, model_override, override
+from brlite.config.options import Config, ModelSpec
+from brlite.config.validation import engine_override, model_override, override, show
 from brlite.config.warnings import check_supported, sent_variables
 from brlite.errors import ConfigError
 from brlite.files.ownership import why_untrusted
+from brlite.files.quoting import shown
 from brlite.http.keys import parse_keys
 from brlite.sampling_params import SamplingParams
 
@@ -43,18 +46,52 @@ def given_config(args: argparse.Namespace) -> Config:
     if path and is_model(path):
         raise ConfigError(f"{path} is no config file; a model is given by --model {path}")  # as in `vllm serve MODEL`
     config = load_config(path) if path else Config()
-    config = override(config, {**overrides(args), **model_override(args.model), **engine_override(args.engine)})
+    config = _with_model(config, args.model, serves_all=getattr(args, "is_server", False))
+    config = override(config, {**overrides(args), **engine_override(args.engine)})
 
     options = dict(pair.partition("=")[::2] for pair in args.engine_option)
-    if not all(options.values()) or "" in options:
-        raise ConfigError(f"--engine-option {' '.join(args.engine_option)}: allowed is NAME=VALUE")
+    if not all(options.values()) or "" in options or len(options) < len(args.engine_option):
+        raise ConfigError(f"--engine-option {' '.join(args.engine_option)}: allowed is NAME=VALUE, each name once")
     more: dict[str, object] = {"engine.options": {**config.engine.options, **options}}
     if names := getattr(args, "alias", None):
-        if not config.model:
-            raise ConfigError(f"--alias {names[0]}: this config has no [[model]]")
+        if len(config.model) != 1:
+            found = "several [[model]] tables: write it into proxy.aliases" if config.model else "no [[model]]"
+            raise ConfigError(f"--alias {names[0]}: this config has {found}")
         more["proxy.aliases"] = {**config.proxy.aliases, **dict.fromkeys(names, config.model[0].name)}
     config = override(config, more)
     check_supported(config)
+    return config
+
+
+def _with_model(config: Config, model: str | None, *, serves_all: bool) -> Config:
+    """The config with the model of `--model`: the one of this name, else another in place of the config's only one.
+
+    Prints what is left out or kept. Raises `ConfigError` if the config has several models, and none has this name.
+    """
+    notes = []
+    chosen = [spec for spec in config.model if spec.name == model]
+    if chosen and (len(config.model) > 1 or chosen[0].path is not None):
+        if len(config.model) > 1:
+            notes = [f"--model {model}: the config's other [[model]] are left out"]
+        config = msgspec.structs.replace(config, model=tuple(chosen))
+    elif model is not None and len(config.model) > 1:
+        names = ", ".join(spec.name for spec in config.model)
+        raise ConfigError(f"--model {model}: allowed is a model of this config, one of {names}")
+    elif model is not None:
+        config = override(config, model_override(model))
+        spec = config.model[0]
+        plain = ModelSpec(name=spec.name, path=spec.path)
+        kept = [
+            f"{field} = {show(value)}"
+            for field, value in msgspec.structs.asdict(spec).items()
+            if value != getattr(plain, field)
+        ]
+        if kept:
+            notes = [f"--model {model} keeps the other options of the config's [[model]]: {', '.join(kept)}"]
+    elif len(config.model) > 1 and not serves_all:
+        notes = [f"the config's first [[model]] is used, {config.model[0].name}; --model NAME chooses another"]
+    for note in notes:
+        print(f"brlite: {shown(note)}", file=sys.stderr, flush=True)
     return config
 
 

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import msgspec
+
 from brlite.backends.sizes import Sizes, find_model, known_sizes
-from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
+from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig
 from brlite.config.validation import model_override, override
-from brlite.errors import ModelError
-from brlite.models.precision import PrecisionOption
+from brlite.errors import ConfigError, ModelError
+from brlite.models.precision import PRECISIONS, PrecisionOption
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
@@ -31,23 +33,39 @@ class Advice(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table of the precisions, and lines for a TOML. Raises `ModelError` if the model is not here."""
+    """Print a table of the precisions, and lines for a TOML, for the card that computes, else for the machine's memory.
+
+    Raises `ModelError` if the model is not here or does not fit.
+    """
     spec = override(Config(), model_override(args.model)).model[0]
     if find_model(spec) is None and spec.name != DEFAULT_MODEL:
         raise ModelError(f"{args.model} is not on this machine; `brlite pull {args.model}` fetches it")
 
-    def sizes_of(precision: str) -> Sizes:
-        alone = ModelSpec(name=spec.name, path=spec.path, precision=precision, build_batch=1)  # type: ignore[arg-type]
-        sizes = known_sizes(alone, EngineConfig())
+    sizes_of: dict[str, Sizes] = {}
+    for precision in get_args(PrecisionOption):
+        alone = msgspec.structs.replace(spec, precision=precision, build_batch=1)
+        try:
+            sizes = known_sizes(alone, EngineConfig())
+        except ConfigError:
+            if precision in PRECISIONS and PRECISIONS[precision].has_int8_activations:
+                continue  # only native kernels have them
+            raise
         assert sizes is not None  # the model is here, or the default one
-        return sizes
+        sizes_of[precision] = sizes
 
-    room = int(find_memory().available * SHARE)
-    rows = [advise(precision, sizes_of(precision), room) for precision in get_args(PrecisionOption)]
+    on_card = sizes_of["bf16"].free_bytes
+    free = find_memory().available if on_card is None else on_card
+    room = int(free * SHARE)
+    rows = [advise(precision, sizes, room) for precision, sizes in sizes_of.items()]
     if rows[0].weight_bytes == rows[1].weight_bytes:
         del rows[0]  # the files are not quantized: it is bf16
     best = choose(rows)
-    print(f"{show_bytes(find_memory().available)} of memory are free, {find_cpus().num_threads} threads can compute\n")
+    if on_card is not None:
+        print(f"{show_bytes(free)} of the card's memory are free\n")
+    else:
+        unreported = " (that of the card is not reported)" if sizes_of["bf16"].is_on_card else ""
+        threads = f"{find_cpus().num_threads} threads can compute"
+        print(f"{show_bytes(free)} of the machine's memory are free{unreported}, {threads}\n")
     print(f"{'precision':24} {'weights':>8} {'KV a token':>11} {'context':>8} {'batch':>6}")
     for row in rows:
         weights, kv = show_bytes(row.weight_bytes), show_bytes(row.kv_bytes_per_token)
@@ -65,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def advise(precision: str, sizes: Sizes, room: int) -> Advice:
     """The longest context of one sequence in `room` bytes, and how many sequences of a usual length fit."""
-    left = room - sizes.weight_bytes
+    left = room - sizes.weight_bytes - sizes.graph_bytes
     tokens = max(0, left // sizes.kv_bytes_per_token) // sizes.block_size * sizes.block_size
     context = min(sizes.max_context, tokens)
     usual = max(1, min(TYPICAL_CONTEXT, context))

@@ -142,8 +142,13 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
     data = msgspec.to_builtins(config)
     for path, value in values.items():
         section, _, field = path.partition(".")
-        if section == "model[0]" and not data["model"]:
-            raise ConfigError(f"{source}: {path} = {show(value)}: this config has no [[model]]")
+        if section == "model[0]" and len(data["model"]) != 1:
+            found = (
+                "no [[model]]"
+                if not data["model"]
+                else f"{len(data['model'])} [[model]] tables: set it there, or choose one of them by --model"
+            )
+            raise ConfigError(f"{source}: {path} = {show(value)}: this config has {found}")
         value_at(data, section)[field] = value
     return make_config(data, source=source)
 

@@ -92,8 +92,8 @@ LLAMA_8B = {
 def cards(monkeypatch: pytest.MonkeyPatch) -> dict[int, CardMemory]:
     """The CPU in the place of CUDA cards with this memory."""
     memory = {0: CARD, 1: CARD}
-    monkeypatch.setattr(sizes, "select_device", lambda name, index=0: index)
-    monkeypatch.setattr(sizes, "device_memory", memory.__getitem__)
+    monkeypatch.setattr(sizes, "select_device", lambda name, index=0: SimpleNamespace(type="cuda", index=index))
+    monkeypatch.setattr(sizes, "device_memory", lambda device: memory[device.index])
     monkeypatch.setattr(sizes, "compute_dtype", lambda *_: SimpleNamespace(itemsize=2))
     monkeypatch.setattr(sizes, "rules_for", lambda _: RULES["cuda"])
     return memory

@@ -114,14 +114,18 @@ def test_more_memory_than_is_free_is_a_warning():
 
 
 def test_the_memory_of_models_on_a_card_is_compared_with_that_of_the_card():
-    sizes = msgspec.structs.replace(SIZES, graph_bytes=500, free_bytes=6000, runs_ahead=True)
+    sizes = msgspec.structs.replace(SIZES, graph_bytes=500, is_on_card=True, free_bytes=6000, runs_ahead=True)
     on_card, on_host = (ModelReport(spec=ModelSpec(devices=(1,)), origin="here", sizes=each) for each in (sizes, SIZES))
 
     alone = list(describe(Config(), [on_card], 0))
     together = list(describe(Config(), [on_card, on_card, on_host], 5000))
+    unknown = msgspec.structs.replace(on_card, sizes=msgspec.structs.replace(sizes, free_bytes=None))
+    unreported = list(describe(Config(), [unknown], 0))
 
     assert "  graphs    500 B at most, for steps without a prompt" in alone
     assert alone[-1] == "memory of card 1: 5.5 kB for weights, KV cache and graphs; 6 kB are free now"
+    assert unreported[-1].startswith("memory of card 1: 5.5 kB")
+    assert unreported[-1].endswith("; how much is free is not reported")
     assert together[-3:-1] == [
         "memory: 5 kB for weights and KV cache; 5 kB are free now",
         "memory of card 1: 11 kB for weights, KV cache and graphs; 6 kB are free now",

@@ -13,7 +13,8 @@ import pytest
 
 import brlite
 from brlite.commands import chat, generate, serve, verify
-from brlite.commands.cli import br_api_server, main
+from brlite.commands.cli import br_api_server, command_parser, main
+from brlite.commands.given_config import given_config
 from brlite.commands.reload import ConfigSource
 from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, ModelSpec
@@ -423,6 +424,40 @@ def test_a_flag_about_a_model_is_refused_where_none_is_served(tmp_path, capsys, 
 
     assert main(["serve", str(config), *flag]) == 2
     assert "this config has no [[model]]" in capsys.readouterr().err
+
+
+ONE = '[[model]]\nname = "a"\npath = "/a"\nbuild_batch = 2\n'
+SEVERAL = f'{ONE}[[model]]\nname = "b"\npath = "/b"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "used", "said"),
+    [
+        (SEVERAL, ["serve"], ["a", "b"], ""),
+        (SEVERAL, ["serve", "--model", "b"], ["b"], "brlite: --model b: the config's other [[model]] are left out\n"),
+        (
+            SEVERAL,
+            ["chat"],
+            ["a", "b"],
+            "brlite: the config's first [[model]] is used, a; --model NAME chooses another\n",
+        ),
+        (SEVERAL, ["chat", "--model", "b"], ["b"], "brlite: --model b: the config's other [[model]] are left out\n"),
+        (ONE, ["serve", "--model", "a"], ["a"], ""),
+        (
+            *(ONE, ["serve", "--model", "org/c"], ["org/c"]),
+            "brlite: --model org/c keeps the other options of the config's [[model]]: build_batch = 2\n",
+        ),
+    ],
+)
+def test_which_models_of_a_config_are_used_is_said(tmp_path, capsys, text, arguments, used, said):
+    (tmp_path / "models.toml").write_text(text)
+    command, *more = arguments
+
+    config = given_config(command_parser().parse_args([command, str(tmp_path / "models.toml"), *more]))
+
+    assert [spec.name for spec in config.model] == used
+    assert config.model[0].path == (None if "/" in used[0] else f"/{used[0]}")
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from brlite.backends.sizes import Sizes
 from brlite.commands.cli import main
 from brlite.commands.tune import Advice, advise, choose
 from brlite.config.load import load_config
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.errors import ConfigError
+from brlite.process.machine import Memory
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 GIB = 2**30
@@ -90,3 +94,22 @@ def test_a_quantized_file_keeps_its_digits(
     assert re.search("auto .*<- advised", printed)
     assert re.search("^a_int8_w_int8 ", printed, re.MULTILINE)
     assert '\nprecision = "auto"\n' in printed
+
+
+def test_where_a_card_computes_its_memory_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes:
+        if spec.precision == "a_int8_w_int8":
+            raise ConfigError("precision a_int8_w_int8 is of native kernels only")
+        return msgspec.structs.replace(sizes(14 * GIB, 2**17), is_on_card=True, free_bytes=70 * GIB)
+
+    monkeypatch.setattr("brlite.commands.tune.known_sizes", known_sizes)
+    monkeypatch.setattr("brlite.commands.tune.find_memory", lambda: Memory(4 * GIB, 2 * GIB))
+
+    assert main(["tune", str(write_tiny_model(tmp_path / "tiny"))]) == 0
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("75.2 GB of the card's memory are free\n")
+    assert "does not fit" not in printed
+    assert "a_int8_w_int8" not in printed

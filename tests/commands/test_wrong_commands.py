@@ -35,6 +35,23 @@ FLAGS = [
     ("server", "did you mean serve?"),
     ("model", "did you mean models?"),
     ("list", "no such command: list"),
+    ("serve --model a --model b", "--model is given twice: several models are [[model]] tables of a config file"),
+    ("serve --port 1 --port=1", "--port is given twice: allowed is once"),
+    ("serve --mod a --model b", "--model is given twice"),
+    ("serve --engine toy --engine-option x=1 --engine-option x=2", "NAME=VALUE, each name once"),
+    ("serve several.toml --model c", "--model c: allowed is a model of this config, one of a, b"),
+    ("serve several.toml --context 64", "2 [[model]] tables: set it there, or choose one of them by --model"),
+    ("serve several.toml --draft model", "2 [[model]] tables"),
+    ("serve several.toml --alias x", "several [[model]] tables: write it into proxy.aliases"),
+    ("chat several.toml --context 64", "2 [[model]] tables"),
+    ("chat --url http://127.0.0.1:9 several.toml", "CONFIG is for a model that is loaded here"),
+    ("chat --url http://127.0.0.1:9 --context 64", "--context is for a model that is loaded here"),
+    ("chat --url http://127.0.0.1:9 --engine-option a=1", "--engine-option is for a model"),
+    ("chat --api-key-env KEY", "--api-key-env is for the server at --url"),
+    ("proxy --upstream m=http://127.0.0.1:9 --choice prefix --choice sticky", "--choice is given twice"),
+    ("generate --seed 1 --seed 2", "--seed is given twice"),
+    ("bench --requests 32 --requests 8", "--requests is given twice"),
+    ("convert --model_name a --model-name b", "--model-name is given twice"),
     ("serve --prot 8000", "did you mean --port?"),
     ("serve -p 8000", "unknown: -p"),
     ("serve --port eight", "invalid int value: 'eight'"),
@@ -192,6 +209,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notes.txt").write_text("notes")
     (folder / "broken.toml").write_text("[server\n")
     (folder / "broken.json").write_text("{")
+    (folder / "several.toml").write_text(
+        '[[model]]\nname = "a"\npath = "model"\n[[model]]\nname = "b"\npath = "m.gguf"\n'
+    )
     (folder / "wrong.toml").write_text("[sever]\nport = 1\n")
     return folder
 
@@ -243,6 +263,7 @@ def test_a_wrong_command_says_in_three_lines_what_to_do(
     [
         (br_api_server, "", "required: --config"),
         (br_api_server, "--config absent.json", "absent.json"),
+        (br_api_server, "--config a.json --config_path b.json", "--config_path is given twice"),
         (br_api_server, "--config broken.json", "broken.json"),
         (model_convert, "", "required: --model_name"),
         (model_convert, "--model_name m --model_dir absent --output_dir out", "absent"),
