@@ -222,11 +222,19 @@ _DELETES = {"/v1/responses/{response_id}": delete_response, "/v1/requests/{reque
 _PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+# Endpoints of other servers that are not here, and all paths below them.
+_OF_OPENAI = (
+    "moderations images audio videos files uploads batches fine_tuning vector_stores assistants threads conversations "
+    "realtime live responses/compact evals containers chatkit agents vaults decisions content_provenance_checks "
+    "organization projects safety webhook_endpoints webhook_event_types chat/completions/{completion_id}"
+)
+_OF_ANTHROPIC = (
+    "messages/batches skills complete agents sessions environments vaults memory_stores deployments deployment_runs "
+    "dreams tunnels user_profiles organizations compliance"
+)
 NOT_BUILT = (
-    *("/v1/responses/compact", "/v1/classify", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
-    *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
-    *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
-    *("/v1/realtime", "/classify", "/embedding"),
+    *dict.fromkeys(f"/v1/{path}" for path in f"{_OF_OPENAI} {_OF_ANTHROPIC}".split()),
+    *("/v1/classify", "/embedding"),
     *("/completion", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
 )
 

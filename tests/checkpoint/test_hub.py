@@ -535,3 +535,10 @@ def test_only_where_another_source_could_serve_is_the_wait_short(
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "10")
 
     assert reach_limit(has_other_source=bool(has_other_source)) == seconds
+
+
+def test_a_file_outside_of_the_repository_is_refused_by_name(hub: LocalHuggingFace) -> None:
+    hub.server.files = {"../m.gguf": b"GGUF"}
+
+    with pytest.raises(ModelError, match=r"lists a file outside of the repository: '\.\./m\.gguf'"):
+        fetch(hub)
