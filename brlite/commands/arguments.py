@@ -49,9 +49,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     port = "port of the server on this machine (default 8000 if it is free, else any)"
     parser.add_argument("--port", type=int, metavar="N", help=port)
     parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
-    device = "device that computes: auto (a card, else the CPU), cpu, or the name of a card (docs/devices.md)"
-    parser.add_argument("--device", type=word, help=device)
-    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
+    add_device(parser)
     parser.add_argument("--engine", type=word, metavar="NAME", help="engine: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum length of an answer in tokens")
@@ -232,9 +230,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", type=word, metavar="PATH", help=draft)
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
-    device = "device that computes: auto (a card, else the CPU), cpu, or the name of a card (docs/devices.md)"
-    parser.add_argument("--device", type=word, help=device)
-    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
+    add_device(parser)
     add_engine(parser)
 
 
@@ -250,6 +246,12 @@ def add_listening(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cors", action="append", metavar="ORIGIN", help=origins)
     parser.set_defaults(is_server=True)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    device = "device that computes: auto (a card, else the CPU), cpu, or the name of a card (docs/devices.md)"
+    parser.add_argument("--device", type=word, help=device)
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
 
 
 def add_api_key(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
-"""A stream that continues when its client disconnects. Its events are recorded; a client gets those not yet received.
+"""A stream that continues when its client disconnects. Its events are kept; a client gets those not yet received.
 
-The first request enables this with `Last-Event-ID: 0` and an `Idempotency-Key`. A later request sends the number of the
-last event that it received. Events count from 1. A stream without the header is not recorded and ends with its client.
+A background response has such a stream (`background.py`). Any other one gets it by `Last-Event-ID: 0` and an
+`Idempotency-Key`; a later request sends the number of the last event that it received. Events count from 1. Without the
+header a stream ends with its client.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 
 from brlite.app import create_app
@@ -17,6 +19,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
 from tests.fakes import ByteTokenizer, FakeBackend
+from tests.limits import PATIENCE_SECONDS
 
 MODEL = "fake"
 
@@ -107,3 +110,14 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
 @pytest.fixture
 async def client(make_client: Callable[..., Awaitable[Client]]) -> Client:
     return await make_client()
+
+
+@pytest.fixture
+async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client of the fake model, whose steps wait for `client.backend.gate`."""
+    client.backend.gate = threading.Event()
+    async with openai.AsyncOpenAI(
+        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
+    ) as api:
+        yield api
+    client.backend.gate.set()  # else the end of the test waits for the step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import openai
 import pytest
@@ -28,17 +28,6 @@ class GatedTokenizer(ByteTokenizer):
         self.has_begun.set()
         assert self.gate.wait(PATIENCE_SECONDS)
         return super().encode(text)
-
-
-@pytest.fixture
-async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's client of the fake model, whose steps wait for `client.backend.gate`."""
-    client.backend.gate = threading.Event()
-    async with openai.AsyncOpenAI(
-        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
-    ) as api:
-        yield api
-    client.backend.gate.set()  # else the end of the test waits for the step
 
 
 async def test_a_background_response_is_read_when_it_has_ended(

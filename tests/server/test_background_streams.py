@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -27,17 +27,6 @@ Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "fake", "input": "hello", "max_output_tokens": 8, "temperature": 0}
 STREAMED: dict[str, Any] = {**BODY, "background": True, "stream": True}
-
-
-@pytest.fixture
-async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's client of the fake model, whose steps wait for `client.backend.gate`."""
-    client.backend.gate = threading.Event()
-    async with openai.AsyncOpenAI(
-        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
-    ) as api:
-        yield api
-    client.backend.gate.set()  # else the end of the test waits for the step
 
 
 async def test_a_stream_is_left_and_taken_up_again(
