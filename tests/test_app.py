@@ -46,11 +46,20 @@ async def test_an_application_whose_model_cannot_be_loaded_does_not_start(tmp_pa
             Config(model=tuple(ModelSpec(name=name, tensor_parallel=2) for name in "ab")),
             "tensor_parallel = 2: only one",
         ),
+        (Config(server=object()), "allowed are text, numbers"),  # type: ignore[arg-type]
     ],
 )
 def test_a_config_that_was_made_in_python_is_checked_like_a_file(config: Config, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         create_app(config)
+
+
+def test_a_config_that_was_made_in_python_may_have_path_objects(tmp_path: Path) -> None:
+    spec = ModelSpec(name="one", path=tmp_path)  # type: ignore[arg-type]
+
+    app = create_app(Config(model=(spec,)))
+
+    assert [model.spec.path for model in app[MODELS]] == [str(tmp_path)]
 
 
 def test_a_second_config_is_refused() -> None:

@@ -138,8 +138,17 @@ def find_problems(data: Mapping[str, Any]) -> list[str]:
 
 
 def override(config: Config, values: Mapping[str, object], *, source: str = "command line") -> Config:
-    """`config` with some values replaced, checked again. Keys are paths such as `server.port` or `model[0].name`."""
-    data = msgspec.to_builtins(config)
+    """`config` with some values replaced, checked again. Keys are paths such as `server.port` or `model[0].name`.
+
+    A config that was made in Python may have `Path` objects for text.
+    """
+
+    def to_text(value: object) -> str:
+        if isinstance(value, os.PathLike):
+            return os.fsdecode(value)
+        raise ConfigError(f"{source}: {show(value)}: allowed are text, numbers, true, false, lists and tables")
+
+    data = msgspec.to_builtins(config, enc_hook=to_text)
     for path, value in values.items():
         section, _, field = path.partition(".")
         if section == "model[0]" and len(data["model"]) != 1:
