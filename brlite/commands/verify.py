@@ -24,7 +24,7 @@ from brlite.commands.given_config import given_config
 from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
 from brlite.engine.admission import context_length
-from brlite.engine.backend import Backend
+from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
@@ -214,14 +214,7 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
     max_tokens = task.max_tokens
     with closing(load(config)) as (engine, backend):
         prompts = _encode(engine, task)
-        info = engine.info
-        fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
-        heading = [f"backend {info.name}, {info.device}, {info.precision}{fingerprint}"]
-        if not info.is_batch_invariant:
-            heading.append("This backend does not promise the same bits for every batch; this run compares them:")
-        lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
-        kinds = f"each greedy and seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens"
-        heading.append(f"{len(prompts)} prompts of {lengths}, {kinds}; compared with each completion alone:")
+        heading = _heading(engine.info, prompts, max_tokens)
         say("\n".join(heading))
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
@@ -252,6 +245,17 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
     )
     say("\n".join(_conclusion(report, engine.tokenizer)))
     return report
+
+
+def _heading(info: BackendInfo, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+    """What is compared, a line each; the first one names the backend."""
+    fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
+    lines = [f"backend {info.name}, {info.device}, {info.precision}{fingerprint}"]
+    if not info.is_batch_invariant:
+        lines.append("This backend does not promise the same bits for every batch; this run compares them:")
+    lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+    kinds = f"each greedy and seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens"
+    return [*lines, f"{len(prompts)} prompts of {lengths}, {kinds}; compared with each completion alone:"]
 
 
 class _Replay:

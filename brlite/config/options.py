@@ -388,7 +388,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_idempotent_bytes: Annotated[
         CountOrZero,
         option(
-            "answers kept for retries with the same `Idempotency-Key`; the oldest are forgotten first; 0: none are kept"
+            "answers kept for retries with the same `Idempotency-Key`, and events of streams that run with one; the "
+            "oldest are forgotten first; 0: none are kept"
         ),
     ] = 16 * 1024 * 1024
     max_owner_bytes: Annotated[

@@ -115,10 +115,12 @@ async def test_a_stream_that_failed_tells_so_and_is_not_resumed(make_client: Mak
     body = chat_body(stream=True)
 
     failed = await ask(client, body, 0)
+    kept_bytes = client.server._app[ANSWERS].store.num_bytes
     status, answer = await client.post(CHAT, body, **{"Idempotency-Key": "k", "Last-Event-ID": "1"})
     again = await ask(client, body, 0)
 
     assert any(b'"error"' in event for event in failed.values())
+    assert kept_bytes == 0
     assert (status, answer["error"]["code"]) == (400, "stream_not_resumable")
     assert not any(b'"error"' in event for event in again.values())
 
