@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from brlite.checkpoint.model_file import FETCH_AGAIN, check_model_file, exists, gguf_files, read_json_object
+from brlite.checkpoint.model_file import FETCH_AGAIN, check_model_file, exists, gguf_files, is_gguf, read_json_object
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
@@ -97,7 +97,7 @@ def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ..
 
 
 def _whole_gguf(file: Path) -> Path:
-    if file.suffix.lower() != ".gguf":
+    if not is_gguf(file):
         hint = TRACED_HINT if file.suffix == ".pt" else f"; give {file.parent}" if has_weights(file.parent) else ""
         raise ModelError(f"{file}: a model must be a folder or a .gguf file{hint}")
     if SPLIT_GGUF.search(file.name):

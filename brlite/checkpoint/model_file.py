@@ -130,6 +130,17 @@ def exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def is_gguf(file: Path) -> bool:
+    """Whether a file is named `.gguf`, or begins as one: the names of Ollama's files are hashes."""
+    if file.suffix.lower() == ".gguf":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError:
+        return False  # its reader reports why
+
+
 def gguf_files(folder: Path) -> list[Path]:
     """The GGUF files of a folder, in the order of their names, without those that hold no language model."""
     found = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]

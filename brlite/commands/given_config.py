@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from brlite.checkpoint.model_file import is_gguf
 from brlite.config.load import load_config
 from brlite.config.options import Config, ModelSpec
 from brlite.config.validation import engine_override, model_override, override, show
@@ -98,7 +99,7 @@ def _with_model(config: Config, model: str | None, *, serves_all: bool) -> Confi
 def is_model(path: Path) -> bool:
     """Whether what stands where a config is expected may be a model: a folder, a file of weights, a name of no file."""
     is_name = not path.exists() and path.suffix not in (".toml", ".json")
-    return path.is_dir() or path.suffix in MODEL_SUFFIXES or is_name
+    return path.is_dir() or path.suffix in MODEL_SUFFIXES or is_name or (path.is_file() and is_gguf(path))
 
 
 def find_own_config() -> Path | None:

@@ -41,7 +41,7 @@ class LLM:
     """Offline inference: `LLM(model="org/name").generate(prompts, SamplingParams(max_tokens=70))`.
 
     `model` is the name of a model on a hub, a folder or a `.gguf` file. `config_path` is a TOML file or the manual's
-    JSON; `config` is a `Config` instead. With one of these, `model` replaces its first model. Without all three, the
+    JSON; `config` is a `Config` instead. With one of these, `model` replaces its only model. Without all three, the
     default model is used. Unless a `Config` is given, the environment variable BRLITE_ENGINE may name an engine.
     Code from model folders is never run, even with `trust_remote_code`.
 

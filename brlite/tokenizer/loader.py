@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from brlite.checkpoint.model_file import exists, gguf_files
+from brlite.checkpoint.model_file import exists, gguf_files, is_gguf
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
 from brlite.process.sandbox import ChildLimits
@@ -51,7 +51,7 @@ def load_tokenizer(
 def _gguf_file(path: Path) -> Path | None:
     """The GGUF file to read the vocabulary from; None for a folder with a tokenizer of its own."""
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if not is_gguf(path):
             raise ModelError(f"{path}: a tokenizer is read from a model folder or a .gguf file")
         return path
     if not path.is_dir():

@@ -16,7 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.llm import LLM
 from brlite.models.registry import find_family
+from brlite.sampling_params import SamplingParams
 from tests.checkpoint.model_files import (
     HEAD_DIM,
     HEADS,
@@ -309,3 +311,23 @@ def test_the_default_model_opens_with_all_its_tensors(smollm2_path: Path) -> Non
     assert checkpoint.config["num_hidden_layers"] == 30
     assert shapes["model.embed_tokens.weight"] == (49152, 576)
     assert len(shapes) == 2 + 9 * 30
+
+
+def test_a_file_without_the_ending_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    shapes = open_checkpoint(write_gguf(tmp_path / "m.gguf")).shapes()
+
+    blob = (tmp_path / "m.gguf").rename(tmp_path / "sha256-0a1b")
+
+    assert open_checkpoint(blob).shapes() == shapes
+
+
+@pytest.mark.model
+def test_such_a_file_is_served(smollm2_path: Path, tmp_path: Path) -> None:
+    if smollm2_path.is_dir():
+        pytest.skip("the default model on this machine is a folder")
+    (tmp_path / "sha256-0a1b").symlink_to(smollm2_path)
+
+    with LLM(model=tmp_path / "sha256-0a1b") as llm:
+        (output,) = llm.generate("The sea is", SamplingParams(temperature=0, max_tokens=4))
+
+    assert len(output.outputs[0].token_ids) == 4

@@ -176,6 +176,7 @@ FLAGS = [
     ("serve broken.json", "broken.json"),
     ("serve org/model", "a model is given by --model org/model"),
     ("serve m.gguf", "a model is given by --model m.gguf"),
+    ("serve sha256-0a1b", "a model is given by --model sha256-0a1b"),
     ("serve model", "a model is given by --model model"),
     ("proxy --upstream http://127.0.0.1:9", "NAME=URL"),
     ("proxy --upstream m=127.0.0.1:9", "NAME=URL, with a URL such as http://HOST:PORT"),
@@ -205,6 +206,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first hour")
     write_model(folder / "model", LLAMA)
     write_gguf(folder / "m.gguf")
+    write_gguf(folder / "sha256-0a1b")
     (folder / "empty").mkdir()
     (folder / "notes.txt").write_text("notes")
     (folder / "broken.toml").write_text("[server\n")
