@@ -1,7 +1,8 @@
 """Runs a network in torch, over a flat batch of tokens. Each operation is bound to its tensors once, at loading.
 
 Matrices multiply in the parameters' type; norms, rotary positions, the residual stream and logits are float32. Nothing
-here waits for the device. There are no sequences here: a `StepPlan` says which cached tokens each row sees.
+here waits for the device. There are no sequences here: a `StepPlan` says which cached tokens each row sees. Operations
+hold no reference to their decoder: in a cycle the tensors of a closed model would wait for the garbage collector.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class Decoder:
         self.parameters = parameters
         self.dtype = parameters.named["embedding"].dtype
         self.device = parameters.named["embedding"].device
-        self._num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._rope = rope_tables(config.rope, max_length, self.device)
         self._network = build_network(config)
         self._body = [self._bind(operation) for operation in self._network.body]
@@ -69,57 +69,64 @@ class Decoder:
         return _normed(hidden, self.parameters.named[norm.weight.name], norm.epsilon)
 
     def _bind(self, operation: Operation) -> BoundOperation:
-        named, linears = self.parameters.named, self.parameters.linears
+        named, linears, config = self.parameters.named, self.parameters.linears, self.config
         match operation:
             case Embed():
-                return self._embed
+                return partial(_embed, self.parameters)
             case Norm():
-                return partial(self._norm, named[operation.weight.name], operation.epsilon)
+                return partial(_norm, named[operation.weight.name], operation.epsilon, self.dtype)
             case Multiply(output="hidden"):
                 return partial(_add, linears[operation.name])
             case Multiply():
                 return partial(_multiply, linears[operation.name])
             case HeadNorm():
                 query, key = named[operation.query.name], named[operation.key.name]
-                weights = torch.stack([query] * self.config.num_heads + [key] * self.config.num_kv_heads)
-                return partial(self._norm_heads, weights, operation.epsilon)
+                weights = torch.stack([query] * config.num_heads + [key] * config.num_kv_heads)
+                return partial(_norm_heads, weights, operation.epsilon)
             case Rotate():
-                return self._rotate
+                return partial(_rotate, config)
             case Attend():
-                return partial(self._attend, operation.layer, operation.window)
+                return partial(_attend, config, operation)
             case Gate():
                 return _gate
-
-    def _embed(self, token_ids: Tensor, step: RunningStep) -> Tensor:
-        step.hidden = self.parameters.look_up(token_ids)
-        return step.hidden
-
-    def _norm(self, weight: Tensor, epsilon: float, _: Tensor, step: RunningStep) -> Tensor:
-        return _normed(step.hidden, weight, epsilon).to(self.dtype)
-
-    def _norm_heads(self, weights: Tensor, epsilon: float, qkv: Tensor, _: RunningStep) -> Tensor:
-        heads = self._heads(qkv)[:, : len(weights)]  # [T, Hq + Hk, D]
-        heads.copy_(_normed(heads.float(), weights, epsilon))
-        return qkv
-
-    def _rotate(self, qkv: Tensor, step: RunningStep) -> Tensor:
-        rotate_(self._heads(qkv)[:, : -self.config.num_kv_heads], step.rope)
-        return qkv
-
-    def _attend(self, layer: int, window: int | None, qkv: Tensor, step: RunningStep) -> Tensor:
-        query, key, value = self._heads(qkv).split_with_sizes(self._num_heads, dim=1)
-        cache = step.cache.layers[layer]
-        cache.keys.write(step.plan.slots, key)
-        cache.values.write(step.plan.slots, value)
-        return attend(query, cache, step.plan, window)
-
-    def _heads(self, qkv: Tensor) -> Tensor:
-        return qkv.view(len(qkv), -1, self.config.head_dim)
 
 
 def _normed(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     scale = torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + epsilon)
     return (rows * scale).mul_(weight)
+
+
+def _embed(parameters: Parameters, token_ids: Tensor, step: RunningStep) -> Tensor:
+    step.hidden = parameters.look_up(token_ids)
+    return step.hidden
+
+
+def _norm(weight: Tensor, epsilon: float, dtype: torch.dtype, _: Tensor, step: RunningStep) -> Tensor:
+    return _normed(step.hidden, weight, epsilon).to(dtype)
+
+
+def _norm_heads(weights: Tensor, epsilon: float, qkv: Tensor, _: RunningStep) -> Tensor:
+    heads = _heads(qkv, weights.shape[1])[:, : len(weights)]  # [T, Hq + Hk, D]
+    heads.copy_(_normed(heads.float(), weights, epsilon))
+    return qkv
+
+
+def _rotate(config: ModelConfig, qkv: Tensor, step: RunningStep) -> Tensor:
+    rotate_(_heads(qkv, config.head_dim)[:, : -config.num_kv_heads], step.rope)
+    return qkv
+
+
+def _attend(config: ModelConfig, operation: Attend, qkv: Tensor, step: RunningStep) -> Tensor:
+    num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    query, key, value = _heads(qkv, config.head_dim).split_with_sizes(num_heads, dim=1)
+    cache = step.cache.layers[operation.layer]
+    cache.keys.write(step.plan.slots, key)
+    cache.values.write(step.plan.slots, value)
+    return attend(query, cache, step.plan, operation.window)
+
+
+def _heads(qkv: Tensor, head_dim: int) -> Tensor:
+    return qkv.view(len(qkv), -1, head_dim)
 
 
 def _multiply(linear: Linear, x: Tensor, _: RunningStep) -> Tensor:

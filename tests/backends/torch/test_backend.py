@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,6 +193,25 @@ def test_a_token_that_makes_nan_fails_its_own_sequence_and_leaves_no_trace(tmp_p
     assert logprobs == SeqResult.not_finite(2)
     assert beside == healthy
     assert after.tokens == healthy.tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_closed_backend_frees_its_tensors_at_once(tmp_path: Path, name: str) -> None:
+    backend = load(write_tiny_model(tmp_path, name))
+    run(backend, span(0, 0, PROMPTS[0]))
+    steps = backend._steps
+    held = [weakref.ref(each) for each in (*steps.parameters.named.values(), steps.cache._values)]
+    del steps
+
+    gc.collect()
+    gc.disable()
+    try:
+        backend.close()
+        left = sum(each() is not None for each in held)
+    finally:
+        gc.enable()
+
+    assert left == 0
 
 
 def test_a_cache_that_no_memory_holds_is_refused_with_its_size(llama_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Compiles a network to launches of the kernels of this folder. `Decoder` is the same in plain torch.
 
 The kernel that reads a product, not the one that computes it, adds its parts in order, and adds them to the residual
-stream or makes heads of them. Nothing here waits for the device, so that a step can be captured as a graph.
+stream or makes heads of them. Nothing here waits for the device, so that a step can be captured as a graph. Launches
+hold no reference to their decoder: in a cycle the tensors of a closed model would wait for the garbage collector.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Product(NamedTuple):
 class LaunchedStep:
     """The data that a step's launches share. The next norm adds `product` to `hidden` [T, H] float32."""
 
+    decoder: TritonDecoder
     hidden: Tensor
     inputs: StepInputs
     product: Product | None = None
@@ -55,8 +57,8 @@ class TritonDecoder:
         self.parameters = parameters
         self.cache = cache
         self.device = parameters.named["embedding"].device
-        self._shape = attention.AttentionShape.of(config, max_length, shared_memory(self.device))
-        self._rope = rope_tables(config.rope, max_length, self.device)
+        self.shape = attention.AttentionShape.of(config, max_length, shared_memory(self.device))
+        self.rope = rope_tables(config.rope, max_length, self.device)
         self._network = build_network(config)
         head = parameters.linears[self._network.head.name]
         self._join = head.join if isinstance(head, JoinedHead) else None
@@ -65,7 +67,7 @@ class TritonDecoder:
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Compute a step's tokens; store their keys and values; return hidden states [T, H]."""
-        step = LaunchedStep(self.parameters.look_up(inputs.token_ids), inputs)
+        step = LaunchedStep(self, self.parameters.look_up(inputs.token_ids), inputs)
         x: Tensor | Product = step.hidden
         for launch in self._body:
             x = launch(x, step)
@@ -106,7 +108,7 @@ class TritonDecoder:
                 case Rotate():
                     is_turned = True
                 case Attend():
-                    yield partial(self._attend, operation, head_norm, is_turned)
+                    yield partial(_attend, operation, head_norm, is_turned)
                     head_norm, is_turned = None, False
                 case Gate() if gated is not None:
                     yield partial(_gate, gated)
@@ -122,42 +124,44 @@ class TritonDecoder:
             self.parameters.named[name], self.parameters.named[scales_name(name)] = matrix.values, matrix.scales
         return matrix
 
-    def _attend(
-        self, operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: LaunchedStep
-    ) -> Tensor:
-        assert isinstance(qkv, Product)
-        config, inputs, named = self.config, step.inputs, self.parameters.named
-        layer = self.cache.layers[operation.layer]
-        keys, key_scales = _tensors(layer.keys)
-        values, value_scales = _tensors(layer.values)
-        num_rows, heads = inputs.num_rows, config.num_heads + 2 * config.num_kv_heads
-        query = torch.empty((num_rows, config.num_heads, config.head_dim), dtype=torch.bfloat16, device=self.device)
-        rope.store_heads_kernel[(num_rows, heads)](
-            *(qkv.values, qkv.bias),
-            *((named[norm.query.name], named[norm.key.name]) if norm else (None, None)),
-            *(self._rope.cos, self._rope.sin, inputs.positions, inputs.slots),
-            *(query, keys, values, key_scales, value_scales),
-            *(num_rows, norm.epsilon if norm else 0.0),
-            NUM_PARTS=len(qkv.values),
-            NUM_HEADS=config.num_heads,
-            NUM_KV_HEADS=config.num_kv_heads,
-            HEAD_DIM=config.head_dim,
-            ROTARY_DIM=config.rope.rotary_dim if is_turned else 0,
-            IS_INTERLEAVED=config.rope.interleaved,
-            HAS_BIAS=qkv.bias is not None,
-            HAS_NORM=norm is not None,
-            IS_INT8=key_scales is not None,
-            BLOCK_DIM=triton.next_power_of_2(config.head_dim),
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        pages = attention.LayerPages(keys, values, key_scales, value_scales)
-        return attention.attend(query, pages, inputs, self._shape, window=operation.window or 0)
-
 
 def _tensors(pages: Pages) -> tuple[Tensor, Tensor | None]:
     assert isinstance(pages, FloatPages | Int8Pages)
     return pages.values, pages.scales if isinstance(pages, Int8Pages) else None
+
+
+def _attend(
+    operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: LaunchedStep
+) -> Tensor:
+    assert isinstance(qkv, Product)
+    decoder, inputs = step.decoder, step.inputs
+    config, named = decoder.config, decoder.parameters.named
+    layer = decoder.cache.layers[operation.layer]
+    keys, key_scales = _tensors(layer.keys)
+    values, value_scales = _tensors(layer.values)
+    num_rows, heads = inputs.num_rows, config.num_heads + 2 * config.num_kv_heads
+    query = torch.empty((num_rows, config.num_heads, config.head_dim), dtype=torch.bfloat16, device=decoder.device)
+    rope.store_heads_kernel[(num_rows, heads)](
+        *(qkv.values, qkv.bias),
+        *((named[norm.query.name], named[norm.key.name]) if norm else (None, None)),
+        *(decoder.rope.cos, decoder.rope.sin, inputs.positions, inputs.slots),
+        *(query, keys, values, key_scales, value_scales),
+        *(num_rows, norm.epsilon if norm else 0.0),
+        NUM_PARTS=len(qkv.values),
+        NUM_HEADS=config.num_heads,
+        NUM_KV_HEADS=config.num_kv_heads,
+        HEAD_DIM=config.head_dim,
+        ROTARY_DIM=config.rope.rotary_dim if is_turned else 0,
+        IS_INTERLEAVED=config.rope.interleaved,
+        HAS_BIAS=qkv.bias is not None,
+        HAS_NORM=norm is not None,
+        IS_INT8=key_scales is not None,
+        BLOCK_DIM=triton.next_power_of_2(config.head_dim),
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    pages = attention.LayerPages(keys, values, key_scales, value_scales)
+    return attention.attend(query, pages, inputs, decoder.shape, window=operation.window or 0)
 
 
 def _norm(weight: Tensor, epsilon: float, _: Tensor | Product, step: LaunchedStep) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +114,21 @@ def test_logits_are_those_of_torch_in_float32(model: Model) -> None:
     for step in STEPS:
         runs = runs_of(step)
         assert error(logits_of(kernels, runs), logits_of(eager, runs)) < MAX_ERROR, step
+
+
+def test_steps_that_are_let_go_free_their_tensors_at_once() -> None:
+    kernels = MODELS["head norms, int8"].kernels()
+    held = [weakref.ref(each) for each in (*kernels.parameters.named.values(), kernels.cache._values)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        del kernels
+        left = sum(each() is not None for each in held)
+    finally:
+        gc.enable()
+
+    assert left == 0
 
 
 def test_logits_of_a_quantized_file_are_those_of_torch_in_float32(tmp_path: Path) -> None:
