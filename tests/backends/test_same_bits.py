@@ -87,15 +87,16 @@ def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, na
 def test_rows_that_threads_share_have_the_bits_of_a_threads_own(
     precision: PrecisionOption, native_library: NativeLibrary
 ) -> None:
-    token_ids = random_ids(300, seed=1)  # shared; 40 are so few that each thread makes all of them
+    token_ids = random_ids(300, seed=1)  # divided; 140 are shared one by one; of 40 each thread makes all
     with (
         closing(load_native(native_library, "llama", precision, max_rows=300)) as one_thread,
-        closing(load_native(native_library, "llama", precision, max_rows=300, threads=2)) as two_threads,
+        closing(load_native(native_library, "llama", precision, max_rows=300, threads=5)) as five_threads,
     ):
         expected = one_thread.logits(token_ids)
-        shared, own = two_threads.logits(token_ids), two_threads.logits(token_ids[:40])
+        divided, shared, own = (five_threads.logits(token_ids[:count]) for count in (300, 140, 40))
 
-    assert np.array_equal(shared, expected)
+    assert np.array_equal(divided, expected)
+    assert np.array_equal(shared, expected[:140])
     assert np.array_equal(own, expected[:40])
 
 

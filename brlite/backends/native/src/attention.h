@@ -428,18 +428,15 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
 }
 
 // A unit is one work item times one key/value head. With `rope_op`, ROPE runs for the unit's heads first.
-static void attend(const Step& step, const brlite_operation& op, const brlite_operation* rope_op, AttentionScratch& s,
-                   Counter& next) {
+static void attend_unit(const Step& step, const brlite_operation& op, const brlite_operation* rope_op,
+                        AttentionScratch& s, int unit) {
     const brlite_attention& a = step.plan->attention;
-    const int group = a.num_heads / a.num_kv_heads, num_units = step.num_attention_items * a.num_kv_heads;
-    for (int unit = next.take(1); unit < num_units; unit = next.take(1)) {
-        const int kv_head = unit % a.num_kv_heads;
-        const AttentionItem& item = step.attention_items[unit / a.num_kv_heads];
-        const int first_row = step.batch->spans[item.span].first_row + item.first_token;
-        for (int i = 0; rope_op && i < item.num_tokens; i++) rope_head(step, *rope_op, first_row + i, kv_head);
-        for (int first = 0; first < group; first += TILE_ROWS)
-            attend_heads(step, op, item, s, kv_head, kv_head * group + first, smaller(TILE_ROWS, group - first));
-    }
+    const int group = a.num_heads / a.num_kv_heads, kv_head = unit % a.num_kv_heads;
+    const AttentionItem& item = step.attention_items[unit / a.num_kv_heads];
+    const int first_row = step.batch->spans[item.span].first_row + item.first_token;
+    for (int i = 0; rope_op && i < item.num_tokens; i++) rope_head(step, *rope_op, first_row + i, kv_head);
+    for (int first = 0; first < group; first += TILE_ROWS)
+        attend_heads(step, op, item, s, kv_head, kv_head * group + first, smaller(TILE_ROWS, group - first));
 }
 
 // Merges the partial results of a row's chunks, in order, where ATTEND has split a sequence among threads.

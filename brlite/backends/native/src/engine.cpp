@@ -154,7 +154,8 @@ void Engine::allocate(int num_threads) {
                      false};
     for (int thread = 0; thread < num_threads; thread++)
         scratch_.push_back(
-            {(float*)take(width * sizeof(float)),
+            {thread,
+             (float*)take(width * sizeof(float)),
              {take(MAX_OWN_NUMBERS * element), (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)), 0,
               (ActivationGroup*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(ActivationGroup))},
              take(kernels_.attention_scratch_bytes),
@@ -205,6 +206,8 @@ void Engine::share_out(const brlite_batch& batch) {
     // sequences only after the step. So the item can run ROPE itself, without a barrier in between.
     step_.joins_rope = !step_.partial.is_split && (int)attention_items_.size() == batch.num_spans;
     if (step_.partial.is_split) split(batch);
+    step_.divides_rows =
+        !plan_.meeting && step_.num_threads > 1 && batch.num_rows >= min_divided_rows(step_.num_threads);
     step_.attention_items = attention_items_.data();
     step_.num_attention_items = (int)attention_items_.size();
 }

@@ -143,11 +143,12 @@ INLINE void finish_tile(const Product& product, const float* sums, int first_row
     }
 }
 
+INLINE long element_bytes(const brlite_operation& op) {
+    return op.has_int8_rows ? sizeof(GroupedRow) : takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
+}
+
 INLINE void multiply_panel(const Product& product, int panel) {
     const brlite_operation& op = product.op;
-    const long element = op.has_int8_rows         ? sizeof(GroupedRow)
-                         : takes_int16(op.format) ? sizeof(Int8::Row)
-                                                  : sizeof(Bf16::Row);
     const long bytes = panel_bytes(op.format, op.num_inputs);
     float sums[larger(MAX_ROWS, MAX_GROUPED_ROWS) * LANES] __attribute__((aligned(64)));
     const int max_rows = op.has_int8_rows ? MAX_GROUPED_ROWS : MAX_ROWS;
@@ -157,7 +158,7 @@ INLINE void multiply_panel(const Product& product, int panel) {
     for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles of equal size: 8 rows are 4 + 4, not 6 + 2
         const int first = (int)((long)product.num_rows * t / num_tiles);
         const int rows = (int)((long)product.num_rows * (t + 1) / num_tiles) - first;
-        const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
+        const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element_bytes(op);
         const Tile tile = {(const uint8_t*)op.weight + panel * bytes,
                            from,
                            product.input.groups + first * product.input.row_size / BRLITE_GROUP,
@@ -178,6 +179,15 @@ static void linear(const Product& product, Counter& next, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
     for (int panel, end; next.take_share(num_panels, num_threads, panel, end);)
         for (; panel < end; panel++) multiply_panel(product, panel);
+}
+
+// All panels times the rows [first, end).
+static void linear_of_rows(const brlite_operation& op, const Activations& all, int first, int end) {
+    const long skipped = first * all.row_size;
+    const Activations rows = {(uint8_t*)all.rows + skipped * element_bytes(op), all.scales + first, all.row_size,
+                              all.groups + skipped / BRLITE_GROUP};
+    const Product product = {op, rows, op.output + (long)first * op.row_size, end - first};
+    for (int panel = 0; panel < rounded_up(op.num_outputs, LANES) / LANES; panel++) multiply_panel(product, panel);
 }
 
 }  // namespace BRLITE_ISA

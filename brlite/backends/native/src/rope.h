@@ -123,11 +123,5 @@ INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int
     store_head(step, op, row, kv_head, turned, value);
 }
 
-static void rope(const Step& step, const brlite_operation& op, Counter& next, int num_rows) {
-    const int num_kv_heads = step.plan->attention.num_kv_heads;
-    for (int unit = next.take(1); unit < num_rows * num_kv_heads; unit = next.take(1))
-        rope_head(step, op, unit / num_kv_heads, unit % num_kv_heads);
-}
-
 }  // namespace BRLITE_ISA
 }  // namespace brlite

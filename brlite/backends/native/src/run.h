@@ -1,6 +1,7 @@
 // One thread's part of a step. All threads go through the operations in order and divide the work of each. A barrier
 // follows an operation whose result other threads read. With few rows each thread computes all activations itself,
-// which saves barriers: five a layer are left.
+// which saves barriers: five a layer are left. With many rows each thread has its own rows, and barriers are left only
+// around the attention of spans that threads share.
 #pragma once
 
 #include "attention.h"
@@ -11,6 +12,11 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
+struct Range {
+    int first, end;
+    Range times(int count) const { return {first * count, end * count}; }
+};
+
 struct Worker {
     const Step& step;
     Scratch scratch;
@@ -19,23 +25,41 @@ struct Worker {
     int num_counted = 0;
     const Activations* input = nullptr;         // of the next LINEAR or ADD
     const brlite_operation* rope_op = nullptr;  // the ROPE that the next ATTEND runs itself
+    Range rows{};                               // this thread's own, if the step divides rows
 
     Counter& next() { return counters[num_counted++]; }
+
+    // The first of this thread's own rows. If ATTEND runs ROPE itself, a span is one thread's.
+    int first_row_of(int thread) const {
+        const int row = (int)((long)step.batch->num_rows * thread / step.num_threads);
+        const bool is_end = row == step.batch->num_rows;
+        return step.joins_rope && !is_end ? step.batch->spans[step.row_spans[row]].first_row : row;
+    }
+
+    // Calls `work(unit)` for this thread's own units, else for units of [0, num_units) that the threads divide.
+    template <class Work>
+    void share(bool are_own, Range own, int num_units, Work work) {
+        for (int unit = own.first; are_own && unit < own.end; unit++) work(unit);
+        if (are_own) return;
+        Counter& units = next();
+        for (int unit = units.take(1); unit < num_units; unit = units.take(1)) work(unit);
+    }
 
     void operate(const brlite_operation& op) {
         const int num_rows = step.batch->num_rows;
         switch (op.kind) {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
+                if (step.divides_rows) return linear_of_rows(op, *input, rows.first, rows.end);
                 linear({op, *input, op.output, num_rows}, next(), step.num_threads);
                 if (op.is_part) return;
                 break;
             case BRLITE_ROPE:
                 if (step.joins_rope) return (void)(rope_op = &op);
-                rope(step, op, next(), num_rows);
+                operate_rope(op, num_rows);
                 break;
             case BRLITE_ATTEND:
-                operate_attend(op);
+                if (operate_attend(op)) return;
                 break;
             default:
                 if (make_rows(op, num_rows)) return;
@@ -43,11 +67,12 @@ struct Worker {
         meet(op.meets);
     }
 
-    // Row operations. Returns true if this thread computed all rows itself, so that no barrier is needed.
+    // Row operations. Returns true if this thread computed all rows that it reads, so that no barrier is needed.
     bool make_rows(const brlite_operation& op, int num_rows) {
         const bool is_own = op.kind != BRLITE_EMBED && op.kind != BRLITE_GATE && chooses_own(op, num_rows);
-        share_rows(is_own, num_rows, [&](int row) INLINED { row_operation(step, op, scratch, *input, row); });
-        return is_own;
+        share(is_own || step.divides_rows, step.divides_rows ? rows : Range{0, num_rows}, num_rows,
+              [&](int row) INLINED { row_operation(step, op, scratch, *input, row); });
+        return is_own || step.divides_rows;
     }
 
     // Sets `input`: this thread's own memory if the rows are few, else the memory that threads share.
@@ -58,15 +83,6 @@ struct Worker {
         return is_own;
     }
 
-    // Calls `make(row)` for every row if `is_own`, as `chooses_own` returned it. Else all threads divide the rows.
-    template <class Make>
-    void share_rows(bool is_own, int num_rows, Make make) {
-        for (int row = 0; is_own && row < num_rows; row++) make(row);
-        if (is_own) return;
-        Counter& rows = next();
-        for (int row = rows.take(1); row < num_rows; row = rows.take(1)) make(row);
-    }
-
     // Waits for all threads of this rank and, if `across`, for all ranks.
     void meet(bool across) {
         const brlite_plan& plan = *step.plan;
@@ -75,12 +91,31 @@ struct Worker {
         });
     }
 
-    void operate_attend(const brlite_operation& op) {
-        attend(step, op, step.joins_rope ? rope_op : nullptr, *(AttentionScratch*)scratch.attention, next());
-        if (!step.partial.is_split) return;
+    void operate_rope(const brlite_operation& op, int num_rows) {
+        const int num_heads = step.plan->attention.num_kv_heads;
+        share(step.divides_rows, rows.times(num_heads), num_rows * num_heads,
+              [&](int unit) INLINED { rope_head(step, op, unit / num_heads, unit % num_heads); });
+    }
+
+    // Returns true if this thread read and wrote its own rows only, so that no barrier is needed.
+    bool operate_attend(const brlite_operation& op) {
+        const int num_heads = step.plan->attention.num_kv_heads;
+        const bool is_own = step.divides_rows && step.joins_rope;
+        share(is_own, is_own ? own_items().times(num_heads) : Range{}, step.num_attention_items * num_heads,
+              [&](int unit) {
+                  attend_unit(step, op, step.joins_rope ? rope_op : nullptr, *(AttentionScratch*)scratch.attention,
+                              unit);
+              });
+        if (!step.partial.is_split) return is_own;
         barrier.wait();
-        Counter& rows = next();
-        for (int row = rows.take(1); row < step.batch->num_rows; row = rows.take(1)) merge_row(step, op, row);
+        share(false, {}, step.batch->num_rows, [&](int row) { merge_row(step, op, row); });
+        return false;
+    }
+
+    // With one item a span, items are numbered as spans.
+    Range own_items() const {
+        if (rows.first == rows.end) return {};
+        return {step.row_spans[rows.first], step.row_spans[rows.end - 1] + 1};
     }
 
     // Sums of hidden states. One thread computes a whole sum, since the order of float additions must be fixed.
@@ -102,7 +137,7 @@ struct Worker {
         const brlite_batch& batch = *step.batch;
         const int num_rows = smaller(BRLITE_HEAD_ROWS, batch.num_draws - first);
         const bool is_own = chooses_own(plan.norm, num_rows);
-        share_rows(is_own, num_rows, [&](int i) INLINED {
+        share(is_own, {0, num_rows}, num_rows, [&](int i) INLINED {
             const float* hidden = plan.norm.input + (long)batch.draws[first + i].row * plan.norm.row_size;
             norm_row(plan.norm, hidden, scratch.row);
             write_input(*input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
@@ -122,7 +157,9 @@ struct Worker {
     }
 
     void run() {
+        if (step.divides_rows) rows = {first_row_of(scratch.thread), first_row_of(scratch.thread + 1)};
         for (int i = 0; i < step.plan->num_operations; i++) operate(step.plan->body[i]);
+        if (step.divides_rows) barrier.wait();
         if (step.batch->num_poolings) pool();
         for (int first = 0; first < step.batch->num_draws; first += BRLITE_HEAD_ROWS) draw(first);
     }

@@ -45,7 +45,9 @@ constexpr Tokens BATCHES[] = {
     {1, {{0, 13, 5}}},
     {2, {{3, 256, 1}, {1, 261, 1}}},
     {1, {{0, 18, 3}}},
-    {1, {{0, 262, 11}}},  // several blocks of rows that see a whole chunk
+    {1, {{0, 262, 11}}},                                        // several blocks of rows that see a whole chunk
+    {4, {{0, 273, 9}, {1, 262, 8}, {2, 303, 7}, {3, 257, 4}}},  // so many rows that two threads divide them
+    {1, {{0, 282, 30}}},                                        // and attend to each other's
 };
 
 // All results of an engine, to be compared bit for bit.

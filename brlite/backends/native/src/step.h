@@ -45,6 +45,12 @@ struct Activations {
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
 // barrier can take longer when other programs use the cores.
 constexpr int MAX_OWN_NUMBERS = 12288;
+
+// With this many rows and more each thread takes rows of its own through all operations: rows do not move between the
+// caches of cores, and threads meet for attention only. Each thread then reads all weights; so many rows that even from
+// memory all threads together read less than 6 bytes a cycle (int8).
+constexpr int min_divided_rows(int num_threads) { return 6 * num_threads * num_threads; }
+
 constexpr int TILE_ROWS = 32;  // of an attention tile: tokens times query heads that share a key/value head
 constexpr int CHUNK = BRLITE_CHUNK_PAGES * BRLITE_LANES;
 
@@ -75,12 +81,14 @@ struct Step {
     Activations activations;  // [max_rows]
     Activations queries;      // [max_rows * num_heads]
     Partial partial;
-    bool joins_rope;  // whether ATTEND runs ROPE itself; see share_out in engine.cpp
+    bool joins_rope;    // whether ATTEND runs ROPE itself; see share_out in engine.cpp
+    bool divides_rows;  // whether each thread takes rows of its own through all operations
     int num_threads;
 };
 
 // The scratch memory of one thread.
 struct Scratch {
+    int thread;
     float* row;       // [the widest row of the plan]
     Activations own;  // [MAX_OWN_NUMBERS / inputs]
     uint8_t* attention;
