@@ -332,6 +332,22 @@ def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -
     ]
 
 
+async def test_a_chat_in_the_callers_loop_has_the_same_answer(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    config, hello = make_config(folder, chat_template=str(template)), [{"role": "user", "content": "hello"}]
+
+    async with AsyncEngine.from_config(config) as engine:
+        answer = "".join([output.outputs[0].text async for output in engine.chat(hello, GREEDY)])
+        framed = "".join([output.outputs[0].text async for output in engine.generate("user: hello\n", GREEDY)])
+        wrong: Any
+        for wrong in ("hello", ["hello"], hello[0]):
+            with pytest.raises(InvalidRequest, match="messages must be a list of"):
+                await anext(engine.chat(wrong))
+
+    assert answer == framed != ""
+
+
 @pytest.mark.parametrize(
     ("model", "field"),
     [

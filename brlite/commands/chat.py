@@ -232,8 +232,7 @@ async def _read_line() -> str | None:
 async def _ask_engine(
     engine: EngineLoop, messages: list[Message], params: SamplingParams
 ) -> AsyncGenerator[Piece, None]:
-    token_ids = await engine.prompts.encode_chat([msgspec.structs.asdict(message) for message in messages])
-    async for output in engine.generate(token_ids, params):
+    async for output in engine.chat([msgspec.structs.asdict(message) for message in messages], params):
         yield Piece(output.outputs[0].text, len(output.outputs[0].token_ids))
 
 

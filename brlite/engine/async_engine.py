@@ -13,11 +13,11 @@ import logging
 import uuid
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import read_token_ids
@@ -230,7 +230,7 @@ class EngineLoop:
         request_id: str | None = None,
         cache_salt: str = "",
         tenant: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's new tokens and text until it is finished; outputs that are not read in time are merged.
 
         Without `params` the model's own defaults are used, as in `LLM.generate`.
@@ -262,6 +262,20 @@ class EngineLoop:
         finally:
             if not is_finished:
                 self.abort(request.request_id)
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation, a list of `{"role": …, "content": …}`, as `generate` does.
+
+        The model's chat template makes the prompt. Raises `InvalidRequest` for a model without one.
+        """
+        if isinstance(messages, Mapping) or not all(isinstance(message, Mapping) for message in messages):
+            wanted = 'a list of {"role": ..., "content": ...}'
+            raise InvalidRequest(f"messages must be {wanted}, got {messages!r:.80}", param="messages")
+        async with aclosing(self.generate(await self.prompts.encode_chat(messages), params)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def embed(
         self,
