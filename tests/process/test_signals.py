@@ -47,6 +47,14 @@ def test_process_1_has_the_commands_status() -> None:
     assert result.returncode == 2
 
 
+def test_process_1_ends_with_the_command_though_it_inherited_an_ignored_sigchld() -> None:
+    script = f"trap '' CHLD; exec {BRLITE} serve --port 70000"
+
+    result = subprocess.run([*UNSHARE, "bash", "-c", script], capture_output=True, timeout=PATIENCE_SECONDS)
+
+    assert result.returncode == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_process_1_ends_the_server_in_good_order(number: signal.Signals) -> None:
     port = free_port()
