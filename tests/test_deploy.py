@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import copy
 import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,22 @@ def test_the_image_starts_a_command_that_there_is_and_asks_for_its_health() -> N
     assert image["EXPOSE"] == str(Config().server.port)
 
 
+async def test_the_images_health_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = json.loads(dict(stages()[-1])["HEALTHCHECK"].partition("CMD ")[2])[2]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # as Docker sets a company's, in every container
+
+    def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        code = probe.replace(str(Config().server.port), str(port))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+
+        assert await process.wait() == 0
+
+
 def test_what_the_image_writes_is_on_a_volume_so_that_its_root_may_be_read_only() -> None:
     image = dict(stages()[-1])
     places = [value.partition("=")[2] for value in image["ENV"].split()]
@@ -300,6 +318,18 @@ def test_a_unit_is_not_restarted_with_a_config_that_is_wrong() -> None:
     unit = (DEPLOY / "systemd" / "brlite.service").read_text(encoding="utf-8")
 
     assert re.findall(r"^RestartPreventExitStatus=(.*)$", unit, re.MULTILINE) == [str(EXIT_BAD_INPUT)]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed: it has systemd-analyze")
+def test_systemd_takes_the_unit_and_finds_little_exposed(tmp_path: Path) -> None:
+    unit = tmp_path / "brlite.service"
+    text = (DEPLOY / "systemd" / "brlite.service").read_text(encoding="utf-8")
+    unit.write_text(text.replace("/opt/brlite/bin/brlite", sys.executable))
+
+    for check in (["verify"], ["security", "--offline=true", "--threshold=40"]):  # 4.0 of 10; without hardening 8.4
+        done = subprocess.run(["systemd-analyze", *check, str(unit)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "OOMPolicy=continue" in text.splitlines()
 
 
 def test_pods_and_units_keep_the_models_of_a_hub_in_a_folder_that_they_may_write() -> None:
@@ -339,6 +369,7 @@ def test_a_pod_asks_for_no_privileges_and_writes_only_where_it_may(deployment: D
 
     assert pod(deployment)["securityContext"]["runAsNonRoot"] is True
     assert pod(deployment)["automountServiceAccountToken"] is False
+    assert pod(deployment)["enableServiceLinks"] is False  # else a Service `brlite` sets BRLITE_PORT
     assert security["readOnlyRootFilesystem"] is True
     assert security["allowPrivilegeEscalation"] is False
     assert security["capabilities"] == {"drop": ["ALL"]}

@@ -78,10 +78,11 @@ def _free_port() -> int:
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Show the progress of loading. Raises `ModelError` with the server's error if the server ends."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for loopback
     with progress_bar() as show:
         while server.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://{HOST}:{port}/ready", timeout=5):
+                with direct.open(f"http://{HOST}:{port}/ready", timeout=5):
                     return
             except urllib.error.HTTPError as error:
                 with suppress(ValueError, AttributeError, TypeError):  # another program answers

@@ -214,7 +214,8 @@ def test_ctrl_c_during_a_download_leaves_with_130_and_no_traceback(server: HubSe
 
 def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     command = [BRLITE, "run", "toy", "--engine", "toy", "--max-tokens", "3"]
-    settings = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}  # not for loopback
+    settings = {**os.environ, **proxy, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     with at_terminal(command, env=settings) as terminal:
         terminal.until("serving at http://127.0.0.1:")
         port = terminal.until(" until this chat ends")
