@@ -8,10 +8,10 @@ from __future__ import annotations
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import FLOAT32_BYTES, ModelConfig
 
-MAX_GRAPH_ROWS = 128
-MIN_SPLIT = 256
-MAX_SPLITS = 64
-MAX_PARTS = 8
+MAX_GRAPH_ROWS = 128  # longer steps run without a graph
+MIN_SPLIT = 256  # positions of a context that attention computes in one piece; a power of two
+MAX_SPLITS = 64  # of one context
+MAX_PARTS = 8  # of a product's sum, which several programs compute: each has its result in memory
 DRIVER_BYTES = 2**24  # of one graph, for its launches in the driver: an assumption, it was not measured
 
 
