@@ -78,7 +78,7 @@ ONLY_IN = {
     "llguidance": ("grammar",),
     "setuptools": ("backends.native.extension", "commands.shared_files"),
 }
-DEVICE_KINDS = re.compile(r"\b(cuda|supa|nccl|gloo|bccl|sccl)\b")
+DEVICE_KINDS = re.compile(r"\b(cuda|supa|xpu|mps|nccl|gloo|bccl|sccl|xccl)\b")
 DEVICE_MODULE = "backends.torch.device"
 GRAPH_MODULE = "backends.torch.triton.steps"  # a captured step is of CUDA alone
 OPTION_TEXTS = "config.options"  # where people are told what the option `device` may be

@@ -108,7 +108,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = {}
     backend: Annotated[Backend, option("native (CPU kernels), torch, or auto: native where it can be used")] = "auto"
     device: Annotated[
-        Word, option("cpu, cuda, supa (Biren cards), or one of several such as cuda:1; auto: supa, else cuda, else cpu")
+        Word,
+        option(
+            "cpu, cuda, supa (Biren cards), xpu, mps, or one of several such as cuda:1; auto: supa, else cuda, else cpu"
+        ),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("cpu", "cuda", "supa")
+KINDS = ("cpu", "cuda", "supa", "xpu", "mps")  # the last two only by name: brlite was never run on such a device
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
 NODES = Path("/dev")
 BIREN_NODES = "biren*"
@@ -73,6 +73,10 @@ class DeviceRules(NamedTuple):
         return self.keeps_codes if precision.weights == "stored" else self.keeps_int8
 
 
+# New backends of torch have most errors in sorting, masks and waiting for the device, so these are avoided. mps has no
+# float64 either, which draws need.
+NEW_BACKEND = DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True)
+
 RULES = {
     "cpu": DeviceRules(packs_matrices=True),
     "cuda": DeviceRules(
@@ -85,8 +89,9 @@ RULES = {
         step_tokens=2048,
         row_costs=CARD_ROWS,
     ),
-    # New torch plugins have most errors in sorting, masks and waiting for the device, so these are avoided.
-    "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
+    "supa": NEW_BACKEND,
+    "xpu": NEW_BACKEND,
+    "mps": NEW_BACKEND,
 }
 
 
@@ -298,7 +303,7 @@ def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
     if kind == "supa" and _runtime(kind) is None and (is_wanted or has_biren_cards()):
         _load_biren_plugin()
     runtime = _runtime(kind)
-    if runtime is None or not runtime.is_available():
+    if runtime is None or not getattr(runtime, "is_available", lambda: True)():  # torch.mps had none at first
         return 0
     return int(runtime.device_count())
 
@@ -351,7 +356,7 @@ def _version(package: str) -> str:
 
 
 # Backends of torch.distributed. Each of the vendor's two plugins has its own.
-COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
 LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
 
@@ -365,10 +370,9 @@ def collectives_of(device: torch.device) -> str:
 
 def make_current(device: torch.device) -> None:
     """Make this the thread's default card, which for example collectives use."""
-    if device.type != "cpu":
-        torch_kind = _runtime(device.type)
-        assert torch_kind is not None, "a device that was selected has its module"
-        torch_kind.set_device(device)
+    set_device = getattr(_runtime(device.type), "set_device", None)  # torch.mps has one device and no such function
+    if device.type != "cpu" and set_device is not None:
+        set_device(device)
 
 
 @contextmanager

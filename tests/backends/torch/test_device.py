@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from brlite.backends.torch.device import (
     describe_device,
     device_memory,
     host_device,
+    make_current,
     prepare_environment,
     rules_for,
     select_device,
@@ -44,7 +46,7 @@ def test_device_that_cannot_be_meant_is_refused_with_what_is_allowed(name: str) 
         select_device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda:977", "supa:977"])
+@pytest.mark.parametrize("name", ["cuda:977", "supa:977", "xpu:977", "mps:977"])
 def test_device_that_is_not_there_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         select_device(name)
@@ -136,6 +138,23 @@ def test_the_cpu_is_trusted_and_has_rules_of_its_own() -> None:
     assert rules.packs_matrices
     assert not rules.is_probed
     assert not rules.keeps_int8
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_a_device_that_was_never_run_is_taken_by_name_alone_under_the_rules_of_the_emulated_card(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    runtime = types.SimpleNamespace(device_count=lambda: 1)  # as torch.mps was at first: no is_available, no set_device
+    monkeypatch.setattr(torch, kind, runtime)
+
+    device = select_device(kind)
+    make_current(device)
+
+    assert device == torch.device(kind, 0)
+    assert select_device("auto").type != kind
+    assert rules_for(device) == device_module.RULES["supa"]
+    with pytest.raises(ConfigError, match=f"device {kind}:1 is not there: 1 found"):
+        select_device(kind, 1)
 
 
 def test_a_number_in_the_name_goes_before_the_index() -> None:
