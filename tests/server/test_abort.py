@@ -93,3 +93,23 @@ async def test_another_keys_request_is_not_found(make_client: MakeClient, eventu
     answered, answer = await asyncio.wait_for(request, PATIENCE_SECONDS)
 
     assert (status, answered, answer["choices"][0]["finish_reason"]) == (404, 200, "length")
+
+
+async def test_a_client_that_leaves_behind_the_last_byte_of_its_body_is_aborted(
+    client: Client, eventually: Eventually
+) -> None:
+    client.backend.gate = threading.Event()
+    body = json.dumps(chat_body()).encode()
+    fields = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n"
+    host, port = client.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n{fields}\r\n".encode())
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_SECONDS)  # 100 Continue: the server reads the body
+
+    writer.write(body)
+    writer.close()
+    await eventually(lambda: not client.server.num_connections)
+    client.backend.gate.set()
+    await client.engine.wait_idle()
+
+    assert not client.engine.stats.finished["length"]
