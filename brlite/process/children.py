@@ -16,9 +16,9 @@ from typing import Any
 
 from brlite.errors import EngineError
 
-# Names of variables that hold secrets: AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD; not TOKENIZERS_PARALLELISM.
+# Names that hold secrets: AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD, MYSQL_PWD; not TOKENIZERS_PARALLELISM, PWD.
 _SECRET_NAME = re.compile(
-    r"SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|(^|_)((API|ACCESS|PRIVATE)?KEYS?|TOKENS?)(_|$)", re.I
+    r"SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|(^|_)((API|ACCESS|PRIVATE)?KEYS?|TOKENS?)(_|$)|_(PWD|PAT|AUTH)$", re.I
 )
 _SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@")  # a URL with a password
 _NEEDED_NAME = re.compile(r"PIP_.*|.*_PROXY", re.I)  # pip's settings, and proxies of a company's network

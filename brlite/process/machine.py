@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,8 @@ FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 ROOT = Path("/")
 CGROUPS = "sys/fs/cgroup"  # where cgroups are if /proc/self/mountinfo lists none
 OWN_DESCRIPTORS = 80  # open files of the process itself, and connections of probes beyond `max_connections`
-MAX_DESCRIPTORS = 1024 * 1024  # some child programs try every number up to the limit
+# Some child programs try every number up to the limit. macOS refuses more than OPEN_MAX: its manual, setrlimit(2).
+MAX_DESCRIPTORS = 10240 if sys.platform == "darwin" else 1024 * 1024
 OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
 
 
@@ -91,13 +93,17 @@ def find_memory(root: Path = ROOT) -> Memory:
     memory = Memory(total, available)
     limits = []  # each with how much of it is used
     for folder, version in _cgroups(root, "memory"):
-        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = (_read(folder / name).strip() for name in names)
-        if limit.isdecimal():
+        # Beyond memory.high the kernel slows the process down instead of ending it.
+        names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
+        used = _read(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes")).strip()
+        for name in names:
+            limit = _read(folder / name).strip()
+            if not limit.isdecimal():
+                continue
             stat = _fields(_read(folder / "memory.stat"), " ")
             cache = stat.get("inactive_file" if version == 2 else "total_inactive_file", "")  # can be dropped: is free
             num_used = max(0, int(used) - int(cache if cache.isdecimal() else 0)) if used.isdecimal() else 0
-            limits.append((Limit(int(limit), _shown(folder / names[0], root)), num_used))
+            limits.append((Limit(int(limit), _shown(folder / name, root)), num_used))
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY and root == ROOT:
         pages = _read(root / "proc/self/statm").split()

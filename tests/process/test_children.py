@@ -92,6 +92,8 @@ def test_relative_folders_are_no_place_to_look_for_programs():
         ("HF_TOKEN", "k"),
         ("HUGGING_FACE_HUB_TOKEN", "k"),
         ("PGPASSWORD", "k"),
+        ("MYSQL_PWD", "k"),
+        ("GITHUB_PAT", "k"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/k.json"),
         ("DATABASE_URL", "postgres://me:secret@host/db"),
     ],
@@ -110,6 +112,7 @@ def test_a_child_gets_no_secret(name, value, monkeypatch):
         ("PIP_INDEX_URL", "https://me:secret@index.example/simple"),
         ("CUDA_VISIBLE_DEVICES", "0"),
         ("KEYBOARD", "de"),
+        ("OLDPWD", "/home/me"),
         ("HF_HOME", "/data/hf"),
     ],
 )

@@ -162,6 +162,17 @@ def test_a_system_without_any_of_these_files_has_a_cpu_and_memory(tmp_path):
         ),
         (
             {
+                "proc/self/cgroup": "0::/a\n",
+                f"{CGROUP}/a/memory.max": "3000000000\n",
+                f"{CGROUP}/a/memory.high": "2500000000\n",
+                f"{CGROUP}/a/memory.current": "1000000000\n",
+            },
+            2_500_000_000,
+            1_500_000_000,
+            "/sys/fs/cgroup/a/memory.high",
+        ),
+        (
+            {
                 "proc/self/cgroup": "5:memory:/docker/abc\n",
                 f"{CGROUP}/memory/memory.limit_in_bytes": "2000000000\n",
                 f"{CGROUP}/memory/memory.usage_in_bytes": "500000000\n",
@@ -178,7 +189,7 @@ def test_a_system_without_any_of_these_files_has_a_cpu_and_memory(tmp_path):
             "",
         ),
     ],
-    ids=["no limit", "v2, above", "v1", "v1, none"],
+    ids=["no limit", "v2, above", "v2, throttled", "v1", "v1, none"],
 )
 def test_memory_is_what_every_limit_leaves(files, total, available, decided_by, tmp_path):
     assert find_memory(lay_out(tmp_path, files)) == (total, available, decided_by)
