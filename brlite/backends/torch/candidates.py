@@ -1,6 +1,7 @@
 """The sampler's queries of logits on a card: a few best tokens, sums, chosen logits. `backends/sampling` draws.
 
-Sums are computed in float64, a few rows at a time. A row's numbers do not depend on other rows.
+Sums are computed in float64, a few rows at a time. A row's numbers do not depend on other rows. For a card that runs
+ahead, token masks and edits are queued behind the step: the host waits only where it reads an answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from brlite.backends.sampling.host import choose_sampler
 from brlite.backends.sampling.logits_processors import sample_processed
 from brlite.backends.sampling.random_numbers import Floats, Integers
 from brlite.backends.sampling.rows import BLOCK_SIZE, Logits, Shortlist, sorted_shortlist
+from brlite.backends.torch.device import send
 from brlite.engine.backend import LogitsProcessors, SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.engine.outputs import TokenLogprob
 
@@ -51,13 +53,13 @@ class TorchRows:
         return found
 
     def scatter(self, rows: Integers, token_ids: Integers, values: Logits) -> None:
-        self._logits[self._index(rows), self._index(token_ids)] = torch.from_numpy(values).to(self._logits.device)
+        self._logits[self._index(rows), self._index(token_ids)] = send(values, self._logits.device)
 
     def forbid(self, rows: Integers, words: npt.NDArray[np.int32]) -> None:
-        """Copies the bits to the device, 1/32 of the logits' bytes, and expands them there."""
+        """Queues a copy of the bits to the device, 1/32 of the logits' bytes, which expands them there."""
         device, index = self._logits.device, self._index(rows)
         bits = torch.arange(32, dtype=torch.int32, device=device)
-        is_allowed = torch.from_numpy(words).to(device)[:, :, None] >> bits & 1  # [N, V / 32, 32]
+        is_allowed = send(words, device)[:, :, None] >> bits & 1  # [N, V / 32, 32]
         is_out = is_allowed.reshape(len(rows), -1)[:, : self.vocab_size] == 0
         self._logits[index] = self._logits[index].masked_fill(is_out, -torch.inf)
 
@@ -75,8 +77,7 @@ class TorchRows:
         for start in range(0, len(self), step):
             some = slice(start, start + step)
             best_of_row, temperature_of_row = (
-                torch.from_numpy(values[some].astype(np.float64)).to(self._logits.device)[:, None]
-                for values in (best, temperature)
+                send(values[some].astype(np.float64), self._logits.device)[:, None] for values in (best, temperature)
             )
             weights = (self._logits[some].double() - best_of_row).div_(temperature_of_row).exp_()
             whole, rest = weights.tensor_split([num_whole * BLOCK_SIZE], dim=1)
@@ -97,7 +98,7 @@ class TorchRows:
         return np.where(columns < self.vocab_size, found, np.float32(-np.inf))
 
     def _index(self, values: Integers) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self._logits.device)
+        return send(np.ascontiguousarray(values, dtype=np.int64), self._logits.device)
 
 
 class TorchSampler:
