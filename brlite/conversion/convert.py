@@ -134,7 +134,8 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
                 if file.is_file():
                     side_files[bundled_name] = file.read_bytes()
         is_gguf = weights is not None and weights.kind == "gguf"
-        if is_gguf or SECTION.encode() in side_files.get(CONFIG_FILE, b""):  # a bundle's weights are widened
+        # The bundle's weights are not quantized, and `config` does not say that they are.
+        if is_gguf or SECTION.encode() in side_files.get(CONFIG_FILE, b""):
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
         if weights is not None and is_gguf and not any(name in side_files for name in TOKENIZER_FILES):
             side_files = {**hugging_face_files(weights.files[0]), **side_files}

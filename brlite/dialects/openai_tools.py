@@ -121,7 +121,7 @@ def _functions(tools: Sequence[ToolDefinition]) -> list[Tool]:
     functions = []
     for index, tool in enumerate(tools):
         if tool.type != "function":
-            raise not_supported(f"tools[{index}].type", f": it is {excerpt(tool.type)}, and only function is taken")
+            raise not_supported(f"tools[{index}].type", f": it is {excerpt(tool.type)}; only function is allowed")
         if tool.function is None:
             raise InvalidRequest(f"tools[{index}].function is missing", param=f"tools[{index}].function")
         functions.append(tool.function)
@@ -185,7 +185,7 @@ def turn_calls(calls: Sequence[TurnCall], param: str) -> list[dict[str, Any]]:
     plain = []
     for index, call in enumerate(calls):
         if call.type != "function":
-            raise not_supported(f"{param}[{index}].type", f": it is {excerpt(call.type)}, and only function is taken")
+            raise not_supported(f"{param}[{index}].type", f": it is {excerpt(call.type)}; only function is allowed")
         function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
         plain.append({"id": call.id or f"call_{index}", "type": "function", "function": function})
     return plain

@@ -144,7 +144,7 @@ def decode_response_tools(
 
 def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[Tool, CalledTool]:
     if tool.type not in ("function", "custom"):
-        raise not_supported(f"{param}.type", f": it is {excerpt(tool.type)}; function, custom and namespace are taken")
+        raise not_supported(f"{param}.type", f": it is {excerpt(tool.type)}; allowed: function, custom, namespace")
     if not tool.name:
         raise missing_field(f"{param}.name")
     name = flat_name(namespace, tool.name)
@@ -171,8 +171,8 @@ def _choice(choice: str | ResponseToolChoice | None) -> str | ToolChoiceObject |
         return ToolChoiceObject("allowed_tools", allowed_tools=AllowedTools(choice.mode, listed))
     raise not_supported(
         "tool_choice",
-        f": its type is {excerpt(choice.type)}; function and custom with a name, and allowed_tools with mode and "
-        "tools are taken",
+        f": its type is {excerpt(choice.type)}; allowed: function or custom with a name, allowed_tools with mode "
+        "and tools",
     )
 
 

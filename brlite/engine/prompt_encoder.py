@@ -41,7 +41,7 @@ class PromptEncoder:
         room: int | None = 1,
         tenant: str = "",
     ) -> list[int]:
-        """Token ids of a text. Only a long one is encoded on the other thread."""
+        """Token ids of a text. More than `LONG_TEXT` characters are encoded on the other thread."""
         self._check_loop()
         self._check_length(text, param, room)
         encode = functools.partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)

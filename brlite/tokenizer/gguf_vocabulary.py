@@ -51,7 +51,7 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # defaults of a `llama` vocabulary
 
 
 def load_gguf(path: Path, options: TokenizerOptions) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises `ModelError`, naming the key."""
+    """The tokenizer of a GGUF file. Raises `ModelError` that names the missing or wrong metadata key."""
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build_with_ends(vocabulary)
     file, limits, control_tokens_in_text = options
