@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from brlite.errors import BrliteError, NotReady, QueueFull, stopping
 from brlite.http.fair_queue import FairQueue
@@ -96,11 +97,13 @@ class LoadState:
         if dropped is not None:
             dropped.end(self._full)
         self._on_change()
+        late = partial(self.not_ready, f"was not loaded within {seconds:g} seconds")
+        # No `wait_for`: before Python 3.12 it may drop a cancellation.
+        timer = asyncio.get_running_loop().call_later(seconds, waiter.end, late)
         try:
-            await asyncio.wait_for(waiter.ended.wait(), seconds)
-        except asyncio.TimeoutError:
-            raise self.not_ready(f"was not loaded within {seconds:g} seconds") from None
+            await waiter.ended.wait()
         finally:
+            timer.cancel()
             queue.waiters.remove(tenant, waiter)
             self._on_change()
         if waiter.refusal is not None:
@@ -169,8 +172,9 @@ class _Waiter:
         self.refusal: Callable[[], BrliteError] | None = None
 
     def end(self, refusal: Callable[[], BrliteError] | None) -> None:
-        self.refusal = refusal
-        self.ended.set()
+        if not self.ended.is_set():
+            self.refusal = refusal
+            self.ended.set()
 
 
 class _Queue:

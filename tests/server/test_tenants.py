@@ -245,3 +245,19 @@ async def test_the_queue_for_a_model_that_loads_is_shared_by_tenant() -> None:
 
     assert [type(end) for end in ends] == [type(None), QueueFull, type(None)]
     assert loading.num_waiting == 0
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_wait_for_a_model_that_is_cancelled_as_the_load_ends_ends_as_cancelled(num_turns: int) -> None:
+    loading = LoadState("m")
+    wait = asyncio.create_task(loading.wait(PATIENCE_SECONDS))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loading.succeed()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+
+    has_ended = not wait.cancel()
+    await asyncio.wait([wait])
+
+    assert wait.cancelled() is not has_ended
