@@ -2,8 +2,10 @@
 
 BrliteError
 ├── ConfigError            a config file or a command line is wrong
-│   └── MissingExtra           a package is needed that only an extra of brlite installs
+│   ├── MissingExtra           a package is needed that only an extra of brlite installs
+│   └── CannotListen           an address is in use or not there
 ├── ModelError             a model folder, file or download is missing, broken or unsupported
+│   └── ModelUnreachable       a hub cannot be reached, or a download broke off
 ├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
 ├── EngineError            a step failed; the requests that were in it end with this
 │   ├── BackendLost            what computed a model is gone; nothing can be computed any more
@@ -57,8 +59,16 @@ class MissingExtra(ConfigError):
         super().__init__(f"{needs} needs {package}, which {state}: pip install 'brlite[{package}]'")
 
 
+class CannotListen(ConfigError):
+    """The server's address is in use or not there; another start may succeed."""
+
+
 class ModelError(BrliteError):
     """A model folder, file or download is missing, broken or unsupported."""
+
+
+class ModelUnreachable(ModelError):
+    """A hub cannot be reached, or a download broke off; another start may succeed."""
 
 
 class NativeUnavailable(BrliteError):

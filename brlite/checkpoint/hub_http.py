@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import brlite
-from brlite.errors import ModelError
+from brlite.errors import ModelError, ModelUnreachable
 from brlite.files.quoting import MAX_EXCERPT, one_line, reason
 
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -124,7 +124,7 @@ def get_json(hub: HubAddress, url: str, repository: str) -> Any:
 def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None = None) -> T:
     """Call `work`, and again after a `PassingFailure`, until `until`, a time of `time.monotonic`.
 
-    Raises `ModelError` with the last failure's text.
+    Raises `ModelUnreachable` with the last failure's text.
     """
     for number in range(retries.most):
         try:
@@ -132,7 +132,7 @@ def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None 
         except PassingFailure as failure:
             wait = wait_before(number, failure, retries)
             if wait is None or (until is not None and time.monotonic() + wait > until):
-                raise ModelError(str(failure)) from failure
+                raise ModelUnreachable(str(failure)) from failure
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

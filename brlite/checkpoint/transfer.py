@@ -23,7 +23,7 @@ from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries,
 from brlite.checkpoint.new_file import write_at
 from brlite.checkpoint.progress import OnProgress, SizedStage
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX
-from brlite.errors import ModelError
+from brlite.errors import ModelError, ModelUnreachable
 from brlite.process.waiting import start_daemon
 
 SEGMENT_BYTES = 64 * 2**20
@@ -151,7 +151,7 @@ class Transfer:
                 failures = 0 if part.counts[segment] > before else failures
                 wait = wait_before(failures, failure, self._retries)
                 if wait is None:
-                    raise ModelError(
+                    raise ModelUnreachable(
                         f"{part.file.name}: {failure}; the bytes received are kept for the next try"
                     ) from failure
                 failures += 1

@@ -19,7 +19,7 @@ from typing import NoReturn
 import brlite
 from brlite.commands.arguments import COMMANDS, add_br_api_server, add_convert
 from brlite.commands.command_line import CommandParser
-from brlite.errors import BrliteError
+from brlite.errors import BrliteError, CannotListen, ModelUnreachable
 from brlite.files.quoting import shown
 from brlite.process.output import queued_output
 from brlite.process.signals import leave_process_1, reset_child_signal
@@ -136,7 +136,7 @@ def _status_of(args: argparse.Namespace) -> int:
         return int(command.run(args))
     except BrliteError as error:
         print("\n".join(f"brlite: error: {line}" for line in shown(str(error)).splitlines()), file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_FAILED if isinstance(error, CannotListen | ModelUnreachable) else EXIT_BAD_INPUT
     except BrokenPipeError:
         raise
     except OSError as error:  # a folder that cannot be searched, a disk that is full

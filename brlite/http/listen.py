@@ -13,7 +13,7 @@ from types import TracebackType
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig
-from brlite.errors import ConfigError
+from brlite.errors import CannotListen
 from brlite.files.quoting import one_line
 from brlite.http.connection import Connection, MakeHandler, ServerHooks
 from brlite.http.connections import Connections
@@ -68,7 +68,7 @@ class HttpServer:
         await self.close()
 
     async def start(self) -> None:
-        """Run the application's startup and listen. Raises `ConfigError` if it cannot listen on the address."""
+        """Run the application's startup and listen. Raises `CannotListen` if it cannot listen on the address."""
         self._app.on_shutdown.append(self._end_what_is_left)  # after the application's own
         await self._runner.setup()
         try:
@@ -144,4 +144,4 @@ class HttpServer:
             else:
                 reason = getattr(error, "strerror", None) or str(error)
             remedy = "; --port takes another one" if getattr(error, "errno", None) in PORT_ERRORS else ""
-            raise ConfigError(f"cannot listen on {one_line(self._host)}:{self._port}: {reason}{remedy}") from None
+            raise CannotListen(f"cannot listen on {one_line(self._host)}:{self._port}: {reason}{remedy}") from None

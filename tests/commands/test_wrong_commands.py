@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.commands.cli import br_api_server, main, model_convert
+from brlite.commands.cli import EXIT_FAILED, br_api_server, main, model_convert
 from tests.checkpoint.hub_server import HubServer
 from tests.checkpoint.model_files import write_gguf
 from tests.limits import PATIENCE_SECONDS
@@ -289,8 +289,20 @@ def test_a_port_in_use_names_the_flag_that_chooses_another() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ended = started("serve", *TOY, "--port", str(taken.getsockname()[1]), "--log-level", "error")
 
-    assert ended.returncode == BAD_INPUT
+    assert ended.returncode == EXIT_FAILED  # another start may succeed
     check_message(ended.stderr, "--port")
+
+
+def test_a_hub_that_cannot_be_reached_is_no_bad_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 1)
+
+    assert main(["pull", "org/model"]) == EXIT_FAILED
+    check_message(capsys.readouterr().err, "Connection refused")
 
 
 HTML = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nContent-Type: text/html\r\n\r\n<html>"
