@@ -53,7 +53,7 @@ def decode_step(rows: int, context: int) -> Step:
     return Step(rows, 1, context)
 
 
-def prefill_step(num_tokens: int, start: int) -> Step:
+def prefill_step(num_tokens: int, start: int = 0) -> Step:
     return Step(1, num_tokens, start + num_tokens)
 
 
