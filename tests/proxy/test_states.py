@@ -60,7 +60,7 @@ async def requests_of_each_kind(proxy: Proxy) -> list[int]:
         (sized, BODY),
         (sized, BODY.replace(b"m", b"n")),
         (sized + looped, BODY),
-        (chunked, b"no size\r\n"),
+        (chunked, b"fff is no size\r\n"),
     ):
         client = await in_pieces(proxy, head + b"\r\n" + rest[:3], rest[3:])
         statuses.append((await client.answer()).status)
