@@ -171,5 +171,5 @@ async def test_an_embedded_engine_streams_beside_free_answers(folder: Path):
 
 
 def test_a_name_that_the_config_lacks_is_refused_before_anything_runs(folder: Path):
-    with LLM(config=config(folder, ENGINES["toy"])) as llm, pytest.raises(InvalidRequest, match="allows no logits proc"):
+    with LLM(config=config(folder, ENGINES["toy"])) as llm, pytest.raises(InvalidRequest, match="it allows no "):
         llm.generate("hello", SamplingParams(logits_processors=["no_such"]))
