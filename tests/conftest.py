@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def _no_process_is_left() -> Iterator[None]:
     """Who starts a process ends it: what a file's tests leave would be found by the tests of another file."""
     before = set(children(os.getpid()))
     yield
-    if left := set(children(os.getpid())) - before:
+    kept = {resource_tracker._resource_tracker._pid}  # of multiprocessing: it ends with this process
+    if left := set(children(os.getpid())) - before - kept:
         gc.collect()  # an error that a test has caught keeps what its frames hold
         wait_gone(left)
 
