@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from brlite.config.options import LimitsConfig
@@ -35,7 +35,7 @@ from brlite.proxy.wire.heads import (
 _BARE_PATHS = "|".join(re.escape(path.decode()) for path in sorted(FORWARDED_PATHS) if not path.startswith(b"/v1/"))
 _TARGET = re.compile(rf"[!->@-~]*?(/v1/[!-~]+|(?:{_BARE_PATHS})(?:\?[!-~]*)?)")
 STORED_RESPONSES = b"/v1/responses/"
-FORWARDED_METHODS = ("POST", "GET", "DELETE")
+FORWARDED_METHODS = ("POST", "GET", "HEAD", "DELETE")
 BACKLOG_BYTES = 64 * 1024
 
 
@@ -148,7 +148,7 @@ class ResponseDownstream:
         self._changed.set()
 
     def write(self, data: bytes) -> None:
-        if not data:
+        if not data or self._request.method == hdrs.METH_HEAD:
             return  # with an empty part `respond` would wait for more, even after the end
         self._parts.append(data)
         self._num_waiting += len(data)
@@ -189,14 +189,18 @@ def _wire_path(request: web.Request) -> bytes:
 
 
 def _head_of(request: web.Request, wire_path: bytes) -> RequestHead:
-    """The request's head as a fast path would have read it, with the path to send to upstreams."""
+    """The request's head as a fast path would have read it, with the path to send to upstreams.
+
+    A HEAD becomes a GET: its answer has the same headers, and aiohttp leaves out the body.
+    """
     fields: dict[bytes, bytes] = {}
     for name, value in request.raw_headers:
         key = name.lower()
         fields[key] = fields[key] + b", " + value if key in fields else value
     lines = b"".join(b"%b: %b\r\n" % header for header in request.raw_headers)
     is_http_1_0 = request.version < HttpVersion11
-    return RequestHead(request.method.encode(), wire_path, fields, lines, is_http_1_0=is_http_1_0)
+    method = b"GET" if request.method == hdrs.METH_HEAD else request.method.encode()
+    return RequestHead(method, wire_path, fields, lines, is_http_1_0=is_http_1_0)
 
 
 def _headers(lines: bytes) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig,
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
+from tests.proxy.raw_client import Client
 from tests.proxy.scripted import Call, ScriptedUpstream, Then
 
 Connect = Callable[..., openai.AsyncOpenAI]
@@ -95,6 +96,34 @@ async def test_what_is_asked_about_a_response_goes_to_the_upstream_that_stores_i
     for each in made:
         with pytest.raises(openai.NotFoundError):
             await responses.retrieve(each.id)
+
+
+@pytest.mark.parametrize("query", ["", "?stream=true", "/input_items"])
+async def test_a_head_of_a_stored_response_has_the_headers_of_its_get_and_no_body(
+    stack: AsyncExitStack, connect: Connect, query: str
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    made = await setting.clients[0].responses.create(model="toy", input="hello", background=True, stream=True)
+    events = [event async for event in made]
+    path = f"/v1/responses/{events[0].response.id}{query}"  # type: ignore[union-attr]  # it is response.created
+    lines = (b"Host: proxy", b"Authorization: Bearer secret-a", b"Connection: close")
+    request = b"\r\n".join((b"HEAD %b HTTP/1.1" % path.encode(), *lines)) + b"\r\n\r\n"
+    client = await Client.connect(setting.proxy.port)
+
+    client.send(request)
+    head = await client.reader.read()
+    client.leave()
+
+    async with (
+        aiohttp.ClientSession(setting.url) as session,
+        session.get(path, headers={"Authorization": "Bearer secret-a"}) as got,
+        session.head(path, headers={"Authorization": "Bearer secret-b"}) as others,
+    ):
+        pass
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nContent-Type: %b\r\n" % got.headers["Content-Type"].encode() in head
+    assert head.find(b"\r\n\r\n") == len(head) - 4
+    assert others.status == 404
 
 
 async def test_a_background_stream_is_left_and_taken_up_again_at_its_upstream(
