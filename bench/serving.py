@@ -1,7 +1,7 @@
 """Measures OpenAI servers under closed-loop load: brlite, peers started beside it, or any that runs already.
 
 All servers take turns within every round (A/B/A/B), so that a machine that slows down slows all of them; ratios are
-medians over rounds. `README.md` explains what is measured. Run it with brlite's Python: `python bench/serving.py`.
+medians over rounds. `serving.md` explains what is measured. Run it with brlite's Python: `python bench/serving.py`.
 """
 
 from __future__ import annotations

@@ -303,7 +303,11 @@ def test_the_readme_is_for_a_person_in_a_hurry() -> None:
     assert README.count("\n") <= 150
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
 def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
 
