@@ -25,6 +25,7 @@ from brlite.commands.cli import EXIT_BAD_INPUT
 from brlite.config.load import load_config
 from brlite.config.options import Config, LimitsConfig
 from brlite.http.listen import HttpServer
+from brlite.proxy.fast_path import PIPELINED_BYTES
 from brlite.server.handlers import ROUTES
 from brlite.server.metrics import SEED_GAUGES
 from brlite.server.served_model import ModelTable, ServedModel
@@ -34,6 +35,8 @@ BASE, BIREN = DEPLOY / "kubernetes", DEPLOY / "kubernetes-biren"
 SCRAPE_JOB = BASE / "prometheus-scrape.yaml"
 NOT_FOR_KUBERNETES = {BASE / "prometheus-adapter.yaml", SCRAPE_JOB, DEPLOY / "ray" / "serve.yaml"}
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
+READ_BYTES = 256 * 1024  # one read of a socket by asyncio; uvloop's has 256,000
+IDLE_PROXY_BYTES = 64 * 2**20
 CLOSING_SECONDS = 5  # what brlite may take after server.drain_seconds
 KEY = {"secretKeyRef": {"name": "brlite", "key": "api-key"}}
 
@@ -389,6 +392,17 @@ def test_the_engine_reads_its_threads_from_the_pods_limit_which_is_whole_cores()
 
     assert config(DEPLOYMENTS["brlite"]).engine.threads == 0
     assert limits["cpu"].isdigit()  # a quota of 1.5 CPUs gives one thread
+
+
+def test_the_proxys_memory_limit_is_above_what_its_config_lets_clients_hold() -> None:
+    proxy = DEPLOYMENTS["brlite-proxy"]
+    limits, held_bytes = config(proxy).limits, config(proxy).proxy.held_bytes
+    connection = held_bytes + 2 * READ_BYTES + PIPELINED_BYTES
+    bounds = limits.max_connections * connection + 2 * limits.max_body_bytes_in_flight + limits.max_owner_bytes
+
+    memory = container(proxy)["resources"]["limits"]["memory"]
+
+    assert IDLE_PROXY_BYTES + bounds <= int(memory.removesuffix("Gi")) * 2**30
 
 
 @each_deployment
