@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.hostile_files import HOSTILE
+from tests.warm import WarmPython
 
 BYTES_BESIDE = 192 * 2**20  # for Python's own needs; the files have 8 MiB at most
 CPU_SECONDS = 60
-OPENS = """
+IMPORTS = """
 import resource, sys
 from pathlib import Path
 import numpy, gguf
@@ -22,7 +22,8 @@ from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
 from brlite.checkpoint.checked_model import check_model
-
+"""
+OPENS = """
 path, beside, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + beside, used + beside))
@@ -39,17 +40,21 @@ else:
 """
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[WarmPython]:
+    python = WarmPython(IMPORTS)
+    yield python
+    python.close()
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_in_one_short_line_within_its_bounds(name: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused_in_one_short_line_within_its_bounds(
+    python: WarmPython, name: str, tmp_path: Path
+) -> None:
     path = HOSTILE[name](tmp_path / "m")
 
-    opened = subprocess.run(
-        [sys.executable, "-c", OPENS, str(path), str(BYTES_BESIDE), str(CPU_SECONDS)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    opened = python.run(OPENS, path, BYTES_BESIDE, CPU_SECONDS)
 
     assert opened.returncode == 0, opened.stderr[-2000:]
     (line,) = opened.stdout.splitlines()

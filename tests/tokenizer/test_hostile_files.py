@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,20 @@ from tests.tokenizer.sentencepiece_models import (
     write_model,
 )
 from tests.tokenizer.sentencepiece_models import charsmap as charsmap_table
+from tests.warm import WarmPython
+
+Read = Callable[..., tuple[list[str], str]]
 
 MEMORY_BYTES = 3 * 1024**3  # of address space, most of it reserved by libraries and never used
 CPU_SECONDS = 60
-# Loads the tokenizer and encodes a text, then another. Prints what came of each in a line.
-READ = """
-import resource, sys
+IMPORTS = """
+import resource, sys, tokenizers, sentencepiece
 from pathlib import Path
 from brlite.errors import BrliteError
 from brlite.tokenizer import ChildLimits, load_tokenizer
+"""
+# Loads the tokenizer and encodes a text, then another. Prints what came of each in a line.
+READ = """
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
 try:
@@ -115,14 +118,18 @@ RUNAWAY = {
 }
 
 
-def read(path: Path, text: str = "hello") -> tuple[list[str], str]:
-    """What came of each text, and why the tokenizer was not read."""
-    arguments = [str(path), str(MEMORY_BYTES), str(CPU_SECONDS)]
-    result = subprocess.run(
-        [sys.executable, "-c", READ, *arguments], input=text, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode in (0, 1), result.stderr[-2000:]
-    return result.stdout.splitlines(), result.stderr.strip().splitlines()[-1] if result.returncode else ""
+@pytest.fixture(scope="module")
+def read() -> Iterator[Read]:
+    """What came of a text, and of the next; and why the tokenizer was not read."""
+    python = WarmPython(IMPORTS)
+
+    def read(path: Path, text: str = "hello") -> tuple[list[str], str]:
+        result = python.run(READ, path, MEMORY_BYTES, CPU_SECONDS, text=text)
+        assert result.returncode in (0, 1), result.stderr[-2000:]
+        return result.stdout.splitlines(), result.stderr.strip().splitlines()[-1] if result.returncode else ""
+
+    yield read
+    python.close()
 
 
 @pytest.fixture
@@ -138,7 +145,7 @@ def edit(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_tokenizer_that_would_exhaust_us_is_refused_in_one_line(folder: Path, case: str) -> None:
+def test_a_tokenizer_that_would_exhaust_us_is_refused_in_one_line(read: Read, folder: Path, case: str) -> None:
     changes, reason = REFUSED[case]
     edit(folder, changes)
 
@@ -151,7 +158,7 @@ def test_a_tokenizer_that_would_exhaust_us_is_refused_in_one_line(folder: Path, 
 
 @pytest.mark.parametrize("token_id", [2**32 - 1, 2**31, 10**400, -1, 1.5])
 @pytest.mark.parametrize("where", ["vocabulary", "added tokens"])
-def test_a_token_id_beyond_the_files_size_is_refused(folder: Path, where: str, token_id: float) -> None:
+def test_a_token_id_beyond_the_files_size_is_refused(read: Read, folder: Path, where: str, token_id: float) -> None:
     content = json.loads((folder / "tokenizer.json").read_bytes())
     if where == "vocabulary":
         content["model"]["vocab"]["zzz"] = token_id
@@ -166,7 +173,7 @@ def test_a_token_id_beyond_the_files_size_is_refused(folder: Path, where: str, t
 
 
 @pytest.mark.parametrize("case", RUNAWAY)
-def test_an_expression_that_runs_away_costs_the_text_and_nothing_else(folder: Path, case: str) -> None:
+def test_an_expression_that_runs_away_costs_the_text_and_nothing_else(read: Read, folder: Path, case: str) -> None:
     expression, text, reason = RUNAWAY[case]
     edit(folder, {"pre_tokenizer": split(expression)})
 
@@ -192,7 +199,7 @@ def test_an_expression_that_nobody_knows_gives_the_ids_of_the_library(folder: Pa
     tokenizer.close()
 
 
-def test_padding_and_truncation_left_in_the_file_cost_nothing(folder: Path) -> None:
+def test_padding_and_truncation_left_in_the_file_cost_nothing(read: Read, folder: Path) -> None:
     padding = {
         "strategy": {"Fixed": 10**9},
         "direction": "Right",
@@ -210,7 +217,7 @@ def test_padding_and_truncation_left_in_the_file_cost_nothing(folder: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["added_tokens", "tokenizer_config"])
-def test_added_tokens_with_huge_ids_are_refused(folder: Path, name: str) -> None:
+def test_added_tokens_with_huge_ids_are_refused(read: Read, folder: Path, name: str) -> None:
     content: dict[str, Any] = (
         {"<x>": 2**40} if name == "added_tokens" else {"added_tokens_decoder": {str(2**40): {"content": "<x>"}}}
     )
@@ -221,7 +228,9 @@ def test_added_tokens_with_huge_ids_are_refused(folder: Path, name: str) -> None
     assert "cannot get the id" in refusal
 
 
-def test_a_gguf_piece_of_a_megabyte_is_refused(write_gguf: WriteGguf, pieces_keys: Mapping[str, Any]) -> None:
+def test_a_gguf_piece_of_a_megabyte_is_refused(
+    read: Read, write_gguf: WriteGguf, pieces_keys: Mapping[str, Any]
+) -> None:
     one_more = {"tokens": "a" * 2**20, "scores": 0.0, "token_type": 1}
     keys = {key: [*value, one_more[key]] if key in one_more else value for key, value in pieces_keys.items()}
 
@@ -288,7 +297,7 @@ REFUSED_MODELS: dict[str, tuple[bytes, str]] = {
     [*((case, "chatglm") for case in REFUSED_MODELS), ("empty pieces", "llama"), ("two unknown pieces", "llama")],
 )
 def test_a_sentencepiece_model_that_would_exhaust_us_is_refused_in_one_line(
-    tmp_path: Path, case: str, model_type: str
+    read: Read, tmp_path: Path, case: str, model_type: str
 ) -> None:
     data, reason = REFUSED_MODELS[case]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -302,7 +311,7 @@ def test_a_sentencepiece_model_that_would_exhaust_us_is_refused_in_one_line(
     assert len(refusal) < 700
 
 
-def test_a_sentencepiece_model_beyond_any_size_is_not_read(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_beyond_any_size_is_not_read(read: Read, tmp_path: Path) -> None:
     write_model(tmp_path, model())
     with (tmp_path / "tokenizer.model").open("r+b") as file:
         file.truncate(2**40)
@@ -323,7 +332,9 @@ RUNAWAY_MODELS = {
 
 
 @pytest.mark.parametrize("case", RUNAWAY_MODELS)
-def test_a_text_that_exhausts_sentencepiece_is_refused_and_the_next_one_is_not(tmp_path: Path, case: str) -> None:
+def test_a_text_that_exhausts_sentencepiece_is_refused_and_the_next_one_is_not(
+    read: Read, tmp_path: Path, case: str
+) -> None:
     data, text = RUNAWAY_MODELS[case]
     (tmp_path / "config.json").write_text('{"model_type": "chatglm"}')
     write_model(tmp_path, data)
