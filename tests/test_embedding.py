@@ -9,15 +9,21 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.extras import HAS_TORCH
+from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
+from tests.warm import WarmPython
 
-SECONDS = 120  # more than any of these takes on a busy machine
+Run = Callable[..., None]
 
-PRELUDE = """
+IMPORTS = """
+import faulthandler
+faulthandler.enable()
 import asyncio, copy, gc, os, pickle, signal, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from brlite.config.options import Config, EngineConfig, ModelSpec
@@ -25,6 +31,8 @@ from brlite.errors import EngineError
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams
 
+"""
+PRELUDE = """
 folder, backend = sys.argv[1:]
 spec = ModelSpec(name="tiny", path=folder, build_seq=512, build_batch=4)
 config = Config(model=(spec,), engine=EngineConfig(backend=backend, device="cpu", threads=2))
@@ -56,15 +64,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def run(script: str, folder: Path, backend: str = "native", *options: str) -> str:
-    """What the script prints. It must end well."""
-    command = [sys.executable, "-X", "faulthandler", *options, "-c", PRELUDE + textwrap.dedent(script)]
-    done = subprocess.run([*command, str(folder), backend], capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
-    return done.stdout
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs a script with the folder and the backend, in a process that must end well."""
+    python = WarmPython(IMPORTS + "import brlite.backends.native.backend\n" + "import torch\n" * HAS_TORCH)
+
+    def run(script: str, folder: Path, backend: str = "native") -> None:
+        done = python.run(PRELUDE + textwrap.dedent(script), folder, backend)
+        assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
+
+    yield run
+    python.close()
 
 
-def test_threads_that_share_a_model_each_get_their_own_texts(folder: Path, backend: str) -> None:
+def test_threads_that_share_a_model_each_get_their_own_texts(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         prompts = [f"prompt number {number}" for number in range(24)]
@@ -79,7 +92,7 @@ def test_threads_that_share_a_model_each_get_their_own_texts(folder: Path, backe
     )
 
 
-def test_closing_waits_for_the_step_and_the_other_thread_ends_with_closed(folder: Path, backend: str) -> None:
+def test_closing_waits_for_the_step_and_the_other_thread_ends_with_closed(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         for _ in range(5):
@@ -102,7 +115,7 @@ def test_closing_waits_for_the_step_and_the_other_thread_ends_with_closed(folder
     )
 
 
-def test_a_callback_that_generates_is_refused_and_one_that_closes_closes(folder: Path) -> None:
+def test_a_callback_that_generates_is_refused_and_one_that_closes_closes(run: Run, folder: Path) -> None:
     run(
         """
         llm = LLM(config=config)
@@ -116,7 +129,9 @@ def test_a_callback_that_generates_is_refused_and_one_that_closes_closes(folder:
     )
 
 
-def test_a_signal_handler_that_closes_on_the_thread_of_the_step_does_not_hang(folder: Path, backend: str) -> None:
+def test_a_signal_handler_that_closes_on_the_thread_of_the_step_does_not_hang(
+    run: Run, folder: Path, backend: str
+) -> None:
     run(
         """
         llm = LLM(config=config)
@@ -129,7 +144,7 @@ def test_a_signal_handler_that_closes_on_the_thread_of_the_step_does_not_hang(fo
     )
 
 
-def test_steps_of_two_threads_and_after_close_never_reach_freed_memory(folder: Path, backend: str) -> None:
+def test_steps_of_two_threads_and_after_close_never_reach_freed_memory(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
@@ -157,7 +172,7 @@ def test_steps_of_two_threads_and_after_close_never_reach_freed_memory(folder: P
     )
 
 
-def test_ctrl_c_while_a_model_loads_ends_its_threads_before_their_memory(tmp_path: Path) -> None:
+def test_ctrl_c_while_a_model_loads_ends_its_threads_before_their_memory(run: Run, tmp_path: Path) -> None:
     config = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "head_dim": 64}
     folder = write_model(tmp_path / "larger", config | {"max_position_embeddings": 512})
     write_byte_tokenizer(folder)
@@ -194,7 +209,7 @@ def test_ctrl_c_while_a_model_loads_ends_its_threads_before_their_memory(tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_is_told_that_the_model_is_its_parents(folder: Path, backend: str) -> None:
+def test_a_forked_child_is_told_that_the_model_is_its_parents(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork beside threads
@@ -216,7 +231,7 @@ def test_a_forked_child_is_told_that_the_model_is_its_parents(folder: Path, back
     )
 
 
-def test_what_is_dropped_without_close_is_given_back_with_a_warning(folder: Path, backend: str) -> None:
+def test_what_is_dropped_without_close_is_given_back_with_a_warning(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         closed = []
@@ -256,7 +271,7 @@ def test_what_is_dropped_without_close_is_given_back_with_a_warning(folder: Path
     )
 
 
-def test_another_event_loop_is_told_at_once_which_one_the_engine_belongs_to(folder: Path) -> None:
+def test_another_event_loop_is_told_at_once_which_one_the_engine_belongs_to(run: Run, folder: Path) -> None:
     run(
         """
         async def load():
@@ -288,8 +303,7 @@ def test_another_event_loop_is_told_at_once_which_one_the_engine_belongs_to(fold
 
 
 def test_starting_a_running_engine_again_does_nothing(folder: Path) -> None:
-    run(
-        """
+    script = """
         async def twice():
             async with await AsyncEngine.load(config) as engine:
                 await engine.start()
@@ -303,14 +317,15 @@ def test_starting_a_running_engine_again_does_nothing(folder: Path) -> None:
             else:
                 raise AssertionError("a closed engine was started")
         asyncio.run(twice())
-        """,
-        folder,
-        "native",
-        "-O",
-    )
+        """
+    command = [sys.executable, "-O", "-c", IMPORTS + PRELUDE + textwrap.dedent(script), str(folder), "native"]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_pickling_and_copying_say_that_a_loaded_model_cannot_be_sent(folder: Path, backend: str) -> None:
+def test_pickling_and_copying_say_that_a_loaded_model_cannot_be_sent(run: Run, folder: Path, backend: str) -> None:
     run(
         """
         def check(value, words):
