@@ -19,7 +19,7 @@ from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
 
-NUM_SCHEDULES = 100  # of each model in each precision, on one thread
+NUM_SCHEDULES = 40  # of each model in each precision, on one thread
 NUM_MORE = 6  # on two threads, and with the kernels of every instruction set
 NUM_OF_RANKS = 3  # on ranks, which have two cores for all their threads here
 
@@ -57,7 +57,7 @@ def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> 
     seen = run_schedules(alone.backend, alone.stories, count=NUM_SCHEDULES, seed=alone.seed)
 
     assert seen["compared"] > 20 * NUM_SCHEDULES
-    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 10
+    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 4
     assert seen["mixed batches"] > NUM_SCHEDULES
 
 
