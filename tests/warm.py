@@ -16,7 +16,7 @@ from tests.limits import PATIENCE_SECONDS
 # status. The forked process runs the program as `python -c` does, to the interpreter's end.
 FORKS = """
 import json, os, sys
-while line := os.read(0, 1 << 20):
+while line := sys.stdin.buffer.readline():
     program, arguments, *files = json.loads(line)
     child = os.fork()
     if child == 0:
