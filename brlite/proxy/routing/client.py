@@ -23,6 +23,8 @@ from brlite.proxy.routing.upstream import Upstream
 
 T = TypeVar("T")
 
+WRONG_KEY = (401, 403)  # statuses
+
 
 class _Resolver(AbstractResolver):
     """aiohttp's view of the addresses that requests to the upstream use."""
@@ -47,6 +49,10 @@ class _Resolver(AbstractResolver):
 
     async def close(self) -> None:
         """Do nothing: the upstream's pool owns the addresses."""
+
+
+class WrongKey(UpstreamError):
+    """The upstream answered 401 or 403."""
 
 
 class UpstreamClient:
@@ -94,8 +100,10 @@ class UpstreamClient:
         return status
 
     async def read(self, path: str, max_bytes: int) -> bytes:
-        """The body of `GET path`. Raises `UpstreamError` for another status than 200, or a longer body."""
+        """The body of `GET path`. Raises `UpstreamError` for another status than 200 (`WrongKey`), or a longer body."""
         status, body = await self._ask(path, max_bytes)
+        if status in WRONG_KEY:
+            raise WrongKey(f"answered {status} to GET {path}: it needs another key")
         if status != 200:
             raise UpstreamError(f"answered {status} to GET {path}")
         if len(body) > max_bytes:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from brlite.config.options import ProxyConfig
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.proxy.outcomes import is_own_fault
-from brlite.proxy.routing.client import UpstreamClient
+from brlite.proxy.routing.client import UpstreamClient, WrongKey
 from brlite.proxy.routing.listing import read_list
 from brlite.proxy.routing.upstream import Upstream
 
@@ -141,6 +141,7 @@ class _Check:
         self._num_until_list = 0
         self._has_said_no_path = False
         self._has_said_own_fault = False
+        self._has_said_wrong_key = False
 
     async def run(self) -> None:
         """Check until cancelled."""
@@ -192,8 +193,12 @@ class _Check:
         try:
             upstream.listed, missing = read_list(await client.read("/v1/models", MAX_LIST_BYTES), names)
         except UpstreamError as error:
-            logger.debug("upstream %s: %s", upstream.name, error)
+            if isinstance(error, WrongKey) and not self._has_said_wrong_key:
+                self._has_said_wrong_key = True
+                text = "upstream %s %s; api_key_env in its [[upstream]] table names the variable that holds it"
+                logger.warning(text, upstream.name, error)
             return
+        self._has_said_wrong_key = False
         for model in sorted(missing - upstream.missing.keys()):
             text = "upstream %s does not list the model %s: it is tried only if no other upstream has the model"
             logger.warning(text, upstream.name, model)

@@ -269,6 +269,19 @@ async def test_a_list_that_cannot_be_read_harms_nothing(start: Start, eventually
     assert upstream.listed == {}
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_an_upstream_that_wants_another_key_is_well_and_the_log_says_so_once(
+    start: Start, eventually: Eventually, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    async with GetServer({"/v1/models": Answer(status)}) as server:
+        upstream = only(await start(server.url))
+
+        await eventually(lambda: server.paths.count("/v1/models") == 2 and server.paths[-1] == "/health")
+
+    assert upstream.is_healthy
+    assert caplog.text.count(f"answered {status} to GET /v1/models: it needs another key; api_key_env in its") == 1
+
+
 async def test_the_list_is_read_less_often_than_health_is_asked(start: Start, eventually: Eventually) -> None:
     async with GetServer({"/v1/models": model_list()}) as server:
         await start(server.url)
