@@ -452,12 +452,13 @@ class Attempt:
 
     def close(self, ending: Ending, *, keep: bool = False) -> None:
         """Release the upstream. A connection that is not kept is aborted, so that the upstream stops computing."""
+        now = self._loop.time()
         state, self.state = self.state, DONE
         self.deadline = math.inf
         if state is CONNECTING:
             self._dialing.cancel()
         elif keep:
-            self.upstream.pool.put_back(self._connection)
+            self.upstream.pool.put_back(self._connection, now)
         else:
             self._connection.abort()
         if state is RELAYING:
@@ -465,4 +466,4 @@ class Attempt:
             self.upstream.num_events += self.seen.num_events
         elif state is BUFFERING:
             self.seen = Seen(num_text_bytes=self._buffered.num_bytes)
-        self.upstream.end(self._ticket, ending, self._loop.time())
+        self.upstream.end(self._ticket, ending, now)

@@ -89,7 +89,7 @@ async def test_the_addresses_of_a_name_are_used_in_turn_by_kept_connections_too(
     for _ in range(9):
         connection = await use(pool)
         used.append(connection.address)
-        pool.put_back(connection)
+        pool.put_back(connection, asyncio.get_running_loop().time())
     num_connections = len(pool.connections)
     pool.close()
 
@@ -149,14 +149,14 @@ async def test_names_are_looked_up_again_under_traffic_and_what_is_gone_is_close
     pods.addresses = ["127.0.0.11"]
     pool = pods.pool(seconds=0.01)
     old = await use(pool)
-    pool.put_back(old)
+    pool.put_back(old, asyncio.get_running_loop().time())
 
     pods.addresses = ["127.0.0.12"]
     used = {""}
     while "127.0.0.12" not in used:
         connection = await use(pool)
         used.add(connection.address)
-        pool.put_back(connection)
+        pool.put_back(connection, asyncio.get_running_loop().time())
         await asyncio.sleep(0.005)
     is_closed = old.transport.is_closing()
     pool.close()

@@ -208,21 +208,21 @@ class ConnectionPool:
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
         """Keep the connection that a dial task opened, if it did, after the task's attempt has ended."""
         if not dialing.cancelled() and dialing.exception() is None:
-            self.put_back(dialing.result())
+            self.put_back(dialing.result(), asyncio.get_running_loop().time())
 
-    def put_back(self, connection: UpstreamConnection) -> None:
-        """Keep the connection for the next request, or close it if `max_idle` are kept."""
+    def put_back(self, connection: UpstreamConnection, now: float) -> None:
+        """Keep the connection for the next request, or close it if `max_idle` are kept. `now` is the loop's time."""
         connection.holder = None
         if connection.transport.is_closing() or len(self._idle) >= self._max_idle:
             connection.transport.close()
             return
         connection.transport.resume_reading()  # reading may be paused, because its last client was slow
-        loop = asyncio.get_running_loop()
         connection.is_used = True
-        connection.idle_since = loop.time()
+        connection.idle_since = now
         self._idle.append(connection)
         if self._timer is None:
-            self._timer = loop.call_later(self._idle_seconds, self._close_old)
+            # Only here: before Python 3.12 `get_running_loop` is a system call, one more for each request.
+            self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._close_old)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """Remove a connection that has been closed."""
