@@ -16,16 +16,17 @@ import pytest
 
 from brlite.backends.plugins.toy import ToyOptions
 from brlite.chat.tool_calls import PARSERS
-from brlite.commands import cli
+from brlite.commands import cli, conversation
 from brlite.commands.arguments import COMMANDS
 from brlite.config.load import load_config
-from brlite.config.options import DEFAULT_MODEL, LimitsConfig
+from brlite.config.options import DEFAULT_MODEL, Config, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
 from brlite.config.warnings import config_warnings
 from brlite.dialects import openai_chat
 from brlite.dialects.errors import STATUSES
 from brlite.http.connection import MAX_HEADERS
-from brlite.sampling_params import SamplingParams
+from brlite.models.registry import FAMILIES
+from brlite.sampling_params import SamplingParams, parameters
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE, free_port, get, running, wait_until_it_answers
 from tests.test_house import ALLOWED
@@ -183,24 +184,94 @@ def test_every_refusal_is_explained() -> None:
     codes = {*(status.code for status in STATUSES.values()), *re.findall(r'\bcode="(\w+)"', source)}
     section = PAGES["refusals"].split("# Why a request is refused", 1)[1].split("\n## ", 1)[0]
 
-    assert {code for code in codes if f"`{code}`" not in section} == set()
+    rows = re.findall(r"^\| (?:\d+|\d+, \d+|any from 400) \| (`.*?) \|", section, re.MULTILINE)
+
+    assert {code for row in rows for code in re.findall(r"`(\w+)`", row)} == codes
 
 
 def test_the_limit_that_has_no_key_is_that_of_the_code() -> None:
     assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in PAGES["refusals"]
 
 
-def test_the_sampling_parameters_are_those_of_the_code() -> None:
-    fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
-    rows = table("sampling", "# Sampling parameters")
+def sampling_rows() -> dict[str, tuple[str, str]]:
+    """The range and the default of each parameter in docs/sampling.md. A row of several has them in the same order."""
+    rows: dict[str, tuple[str, str]] = {}
+    for row, (shown, default, _) in table("sampling", "# Sampling parameters").items():
+        names = row.split("`, `")
+        ranges = shown.split("; ") if len(names) > 1 and ";" in shown else [shown] * len(names)
+        defaults = default.split(", ") if len(names) > 1 else [default]
+        rows |= dict(zip(names, zip(ranges, defaults, strict=True), strict=True))
+    return rows
 
-    assert {name for row in rows for name in row.split("`, `")} == fields
+
+def test_the_sampling_parameters_are_those_of_the_code() -> None:
+    assert sampling_rows().keys() == set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
+
+
+def test_the_defaults_of_sampling_parameters_are_those_of_the_code() -> None:
+    shown = {name: default.split(";")[0] for name, (_, default) in sampling_rows().items()}
+    words = {None: ("none", "random", "`n`"), (): ("none", "all"), False: ("false",), True: ("true",)}
+
+    for name, default in shown.items():
+        value = parameters()[name].default
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert float(default) == value, name
+        elif name == "dry_sequence_breakers":
+            assert tuple(json.loads(f"[{default.replace('`', '')}]".replace('"""', r'"\""'))) == value
+        else:
+            assert default in (words[value] if value != {} else ("none",)), name
+
+
+def test_the_ranges_of_sampling_parameters_are_those_of_the_code() -> None:
+    kinds = {name: msgspec.inspect.type_info(parameter.type) for name, parameter in parameters().items()}
+    bounds = {name: bounds_of(kind) for name, kind in kinds.items() if bounds_of(kind) is not None}
+    shown = {name: bounds_shown(text) for name, (text, _) in sampling_rows().items() if name in bounds}
+
+    assert len(bounds) > 20
+    assert shown == bounds | {"top_n_sigma": (-1, False, None)}  # -1 is read as 0
+
+
+def bounds_of(kind: msgspec.inspect.Type) -> tuple[float, bool, float | None] | None:
+    """The lowest number of a type, whether that itself is refused, and the highest one; None where it has no bounds."""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        return bounds_of(kind.type)
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return next((bounds for each in kind.types if (bounds := bounds_of(each)) is not None), None)
+    if not isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.FloatType):
+        return None
+    lowest = kind.ge if kind.gt is None else kind.gt
+    is_bounded = lowest is not None and lowest > -sys.float_info.max
+    return (lowest, kind.gt is not None, kind.le if kind.le != sys.float_info.max else None) if is_bounded else None
+
+
+def bounds_shown(text: str) -> tuple[float, bool, float | None]:
+    """The same of a range in the page: `0 to 1`, `above 0, to 1`, `1 or more`, `-1: all; 0: off; …`."""
+    found = re.match(r"(above )?(-?\d+)(?:,? to (\d+))?", text)
+    assert found, text
+    return float(found[2]), found[1] is not None, float(found[3]) if found[3] else None
+
+
+def test_every_option_that_a_page_names_exists() -> None:
+    tables = {
+        name: table for name, table in msgspec.structs.asdict(Config()).items() if isinstance(table, msgspec.Struct)
+    }
+    pages = {name: text for name, text in PAGES.items() if name != "architecture"}  # it names files like that, too
+    options = {f"{name}.{option}" for name, table in tables.items() for option in table.__struct_fields__}
+    named = {name for text in pages.values() for name in re.findall(rf"`((?:{'|'.join(tables)})\.\w+)`", text)}
+
+    assert len(named) > 30
+    assert named - options == set()
 
 
 def test_the_page_of_metrics_has_every_metric_of_ours() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
 
-    assert {name for name in re.findall(r"brlite:\w+", code) if name not in PAGES["metrics"]} == set()
+    ours, shown = (
+        {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"brlite:\w+", text)}
+        for text in (code, PAGES["metrics"])
+    )
+
+    assert shown == ours
 
 
 def test_the_formats_of_calls_are_those_of_the_code() -> None:
@@ -208,7 +279,32 @@ def test_the_formats_of_calls_are_those_of_the_code() -> None:
 
 
 def test_the_page_of_commands_has_every_command() -> None:
-    assert [name for name in COMMANDS if f"brlite {name}" not in PAGES["cli"]] == []
+    named = set(re.findall(r"`(?:torchrun … --no-python )?brlite ([a-z][\w-]*)", README + PAGES["cli"]))
+
+    assert named == set(COMMANDS)
+
+
+def test_the_page_of_commands_has_every_command_of_a_chat() -> None:
+    section = PAGES["cli"].split("## Chat", 1)[1].split("\n## ", 1)[0]
+
+    assert set(re.findall(r"`(/\w+)", section)) == set(conversation.COMMANDS)
+
+
+def test_the_table_of_models_has_every_architecture() -> None:
+    rows = PAGES["models"].split("## Models", 1)[1].split("\n* ", 1)[0]
+    there = {name for family in FAMILIES for name in (family.architecture, *family.aliases)}
+
+    assert set(re.findall(r"`(\w+For\w+|\w+Model)`", rows)) == there
+
+
+def test_the_functions_that_the_page_of_architecture_names_exist() -> None:
+    section = PAGES["architecture"].split("## Where it is decided", 1)[1].split("\n## ", 1)[0]
+    named = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`[ ,]*)+)", section)
+
+    assert len(named) > 5
+    for path, functions in named:
+        code = (ROOT / "brlite" / path).read_text(encoding="utf-8")
+        assert [name for name in re.findall(r"\w+", functions) if f"def {name}(" not in code] == [], path
 
 
 def test_the_environment_variables_are_those_of_the_code() -> None:
@@ -242,7 +338,7 @@ def test_the_files_that_the_page_of_architecture_names_exist() -> None:
 
 
 def test_the_readmes_tree_shows_every_room() -> None:
-    tree = README.split("## Where things are", 1)[1].split("```")[1]
+    tree = README.split("## Where the code is", 1)[1].split("```")[1]
     rooms = {path.parent.name for path in (ROOT / "brlite").glob("*/__init__.py")}
 
     assert rooms <= set(re.findall(r"(\w+)/", tree))

@@ -31,6 +31,16 @@ async def test_the_document_describes_every_endpoint(client: Client) -> None:
     assert [path for path, each in operations if each["summary"] == path and path not in own] == []
 
 
+async def test_the_page_of_the_api_has_every_endpoint(client: Client) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`(?:GET|POST|DELETE)`?[ ,].*?) \|", page, re.MULTILINE)
+
+    _, document = await client.get("/openapi.json")
+
+    shown = {re.sub(r"{\w+}", "{}", path) for row in rows for path in re.findall(r"(/[\w/{}.-]+)`", row)}
+    assert shown == {re.sub(r"{\w+}", "{}", path) for path in document["paths"]}
+
+
 async def test_every_endpoint_has_a_summary(client: Client) -> None:
     _, document = await client.get("/openapi.json")
 
