@@ -136,7 +136,17 @@ class OpenAIEncoder:
     def encode(self, event: Event) -> bytes:
         """The chunk of an event in a stream. A choice's last event gives two chunks if it also has output."""
         # Most events have only text. Then only the text is encoded: under 1 µs; a whole chunk takes 2.5 µs.
-        if event == Event(choice=event.choice, text=event.text):
+        # A comparison with `Event(choice=…, text=…)` would take three times as long as this one of each field.
+        if (
+            event.finish_reason is None
+            and event.tokens is None
+            and event.usage is None
+            and not (event.reasoning or event.calls or event.warnings)
+            and event.stop_reason is None
+            and event.token_ids is None
+            and event.prompt_token_ids is None
+            and event.prompt_tokens is None
+        ):
             if event.choice not in self._frames:
                 head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
                 self._frames[event.choice] = head + name[:-2], tail

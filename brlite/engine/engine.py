@@ -476,20 +476,14 @@ class Engine:
             is_at_end = matcher is not None and matcher.is_complete and matcher.num_tokens == num_tokens
             if is_at_end and finish_reason in (None, "length"):
                 text, finish_reason = text + seq.detokenizer.finish(), "stop"
-            state.add_delta(
-                CompletionOutput(
-                    index=seq.index,
-                    text=text,
-                    token_ids=[token_id],
-                    logprobs=None if logprob is None else [logprob],
-                    finish_reason=finish_reason,
-                    stop_reason=stop_reason,
-                )
-            )
+            delta = CompletionOutput(index=seq.index, text=text, token_ids=[token_id])
+            if logprob is not None:
+                delta.logprobs = [logprob]
             if finish_reason is not None:
-                seq.finish_reason = finish_reason
-                self._scheduler.finish(seq)
+                delta.finish_reason, delta.stop_reason = finish_reason, stop_reason
+                self._finish(seq, delta)
                 break
+            state.add_delta(delta)
         if tokens:
             self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
         if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
@@ -509,7 +503,7 @@ class Engine:
 
     def _deliver(self, state: RequestState) -> None:
         """Pass the request's delta to its sink. A finished request is removed first."""
-        if self._requests.get(state.request.request_id) is not state or not state.delta:
+        if not state.delta:
             return
         output = state.take_output()
         if output.finished:
@@ -552,6 +546,7 @@ class Engine:
         if self._requests.pop(state.request.request_id, None) is None:
             return
         self._queue.pop(state.request.request_id, None)
+        state.delta = {}
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")

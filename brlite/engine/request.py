@@ -178,8 +178,9 @@ class Sequence:
     @property
     def num_left(self) -> int:
         """How many tokens are left to compute. If all are computed: 1, the token that is being drawn."""
-        num_left = len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
-        return num_left or int(self.is_being_drawn and not self.ends_with_step)
+        num_in_flight = self.num_in_flight_tokens
+        num_left = len(self.token_ids) - self.num_computed_tokens - num_in_flight
+        return num_left or int(num_in_flight > 0 and not self.ends_with_step)
 
     @property
     def is_being_drawn(self) -> bool:
@@ -193,7 +194,7 @@ class Sequence:
         state = self.state
         if state.pooling is not None or state.search is not None:
             return True
-        return self.num_output_tokens + 1 >= state.max_tokens
+        return len(self.token_ids) - self.num_prompt_tokens + 1 >= state.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -290,22 +291,23 @@ class RequestState:
 
     def take_output(self) -> RequestOutput:
         """The output that is new since the last call. Prompt logprobs are in the first one only."""
-        outputs = list(self.delta.values())
-        ended = [completion for completion in outputs if completion.finish_reason is not None]
+        request = self.request
         output = RequestOutput(
-            request_id=self.request.request_id,
-            prompt=self.request.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
-            prompt_logprobs=None if self.has_output else self.prompt_logprobs,
-            outputs=outputs,
-            finished=bool(ended) and self.is_finished,  # else no completion ended, so the request did not
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=list(self.delta.values()),
             num_cached_tokens=self.num_cached_tokens,
-            num_searched_tokens=0 if self.search is None else self.search.num_tokens,
-            embedding=self.embedding,
             warnings=self.warnings,
         )
+        if not self.has_output:
+            output.prompt_logprobs, self.has_output = self.prompt_logprobs, True
+        for completion in output.outputs:
+            if completion.finish_reason is not None:  # else the request has not ended
+                output.finished, output.embedding = self.is_finished, self.embedding
+                output.num_searched_tokens = 0 if self.search is None else self.search.num_tokens
+                break
         self.delta = {}
-        self.has_output = True
         return output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from brlite.config.options import LimitsConfig
@@ -179,6 +180,21 @@ def test_logprobs_are_objects_with_the_bytes_of_each_token() -> None:
         ],
     }
     assert by_id["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:7"
+
+
+@pytest.mark.parametrize("field", [name for name in Event.__struct_fields__ if name not in ("choice", "text")])
+def test_an_event_with_any_field_beside_its_text_is_encoded_whole(field: str) -> None:
+    whole = list[Event]()
+
+    class Recorder(ChatEncoder):
+        def _chunk_of(self, event: Event) -> bytes:
+            whole.append(event)
+            return b'"content":""'
+
+    event = msgspec.structs.replace(Event(choice=1, text=""), **{field: ("set",)})
+    Recorder(PLAIN, "chatcmpl-1", "m", "").encode(event)
+
+    assert whole == [event]
 
 
 def test_a_whole_answer_byte_for_byte() -> None:
