@@ -90,8 +90,9 @@ def call_text(name: str) -> str:
     return grammar.opening + grammar.begin + arguments + grammar.end + grammar.closing
 
 
-@each_vocabulary
-@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(
+    ("vocabulary", "parallel"), [*((each, True) for each in TOKENIZERS), ("marks are tokens", False)]
+)
 @pytest.mark.parametrize("name", PARSERS)
 def test_forced_calls_obey_their_schemas_and_are_read_again(name: str, parallel: bool, vocabulary: str) -> None:
     grammar = compiled(vocabulary, calls=calls(name, "required", parallel=parallel))
