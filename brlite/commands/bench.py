@@ -1,6 +1,6 @@
 """`brlite bench`: sends a short load to a server with the OpenAI API, and prints its speed as clients see it.
 
-Prompts are random words, so that no prefix cache answers. `bench/` has the measurements that documents quote.
+Prompts are random words, so that a server's prefix cache has none of them. The figures in the docs come from `bench/`.
 """
 
 from __future__ import annotations

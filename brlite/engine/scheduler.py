@@ -107,7 +107,7 @@ class Scheduler:
         return len(states)
 
     def fork(self, seq: Sequence, parent: Sequence) -> None:
-        """Give a running sequence, which now has a continuation of `parent`, the parent's computed blocks."""
+        """Let a running sequence, whose tokens now continue those of `parent`, share the parent's computed blocks."""
         self._blocks.fork(seq, parent)
 
     def end_step(self, runs: list[tuple[Sequence, int]]) -> None:

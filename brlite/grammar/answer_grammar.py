@@ -212,7 +212,7 @@ class AnswerWriter:
             if node is False and name not in required:
                 continue
             if not _KEY.fullmatch(name):
-                raise PatternRefused(f"at #/properties/{name}: such a name cannot be written in this format of calls")
+                raise PatternRefused(f"at #/properties/{name}: this format of tool calls cannot contain the name")
             self._lines.append(
                 f"parameter_{index}_{number}: {self._literal(notation.begin.replace('{}', name))} "
                 + self._parameter(f"{index}_{number}", name, node, shared, notation)

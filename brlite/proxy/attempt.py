@@ -96,7 +96,7 @@ class Downstream(Protocol):
         """End the connection: the response that has begun cannot be completed."""
 
     def ended(self) -> None:
-        """The exchange has ended: everything has been sent, refused or cut."""
+        """Called at the end of the exchange: the response has been sent or cut, or the request refused."""
 
 
 class Listener(Protocol):

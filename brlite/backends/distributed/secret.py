@@ -1,4 +1,4 @@
-"""The shared secret of ranks on several machines, which ranks and rank 0 prove to each other. It is never sent.
+"""The shared secret of ranks on several machines. Each rank and rank 0 prove that they have it; it is never sent.
 
 Rank 0 makes a new nonce for each start and publishes it with its address in the launcher's store. Proofs are HMACs over
 both. Without a secret an empty one is used: then any client of the store can make a proof. Nothing is encrypted, and

@@ -153,7 +153,7 @@ class StepPlanner:
         return self._rounded(span.length), (self._num_blocks(span.end) - 1).bit_length()
 
     def _rounded(self, number: int) -> int:
-        """`number`, or the next power of two if shapes are to be few."""
+        """`number`, rounded up to a power of two if the number of different shapes must stay small."""
         return 1 << (number - 1).bit_length() if number and self._has_few_shapes else number
 
     def _group_rows(self, members: list[list[Span]]) -> list[list[int]]:

@@ -307,7 +307,7 @@ def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, La
 
 
 def _drawing_rows(seq: ScheduledSeq | RankSeq, first: int) -> range:
-    """The rows after which a run draws. Its hidden states begin at row `first`."""
+    """The rows of a run whose logits are drawn from: its last `num_draws` ones. `first` is its first row."""
     end = first + len(seq.token_ids)
     return range(end - seq.num_draws, end)
 

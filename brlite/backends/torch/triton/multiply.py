@@ -365,8 +365,8 @@ class Tiles(NamedTuple):
     gated: Tile
 
 
-# Chosen by the times of bench/card.py on an H200. For 65 to 128 rows nothing was measured yet: this is the tile for 64
-# rows with more rows, so that a matrix is read once (`bench/card.py --tiles` compares tiles).
+# Chosen by the times of bench/card.py on an H200. The tile for 65 to 128 rows was not measured: it is the tile for 64
+# rows made larger, so that a matrix is read once (`bench/card.py --tiles` compares tiles).
 TILES = (
     Tiles(16, Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 3, 4)),
     Tiles(32, Tile(64, 32, 128, 4, 4), Tile(64, 32, 128, 3, 4)),
