@@ -254,14 +254,14 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ) -> SeqResult:
         """The result of a run's `num_draws` draws, in order. Those after the first guess that is wrong are dropped."""
         tokens: list[SampledToken] = []
-        guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
+        guesses = [*seq.token_ids[-seq.num_draft_tokens :], None] if seq.num_draft_tokens else (None,)
         for token, guess in zip(drawn, guesses, strict=False):
             if isinstance(token, Undrawn):
                 return cls(seq.seq_id, prompt_logprobs=prompt_logprobs, error=token.value)
             tokens.append(token)
             if token.token_id != guess:
                 break
-        if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+        if prompt_logprobs and not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
             return cls.not_finite(seq.seq_id)
         return cls(seq.seq_id, tokens, prompt_logprobs)
 

@@ -163,9 +163,7 @@ class TorchBackend:
                     places[seq.seq_id] = len(rows)
                     rows += _drawing_rows(seq, first)
                     inputs += _draw_inputs(seq, seq.sampling)
-            drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
-            if rows:
-                drawn = draw(self._steps.logits(step, rows), inputs)
+            drawn = draw(self._steps.logits(step, rows), inputs) if rows else torch.empty(0, dtype=torch.int64)
             self._before = launched = QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
         return partial(self._fetch, launched)
 
@@ -197,7 +195,9 @@ class TorchBackend:
             if (place := places.get(seq.seq_id)) is not None:
                 tokens[seq.seq_id] = found[place : place + seq.num_draws]
         results = [
-            SeqResult.of_draws(seq, tokens.get(seq.seq_id, ()), self._prompt_logprobs(seq, step, first))
+            SeqResult.of_draws(
+                seq, tokens.get(seq.seq_id, ()), self._prompt_logprobs(seq, step, first) if seq.prompt_targets else []
+            )
             if seq.pooling is None
             else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
             for seq, first in zip(batch.seqs, step.first_rows, strict=True)
@@ -303,7 +303,7 @@ def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, La
         sources.append(source)
     if before is None or max(sources) < 0:
         return msgspec.structs.replace(batch, seqs=seqs), None
-    return msgspec.structs.replace(batch, seqs=seqs), LastDraws(before.drawn.clamp(min=0), sources)
+    return msgspec.structs.replace(batch, seqs=seqs), LastDraws(before.drawn, sources)
 
 
 def _drawing_rows(seq: ScheduledSeq | RankSeq, first: int) -> range:
@@ -312,11 +312,11 @@ def _drawing_rows(seq: ScheduledSeq | RankSeq, first: int) -> range:
     return range(end - seq.num_draws, end)
 
 
-def _draw_inputs(seq: ScheduledSeq, sampling: SamplingInput) -> Iterator[SamplingInput]:
+def _draw_inputs(seq: ScheduledSeq, sampling: SamplingInput) -> list[SamplingInput]:
     """The inputs of a run's draws: they differ in their positions."""
-    yield sampling
-    for number in range(1, seq.num_draws):
-        yield msgspec.structs.replace(sampling, position=sampling.position + number)
+    if not seq.num_draft_tokens:
+        return [sampling]
+    return [msgspec.structs.replace(sampling, position=sampling.position + n) for n in range(seq.num_draws)]
 
 
 def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:

@@ -43,8 +43,8 @@ class ComputedStep:
 
 
 class LastDraws(NamedTuple):
-    """The draws of the previous step, `drawn` [R] int64 on the device. The first token of a run is `drawn[source]` if
-    its source is not -1."""
+    """The draws of the previous step, `drawn` [R] int64 on the device, -1 where there is none, which counts as 0. The
+    first token of a run is `drawn[source]` if its source is not -1."""
 
     drawn: Tensor
     sources: Sequence[int]
@@ -99,7 +99,9 @@ class EagerSteps:
         if last is not None:
             pairs = zip(plan.first_rows, last.sources, strict=True)
             rows, sources = zip(*[(row, source) for row, source in pairs if source >= 0], strict=True)
-            token_ids.index_copy_(0, self._indices(rows), last.drawn.index_select(0, self._indices(sources)))
+            token_ids.index_copy_(
+                0, self._indices(rows), last.drawn.index_select(0, self._indices(sources)).clamp_(min=0)
+            )
         return ComputedStep(plan.first_rows, self._decoder.forward(token_ids, plan, self.cache))
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:

@@ -48,11 +48,11 @@ def add_norm_kernel(
 
 @triton.jit(do_not_specialize=("num_rows",))
 def take_draws_kernel(token_ids, sources, drawn, num_rows, BLOCK: tl.constexpr):
-    """token_ids [T] int32 = drawn [R] int64 at `sources` [T], where these are not negative."""
+    """token_ids [T] int32 = drawn [R] int64 at `sources` [T], where these are not negative; 0 for a draw of -1."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(sources + rows, mask=rows < num_rows, other=-1)
     tokens = tl.load(drawn + source, mask=source >= 0, other=0)
-    tl.store(token_ids + rows, tokens.to(tl.int32), mask=source >= 0)
+    tl.store(token_ids + rows, tl.maximum(tokens, 0).to(tl.int32), mask=source >= 0)
 
 
 def take_draws(token_ids: Tensor, sources: Tensor, drawn: Tensor) -> None:

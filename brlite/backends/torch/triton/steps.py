@@ -24,7 +24,7 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Parameters
 from brlite.backends.torch.steps import ComputedStep, LastDraws, Run, StepLimits
 from brlite.backends.torch.triton.attention import tile_tokens
-from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 from brlite.backends.torch.triton.plan import TritonDecoder
 from brlite.backends.torch.triton.rows import take_draws
 from brlite.engine.backend import MAX_DRAFT_TOKENS
@@ -42,9 +42,13 @@ _CAPTURING = threading.Lock()  # torch can capture one graph at a time in a proc
 
 @dataclass(frozen=True)
 class StepGraph:
-    """A captured step: it reads `array`, which `inputs` view, and writes `hidden` [B, H] and `logits` [B, V]."""
+    """A captured step: it reads `array`, which `inputs` view, and writes `hidden` [B, H] and `logits` [B, V].
+
+    `tables` are those of its last replay, on the host.
+    """
 
     graph: torch.cuda.CUDAGraph
+    tables: TableRows
     array: Tensor
     inputs: StepInputs
     hidden: Tensor
@@ -80,7 +84,7 @@ class TritonSteps:
         if num_rows > len(runs):
             runs, sources, first_rows = _as_single_tokens(runs, sources)
         filled = [*runs, *[self._filler] * (graph.inputs.num_rows - num_rows)]
-        layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
+        layout = lay_out_singles(filled, self.cache.block_size, graph.tables, sources=sources)
         graph.array.copy_(send(layout.array, self.device))
         if last is not None:
             take_draws(graph.inputs.token_ids, graph.inputs.sources, last.drawn)
@@ -105,7 +109,8 @@ class TritonSteps:
                 pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
                 # On a stream of this card: torch's own stream for captures is of the first card that captured.
                 for size in reversed(sizes):  # the largest first: the others reuse its memory from the pool
-                    layout = lay_out([self._filler] * size, self.cache.block_size, 1, table_width=self._table_width)
+                    tables = TableRows(size, self._table_width)
+                    layout = lay_out_singles([self._filler] * size, self.cache.block_size, tables)
                     array = torch.from_numpy(layout.array).to(self.device)
                     # A graph has the splits of the longest context; programs skip those beyond a row's context.
                     inputs = layout.on(array)._replace(max_context=self._max_length)
@@ -116,7 +121,7 @@ class TritonSteps:
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         hidden = self._decoder.forward(inputs)
                         logits = self._decoder.logits(hidden)
-                    self._graphs[size] = StepGraph(graph, array, inputs, hidden, logits)
+                    self._graphs[size] = StepGraph(graph, tables, array, inputs, hidden, logits)
         except RuntimeError as error:  # torch's class for errors of drivers and memory
             self._graphs.clear()
             return " ".join(str(error).split())[:300]

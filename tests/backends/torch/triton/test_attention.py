@@ -19,7 +19,7 @@ from brlite.backends.torch.triton.attention import (
     attend,
     tile_tokens,
 )
-from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 64
@@ -144,7 +144,7 @@ def test_splits_beyond_a_context_change_nothing(window: int) -> None:
     pages = make_pages(shape, runs)
     inputs = transfer(lay_out(runs, BLOCK_SIZE, 1), torch.device("cpu"))
     query = make_query(shape, inputs)
-    wider = transfer(lay_out(runs, BLOCK_SIZE, 1, table_width=64), torch.device("cpu"))
+    wider = transfer(lay_out_singles(runs, BLOCK_SIZE, TableRows(len(runs), 64)), torch.device("cpu"))
 
     plain, captured = (
         attend(query, pages.layer, step, shape, window=window) for step in (inputs, wider._replace(max_context=1024))

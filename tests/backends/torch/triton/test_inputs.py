@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def tiled_rows(inputs: StepInputs, tiles: tuple[torch.Tensor, torch.Tensor], til
 def test_a_table_may_be_wider_and_may_hold_more_blocks_than_it_shows() -> None:
     runs = [TokenRun(5, [1], [7, 8, 9, 10, 11]), TokenRun(0, [2], [12])]
 
-    inputs = transfer(lay_out(runs, BLOCK_SIZE, 1, table_width=4), CPU)
+    inputs = transfer(lay_out_singles(runs, BLOCK_SIZE, TableRows(2, 4)), CPU)
 
     assert inputs.tables.tolist() == [[7, 8, 9, 10], [12, 0, 0, 0]]
 
@@ -111,10 +111,38 @@ def test_steps_of_as_many_rows_have_arrays_of_one_shape_whatever_their_contexts(
     filler = TokenRun(0, [0], [99])
     steps = [[filler] * 4, [TokenRun(38, [5], list(range(10))), TokenRun(3, [6], [20]), filler, filler]]
 
-    layouts = [lay_out(runs, BLOCK_SIZE, 1, table_width=10) for runs in steps]
+    layouts = [lay_out_singles(runs, BLOCK_SIZE, TableRows(4, 10)) for runs in steps]
 
     assert layouts[0].array.shape == layouts[1].array.shape
     assert layouts[1].rows == [0, 1, 2, 3]
+
+
+@given(st.lists(step_runs(), min_size=1, max_size=4), st.integers(-1, 5))
+def test_single_tokens_are_laid_out_alike_by_either_function(steps: list[list[TokenRun]], source: int) -> None:
+    """Also when a row had another table, longer or shorter, in the step before."""
+    num_rows = min(map(len, steps))
+    tables = TableRows(num_rows, 30)
+
+    for step in steps:
+        runs = [run._replace(token_ids=run.token_ids[:1]) for run in step[:num_rows]]
+        found = lay_out_singles(runs, BLOCK_SIZE, tables, sources=[source])
+        general = lay_out(runs, BLOCK_SIZE, 1, sources=[source])
+        one, other = found.on(torch.from_numpy(found.array)), general.on(torch.from_numpy(general.array))
+        for name in StepInputs._fields:
+            if name != "tables":
+                assert str(getattr(one, name)) == str(getattr(other, name)), name
+        assert one.tables.tolist() == [run.block_table + [0] * (30 - len(run.block_table)) for run in runs]
+        assert found.rows == general.rows
+
+
+def test_a_table_that_its_owner_changes_in_place_is_taken_anew() -> None:
+    run, tables = TokenRun(3, [1], [7]), TableRows(1, 3)
+    for block in (8, 9):
+        run.block_table.append(block)
+
+        layout = lay_out_singles([run], BLOCK_SIZE, tables)
+
+        assert transfer(layout, CPU).tables[0, : len(run.block_table)].tolist() == run.block_table
 
 
 def test_the_splits_are_those_of_the_longest_context_of_a_single_token() -> None:

@@ -22,7 +22,7 @@ from brlite.backends.torch.graph_memory import DRIVER_BYTES, graph_bytes, graph_
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, StepLimits, Steps
-from brlite.backends.torch.triton.inputs import StepInputs, TokenRun, lay_out, transfer
+from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.placing import LoadPlan
@@ -190,13 +190,14 @@ class CalledGraph:
 
 def give_graph(steps: TritonSteps, num_rows: int) -> StepGraph:
     """Have steps of up to `num_rows` single tokens replayed, with inputs as `capture` has them."""
-    layout = lay_out([steps._filler] * num_rows, BLOCK_SIZE, 1, table_width=steps._table_width)
+    tables = TableRows(num_rows, steps._table_width)
+    layout = lay_out_singles([steps._filler] * num_rows, BLOCK_SIZE, tables)
     array = torch.from_numpy(layout.array)
     inputs = layout.on(array)._replace(max_context=LENGTH)
     hidden = torch.full((num_rows, steps.config.hidden_size), torch.nan)
     logits = torch.full((num_rows, steps.config.vocab_size), torch.nan)
     called: Any = CalledGraph(steps, inputs, hidden, logits)
-    graph = StepGraph(called, array, inputs, hidden, logits)
+    graph = StepGraph(called, tables, array, inputs, hidden, logits)
     steps._graphs[num_rows] = graph
     return graph
 
@@ -296,7 +297,7 @@ class AllocatedBytes(TorchDispatchMode):
 @pytest.mark.parametrize("num_rows", [1, 8])
 def test_the_memory_reserved_for_graphs_holds_what_a_step_of_one_layer_makes(num_rows: int) -> None:
     steps = PLAIN.kernels()
-    layout = lay_out([steps._filler] * num_rows, BLOCK_SIZE, 1, table_width=steps._table_width)
+    layout = lay_out_singles([steps._filler] * num_rows, BLOCK_SIZE, TableRows(num_rows, steps._table_width))
     inputs = layout.on(torch.from_numpy(layout.array))._replace(max_context=LENGTH)
 
     with AllocatedBytes() as allocated, torch.inference_mode():
