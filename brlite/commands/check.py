@@ -131,19 +131,21 @@ def describe(config: Config, reports: Sequence[ModelReport], available_bytes: in
     for report in reports:
         yield from _describe_model(report, config.engine)
     by_card: dict[tuple[int, ...], list[Sizes]] = {}  # () for the machine's memory
+    named = config.engine.device.partition(":")[2]  # a device with a number is the card of all models
     for report in reports:
         if report.sizes is not None:
-            devices = report.spec.devices if report.sizes.is_on_card else ()
+            cards = (int(named),) if named.isdecimal() else report.spec.devices
+            devices = cards if report.sizes.is_on_card else ()
             by_card.setdefault(devices, []).append(report.sizes)
     for devices, group in sorted(by_card.items()):
-        cards = f" of card{'s' * (len(devices) > 1)} {', '.join(map(str, devices))}" if devices else ""
+        place = f" of card{'s' * (len(devices) > 1)} {', '.join(map(str, devices))}" if devices else ""
         total = sum(sizes.num_bytes for sizes in group)
         free = group[0].free_bytes if devices else available_bytes
         at_once = min(total, int(config.engine.memory_gib * GIB) or total)
         bound = f", at most {show_bytes(at_once)} at once" if at_once < total else ""
         parts = "weights, KV cache and graphs" if devices else "weights and KV cache"
         left = "how much is free is not reported" if free is None else f"{show_bytes(free)} are free now"
-        yield f"memory{cards}: {show_bytes(total)} for {parts}{bound}; {left}"
+        yield f"memory{place}: {show_bytes(total)} for {parts}{bound}; {left}"
         if free is not None and at_once > free:
             yield "warning: this is more than is free; lower build_batch, build_seq or num_blocks"
     yield from (f"warning: {warning}" for warning in config_warnings(config))

@@ -133,6 +133,15 @@ def test_the_memory_of_models_on_a_card_is_compared_with_that_of_the_card():
     assert together[-1].startswith("warning: this is more than is free")
 
 
+def test_a_card_that_engine_device_names_is_the_one_whose_memory_is_said():
+    sizes = msgspec.structs.replace(SIZES, is_on_card=True, free_bytes=6000)
+    report = ModelReport(spec=ModelSpec(devices=(0,)), origin="here", sizes=sizes)
+
+    lines = list(describe(Config(engine=EngineConfig(device="cuda:1")), [report], 0))
+
+    assert lines[-1].startswith("memory of card 1: ")
+
+
 @pytest.mark.parametrize(
     ("speculation", "verifies_guesses", "expected"),
     [

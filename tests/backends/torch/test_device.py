@@ -28,7 +28,7 @@ from brlite.errors import ConfigError
 from brlite.process.machine import physical_cores
 
 BRLITE = Path(__file__).parents[3] / "brlite"
-ENGINE_ROOMS = [path for room in ("models", "worker") for path in sorted((BRLITE / room).rglob("*.py"))]
+ENGINE_ROOMS = [path for room in ("models", "backends/distributed") for path in sorted((BRLITE / room).rglob("*.py"))]
 FORBIDDEN = re.compile(r"float16|\.half\(|torch\.jit|torch\.compile|\btorch\.float64|\.item\(\)")
 DEVICE_WORDS = re.compile(r"""["'](cpu|cuda|supa|mps)[:"']|\btorch\.cuda|\b(nccl|bccl|sccl|gloo)\b""")
 
