@@ -66,6 +66,7 @@ MAY_BE_ASYNC = (
     "engine.async_engine",
     "engine.fair_thread",
     "engine.prompt_encoder",
+    "process.waiting",
     "app",
     "llm",
     "ray_serve",
@@ -87,7 +88,14 @@ DRAWERS = ("utils", "common", "core", "helpers", "misc")
 
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
 FORBIDDEN_CALLS = ("eval", "exec", "__import__")
-FORBIDDEN_ATTRIBUTES = ("torch.jit", "torch.compile", "asyncio.TaskGroup", "asyncio.timeout", "os.system")
+FORBIDDEN_ATTRIBUTES = (
+    "torch.jit",
+    "torch.compile",
+    "asyncio.TaskGroup",
+    "asyncio.timeout",
+    "asyncio.wait_for",  # before Python 3.12 it may lose a cancellation: process.waiting.within does not
+    "os.system",
+)
 FORBIDDEN_ARGUMENTS = ("trust_remote_code", "shell")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -312,6 +320,7 @@ def test_a_misplaced_import_is_found(module, source):
         "torch.jit.load(path)",
         "torch.compile(model)",
         "async def f():\n    async with asyncio.TaskGroup() as group: ...",
+        "async def f():\n    await asyncio.wait_for(event.wait(), 1)",
     ],
 )
 def test_a_forbidden_thing_is_found(source):

@@ -23,7 +23,7 @@ from brlite.config.warnings import config_warnings
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.cache import expand_home
 from brlite.http.keys import ApiKeys
-from brlite.process.waiting import on_daemon_thread
+from brlite.process.waiting import on_daemon_thread, within
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.routing.route_table import RouteTable, upstream_configs
 from brlite.server.served_model import ModelTable
@@ -170,7 +170,7 @@ class Reloader:
         watch = self._watch
         while True:
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._is_asked.wait(), self._poll_seconds)
+                await within(self._poll_seconds, self._is_asked.wait())
             try:
                 before = await self._elsewhere(self._stamps, "the config's files")
                 if watch.has_settled(before) or self._is_asked.is_set():

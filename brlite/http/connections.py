@@ -12,6 +12,8 @@ import logging
 from collections import OrderedDict
 from typing import Protocol
 
+from brlite.process.waiting import within
+
 logger = logging.getLogger(__name__)
 
 # Connections accepted beyond `max_connections`, for probes only; at this limit the oldest is closed.
@@ -137,7 +139,7 @@ class Connections:
     async def wait_gone(self, seconds: float) -> bool:
         """Wait up to `seconds` until no connection is open. False if some still are."""
         try:
-            await asyncio.wait_for(self._none.wait(), seconds)
+            await within(seconds, self._none.wait())
         except asyncio.TimeoutError:
             return False
         return True

@@ -19,6 +19,7 @@ from brlite.config.options import EngineConfig, ModelSpec
 from brlite.config.warnings import GIB, check_memory
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, EngineError
+from brlite.process.waiting import within
 from brlite.server.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ class ModelManager:
                     self._models[action.blocked].loading.report(BLOCKED, 0.0)
                 seconds = None if action.until == math.inf else action.until - self._clock()
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), seconds)
+                    await within(seconds, self._changed.wait())
 
     def _managed(self, model: ServedModel) -> ManagedModel:
         return ManagedModel(

@@ -212,6 +212,20 @@ async def test_sighup_reloads_at_once(start, eventually: Eventually) -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("num_turns", range(8))
+async def test_leaving_is_not_lost_when_a_signal_comes_just_before(start, num_turns: int) -> None:
+    running = start()
+    await running.reloader.__aenter__()
+    await asyncio.sleep(QUICK)
+
+    os.kill(os.getpid(), signal.SIGHUP)
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    _, still_open = await asyncio.wait([asyncio.create_task(running.reloader.__aexit__())], timeout=PATIENCE_SECONDS)
+
+    assert not still_open
+
+
 async def test_a_file_that_changes_is_read_without_being_asked(start, log, eventually: Eventually) -> None:
     running = start(poll_seconds=QUICK)
 

@@ -623,7 +623,9 @@ async def test_draining_ends_loads_and_whoever_waits_for_them(make_house: MakeHo
     house = await make_house(on_demand("a", "b"))
     house.loader.gates["a"] = asyncio.Event()
     asked = [house.asks("a"), house.asks("b"), asyncio.create_task(house.lines("a"))]
-    await eventually(lambda: house.num_waiting("a") == 2 and house.num_waiting("b") == 1)
+    await eventually(
+        lambda: house.num_waiting("a") == 2 and house.num_waiting("b") == 1 and house.loader.loads["a"] == 1
+    )
 
     house.models.is_draining = True
     house.manager.drain()
@@ -654,6 +656,23 @@ async def test_closing_waits_for_an_engine_that_is_closing_already(
 
     assert (status, closing.is_closed) == (503, True)
     assert not house.loader.loads["b"]
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_closing_is_not_lost_when_a_model_changes_just_before(num_turns: int) -> None:
+    model = ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=PATIENCE_SECONDS * 10))
+    manager = ModelManager([model], FakeLoader({}), EngineConfig())
+    await manager.start()
+    for _ in range(4):
+        await asyncio.sleep(0)  # the manager waits until the model is idle for too long
+
+    with model.in_use(max_waiting=1):
+        pass
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    _, still_open = await asyncio.wait([asyncio.create_task(manager.close())], timeout=PATIENCE_SECONDS)
+
+    assert not still_open
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,15 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Coroutine
-from typing import TypeVar
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.http.access_log import printable
+from brlite.process.waiting import within
 from brlite.proxy.resolving import Names
 from brlite.proxy.routing.upstream import Upstream
-
-T = TypeVar("T")
 
 WRONG_KEY = (401, 403)  # statuses
 
@@ -139,19 +136,3 @@ def reason_of(error: BaseException) -> str:
             return os.strerror(error.errno or 0)
         return printable(error.strerror or str(error) or type(error).__name__)
     return printable(str(error) or type(error).__name__)
-
-
-async def within(seconds: float, answer: Coroutine[None, None, T]) -> T:
-    """The result of `answer`. Cancels it after `seconds` and raises `asyncio.TimeoutError`.
-
-    Unlike `asyncio.wait_for` before Python 3.12, it loses no cancellation that comes in the same turn as the answer.
-    """
-    task = asyncio.get_running_loop().create_task(answer)
-    try:
-        await asyncio.wait([task], timeout=seconds)
-    finally:
-        task.cancel()  # which does nothing if it is done
-        await asyncio.wait([task])
-    if task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()

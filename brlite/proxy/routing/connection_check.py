@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from brlite.config.options import ProxyConfig
 from brlite.errors import UpstreamError
+from brlite.process.waiting import within
 from brlite.proxy.routing.client import WRONG_KEY, UpstreamClient, reason_of
 from brlite.proxy.routing.health import MAX_LIST_BYTES, is_well
 from brlite.proxy.routing.listing import read_list
@@ -52,7 +53,7 @@ async def dial_all(upstreams: Iterable[Upstream], config: ProxyConfig) -> list[D
 async def _dial(upstream: Upstream, config: ProxyConfig) -> Dialled:
     began, findings = time.perf_counter(), []
     try:
-        connection = await asyncio.wait_for(upstream.pool.dial(), config.connect_seconds)
+        connection = await within(config.connect_seconds, upstream.pool.dial())
         connection.abort()
         findings.append(Finding(True, f"connected in {(time.perf_counter() - began) * 1000:.1f} ms"))
     except asyncio.TimeoutError:
