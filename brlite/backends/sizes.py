@@ -205,23 +205,23 @@ def measure(
         graphs = graph_bytes(config, most_rows(spec, engine), spec.build_seq or min(config.max_context, MOST_CONTEXT))
     cards = [] if is_native else find_cards(spec, engine)
     room = partial(_cache_room, engine, cards, ranks, graphs + reserved)
-    context, num_blocks, reason, is_filled = _find_context(config, spec, block_size, room)
+    cache = _find_cache(config, spec, block_size, room)
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,
-        context=context,
-        context_reason=reason,
+        context=cache.context,
+        context_reason=cache.reason,
         dtype=dtype,
         precision=describe_precision(model, spec, is_native=is_native, keeps_forms=holding.keeps_forms),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
-        num_blocks=num_blocks,
+        num_blocks=cache.num_blocks,
         block_size=block_size,
         graph_bytes=graphs,
         is_on_card=holding.is_on_card,
         free_bytes=sum(card.free for card in cards) if cards else None,
-        is_filled=is_filled,
+        is_filled=cache.is_filled,
         verifies_guesses=is_native or holding.has_kernels,
         runs_ahead=holding.runs_ahead and len(ranks) == 1,
         ranks=tuple(ranks) if len(ranks) > 1 else (),
@@ -290,18 +290,25 @@ def settle_context(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig
     return msgspec.structs.replace(spec, build_seq=sizes.context, num_blocks=sizes.num_blocks)
 
 
-def _find_context(
-    config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]
-) -> tuple[int, int, str, bool]:
-    """The context, the blocks of the KV cache, the reason for the context, and whether the cache fills a card.
+class CacheSize(NamedTuple):
+    """The context and the reason for it, the blocks of the KV cache, and whether it takes all that a card has left."""
 
-    `room` is the cache that memory allows. The default context is the model's own if the cache can hold one. The cache
+    context: int
+    reason: str
+    num_blocks: int
+    is_filled: bool = False
+
+
+def _find_cache(config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]) -> CacheSize:
+    """The context and the KV cache, of which `room` is the one that memory allows.
+
+    The default context is the model's own if the cache can hold one. The cache
     then has `SHARED_TOKENS` for each sequence, at least one whole context, and at most half of the memory that the
     weights leave, or `num_blocks`. On a card it takes all the memory that is left.
     """
     if spec.build_seq:
         blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-        return spec.build_seq, blocks, "set by build_seq", False
+        return CacheSize(spec.build_seq, "set by build_seq", blocks)
     own, reason = config.max_context, "the model's own"
     if own > MOST_CONTEXT:
         own, reason = MOST_CONTEXT, f"of the model's {own}; build_seq or --context may ask for more"
@@ -310,7 +317,7 @@ def _find_context(
         context = max(most // block_size * block_size, min(own, LEAST_CONTEXT))
         own, reason = context, f"of the model's {config.max_context}, limited by {bound}"
     shared = (most if is_filled else min(spec.build_batch * SHARED_TOKENS, most)) // block_size
-    return own, spec.num_blocks or max(math.ceil(own / block_size), shared), reason, is_filled
+    return CacheSize(own, reason, spec.num_blocks or max(math.ceil(own / block_size), shared), is_filled)
 
 
 class CacheRoom(NamedTuple):

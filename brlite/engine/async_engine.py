@@ -81,6 +81,9 @@ class EngineLoop:
     def __init__(self, engine: Engine, backend: Backend) -> None:
         self._engine = engine
         self._backend = backend
+        self.info: BackendInfo = engine.info
+        self.config: EngineConfig = engine.config
+        self.may_guess = engine.may_guess
         self.tokenizer = engine.tokenizer
         self.sampling_defaults = engine.sampling_defaults
         self.scoring_head = engine.scoring_head
@@ -105,18 +108,6 @@ class EngineLoop:
         self._backends = [backend] if engine.draft_model is None else [backend, engine.draft_model.backend]
         self._finalizer = weakref.finalize(self, close_dropped, type(self).__name__, self._backends)
         self._finalizer.atexit = False  # the end of the process gives everything back
-
-    @property
-    def info(self) -> BackendInfo:
-        return self._engine.info
-
-    @property
-    def config(self) -> EngineConfig:
-        return self._engine.config
-
-    @property
-    def may_guess(self) -> bool:
-        return self._engine.may_guess
 
     @property
     def stats(self) -> EngineStats:

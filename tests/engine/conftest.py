@@ -19,6 +19,8 @@ from brlite.errors import BrliteError
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend
 
+PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
+
 
 class Driver:
     """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise.

@@ -18,7 +18,15 @@ from brlite.engine.draft_model import FIRST_TRIAL_STEPS
 from brlite.engine.engine import Engine
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.engine.conftest import Driver
-from tests.engine.test_speculation import PATIENT, always_a, num_drafted, requests, run, stopping_token, without_timing
+from tests.engine.test_speculation import (
+    always_a,
+    engine_options,
+    num_drafted,
+    requests,
+    run,
+    stopping_token,
+    without_timing,
+)
 from tests.fakes import VOCAB_SIZE, ByteTokenizer, FakeBackend, printable_token, reference_tokens
 
 NextToken = Callable[[Sequence[int], int], int]
@@ -69,15 +77,7 @@ def test_outputs_are_the_same_with_and_without_a_draft_model(
     def fault(seq: ScheduledSeq) -> str | None:
         return "it failed" if failing and (seq.start + 1) % failing == 0 else None
 
-    options: dict[str, Any] = {
-        "budget": budget,
-        "limits": PATIENT,
-        "num_blocks": num_blocks,
-        "max_num_seqs": max_num_seqs,
-        "max_model_len": 64,
-        "max_draft_tokens": 16,
-        "next_token": stopping_token,
-    }
+    options = engine_options(num_blocks, max_num_seqs, budget)
     draft = FakeBackend(next_token=draft_token, num_blocks=num_draft_blocks, fault=fault)
     off = Driver(engine={"speculation": "off"}, **options)
     on = Driver(draft_backend=draft, draft_seconds=draft_seconds, **options)

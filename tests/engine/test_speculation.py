@@ -9,16 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brlite.config.options import LimitsConfig
 from brlite.engine.backend import CPU_ROWS, Batch
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.stats import EngineStats
-from tests.engine.conftest import Driver
+from tests.engine.conftest import PATIENT, Driver
 from tests.fakes import BLOCK_SIZE, EOS, printable_token, reference_tokens, repeating_token
 
 MakeDriver = Callable[..., Driver]
 
-PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
 LONG = {"num_blocks": 256, "max_model_len": 1024, "max_draft_tokens": 7}
 
 
@@ -59,6 +57,19 @@ requests = st.fixed_dictionaries(
 )
 
 
+def engine_options(num_blocks: int, max_num_seqs: int, budget: int) -> dict[str, Any]:
+    """Of an engine whose answers are compared with and without guesses."""
+    return {
+        "budget": budget,
+        "limits": PATIENT,
+        "num_blocks": num_blocks,
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": 64,
+        "max_draft_tokens": 16,
+        "next_token": stopping_token,
+    }
+
+
 def run(driver: Driver, asked: list[tuple[int, dict[str, Any]]]) -> dict[str, RequestOutput]:
     for num_steps, request in asked:
         driver.submit(**request)
@@ -85,15 +96,7 @@ def without_timing(output: RequestOutput) -> tuple[Any, ...]:
 def test_outputs_are_the_same_with_and_without(
     asked: list[tuple[int, dict[str, Any]]], num_blocks: int, max_num_seqs: int, budget: int, max_draft_tokens: int
 ) -> None:
-    options: dict[str, Any] = {
-        "budget": budget,
-        "limits": PATIENT,
-        "num_blocks": num_blocks,
-        "max_num_seqs": max_num_seqs,
-        "max_model_len": 64,
-        "max_draft_tokens": 16,
-        "next_token": stopping_token,
-    }
+    options = engine_options(num_blocks, max_num_seqs, budget)
     off = Driver(engine={"speculation": "off"}, **options)
     on = Driver(engine={"max_draft_tokens": max_draft_tokens}, **options)
 

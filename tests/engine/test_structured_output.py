@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from brlite.config.options import LimitsConfig
 from brlite.engine.backend import Batch, Undrawn
 from brlite.errors import EngineError, InvalidRequest
 from brlite.sampling_params import StructuredOutput
-from tests.engine.conftest import Driver
+from tests.engine.conftest import PATIENT, Driver
 from tests.fakes import EOS
 
 MakeDriver = Callable[..., Driver]
 
-PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
 ROOMY = {"num_blocks": 256, "max_model_len": 1024, "limits": PATIENT}
 PERSON = StructuredOutput(
     json_schema={

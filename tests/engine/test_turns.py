@@ -8,12 +8,10 @@ import pytest
 
 from brlite.config.options import LimitsConfig
 from brlite.errors import QueueFull, QueueTimeout
-from tests.engine.conftest import Driver
+from tests.engine.conftest import PATIENT, Driver
 from tests.fakes import reference_tokens
 
 MakeDriver = Callable[..., Driver]
-
-PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
 
 
 def submit_many(driver: Driver, count: int, **fields: object) -> list[str]:

@@ -109,7 +109,7 @@ async def test_the_cache_config_has_the_labels_of_the_seed(client: Client) -> No
 
 @pytest.mark.parametrize(("device", "share"), [("cuda:0 (a card)", "0.9"), ("cpu (a processor)", "None")])
 async def test_the_cache_config_says_which_share_of_a_card_is_taken(client: Client, device: str, share: str) -> None:
-    engine = client.engine._engine
+    engine = client.engine
     engine.info = msgspec.structs.replace(engine.info, name="torch", device=device)
 
     (sample,) = (await scrape(client))["vllm:cache_config_info"].samples
