@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
-from brlite.engine.backend import ScheduledSeq, SeqResult, Undrawn
+from brlite.engine.backend import SampledToken, ScheduledSeq, SeqResult, StepResult, Undrawn
 from brlite.engine.outputs import TokenLogprob
 from brlite.engine.request import Request, TokenCounts
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
@@ -416,6 +416,20 @@ def test_a_request_that_waited_too_long_ends_with_an_error(make_driver: MakeDriv
 
     assert isinstance(driver.errors[overdue], QueueTimeout)
     assert len(driver.token_ids(served)) == 20
+
+
+def test_a_request_that_an_error_ends_gets_no_token_of_that_step(make_driver: MakeDriver) -> None:
+    driver, taken = make_driver(), list[object]()
+    request = Request(request_id="two", prompt=None, prompt_token_ids=[1, 2], params=SamplingParams(n=2, max_tokens=9))
+    driver.engine.add_request(request, taken.append)
+    while len(batch := driver.engine.schedule().seqs) < 2:  # the prompt alone comes first
+        driver.engine.update(StepResult([SeqResult(seq.seq_id, [SampledToken(97)]) for seq in batch]))
+    taken.clear()
+
+    first, second = (seq.seq_id for seq in batch)
+    driver.engine.update(StepResult([SeqResult(first, [SampledToken(97)]), SeqResult(second, error="broken")]))
+
+    assert [type(each) for each in taken] == [EngineError]
 
 
 def test_eos_ends_a_completion_unless_it_is_ignored(make_driver: MakeDriver) -> None:
