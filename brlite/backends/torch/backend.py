@@ -163,7 +163,9 @@ class TorchBackend:
                     places[seq.seq_id] = len(rows)
                     rows += _drawing_rows(seq, first)
                     inputs += _draw_inputs(seq, seq.sampling)
-            drawn = draw(self._steps.logits(step, rows), inputs) if rows else torch.empty(0, dtype=torch.int64)
+            drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)  # fetched too: that waits for the step
+            if rows:
+                drawn = draw(self._steps.logits(step, rows), inputs)
             self._before = launched = QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
         return partial(self._fetch, launched)
 

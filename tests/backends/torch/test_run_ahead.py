@@ -12,6 +12,7 @@ import torch
 
 from brlite.backends.torch.backend import TorchBackend
 from brlite.backends.torch.device import DeviceRules
+from brlite.backends.torch.steps import ComputedStep
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     Batch,
@@ -106,6 +107,27 @@ def test_logits_processors_run_on_the_host_and_the_device_draws_for_the_others(b
     assert [token_of(seq) for seq in result.seqs] == [69, token_of(alone.seqs[0])]
     assert token_of(follow.seqs[0]) == 69
     assert (result.num_host_draws, alone.num_host_draws) == (1, 0)
+
+
+def test_a_step_that_draws_nothing_is_waited_for_on_its_device(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else chunks of a prompt would be queued without a limit, and their time would not be known."""
+    steps, card, fetched = backend._steps, torch.device("meta"), list[torch.device]()
+    forward = steps.forward
+
+    def compute(*arguments: Any) -> ComputedStep:
+        computed = forward(*arguments)
+        monkeypatch.setattr(steps, "device", card)  # a card's name, once the CPU has computed in its place
+        return computed
+
+    monkeypatch.setattr(steps, "forward", compute)
+    monkeypatch.setattr("brlite.backends.torch.backend.begin_fetch", lambda drawn: fetched.append(drawn.device))
+
+    backend.launch(Batch([msgspec.structs.replace(run(0, 0, [5, 6]), sampling=None)]))
+    backend._before = None
+
+    assert fetched == [card]
 
 
 def test_masks_are_waited_for_when_the_result_is(backend: TorchBackend) -> None:
