@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
@@ -172,9 +171,7 @@ class EngineLoop:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     def submit(self, request: Request, sink: Sink) -> None:

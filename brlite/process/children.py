@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from brlite.errors import EngineError
@@ -103,9 +102,7 @@ class ChildGroup:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         assert self._watcher.stdin is not None
         self._watcher.stdin.close()
         self._watcher.wait()

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from brlite.config.options import EngineConfig, ModelSpec
@@ -211,9 +210,7 @@ class ModelManager:
     async def __aenter__(self) -> ModelManager:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     async def _keep(self) -> None:
