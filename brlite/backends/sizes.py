@@ -30,7 +30,7 @@ from brlite.backends.torch.device import (
 from brlite.backends.torch.graph_memory import graph_bytes, most_rows
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import precision_made_for
-from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
+from brlite.checkpoint.checked_model import CheckedModel, check_spec, find_targets, settle_precision
 from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
@@ -138,7 +138,8 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
         return sizes_at(path, spec, engine)
     if spec.name != DEFAULT_MODEL:
         return None
-    return _with_draft(partial(measure, DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS), spec, engine)
+    model = describe_model(DEFAULT_MODEL_CONFIG, spec, DEFAULT_MODEL_FORMATS)
+    return _with_draft(partial(measure, model, spec, engine), spec, engine)
 
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
@@ -150,12 +151,9 @@ def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
 def measure_checkpoint(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of an open model, and of its draft model, if it has one that is used. Raises `ModelError`."""
     formats, made_for = checkpoint.formats(), precision_made_for(checkpoint)
-
-    def measure_served(reserved: int = 0) -> Sizes:
-        with naming(checkpoint.path):
-            return measure(checkpoint.config, spec, engine, formats, made_for=made_for, reserved=reserved)
-
-    return _with_draft(measure_served, spec, engine)
+    with naming(checkpoint.path):
+        model = describe_model(checkpoint.config, spec, formats, made_for)
+    return _with_draft(partial(measure, model, spec, engine), spec, engine)
 
 
 def _with_draft(measure_served: Callable[..., Sizes], spec: ModelSpec, engine: EngineConfig) -> Sizes:
@@ -176,27 +174,32 @@ def _with_draft(measure_served: Callable[..., Sizes], spec: ModelSpec, engine: E
     return msgspec.structs.replace(sizes, draft=draft)
 
 
-def measure(
+def describe_model(
     hf_config: Mapping[str, Any],
     spec: ModelSpec,
-    engine: EngineConfig,
     formats: Mapping[str, str] = NO_FORMATS,
-    *,
     made_for: PrecisionName | None = None,
-    reserved: int = 0,
-) -> Sizes:
-    """The sizes of a model with that config, on the backend that would compute it here.
+) -> CheckedModel:
+    """A model by its config alone: no tensor is looked for.
 
     `formats` are those of the checkpoint's tensors; a tensor without one is not quantized. `made_for` is a bundle's.
-    An automatic KV cache leaves `reserved` bytes of the memory to others.
     """
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     check_spec(spec, config)
     precision = settle_precision(spec.precision, formats, made_for)
-    holding = _find_holding(config, spec, engine, precision)
-    is_native, kv_dtype = holding.is_native, cache_dtype(precision, engine.dtype)
-    model = CheckedModel(config, list_parameters(config), family.weight_targets(config), set(), formats, precision)
+    targets = find_targets(family, config, formats)
+    return CheckedModel(config, list_parameters(config), targets, set(), formats, precision)
+
+
+def measure(model: CheckedModel, spec: ModelSpec, engine: EngineConfig, *, reserved: int = 0) -> Sizes:
+    """The sizes of a model on the backend that would compute it here.
+
+    An automatic KV cache leaves `reserved` bytes of the memory to others.
+    """
+    config = model.config
+    holding = _find_holding(config, spec, engine, model.precision)
+    is_native, kv_dtype = holding.is_native, cache_dtype(model.precision, engine.dtype)
     shards = [Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)]
     ranks, dtype = _rank_sizes(model, shards, holding, kv_dtype)
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
@@ -302,9 +305,9 @@ class CacheSize(NamedTuple):
 def _find_cache(config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]) -> CacheSize:
     """The context and the KV cache, of which `room` is the one that memory allows.
 
-    The default context is the model's own if the cache can hold one. The cache
-    then has `SHARED_TOKENS` for each sequence, at least one whole context, and at most half of the memory that the
-    weights leave, or `num_blocks`. On a card it takes all the memory that is left.
+    The default context is the model's own if the cache can hold one. The cache then has `SHARED_TOKENS` for each
+    sequence, at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`. On a
+    card it takes all the memory that is left.
     """
     if spec.build_seq:
         blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)

@@ -5,7 +5,7 @@ A broken model folder is refused in milliseconds, before torch is imported, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -53,11 +53,7 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
         family = find_family(checkpoint.config)
         config = family.read_config(checkpoint.config)
     check_spec(spec, config)
-    targets, shapes = family.weight_targets(config), checkpoint.shapes()
-    body = [name for name in targets if name.startswith(BODY)]
-    if not any(name in shapes for name in body) and any(name.removeprefix(BODY) in shapes for name in body):
-        # Embedding models are saved without this prefix.
-        targets = {name.removeprefix(BODY): target for name, target in targets.items()}
+    targets = find_targets(family, config, checkpoint.shapes())
     architecture = (checkpoint.config.get("architectures") or ("",))[0]
     has_scoring_head = architecture == family.scorer_architecture
     has_head = architecture != family.base_architecture and not has_scoring_head
@@ -69,6 +65,15 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     return CheckedModel(
         config, list_parameters(config), targets, ignored, formats, precision, has_head, has_scoring_head
     )
+
+
+def find_targets(family: Family, config: ModelConfig, names: Collection[str]) -> Mapping[str, WeightTarget]:
+    """Where each tensor goes, in a checkpoint that has those `names`. Embedding models are saved without `BODY`."""
+    targets = family.weight_targets(config)
+    body = [name for name in targets if name.startswith(BODY)]
+    if not any(name in names for name in body) and any(name.removeprefix(BODY) in names for name in body):
+        return {name.removeprefix(BODY): target for name, target in targets.items()}
+    return targets
 
 
 def scoring_labels(config: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 
 from brlite.backends import sizes
-from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, GIB, Sizes, measure
+from brlite.backends.sizes import (
+    DEFAULT_MODEL_CONFIG,
+    DEFAULT_MODEL_FORMATS,
+    GIB,
+    Sizes,
+    describe_model,
+    measure,
+)
 from brlite.backends.torch.device import RULES, CardMemory
 from brlite.config.options import Config, DraftConfig, EngineConfig, ModelSpec
 from brlite.llm import LLM
@@ -28,7 +36,11 @@ def a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(memory_gib: float, **spec: Any) -> Sizes:
-    return measure(DEFAULT_MODEL_CONFIG, ModelSpec(**spec), EngineConfig(memory_gib=memory_gib))
+    return measure_config(DEFAULT_MODEL_CONFIG, ModelSpec(**spec), EngineConfig(memory_gib=memory_gib))
+
+
+def measure_config(config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    return measure(describe_model(config, spec), spec, engine)
 
 
 def test_the_context_is_the_models_own_and_the_cache_no_larger_than_for_short_ones() -> None:
@@ -100,7 +112,7 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> dict[int, CardMemory]:
 
 
 def on_card(engine: dict[str, Any] | None = None, **spec: Any) -> Sizes:
-    return measure(LLAMA_8B, ModelSpec(**spec), EngineConfig(backend="torch", **(engine or {})))
+    return measure_config(LLAMA_8B, ModelSpec(**spec), EngineConfig(backend="torch", **(engine or {})))
 
 
 @pytest.mark.usefixtures("cards")
@@ -158,10 +170,22 @@ def test_what_a_card_does_with_guesses_is_known_before_a_model_is_loaded(
     assert (found.verifies_guesses, found.runs_ahead) == expected
 
 
+def test_the_quantized_tensors_of_an_embedding_model_are_found_without_their_prefix() -> None:
+    spec, engine = ModelSpec(), EngineConfig()
+    bare = {name.removeprefix("model."): each for name, each in DEFAULT_MODEL_FORMATS.items()}
+
+    found, expected = (
+        measure(describe_model(DEFAULT_MODEL_CONFIG, spec, formats), spec, engine)
+        for formats in (bare, DEFAULT_MODEL_FORMATS)
+    )
+
+    assert (found.weight_bytes, found.dtype) == (expected.weight_bytes, expected.dtype)
+
+
 def test_an_endless_context_is_asked_for_by_name() -> None:
     config = {**DEFAULT_MODEL_CONFIG, "max_position_embeddings": 10**6}
 
-    found = measure(config, ModelSpec(), EngineConfig())
+    found = measure_config(config, ModelSpec(), EngineConfig())
 
     assert found.context == 131_072
     assert "build_seq or --context may ask for more" in found.context_reason
