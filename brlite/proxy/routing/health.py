@@ -197,6 +197,8 @@ class _Check:
                 self._has_said_wrong_key = True
                 text = "upstream %s %s; api_key_env in its [[upstream]] table names the variable that holds it"
                 logger.warning(text, upstream.name, error)
+            else:
+                logger.debug("upstream %s: its list of models is not read: %s", upstream.name, error)
             return
         self._has_said_wrong_key = False
         for model in sorted(missing - upstream.missing.keys()):

@@ -259,7 +259,10 @@ async def test_what_it_lists_of_its_models_is_noted_by_its_own_names(start: Star
     [Answer(body=b"{"), Answer(body=b'{"data": [{"id": 1}]}'), Answer(body=b'"\xff"'), Answer(body=b"x" * 2**21), BAD],
     ids=["not JSON", "no list", "not UTF-8", "too long", "an error"],
 )
-async def test_a_list_that_cannot_be_read_harms_nothing(start: Start, eventually: Eventually, answer: Answer) -> None:
+async def test_a_list_that_cannot_be_read_harms_nothing(
+    start: Start, eventually: Eventually, caplog: pytest.LogCaptureFixture, answer: Answer
+) -> None:
+    caplog.set_level(logging.DEBUG, "brlite")
     async with GetServer({"/v1/models": answer}) as server:
         upstream = only(await start(server.url))
 
@@ -267,6 +270,7 @@ async def test_a_list_that_cannot_be_read_harms_nothing(start: Start, eventually
 
     assert upstream.is_healthy
     assert upstream.listed == {}
+    assert "its list of models is not read: " in caplog.text
 
 
 @pytest.mark.parametrize("status", [401, 403])
