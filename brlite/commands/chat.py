@@ -64,12 +64,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{argument} is for a model that is loaded here; with --url the server has its own")
     if args.api_key_env and not args.url:
         raise ConfigError("--api-key-env is for the server at --url, which is not given")
-    config = None if args.url else given_config(args)
-    given = given_sampling(args)
-    if config is None:
-        asyncio.run(chat_with_server(args.url, args.model, given_key(args.api_key_env), args.system, given))
+    if args.url:
+        key, given = given_key(args.api_key_env), given_sampling(args)
+        asyncio.run(chat_with_server(args.url, args.model, key, args.system, given))
     else:
-        asyncio.run(chat_with_model(config, args.system, given))
+        asyncio.run(chat_with_model(given_config(args), args.system, given_sampling(args)))
     return 0
 
 
@@ -246,11 +245,7 @@ async def _ask_server(
 ) -> AsyncGenerator[Piece, None]:
     """Send the parameters in `named`. For the others the server has its own defaults."""
     chosen = {name: value for name, value in msgspec.to_builtins(params).items() if name in named and value is not None}
-    body = {
-        "model": model,
-        "messages": msgspec.to_builtins(messages),
-        **chosen,
-    }
+    body = {"model": model, "messages": msgspec.to_builtins(messages), **chosen}
     num_tokens = 0
     async with aclosing(stream_chunks(session, f"{server}/v1/chat/completions", body)) as chunks:
         async for choices, num_so_far in chunks:

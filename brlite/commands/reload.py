@@ -167,13 +167,12 @@ class Reloader:
             self._is_asked.set()
 
     async def _follow(self) -> None:
-        watch = self._watch
         while True:
             with suppress(asyncio.TimeoutError):
                 await within(self._poll_seconds, self._is_asked.wait())
             try:
                 before = await self._elsewhere(self._stamps, "the config's files")
-                if watch.has_settled(before) or self._is_asked.is_set():
+                if self._watch.has_settled(before) or self._is_asked.is_set():
                     self._is_asked.clear()
                     try:
                         self._run_by(await self._elsewhere(self._read, "the config"))
@@ -181,7 +180,7 @@ class Reloader:
                         logger.error(STAYS, error)
                     # The next check finds changes made during the read. The new config may name another keys file.
                     after = await self._elsewhere(self._stamps, "the config's files")
-                    watch.loaded({path: before.get(path, stamp) for path, stamp in after.items()})
+                    self._watch.loaded({path: before.get(path, stamp) for path, stamp in after.items()})
             except ConfigError as error:
                 logger.error(STAYS, error)
 

@@ -57,8 +57,6 @@ HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-7
 INPUT_NAME, OUTPUT_NAME = "input_ids.1", "logits"
 BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
 MANUALS_MAX_SEQ = 8192
-
-
 VOCABULARY_FILE = "vocabulary.gguf"  # in bundles of older versions, which made no tokenizer.json of a GGUF file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # Files in folders of a model → their names in a bundle, which has no folders.

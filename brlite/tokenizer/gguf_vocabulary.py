@@ -30,16 +30,8 @@ from brlite.tokenizer.tokenizer import SpecialTokenIds, Tokenizer, TokenizerOpti
 # those of `_ENDS`, which have no other use, whatever type the converter gave them; those of `_CONTROL_ENDS` only if
 # they are control tokens.
 _ENDS = (
-    *(
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-    ),
+    *("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
+    *("<|return|>", "<|call|>"),
     *("<|eot|>", "<|EOT|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
 )
 _CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
