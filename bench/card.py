@@ -14,6 +14,11 @@
 `--first` runs, each in a process with a time limit: the checks, 2,000 random schedules, the speed of the 8B shape, its
 profile, the tiles of its products, and the 1B shape beside transformers. DIR gets a JSON file and the output of each.
 
+Not yet run on a card, in the order of what is most worth knowing: the kernels with helpers, and windows whose hidden
+positions are not loaded (`--check`); 10,000 schedules; steps of 1 to 64 rows since the host does less for each row; the
+tile of 4-bit gate and up in use, and tiles of 32 outputs for int8 at 1 row (`--tiles --precisions a_bf16_w_int8`);
+the bytes that graphs take (the start's log) against `graph_memory.py`, which assumes `DRIVER_BYTES` for each.
+
 Exit status: 0, or 1 if a check failed or a number could not be had.
 """
 

@@ -91,9 +91,12 @@ def _times(product: Product, form: str, num_rows: int, device: torch.device) -> 
     x = torch.randn((num_rows, product.num_inputs), device=device).bfloat16()
     used = kernels.choose_tile(num_rows, matrices[0], is_gated=product.is_gated)
     sizes = itertools.product((64, 128), (16, 32, 64, 128, 256), (64, 128), (3, 4), (4, 8))
-    if device.type == "cpu":
-        sizes = iter(())
-    for tile in {used, *(kernels.Tile(*each) for each in sizes if num_rows / 2 < each[1] <= max(16, 2 * num_rows))}:
+    few = itertools.product((32,), (16,), (128, 256), (3, 4), (2, 4))  # more programs, for int8 at one row
+    wanted = [each for each in (*sizes, *few) if num_rows / 2 < each[1] <= max(16, 2 * num_rows)]
+    parts = 1 if product.is_gated else kernels.num_parts(product.num_outputs, product.num_inputs)
+    segment = kernels.segment_size(product.num_inputs, parts)
+    tiles = {used, *(kernels.Tile(*each) for each in wanted if segment % each[2] == 0)}
+    for tile in {used} if device.type == "cpu" else tiles:
         for is_split in (False,) if product.is_gated else (False, True):
 
             def compute(tile: Any = tile, is_split: bool = is_split) -> None:

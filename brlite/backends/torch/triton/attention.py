@@ -5,7 +5,8 @@ tiles of BLOCK_KEYS (32 or 64, by head and card), with an online softmax (Milako
 results of the splits are merged in order. For single tokens one program computes a tile of rows over one split, and
 `merge_kernel` merges, so that a long context uses the whole card. For chunks one program computes all splits of a tile
 and merges them itself.
-Masked keys have a weight of exactly zero, so a row's result does not depend on the other rows of its tile.
+Masked keys have a weight of exactly zero, so a row's result does not depend on the other rows of its tile. Positions
+that no row of a tile sees are not loaded: zero times a value that is not finite would be NaN.
 """
 
 from __future__ import annotations
@@ -71,6 +72,23 @@ def _corrections(best, other_best):
 
 
 @triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """The first position that a row at `position` sees."""
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(0, position - WINDOW + 1)
+    return begin
+
+
+@triton.jit
+def _tile_rows(first_token, length, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Of each row of a tile the token of the span, the number in the group of query heads, and whether there is one."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    tokens = first_token + rows // GROUP
+    return tokens, rows % GROUP, (tokens < length) & (rows < BLOCK_ROWS // GROUP * GROUP)
+
+
+@triton.jit
 def _keys_seen(first_key, positions, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Which of BLOCK_KEYS keys from position `first_key` on each row sees: [BLOCK_ROWS, BLOCK_KEYS]."""
     key_positions = first_key + tl.arange(0, BLOCK_KEYS)
@@ -90,8 +108,8 @@ def _attend_split(
     table,
     kv_head,
     positions,
-    first,
-    last,
+    split,
+    begin,
     end,
     scale,
     WINDOW: tl.constexpr,
@@ -100,9 +118,10 @@ def _attend_split(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attention of q [BLOCK_ROWS, BLOCK_DIM] to the keys from position `first` to `last`; `end` is the context's.
+    """Attention of q [BLOCK_ROWS, BLOCK_DIM] to the keys of a split that a tile sees, of those from `begin` to `end`.
 
     Returns the largest scaled score of each row, the sum of the softmax weights relative to it, and that of the values.
     """
@@ -110,9 +129,13 @@ def _attend_split(
     best = tl.full([q.shape[0]], float("-inf"), tl.float32)
     weight = tl.zeros([q.shape[0]], tl.float32)
     values_sum = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
+    first = tl.maximum(split * SPLIT, begin // BLOCK_KEYS * BLOCK_KEYS)
+    last = tl.minimum((split + 1) * SPLIT, end)
     for first_key in tl.range(first, last, BLOCK_KEYS, num_stages=STAGES):
         key_positions = first_key + tl.arange(0, BLOCK_KEYS)
         is_key = key_positions < end
+        if WINDOW > 0:
+            is_key &= key_positions >= begin
         blocks = tl.load(table + key_positions // BLOCK_SIZE, mask=is_key, other=0)
         slots = (blocks.to(tl.int64) * BLOCK_SIZE + key_positions % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
         pages = slots[:, None] * HEAD_DIM + dims[None, :]
@@ -178,17 +201,12 @@ def attention_kernel(
     kv_head = tl.program_id(1)
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     seq = tl.load(tile_seqs + tile)
-    tokens = tl.load(tile_firsts + tile) + tl.arange(0, BLOCK_ROWS) // GROUP
     length = tl.load(lengths + seq)
     start = tl.load(starts + seq)
-    rows = (tl.load(first_rows + seq) + tokens).to(tl.int64)
-    is_row = (tokens < length) & (tl.arange(0, BLOCK_ROWS) < BLOCK_ROWS // GROUP * GROUP)
-    heads = kv_head * GROUP + tl.arange(0, BLOCK_ROWS) % GROUP
+    tokens, head_numbers, is_row = _tile_rows(tl.load(tile_firsts + tile), length, GROUP, BLOCK_ROWS)
     positions = start + tokens
+    begin = _first_seen(tl.min(positions, axis=0), WINDOW)
     end = tl.minimum(start + length, tl.max(positions, axis=0) + 1)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(0, tl.min(positions, axis=0) - WINDOW + 1)
     first_split = begin // SPLIT
     last_split = tl.cdiv(end, SPLIT)
     if IS_PART:
@@ -200,7 +218,7 @@ def attention_kernel(
 
     dims = tl.arange(0, BLOCK_DIM)
     is_place = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    places = rows * NUM_HEADS + heads
+    places = (tl.load(first_rows + seq) + tokens).to(tl.int64) * NUM_HEADS + kv_head * GROUP + head_numbers
     q = tl.load(query + places[:, None] * HEAD_DIM + dims[None, :], mask=is_place, other=0).to(DOT)
     total_best = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total_weight = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -208,9 +226,8 @@ def attention_kernel(
     for split in range(first_split, last_split):
         best, weight, values_sum = _attend_split(
             q, keys, values, key_scales, value_scales, tables + seq * table_width, kv_head, positions,
-            tl.maximum(split * SPLIT, begin // BLOCK_KEYS * BLOCK_KEYS), tl.minimum((split + 1) * SPLIT, end), end,
-            softmax_scale * 1.4426950408889634,
-            WINDOW, IS_INT8, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, STAGES,
+            split, begin, end, softmax_scale * 1.4426950408889634,
+            WINDOW, IS_INT8, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_KEYS, SPLIT, STAGES,
         )  # fmt: skip
         if IS_PART:
             total_best = best
@@ -250,13 +267,10 @@ def merge_kernel(
     dims = tl.arange(0, BLOCK_DIM)
     is_dim = dims < HEAD_DIM
     position = tl.load(positions + row)
-    begin = 0
-    if WINDOW > 0:
-        begin = tl.maximum(0, position - WINDOW + 1)
     total_best = tl.full([1], float("-inf"), tl.float32)
     total_weight = tl.zeros([1], tl.float32)
     total = tl.zeros([BLOCK_DIM], tl.float32)
-    for split in range(begin // SPLIT, position // SPLIT + 1):
+    for split in range(_first_seen(position, WINDOW) // SPLIT, position // SPLIT + 1):
         place = (split * num_singles + row).to(tl.int64) * NUM_HEADS + head
         best = tl.load(part_best + place + tl.zeros([1], tl.int32))
         weight = tl.load(part_weight + place + tl.zeros([1], tl.int32))

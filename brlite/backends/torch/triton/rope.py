@@ -33,6 +33,26 @@ def _head(
 
 
 @triton.jit
+def _pairs_of(dims, ROTARY_DIM: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """The dimension with which each is rotated."""
+    if IS_INTERLEAVED:
+        pairs = dims ^ 1
+    else:
+        pairs = tl.where(dims < ROTARY_DIM // 2, dims + ROTARY_DIM // 2, dims - ROTARY_DIM // 2)
+    return pairs
+
+
+@triton.jit
+def _rotated(heads, swapped, cos, sin, position, dims, ROTARY_DIM: tl.constexpr):
+    """A head at `position`; `swapped` has it with the values of its rotary pairs exchanged."""
+    is_turned = dims < ROTARY_DIM
+    angles = position.to(tl.int64) * ROTARY_DIM + dims
+    turned = heads * tl.load(cos + angles, mask=is_turned, other=0)
+    turned += swapped * tl.load(sin + angles, mask=is_turned, other=0)
+    return tl.where(is_turned, turned, heads)
+
+
+@triton.jit
 def _store(pages, scales, place, heads, dims, is_there, HEAD_DIM: tl.constexpr, IS_INT8: tl.constexpr):
     """Write a key or value head to its place in the cache, in int8 with one scale for the head."""
     if IS_INT8:
@@ -96,17 +116,11 @@ def store_heads_kernel(
             heads = heads * scale * tl.load(weight + dims, mask=is_there, other=0)
         if ROTARY_DIM > 0:
             is_turned = dims < ROTARY_DIM
-            if IS_INTERLEAVED:
-                pairs = dims ^ 1
-            else:
-                pairs = tl.where(dims < ROTARY_DIM // 2, dims + ROTARY_DIM // 2, dims - ROTARY_DIM // 2)
+            pairs = _pairs_of(dims, ROTARY_DIM, IS_INTERLEAVED)
             swapped = _head(qkv, bias, row, head * HEAD_DIM + pairs, is_turned, num_rows, SIZE, NUM_PARTS, HAS_BIAS)
             if HAS_NORM:
                 swapped = swapped * scale * tl.load(weight + pairs, mask=is_turned, other=0)
-            angles = tl.load(positions + row).to(tl.int64) * ROTARY_DIM + dims
-            turned = heads * tl.load(cos + angles, mask=is_turned, other=0)
-            turned += swapped * tl.load(sin + angles, mask=is_turned, other=0)
-            heads = tl.where(is_turned, turned, heads)
+            heads = _rotated(heads, swapped, cos, sin, tl.load(positions + row), dims, ROTARY_DIM)
     if head < NUM_HEADS:
         tl.store(query + (row * NUM_HEADS + head) * HEAD_DIM + dims, heads.to(tl.bfloat16), mask=is_there)
     else:

@@ -153,6 +153,25 @@ def test_splits_beyond_a_context_change_nothing(window: int) -> None:
     assert torch.equal(plain, captured)
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("window", [1, 20, 270])
+@pytest.mark.parametrize("span", [(300, 1), (290, 20)], ids=["single token", "chunk"])
+def test_positions_before_all_windows_may_hold_anything(span: tuple[int, int], window: int, is_int8: bool) -> None:
+    shape, runs = AttentionShape(4, 2, 16), make_runs([span])
+    pages = make_pages(shape, runs, is_int8=is_int8)
+    inputs = transfer(lay_out(runs, BLOCK_SIZE, tile_tokens(2)), torch.device("cpu"))
+    query = make_query(shape, inputs)
+    expected = attend(query, pages.layer, inputs, shape, window=window)
+
+    hidden = slots_of(runs[0])[: span[0] - window + 1]
+    layer = pages.layer
+    for part in (layer.key_scales, layer.value_scales) if is_int8 else (layer.keys, layer.values):
+        assert part is not None
+        part.flatten(0, 1)[hidden] = torch.nan
+
+    assert torch.equal(attend(query, layer, inputs, shape, window=window), expected)
+
+
 def test_a_split_is_longer_for_models_of_long_contexts() -> None:
     lengths = (40, 16_384, 16_385, 131_072)
     shapes = [AttentionShape.of(PLAIN_CONFIG, length, shared_memory=2**18) for length in lengths]

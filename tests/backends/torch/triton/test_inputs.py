@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
 import numpy as np
 import torch
@@ -133,6 +134,29 @@ def test_single_tokens_are_laid_out_alike_by_either_function(steps: list[list[To
                 assert str(getattr(one, name)) == str(getattr(other, name)), name
         assert one.tables.tolist() == [run.block_table + [0] * (30 - len(run.block_table)) for run in runs]
         assert found.rows == general.rows
+
+
+@given(st.randoms(use_true_random=False))
+def test_rows_of_many_steps_are_those_of_the_general_layout(random: Random) -> None:
+    """Sequences grow, wait, are preempted and come back under their number with other blocks, in other rows."""
+    tables, owned = TableRows(4, 8), dict[int, list[int]]()
+    for _ in range(25):
+        seq_id, action = random.randrange(6), random.random()
+        if action < 0.3:
+            owned.pop(seq_id, None)
+        elif action < 0.5 and seq_id in owned:
+            del owned[seq_id][random.randint(1, len(owned[seq_id])) :]
+        elif len(owned.setdefault(seq_id, [])) < 8:
+            owned[seq_id].append(random.randrange(100))
+        chosen = random.sample(sorted(owned), min(len(owned), random.randint(0, 4)))
+        runs = [TokenRun(random.randrange(4 * len(owned[number])), [number], owned[number]) for number in chosen]
+        runs += [TokenRun(0, [0], [99])] * (4 - len(runs))
+
+        found = transfer(lay_out_singles(runs, BLOCK_SIZE, tables), CPU)
+        general = transfer(lay_out(runs, BLOCK_SIZE, 1), CPU)
+
+        assert found.slots.tolist() == general.slots.tolist()
+        assert found.tables.tolist() == [run.block_table + [0] * (8 - len(run.block_table)) for run in runs]
 
 
 def test_a_table_that_its_owner_changes_in_place_is_taken_anew() -> None:

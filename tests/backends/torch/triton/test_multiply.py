@@ -11,6 +11,7 @@ from brlite.backends.torch.graph_memory import MAX_PARTS
 from brlite.backends.torch.parameters import GroupedLinear, Linear, Parameters
 from brlite.backends.torch.quantize import quantize_weight, random_codes, store_codes_
 from brlite.backends.torch.triton.multiply import (
+    FEW_GATED_INT4,
     MAX_NARROW_ROWS,
     SEGMENT_STEP,
     Matrix,
@@ -139,6 +140,21 @@ def test_gate_and_up_make_one_activation(num_rows: int, has_bias: bool, form: Ma
 
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), functional.silu(gate) * up, rtol=BFLOAT16_STEP, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_gate_and_up_of_4_bits_are_read_in_narrower_tiles(num_rows: int) -> None:
+    matrix, _ = make_matrix(2 * 70, 256, form="int4_zero")
+    x = random_rows(num_rows, 256)
+    tile = choose_tile(num_rows, matrix, is_gated=True)
+    wider = tile._replace(inputs=128, stages=3)
+
+    assert tile == FEW_GATED_INT4
+    assert choose_tile(num_rows, matrix) == wider._replace(stages=4)
+    assert choose_tile(17, matrix, is_gated=True).inputs == 128
+    torch.testing.assert_close(
+        multiply_gated(x, matrix).double(), multiply_gated(x, matrix, wider).double(), rtol=BFLOAT16_STEP, atol=1e-4
+    )  # numpy's products in the interpreter have other bits in other tiles
 
 
 def test_the_segments_of_a_matrix_hold_all_its_inputs_and_none_is_empty() -> None:
