@@ -266,7 +266,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: s
     ("schema", "reason"),
     [
         ({"anyOf": [{"type": "object"}]}, "#/anyOf"),
-        ({"type": "object", "properties": {"a b>": {}}}, "such a name"),
+        ({"type": "object", "properties": {"a b>": {}}}, "cannot contain the name"),
         ({"type": "object", "properties": {"a": {"type": "string", "pattern": "b"}}}, "#/properties/a/pattern"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "uri"}}}, "#/properties/a/format"),
         (
