@@ -8,7 +8,6 @@ result of the one before is read, so its device does not wait for the loop.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import uuid
 import weakref
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
@@ -198,7 +198,7 @@ class EngineLoop:
         if wish is None:
             return None
         self._check_loop()
-        return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
+        return await self._compiler.run(tenant, partial(self._engine.compiler.compile, wish))
 
     async def make_processors(self, params: SamplingParams, *, tenant: str = "") -> Processors | None:
         """The logits processors for `Request.processors`, made on a thread of their own: a factory may take long.
@@ -208,7 +208,7 @@ class EngineLoop:
         if not params.logits_processors:
             return None
         self._check_loop()
-        return await self._factories.run(tenant, functools.partial(self._engine.processor_maker.make, params))
+        return await self._factories.run(tenant, partial(self._engine.processor_maker.make, params))
 
     async def generate(
         self,
@@ -328,7 +328,7 @@ class EngineLoop:
             while waiting or running:
                 while waiting and len(running) < 2 * self.info.max_num_seqs:
                     request = waiting.popleft()
-                    self.submit(request, functools.partial(take, request.request_id))
+                    self.submit(request, partial(take, request.request_id))
                     running.add(request.request_id)
                 await changed.wait()
                 changed.clear()

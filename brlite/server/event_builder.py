@@ -51,14 +51,14 @@ class EventBuilder:
         The last event of a request has its warnings: every clamped value and every ignored field.
         """
         self.count(prompt_index, output)
-        usage = self.usage() if self._call.continuous_usage else None
         call = self._call
+        usage = self.usage() if call.continuous_usage else None
         first_choice = prompt_index * call.params.n
         events: list[Event] = []
         for completion in output.outputs:
             choice = first_choice + completion.index
             is_last = output.finished and completion is output.outputs[-1]
-            if self._call.is_echo_only:  # show no text of it, only the finish reason "length"
+            if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
             text, tokens = (completion.text, None) if self._is_plain else self._told(prompt_index, output, completion)
@@ -166,9 +166,9 @@ class EventBuilder:
                 events.append(Event(choice=event.choice, text="", calls=(part,)))
             elif isinstance(part, ReasoningDelta) and self._call.shows_reasoning:
                 events.append(Event(choice=event.choice, text="", reasoning=part.text))
-        is_plain = bool(events) and bool(events[-1].text)
-        if not (event.finish_reason is None and (events or event.tokens is None)) and not is_plain:
-            events.append(Event(choice=event.choice, text=""))  # the finish reason does not travel with a call
+        has_more = event.finish_reason is not None or (event.tokens is not None and not events)
+        if has_more and not (events and events[-1].text):  # the finish reason does not travel with a call
+            events.append(Event(choice=event.choice, text=""))
         if events:
             reason = event.finish_reason
             ends_with_calls = reason == "stop" and parser.has_calls and not replies.is_named

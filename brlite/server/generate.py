@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import functools
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -233,7 +232,7 @@ class Delivery:
         for index, request in enumerate(made.requests):
             if key.weight != 1 or priority:
                 request = msgspec.structs.replace(request, weight=key.weight, priority=priority)
-            engine.submit(request, functools.partial(self._receive, index))
+            engine.submit(request, partial(self._receive, index))
         warnings = (*self._call.warnings, *made.warnings, *made.truncations, *raised)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
