@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from brlite.backends.native.abi import ISAS
 from brlite.backends.plugins.toy import ToyOptions
 from brlite.chat.tool_calls import PARSERS
 from brlite.commands import cli, conversation
@@ -312,6 +313,12 @@ def test_the_environment_variables_are_those_of_the_code() -> None:
     section = PAGES["cli"].split("## Environment variables", 1)[1]
 
     assert set(re.findall(r"`(BRLITE_\w+)`", section)) == set(re.findall(r'"(BRLITE_[A-Z_]+)"', code))
+
+
+def test_the_page_of_devices_has_every_instruction_set() -> None:
+    section = PAGES["devices"].split("## CPU kernels", 1)[1].split("\n\n", 2)[1]
+
+    assert set(re.findall(r"`([a-z]\w+)`", section)) == set(ISAS)
 
 
 def test_the_toys_options_are_those_of_the_code() -> None:

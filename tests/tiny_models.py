@@ -26,6 +26,7 @@ from bench.measuring.tiny_models import (
     write_model,
 )
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
+from brlite.models.registry import find_family
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ __all__ = [
     "LLAMA",
     "LLAMA3",
     "MISTRAL",
+    "NETWORKS",
     "PHI3",
     "QWEN2",
     "QWEN3",
@@ -51,6 +53,15 @@ __all__ = [
     "write_model",
     "write_tiny_model",
 ]
+
+
+def _kind_of_network(name: str) -> tuple[str, bool]:
+    config = find_family(TINY_CONFIGS[name]).read_config(TINY_CONFIGS[name])
+    return TINY_CONFIGS[name]["model_type"], any(config.window(layer) for layer in range(config.num_layers))
+
+
+# The first tiny model of each family without and with a sliding window: for what takes too long with all of them.
+NETWORKS = tuple({_kind_of_network(name): name for name in reversed(TINY_CONFIGS)}.values())
 
 
 def tiny_tensors(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, AutoModel
 
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.torch.backend import TorchBackend
@@ -22,10 +22,10 @@ from brlite.sampling_params import SamplingParams
 from tests.backends.native_models import MODELS, load_native, make_checkpoint, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.load_plans import make_plan
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import NETWORKS, TINY_CONFIGS, write_tiny_model
 
 # transformers computes these itself; the others' code comes with the model.
-FAMILIES = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen3", "smollm3", "phi3")
+FAMILIES = [name for name in ("llama-tied", *NETWORKS) if TINY_CONFIGS[name]["model_type"] in CONFIG_MAPPING]
 LENGTH = 90
 CHUNKS = ([LENGTH], [1, 16, 40, 33], [LENGTH - 1, 1], [15, 17, 58])
 SPEC = ModelSpec(name="tiny", build_seq=128, build_batch=3)

@@ -4,6 +4,7 @@ itself: chunked, cached, batched, quantized."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from brlite.backends.torch.decoder import Decoder
 from brlite.models.config import KVDtype
 from brlite.models.precision import PrecisionName
+from brlite.models.registry import FAMILIES, find_family
+from tests.backends.native_models import MODELS
 from tests.models import reference_baichuan, reference_chatglm
 from tests.models.steps import BLOCK_SIZE, LENGTH, Runner, load_tiny, random_ids
-from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model
+from tests.tiny_models import NETWORKS, TINY_CONFIGS, tiny_tensors, write_tiny_model
 
 NUM_BLOCKS = LENGTH // BLOCK_SIZE
 SCATTERED = list(range(2 * NUM_BLOCKS, 0, -2))
-FAMILIES = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3", "smollm3", "phi3", "baichuan", "chatglm"]
 REFERENCES = {"baichuan": reference_baichuan.logits, "chatglm": reference_chatglm.logits}
 
 
@@ -41,9 +43,16 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=NETWORKS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return load_tiny(request.param)
+
+
+@pytest.mark.parametrize("configs", [TINY_CONFIGS, MODELS], ids=["tiny", "native"])
+def test_every_family_has_models_for_the_tests(configs: dict[str, dict[str, Any]]) -> None:
+    found = {find_family(config).model_type for config in configs.values()}
+
+    assert found == {family.model_type for family in FAMILIES}
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
@@ -128,7 +137,7 @@ def test_an_unwritten_slot_of_a_reused_block_never_shows_even_if_a_nan_was_there
     assert max_difference(logits, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     ("precision", "kv_dtype", "allowed"), [("a_bf16_w_int8", "float32", 0.05), ("a_bf16_w_int8_kv_int8", "int8", 0.08)]
 )
@@ -151,7 +160,7 @@ def test_int8_cache_gives_chunked_prompts_the_same_logits_as_whole_ones(decoder:
     assert max_difference(logits, expected) <= 3e-2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_computes_nearly_what_float32_does(name: str) -> None:
     token_ids = random_ids()
     expected = Runner(load_tiny(name)).whole(token_ids, SCATTERED)

@@ -62,6 +62,15 @@ def test_a_constant_is_that_of_the_header(name: str) -> None:
     assert re.findall(rf"#define BRLITE_{name} (\d+)", HEADER) == [str(CONSTANTS[name])]
 
 
+def test_the_instruction_sets_of_cpp_are_in_the_order_of_python() -> None:
+    table, kernels = ((SOURCES / name).read_text(encoding="utf-8") for name in ("isas.cpp", "kernels.h"))
+    [rows] = re.findall(r"constexpr Isa ISAS\[\w+\] = (.*?);", table, re.DOTALL)
+
+    assert re.findall(r"(\w+)_kernels", rows) == list(abi.ISAS)
+    assert re.findall(r"Kernels\* (\w+)_kernels\(\);", kernels) == list(abi.ISAS)
+    assert {path.stem for path in SOURCES.glob("isa_*.cpp")} == {f"isa_{name}" for name in abi.ISAS}
+
+
 @pytest.mark.parametrize(
     ("enum", "names"),
     [
