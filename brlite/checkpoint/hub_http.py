@@ -175,6 +175,4 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
 def _said(error: object) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return reason(error) if isinstance(error, BaseException) else one_line(error)

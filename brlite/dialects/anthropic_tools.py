@@ -14,7 +14,6 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries
 from brlite.dialects.openai_tools import (
-    FunctionName,
     ToolChoiceObject,
     ToolDefinition,
     ToolFields,
@@ -75,7 +74,7 @@ def decode_messages_tools(
     if choice is not None:
         wanted = "required" if choice.type == "any" else choice.type
         if choice.type == "tool":
-            wanted = ToolChoiceObject("function", function=FunctionName(choice.name or ""))
+            wanted = ToolChoiceObject(type="function", name=choice.name)
     fields = ToolFields(
         tools=definitions or (None if given is None else []),
         tool_choice=wanted,

@@ -1,15 +1,15 @@
 """Converts the messages of Anthropic's API, which are lists of blocks, to the turns of a chat.
 
 Consecutive messages of one role become one turn, as in Anthropic's API. Each tool result becomes a separate turn before
-the text of its message. Blocks made by Anthropic's servers are left out with a warning; images and documents are
-refused.
+the text of its message. Documents and search results are read if they are text. Blocks made by Anthropic's servers are
+left out with a warning; images and files are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct, field
@@ -18,6 +18,8 @@ from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_json
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
+
+T = TypeVar("T")
 
 # Blocks that Anthropic's servers add to an answer. They are left out; the model gets only the assistant's text.
 DROPPED_BLOCKS = frozenset(
@@ -42,7 +44,7 @@ TOOL_USE_PREFIX = "toolu_"
 
 
 class InputBlock(Struct):
-    """A block of any type. Other keys (`cache_control`, `citations`, `signature`, `caller`) are ignored."""
+    """A block of any type. Other keys (`cache_control`, `signature`, `caller`) are ignored."""
 
     type: str
     text: str | None = None
@@ -53,6 +55,22 @@ class InputBlock(Struct):
     tool_use_id: str | None = None
     content: Raw = field(default_factory=lambda: Raw(b"null"))
     is_error: bool | None = None
+    source: Raw = field(default_factory=lambda: Raw(b"null"))
+    title: str | None = None
+    context: str | None = None
+    citations: Raw = field(default_factory=lambda: Raw(b"null"))
+
+
+class DocumentSource(Struct):
+    """The text of a document: `data` of the type text, `content` of the type content."""
+
+    type: str
+    data: str | None = None
+    content: str | list[InputBlock] | None = None
+
+
+class Citations(Struct):
+    enabled: bool = False
 
 
 class InputMessage(Struct):
@@ -61,6 +79,9 @@ class InputMessage(Struct):
 
 
 _CONTENT = msgspec.json.Decoder(str | list[InputBlock] | None)
+_ADDRESS = msgspec.json.Decoder(str | None)
+_SOURCE = msgspec.json.Decoder(DocumentSource)
+_CITATIONS = msgspec.json.Decoder(Citations | None)
 
 
 class TurnReader:
@@ -101,17 +122,41 @@ class TurnReader:
                     if block.type == "tool_result":
                         results.append(self._result(block, f"{param}.{at}"))
                     elif not self._is_dropped(block):
-                        user_texts.append(_text(block, f"{param}.{at}"))
+                        user_texts.append(self._text(block, f"{param}.{at}"))
             self.turns += results
             if user_texts or not results:
                 self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
 
     def _texts(self, content: str | Sequence[InputBlock], param: str) -> list[str]:
-        """The texts of content. Raises `InvalidRequest` for a block that is neither text nor one to leave out."""
+        """The texts of content. Raises `InvalidRequest` for a block without text that is not one to leave out."""
         if isinstance(content, str):
             return [content]
         blocks = enumerate(content)
-        return [_text(block, f"{param}.{at}") for at, block in blocks if not self._is_dropped(block)]
+        return [self._text(block, f"{param}.{at}") for at, block in blocks if not self._is_dropped(block)]
+
+    def _text(self, block: InputBlock, param: str) -> str:
+        """The text of a block: that of a document or search result has its title, and its context or address, first."""
+        if block.type not in ("document", "search_result"):
+            return _plain_text(block, param)
+        if block.type == "search_result":
+            about, place = _decoded(block.source, _ADDRESS, f"{param}.source"), f"{param}.content"
+            content = _decoded(block.content, _CONTENT, place)
+        else:
+            source, about = _decoded(block.source, _SOURCE, f"{param}.source"), block.context
+            if source.type not in ("text", "content"):
+                raise not_supported(
+                    f"{param}.source", f": its type is {excerpt(source.type)}, and this server takes text only"
+                )
+            key, content = ("data", source.data) if source.type == "text" else ("content", source.content)
+            place = f"{param}.source.{key}"
+        if content is None:
+            raise InvalidRequest(f"{place}: Field required", param=place)
+        if (citations := _decoded(block.citations, _CITATIONS, f"{param}.citations")) and citations.enabled:
+            self.warnings["citations are not made: the answer has none"] = None
+        blocks = [InputBlock("text", content)] if isinstance(content, str) else content
+        texts = [_plain_text(each, f"{place}.{at}") for at, each in enumerate(blocks)]
+        inner = "\n".join(filter(None, (block.title, about, *texts)))
+        return f"<{block.type}>\n{inner}\n</{block.type}>"
 
     def _result(self, block: InputBlock, param: str) -> dict[str, Any]:
         if block.tool_use_id not in self._call_ids:
@@ -120,10 +165,7 @@ class TurnReader:
                 "message before it",
                 param=f"{param}.tool_use_id",
             )
-        try:
-            content = decode_json(bytes(block.content), _CONTENT)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"{param}.content: {error}", param=f"{param}.content") from None
+        content = _decoded(block.content, _CONTENT, f"{param}.content")
         text = "\n".join(self._texts(content or "", f"{param}.content"))
         if block.is_error:
             text = f"Error: {text}"
@@ -142,7 +184,7 @@ class TurnReader:
                 elif block.type == "tool_use":
                     calls.append(self._call(block, f"{param}.{at}"))
                 elif not self._is_dropped(block):
-                    parts.append(_text(block, f"{param}.{at}"))  # citations split a sentence into blocks
+                    parts.append(self._text(block, f"{param}.{at}"))  # citations split a sentence into blocks
             texts.append("".join(parts))
         turn: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
         if any(thoughts):
@@ -170,7 +212,14 @@ class TurnReader:
         return True
 
 
-def _text(block: InputBlock, param: str) -> str:
+def _decoded(raw: Raw, decoder: msgspec.json.Decoder[T], param: str) -> T:
+    try:
+        return decode_json(bytes(raw), decoder)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{param}: {error}", param=param) from None
+
+
+def _plain_text(block: InputBlock, param: str) -> str:
     if block.type != "text":
         raise not_supported(param, f": its type is {excerpt(block.type)}, and this server takes text only")
     if block.text is None:

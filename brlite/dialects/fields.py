@@ -314,7 +314,7 @@ OF_ONE_ENDPOINT = (
     Field("parallel_tool_calls include_reasoning separate_reasoning", (OPENAI, VLLM, SGLANG), None),  # need a chat
     Field("reasoning_effort", (OPENAI,), ("medium",), "/v1/chat/completions"),
     Field("chat_template_kwargs", (VLLM,), ({},), "/v1/chat/completions"),
-    Field("prompt", (OPENAI,), ("", []), "/v1/completions"),
+    Field("prompt", (OPENAI,), ("", []), "input or messages: no prompts are stored here; or /v1/completions"),
     Field("input_prefix input_suffix", (LLAMA_CPP,), ("",), "/infill"),
     Field("input_extra", (LLAMA_CPP,), ([],), "/infill"),
     Field("return_tokens", (LLAMA_CPP,), (False,), "return_token_ids"),

@@ -6,6 +6,7 @@ struct or `InvalidRequest`. No endpoint is treated specially: the decoder's stru
 
 from __future__ import annotations
 
+import re
 from typing import Generic, TypeVar
 
 import msgspec
@@ -18,6 +19,8 @@ from brlite.files.text_file import BYTE_ORDER_MARK, other_encoding
 T = TypeVar("T")
 
 _REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
+# A pair of surrogates, half of one (the group), or any other escape.
+_ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
 _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -63,7 +66,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         param = fault.path if fault.unknown is None else join_path(fault.path, fault.unknown)
         raise InvalidRequest(text, param=param or None) from None
     except msgspec.DecodeError as error:
-        raise _not_json(other_encoding(body) or str(error) if body else "it is empty") from None
+        raise _not_json(_reason(body, error)) from None
     except UnicodeDecodeError:
         raise _not_json(other_encoding(body) or "it is not valid UTF-8") from None
     except RecursionError:
@@ -96,6 +99,18 @@ def check_num_entries(param: str, num_entries: int, limits: LimitsConfig, key: s
 def decode_fields(body: bytes) -> dict[str, msgspec.Raw]:
     """The top-level fields of a JSON object, their values still encoded. Raises as `decode_json` does."""
     return decode_json(body, _TOP_LEVEL)
+
+
+def _reason(body: bytes, error: msgspec.DecodeError) -> str:
+    """Why bytes are not JSON. msgspec calls half a surrogate pair at the end of a string truncated data."""
+    if not body:
+        return "it is empty"
+    if "surrogate" in str(error) or "truncated" in str(error):
+        half = next((found for found in _ESCAPE.finditer(body) if found[1]), None)
+        if half is not None and half.end() < len(body):
+            escape = half[1].decode("ascii", "replace")
+            return f"{escape} at byte {half.start()} is half of a surrogate pair, which is not a character"
+    return other_encoding(body) or str(error)
 
 
 def _not_json(reason: str) -> InvalidRequest:

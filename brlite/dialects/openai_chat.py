@@ -53,6 +53,7 @@ from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's roles; a template may refuse some
+MAY_BE_SILENT = ("assistant", "tool", "function")  # clients send null for a turn without text and an empty result
 FUNCTION_CALL_ID = "call_function"  # for a call in the older `function_call` form, which has no id
 
 
@@ -291,7 +292,9 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
     if calls and message.role != "assistant":
         raise InvalidRequest(f"{param}.tool_calls needs the role assistant", param=f"{param}.tool_calls")
     if content is None and not calls:
-        raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
+        if message.role not in MAY_BE_SILENT:
+            raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
+        content = ""
     plain: dict[str, Any] = {"role": message.role, "content": content}
     if isinstance(content, list):
         texts = [_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]

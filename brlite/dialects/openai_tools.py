@@ -32,21 +32,48 @@ class FunctionName(Struct):
     name: str
 
 
-class AllowedTool(Struct):
+class ChosenTool(Struct, kw_only=True):
+    """A tool by its name: in `function` in a chat, flat in the Responses API. Both APIs read both shapes."""
+
     type: str = "function"
     function: FunctionName | None = None
-    name: str | None = None  # set in the Responses API's shape
+    name: str | None = None
+    namespace: str | None = None
+
+    @property
+    def own_name(self) -> str:
+        """The client's name of the tool. "" if the choice has none."""
+        return (self.function.name if self.function else self.name) or ""
+
+    @property
+    def full_name(self) -> str:
+        """The tool's name for the model."""
+        return flat_name(self.namespace, self.own_name) if self.own_name else ""
 
 
 class AllowedTools(Struct):
     mode: Literal["auto", "required"]
-    tools: list[AllowedTool]
+    tools: list[ChosenTool]
 
 
-class ToolChoiceObject(Struct):
+class ToolChoiceObject(ChosenTool, kw_only=True):
+    """A tool, or the allowed tools: those are in `allowed_tools` in a chat, flat in the Responses API."""
+
     type: str
-    function: FunctionName | None = None
     allowed_tools: AllowedTools | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[ChosenTool] | None = None
+
+    @property
+    def allowed(self) -> AllowedTools | None:
+        if self.allowed_tools is None and self.mode is not None and self.tools is not None:
+            return AllowedTools(self.mode, self.tools)
+        return self.allowed_tools
+
+
+def flat_name(namespace: str | None, name: str) -> str:
+    """A tool's name for the model. It includes the namespace, because templates have none."""
+    return f"{namespace}.{name}" if namespace else name
 
 
 class CalledFunction(Struct):
@@ -159,17 +186,19 @@ def _choice(body: ToolFields, names: Collection[str]) -> ToolChoice:
         raise InvalidRequest(f"{param} must be none, auto, required or an object, got {excerpt(choice)}", param=param)
     if isinstance(choice, FunctionName):
         return ToolChoice(mode="required", names=_known([choice.name], names, param), is_named=True, parallel=False)
-    if choice.type == "function" and choice.function is not None:
-        known = _known([choice.function.name], names, param)
+    if choice.type in ("function", "custom") and choice.full_name:
+        known = _known([choice.full_name], names, param)
         return ToolChoice(mode="required", names=known, is_named=True, parallel=False)
-    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
-        listed = [tool.function.name if tool.function else tool.name or "" for tool in choice.allowed_tools.tools]
-        if not listed:
-            raise InvalidRequest("tool_choice.allowed_tools.tools is empty", param="tool_choice.allowed_tools.tools")
-        known = _known(listed, names, "tool_choice.allowed_tools.tools")
-        return ToolChoice(mode=choice.allowed_tools.mode, names=known, parallel=parallel)
-    raise InvalidRequest(
-        f'{param} must be {{"type": "function", "function": {{"name": ...}}}} or allowed_tools', param=param
+    if choice.type == "allowed_tools" and choice.allowed is not None:
+        param = "tool_choice.tools" if choice.allowed_tools is None else "tool_choice.allowed_tools.tools"
+        if not choice.allowed.tools:
+            raise InvalidRequest(f"{param} is empty", param=param)
+        known = _known([tool.full_name for tool in choice.allowed.tools], names, param)
+        return ToolChoice(mode=choice.allowed.mode, names=known, parallel=parallel)
+    raise not_supported(
+        param,
+        f": its type is {excerpt(choice.type)}; allowed: function or custom with a name, allowed_tools with mode "
+        "and tools",
     )
 
 

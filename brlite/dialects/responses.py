@@ -24,6 +24,7 @@ from brlite.dialects.openai import (
     sampling_params,
     take_undecoded,
 )
+from brlite.dialects.openai_tools import ToolChoiceObject
 from brlite.dialects.responses_encoder import (
     ID_PREFIX,
     ResponseGeneration,
@@ -32,7 +33,7 @@ from brlite.dialects.responses_encoder import (
 )
 from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
 from brlite.dialects.responses_stored import FinishedResponse
-from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
+from brlite.dialects.responses_tools import decode_response_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 from brlite.sampling_params import SamplingParams, StructuredOutput
@@ -95,7 +96,7 @@ class ResponsesRequest(GenerationFields, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     tools: list[Raw] | None = None
-    tool_choice: str | ResponseToolChoice | None = None
+    tool_choice: str | ToolChoiceObject | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: dict[str, str] | None = None

@@ -19,6 +19,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_value, missing_field
 from brlite.dialects.openai_chat import ContentPart
+from brlite.dialects.openai_tools import flat_name
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -157,7 +158,8 @@ class ItemReader:
     def _message(self, item: InputItem, param: str) -> None:
         if item.role not in ROLES:
             raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
-        text = _text(item.content, f"{param}.content")
+        content = "" if item.content is None and item.role == "assistant" else item.content  # as in chats
+        text = _text(content, f"{param}.content")
         if item.role != "assistant":
             self.turns.append({"role": item.role, "content": text})
             return
@@ -200,7 +202,9 @@ class ItemReader:
                 "previous_response_id of the response that has it",
                 param=f"{param}.call_id",
             )
-        self.turns.append({"role": "tool", "tool_call_id": call_id, "content": _text(item.output, f"{param}.output")})
+        self.turns.append(
+            {"role": "tool", "tool_call_id": call_id, "content": _text(item.output or "", f"{param}.output")}
+        )
 
     def _assistant_turn(self) -> dict[str, Any]:
         """The last turn if it is the assistant's, else a new one."""
@@ -212,11 +216,6 @@ class ItemReader:
         turn: dict[str, Any] = {"role": "assistant", "content": ""}
         self.turns.append(turn)
         return turn
-
-
-def flat_name(namespace: str | None, name: str) -> str:
-    """A tool's name for the model. It includes the namespace, because templates have none."""
-    return f"{namespace}.{name}" if namespace else name
 
 
 def custom_arguments(text: str) -> str:

@@ -6,7 +6,7 @@ string.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -16,15 +16,12 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries, decode_value, missing_field
 from brlite.dialects.openai_tools import (
-    AllowedTool,
-    AllowedTools,
-    FunctionName,
     ToolChoiceObject,
     ToolDefinition,
     ToolFields,
     decode_tools,
+    flat_name,
 )
-from brlite.dialects.responses_items import flat_name
 from brlite.files.quoting import excerpt
 
 # Tools that are left out. Their use is optional, so an answer without them is valid. The other hosted tools reach the
@@ -58,20 +55,6 @@ class ResponseTool(Struct, kw_only=True):
     tools: list[ResponseTool] | None = None
 
 
-class ChosenTool(Struct):
-    type: str = "function"
-    name: str | None = None
-    namespace: str | None = None
-
-
-class ResponseToolChoice(Struct, kw_only=True):
-    type: str
-    name: str | None = None
-    namespace: str | None = None
-    mode: Literal["auto", "required"] | None = None
-    tools: list[ChosenTool] | None = None
-
-
 class CalledTool(Struct, frozen=True):
     """The client's name and namespace of a tool that the model called."""
 
@@ -100,7 +83,7 @@ _TOOL = msgspec.json.Decoder(ResponseTool)
 
 def decode_response_tools(
     raw_tools: list[msgspec.Raw] | None,
-    choice: str | ResponseToolChoice | None,
+    choice: str | ToolChoiceObject | None,
     *,
     is_parallel: bool | None,
     limits: LimitsConfig,
@@ -126,11 +109,11 @@ def decode_response_tools(
                 warnings[f"the grammar of the tool {names.name} is told to the model and not enforced"] = None
     fields = ToolFields(
         tools=definitions or (None if raw_tools is None else []),
-        tool_choice=_choice(choice),
+        tool_choice=choice,
         parallel_tool_calls=is_parallel,
     )
     tools, decoded_choice = decode_tools(fields, limits)
-    if choice == "required" and warnings and not tools:
+    if choice not in (None, "none", "auto") and warnings and not tools:
         raise not_supported("tools", f": a call is required, and {', '.join(warnings)}")
     return ResponseTools(
         tools=() if decoded_choice.mode == "none" else tools,
@@ -160,22 +143,6 @@ def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[
     return function, CalledTool(tool.name, namespace, True)
 
 
-def _choice(choice: str | ResponseToolChoice | None) -> str | ToolChoiceObject | None:
-    """The tool choice in the shape of chats, which have the same rules."""
-    if choice is None or isinstance(choice, str):
-        return choice
-    if choice.type in ("function", "custom") and choice.name:
-        return ToolChoiceObject("function", function=FunctionName(flat_name(choice.namespace, choice.name)))
-    if choice.type == "allowed_tools" and choice.mode and choice.tools is not None:
-        listed = [AllowedTool(name=flat_name(tool.namespace, tool.name or "")) for tool in choice.tools]
-        return ToolChoiceObject("allowed_tools", allowed_tools=AllowedTools(choice.mode, listed))
-    raise not_supported(
-        "tool_choice",
-        f": its type is {excerpt(choice.type)}; allowed: function or custom with a name, allowed_tools with mode "
-        "and tools",
-    )
-
-
 def _shown(tool: ResponseTool) -> dict[str, Any]:
     """The tool as the response echoes it, with every field that its type requires."""
     if tool.type == "function":
@@ -193,10 +160,10 @@ def _shown(tool: ResponseTool) -> dict[str, Any]:
     }
 
 
-def _shown_choice(choice: str | ResponseToolChoice | None) -> str | dict[str, Any]:
+def _shown_choice(choice: str | ToolChoiceObject | None) -> str | dict[str, Any]:
     if choice is None or isinstance(choice, str):
         return choice or "auto"
-    if choice.type == "allowed_tools":
-        tools = [{"type": tool.type, "name": tool.name} for tool in choice.tools or ()]
-        return {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
-    return {"type": choice.type, "name": choice.name}
+    if choice.type == "allowed_tools" and choice.allowed is not None:
+        tools = [{"type": tool.type, "name": tool.own_name} for tool in choice.allowed.tools]
+        return {"type": "allowed_tools", "mode": choice.allowed.mode, "tools": tools}
+    return {"type": choice.type, "name": choice.own_name}

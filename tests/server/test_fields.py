@@ -546,6 +546,17 @@ async def test_what_came_with_another_servers_answer_may_come_back(client: Clien
     assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(b"assistant:y\n", 8)).decode()
 
 
+@pytest.mark.parametrize("turn", [{"content": None}, {}])
+@pytest.mark.parametrize("role", ["assistant", "tool"])
+async def test_a_turn_that_says_nothing_is_empty_text(client: Client, turn: dict[str, Any], role: str) -> None:
+    answers = [
+        (await client.post(CHAT, chat_body(messages=[{"role": role, **each}])))[1] for each in (turn, {"content": ""})
+    ]
+
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert "warnings" not in answers[0]
+
+
 async def test_a_refusal_in_the_history_is_what_was_said(client: Client) -> None:
     turn = {"role": "assistant", "content": None, "refusal": "y"}
     part = {"role": "assistant", "content": [{"type": "refusal", "refusal": "y"}]}

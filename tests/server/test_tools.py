@@ -168,6 +168,21 @@ async def test_a_named_function_is_called_and_ends_with_stop(serve: Ask) -> None
     assert calls_of(choice.message) == [("get_weather", '{"city":"Paris","days":2}')]
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "function", "name": "now"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "now"}]},
+    ],
+)
+async def test_a_tool_choice_in_the_shape_of_responses_is_read(serve: Ask, choice: Any) -> None:
+    client = await serve()
+
+    forced = (await ask(client, "I would rather talk.", tool_choice=choice, max_tokens=400)).choices[0]
+
+    assert calls_of(forced.message)[0] == ("now", "{}")
+
+
 @pytest.mark.parametrize("text", [CALL_NOW, "I would rather talk."])
 async def test_a_call_is_forced_whatever_the_model_would_say(serve: Ask, text: str) -> None:
     client = await serve()
@@ -290,6 +305,8 @@ async def test_reasoning_is_told_apart(serve: Ask) -> None:
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type"),
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
         ({"tools": openai.NOT_GIVEN, "tool_choice": "required"}, "tool_choice"),
         ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs"),
         ({"extra_body": {"documents": [{"text": "x"}]}}, "documents"),
