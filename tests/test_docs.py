@@ -380,8 +380,11 @@ def test_the_example_of_a_proxy_is_one_without_a_warning(tmp_path: Path) -> None
 
 def test_the_example_of_several_models_is_one(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    path.write_text(PAGES["several-models"].split("# Several models", 1)[1].split("```toml")[1].split("```")[0])
+    first, on_demand = (each.split("```")[0] for each in PAGES["several-models"].split("```toml")[1:3])
+    path.write_text(first)
+    assert [spec.name for spec in load_config(path).model] == ["chat", "code"]
 
+    path.write_text(on_demand)
     config = load_config(path)
 
     assert config.engine.memory_gib > 0
