@@ -48,9 +48,9 @@ OTHERS = {
         ("-ngl", "--gpu-layers", "--n-gpu-layers", "-mg", "--main-gpu"), "--device takes the whole model to a card"
     ),
     **dict.fromkeys(
-        ("--gpu-memory-utilization", "--mem-fraction-static", "--swap-space", "--kv-cache-memory-bytes"),
-        "engine.memory_gib of the TOML bounds memory",
+        ("--gpu-memory-utilization", "--mem-fraction-static"), "it is engine.gpu_memory_utilization, for cards"
     ),
+    **dict.fromkeys(("--swap-space", "--kv-cache-memory-bytes"), "engine.memory_gib of the TOML bounds memory"),
     **dict.fromkeys(
         ("-tp", "--tensor-parallel-size", "--tp-size", "-ts", "--tensor-split"), "it is tensor_parallel of a [[model]]"
     ),
