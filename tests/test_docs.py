@@ -149,7 +149,8 @@ def test_the_page_of_options_is_the_one_that_is_printed() -> None:
 
 
 def test_the_queries_for_grafana_name_metrics_that_exist() -> None:
-    asked = {name for query in QUERIES for name in re.findall(r"(?:vllm|brlite):\w+", query)}
+    alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
+    asked = {name for query in [*QUERIES, alerts] for name in re.findall(r"(?:vllm|brlite):\w+", query)}
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
     there = {re.sub(r"_total$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", code)}
 
@@ -172,6 +173,15 @@ def test_promtool_accepts_the_queries_for_grafana(tmp_path: Path) -> None:
     result = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True)
 
     assert f"SUCCESS: {len(QUERIES)} rules found" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's prometheus is not installed: it has promtool")
+def test_promtool_accepts_the_alerts() -> None:
+    path = ROOT / "deploy" / "prometheus" / "alerts.yml"
+
+    result = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True)
+
+    assert "SUCCESS: 4 rules found" in result.stdout, result.stderr
 
 
 def test_the_limits_are_those_of_the_code() -> None:
