@@ -7,6 +7,8 @@ look-ahead that pydantic and zod write are replaced by patterns without it, whic
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 MAX_GROUP_DEPTH = 100
 _MAX_SIZE = 10**12  # larger sizes are counted as this
@@ -53,6 +55,13 @@ _DATE = (
 )
 _TIME = r":[0-5]\d:[0-5]\d"
 FORMAT_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}.*{_TIME}"}
+# The texts of a format, as the library and `FORMAT_PATTERNS` allow them together.
+_WHOLE_FORMATS = {
+    "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+    "date": "^(([0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})-"
+    "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    f"|([0-9]{{2}}{_LEAP}|{_LEAP}00)-02-29)$",
+}
 
 
 class PatternRefused(ValueError):
@@ -77,6 +86,22 @@ def rewritten(pattern: str) -> str:
         before = rf"\d{{1,{whole}}}" if whole else "0"
         return rf"^[+-]?{before}({fraction})?$" if fraction else rf"^[+-]?{before}$"
     return pattern
+
+
+def name_pattern(schema: Mapping[str, Any]) -> str | None:
+    """A pattern of the strings that match a schema: "" if all do, None if no pattern is known to be exact."""
+    if schema.get("type", "string") != "string":
+        return None
+    said = {keyword: value for keyword, value in schema.items() if keyword != "type"}
+    if said.keys() <= {"minLength", "maxLength"}:
+        least, most = said.get("minLength", 0), said.get("maxLength", "")
+        is_whole = all(type(value) is int for value in said.values())
+        if not is_whole or least < 0 or (most != "" and most < least):
+            return None
+        return rf"^[\s\S]{{{least},{most}}}$" if least or most != "" else ""
+    if said.keys() == {"format"}:
+        return _WHOLE_FORMATS.get(said["format"])
+    return said["pattern"] if said.keys() == {"pattern"} and isinstance(said["pattern"], str) else None
 
 
 def pattern_size(pattern: str) -> int:

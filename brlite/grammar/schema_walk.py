@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, pattern_size, rewritten
+from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, name_pattern, pattern_size, rewritten
 from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
@@ -207,16 +207,20 @@ class _Walk:
             self._expand_unique_items(pointer, node)
 
     def _rewrite_property_names(self, node: dict[str, Any]) -> None:
-        """Drop `propertyNames` of any string. Rewrite a pattern as `patternProperties`, an enum as `properties`."""
+        """Drop `propertyNames` of any string. Rewrite an enum as `properties`, what a pattern says as
+        `patternProperties`."""
         names = node.get("propertyNames")
         if not isinstance(names, dict):
             return
         said = {key: value for key, value in names.items() if key not in ("title", "description", "$comment")}
-        if said == {"type": "string"}:
+        if said.get("format") not in FORMATS:
+            said.pop("format", None)
+        pattern = name_pattern(said)
+        if pattern == "":
             del node["propertyNames"]
-        elif said.keys() <= {"type", "pattern"} and isinstance(said.get("pattern"), str):
+        elif pattern is not None:
             if not {"properties", "patternProperties"} & node.keys() and node.get("required", []) == []:
-                node["patternProperties"] = {said["pattern"]: node.get("additionalProperties", True)}
+                node["patternProperties"] = {pattern: node.get("additionalProperties", True)}
                 node["additionalProperties"] = False
                 del node["propertyNames"]
         elif said.keys() <= {"type", "enum"} and isinstance(said.get("enum"), list):

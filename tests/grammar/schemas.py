@@ -186,6 +186,13 @@ def objects() -> Iterator[Schema]:
         "additionalProperties": INTEGER,
         "maxProperties": 2,
     }
+    for names in (
+        {"minLength": 2, "maxLength": 3},
+        {"maxLength": 1},
+        {"format": "uuid"},
+        {"format": "date", "title": "D"},
+    ):
+        yield {"type": "object", "propertyNames": names, "additionalProperties": INTEGER, "maxProperties": 2}
     yield {"type": "object", "propertyNames": {"type": "string", "enum": ["p", "q"]}, "additionalProperties": INTEGER}
     yield {"type": "object", "properties": {"a": INTEGER}, "required": ["a"], "unevaluatedProperties": False}
     yield {
