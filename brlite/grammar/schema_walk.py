@@ -213,7 +213,9 @@ class _Walk:
         if not isinstance(names, dict):
             return
         said = {key: value for key, value in names.items() if key not in ("title", "description", "$comment")}
-        if said.get("format") not in FORMATS:
+        if not isinstance(said.get("format", ""), str):
+            return
+        if said.get("format") not in FORMATS:  # a note
             said.pop("format", None)
         pattern = name_pattern(said)
         if pattern == "":

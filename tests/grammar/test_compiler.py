@@ -130,6 +130,7 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ({"propertyNames": {"maxLength": 3, "minLength": 4}}, "#/propertyNames", "propertyNames"),
     ({"propertyNames": {"maxLength": 3}, "properties": {"a": {}}}, "#/propertyNames", "propertyNames"),
     ({"propertyNames": {"format": "email"}}, "#/propertyNames", "propertyNames"),
+    ({"propertyNames": {"format": ["date"]}}, "#/propertyNames", "propertyNames"),
     ({"$dynamicRef": "#x"}, "#/$dynamicRef", "dynamicRef"),
     ({"anyOf": [{"type": "string", "pattern": "a(?=b)"}]}, "#/anyOf/0/pattern", "look-around"),
     ({"type": "string", "pattern": r"(a)\1"}, "#/pattern", "backreference"),
