@@ -116,7 +116,7 @@ REFUSED: dict[str, list[Any]] = {
     "ignore_eos": [],
     "max_tokens": [0, -2],
     "min_tokens": [-1, 17, None],
-    "logit_bias": [{1: 100.5}, {1: NAN}, {1: INF}, {"x": 1}, {1.5: 1}, {True: 1}, {1: "1"}, [1], 5],
+    "logit_bias": [{1: 100.5}, {1: NAN}, {1: INF}, {" 1_0": 1}, {"\u0661": 1}, {1.5: 1}, {True: 1}, {1: "1"}, [1], 5],
     "logprobs": [-1],
     "prompt_logprobs": [-1],
     "skip_special_tokens": [],

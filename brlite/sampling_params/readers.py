@@ -92,8 +92,11 @@ def read_token_ids(value: Any) -> tuple[int, ...]:
 
 
 def read_biases(value: Any) -> dict[int, float]:
-    """Read a map of biases. Token ids may be strings, because JSON keys are."""
+    """Read a map of biases. Token ids may be strings of ASCII digits, because JSON keys are strings."""
     biases = {} if value is None else dict(value)
+    for key in biases:
+        if isinstance(key, str) and not (key.isascii() and key.isdigit()):  # int() would read " 1_0" and other digits
+            raise ValueError(key)
     return {int(key) if isinstance(key, str) else read_integer(key): read_number(bias) for key, bias in biases.items()}
 
 
