@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tests.limits import PATIENCE_SECONDS
@@ -12,7 +13,8 @@ from tests.limits import PATIENCE_SECONDS
 def children(pid: int) -> Iterator[int]:
     """The processes that any thread of a process has started and that are alive."""
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        yield from (child for child in map(int, file.read_text().split()) if is_alive(child))
+        with suppress(OSError):  # that thread has ended; its children are now another's
+            yield from (child for child in map(int, file.read_text().split()) if is_alive(child))
 
 
 def is_alive(pid: int) -> bool:
