@@ -71,6 +71,8 @@ class EventStream:
         """Write framed events in the next turn of the loop. Returns False and writes nothing if the client has left."""
         if self._transport.is_closing():
             return False
+        if not events:
+            return True  # an encoder withheld them; a chunk without bytes would end the response
         if not self._unsent:
             self._loop.call_soon(self._flush)
         self._unsent += b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events

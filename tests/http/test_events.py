@@ -80,6 +80,22 @@ async def test_one_send_is_one_chunk(http_server, connect) -> None:
     assert body == (b"9\r\ndata: 1\n\n\r\n12\r\ndata: 2\n\ndata: 3\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
 
+async def test_no_events_are_no_chunk_since_an_empty_chunk_ends_a_response(http_server, connect) -> None:
+    async def pausing(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=60) as events:
+            assert events.write(b"")
+            await asyncio.sleep(0)
+            events.write(frame(b"1"))
+            assert events.write(b"")
+            return await events.finish()
+
+    client = await connect(await http_server({"GET /x": pausing}))
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    _, _, body = (await client.rest()).partition(b"\r\n\r\n")
+
+    assert body == b"9\r\ndata: 1\n\n\r\n0\r\n\r\n"
+
+
 async def test_silence_is_filled_with_comments_until_the_end(http_server, connect) -> None:
     go_on = asyncio.Event()
 

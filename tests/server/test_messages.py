@@ -273,6 +273,15 @@ async def test_the_golden_text_of_a_plain_stream(serve: Serve) -> None:
     assert re.sub(r"msg_\w+", "msg_1", text) == PLAIN_STREAM
 
 
+async def test_a_stream_whose_text_begins_with_white_space_goes_on_after_it(serve: Serve) -> None:
+    client = await serve(reasoning_parser="none", engine={"tokens_per_second": 200})
+
+    events = events_of(await wire(client, "\n\n  hi", stream=True))
+
+    assert "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta") == "\n\n  hi"
+    assert events[-1] == {"type": "message_stop"}
+
+
 async def test_the_golden_text_of_a_stream_with_thinking_and_a_tool(serve: Serve) -> None:
     client = await serve()
 
