@@ -106,12 +106,7 @@ class LLM:
                 f"sampling_params has {len(params)} entries for {len(prompts)} prompts; give one, or one for each",
                 param="sampling_params",
             )
-        with self._taking_turn():
-            requests = [
-                self._checked(number, prompt, each)
-                for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-            ]
-            return _Run(self._engine, self._backend, requests, on_finished, params).finish()
+        return self._run(prompts, params, on_finished=on_finished)
 
     def chat(
         self,
@@ -144,7 +139,7 @@ class LLM:
         An embedding is an array of float32; `list` and `numpy.asarray` convert it. Raises the errors of `generate`.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._pool(prompts, pooling_params or PoolingParams())
+        return self._run(prompts, [SamplingParams()] * len(prompts), pooling=pooling_params or PoolingParams())
 
     def score(
         self,
@@ -179,17 +174,10 @@ class LLM:
             for first, second in pairs
         ]
         scores = []
-        for output in self._pool(prompts, SCORING):
+        for output in self._run(prompts, [SamplingParams()] * len(prompts), pooling=SCORING):
             assert output.embedding is not None, "each request is one for pooling"
             scores.append(head.score(output.embedding, use_activation=use_activation))
         return scores
-
-    def _pool(self, prompts: Sequence[str | Sequence[int]], pooling: PoolingParams) -> list[RequestOutput]:
-        with self._taking_turn():
-            requests = [
-                self._checked(number, prompt, SamplingParams(), pooling) for number, prompt in enumerate(prompts)
-            ]
-            return _Run(self._engine, self._backend, requests, None).finish()
 
     def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
@@ -233,15 +221,24 @@ class LLM:
         if self._is_closed:
             raise EngineError("the LLM is closed")
 
-    def _checked(
-        self, number: int, prompt: str | Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
-    ) -> Request:
-        try:
-            request = self._request(prompt, params, pooling)
-            self._engine.check(request)
-        except InvalidRequest as error:
-            raise type(error)(f"prompts[{number}]: {error}", param=error.param, code=error.code) from None
-        return request
+    def _run(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: Sequence[SamplingParams],
+        *,
+        on_finished: Callable[[int, RequestOutput], object] | None = None,
+        pooling: PoolingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Check all prompts, then run them. Returns one output for each, in order."""
+        with self._taking_turn():
+            requests = list[Request]()
+            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                try:
+                    requests.append(self._request(prompt, each, pooling))
+                    self._engine.check(requests[-1])
+                except InvalidRequest as error:
+                    raise type(error)(f"prompts[{number}]: {error}", param=error.param, code=error.code) from None
+            return _Run(self._engine, self._backend, requests, on_finished, params).finish()
 
     def _request(
         self, prompt: str | Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -270,7 +267,7 @@ class _Run:
         backend: Backend,
         requests: list[Request],
         on_finished: Callable[[int, RequestOutput], object] | None,
-        params: Sequence[SamplingParams] = (),
+        params: Sequence[SamplingParams],
     ) -> None:
         """`params` are the caller's parameters, which still have `best_of`. Those of `requests` do not."""
         self._engine = engine
@@ -278,7 +275,7 @@ class _Run:
         self._requests = requests
         self._on_finished = on_finished
         self._best_of = {
-            request.request_id: each for request, each in zip(requests, params, strict=False) if each.ranks_answers
+            request.request_id: each for request, each in zip(requests, params, strict=True) if each.ranks_answers
         }
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._outputs: dict[str, RequestOutput] = {}
