@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from msgspec import Raw
 
 from brlite.dialects.dialect import Dialect
@@ -17,6 +17,7 @@ from brlite.dialects.responses_encoder import ResponsesEncoder
 from brlite.dialects.responses_stored import FinishedResponse
 from brlite.errors import InvalidRequest, NotFound
 from brlite.http.body import keep_body, read_body
+from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY
 from brlite.server.background import BACKGROUND
 from brlite.server.generate import CONFIG, generate
@@ -134,6 +135,9 @@ async def _send_events(request: web.Request, response: FinishedResponse, num_see
     if (followed := await background.follow(request, tenant, response.id, num_seen)) is not None:
         return followed
     if response.is_running:  # it was not asked to be streamed: its events are made at its end
+        if request.method == hdrs.METH_HEAD:
+            async with EventStream(request, request.app[CONFIG].limits.sse_comment_seconds) as stream:
+                return await stream.finish()
         await background.ended(tenant, response.id)
         response = _find(request, response.id)
     events = await asyncio.to_thread(response.events, num_seen)

@@ -137,10 +137,16 @@ async def test_an_event_that_has_not_come_cannot_be_followed(
     assert refusal.value.param == "starting_after"
 
 
-async def test_a_head_request_of_a_running_stream_has_no_body(client: Client, api: openai.AsyncOpenAI) -> None:
-    first = await anext(await api.responses.create(**STREAMED))
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_head_request_of_running_events_is_answered_at_once_without_a_body(
+    client: Client, api: openai.AsyncOpenAI, is_streamed: bool
+) -> None:
+    if is_streamed:
+        response = (await anext(await api.responses.create(**STREAMED))).response
+    else:
+        response = await api.responses.create(**{**STREAMED, "stream": False})
     host, port = client.url.removeprefix("http://").split(":")
-    path = f"{PATH}/{first.response.id}"
+    path = f"{PATH}/{response.id}"
 
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"HEAD {path}?stream=true HTTP/1.1\r\nHost: x\r\n\r\n".encode())
