@@ -54,6 +54,7 @@ Pooling = Literal["last", "mean"]
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a completion ended
 
 
+_TEXTS = "a string or a list of strings that are not empty"
 Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
 CountOrNone = Annotated[int, Meta(ge=0)] | None
 
@@ -218,9 +219,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = -1
     dry_sequence_breakers: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
-        _parameter(
-            "a string or a list of strings", "DRY: no repetition goes on behind a token that has one of these texts"
-        ),
+        _parameter(_TEXTS, "DRY: no repetition goes on behind a token that has one of these texts"),
     ] = ("\n", ":", '"', "*")
     seed: Annotated[
         int | None,
@@ -230,7 +229,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     stop: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
-        _parameter("a string or a list of strings", "texts that end an answer"),
+        _parameter(_TEXTS, "texts that end an answer"),
     ] = ()
     stop_token_ids: Annotated[tuple[int, ...], _parameter("a list of token ids", "tokens that end an answer")] = ()
     stop_tokens_ids: Annotated[
@@ -261,9 +260,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     bad_words: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
-        _parameter(
-            "a string or a list of strings", "words that no answer has: the token that would complete one is not drawn"
-        ),
+        _parameter(_TEXTS, "words that no answer has: the token that would complete one is not drawn"),
     ] = ()
     logprobs: Annotated[
         CountOrNone, _parameter("a 64-bit integer, at least 0", "alternatives reported beside each token")

@@ -219,6 +219,7 @@ def test_a_choice_of_tools(choice: Any, expected: ToolChoice) -> None:
         ({"tools": [{"type": "web_search_20250305"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"stop_sequences": ["x"] * 99}, "stop_sequences"),
+        ({"stop_sequences": ["x", ""]}, "stop_sequences"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "output_config.format.type"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
