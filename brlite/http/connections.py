@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import time
 from collections import OrderedDict
 from typing import Protocol
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Connections accepted beyond `max_connections`, for probes only; at this limit the oldest is closed.
 MAX_SPARE = 32
+QUIET_SECONDS = 60.0  # between "there is room again" and the next line: a low limit is reached with every request
 
 
 class Closable(Protocol):
@@ -69,7 +71,9 @@ class Connections:
         self._all = _Group()
         self._spare = _Group()
         self._by_address: dict[str, _Group] = {}
-        self._num_closed = self._num_spare = 0  # since the limit was reached
+        self._num_closed = self._num_spare = 0  # since the last line of the log that has them
+        self._is_full = False  # whether the log says so
+        self._quiet_until = 0.0
         self._none = asyncio.Event()
         self._none.set()
 
@@ -91,7 +95,7 @@ class Connections:
             address = ""
             self._num_spare += 1
             if self._spare.num_all >= MAX_SPARE and (oldest := self._spare.first()):
-                self.discard(oldest)
+                self._remove(oldest)
                 oldest.make_room()
         self._members[connection] = address
         self._groups_of[connection] = groups
@@ -110,19 +114,15 @@ class Connections:
 
     def discard(self, connection: Closable) -> None:
         """Remove a connection that has ended."""
-        address = self._members.pop(connection, None)
-        for group in self._groups_of.pop(connection, ()):
-            group.discard(connection)
-            group.num_all -= 1
-        if address and not self._by_address[address].num_all:
-            del self._by_address[address]
-        if (self._num_spare or self._num_closed) and len(self._members) < max(1, self._limit // 2):
+        self._remove(connection)
+        if self._is_full and len(self._members) < max(1, self._limit // 2):
             logger.warning(
                 "there is room again: %d connections were refused, %d that waited were closed for others",
                 self._num_spare,
                 self._num_closed,
             )
             self._num_spare = self._num_closed = 0
+            self._is_full, self._quiet_until = False, time.monotonic() + QUIET_SECONDS
         if not self._members:
             self._none.set()
 
@@ -148,7 +148,8 @@ class Connections:
         """Make room in a group for one more, if needed by closing an idle connection. False if there is none."""
         if group.num_all < limit:
             return True
-        if not (self._num_closed or self._num_spare):
+        if not self._is_full and time.monotonic() >= self._quiet_until:
+            self._is_full = True
             name = "max_connections" if group is self._all else "max_connections_per_address"
             logger.warning(
                 "%s (%d) reached: connections that wait are closed for new ones; while none waits, more get 503",
@@ -159,9 +160,17 @@ class Connections:
         if oldest is None:
             return False
         self._num_closed += 1
-        self.discard(oldest)
+        self._remove(oldest)
         oldest.make_room()
         return True
+
+    def _remove(self, connection: Closable) -> None:
+        address = self._members.pop(connection, None)
+        for group in self._groups_of.pop(connection, ()):
+            group.discard(connection)
+            group.num_all -= 1
+        if address and not self._by_address[address].num_all:
+            del self._by_address[address]
 
 
 def share_of(peer: str) -> str:

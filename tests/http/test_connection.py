@@ -138,6 +138,26 @@ async def test_connections_above_the_limit_get_503_while_all_are_busy_and_a_clos
     assert "2 connections were refused" in caplog.text
 
 
+async def test_a_limit_that_each_request_reaches_is_logged_once(http_server, connect, eventually, caplog) -> None:
+    doors = Doors()
+    server = await http_server({"GET /hello": doors.wait}, max_connections=1)
+
+    for number in range(1, 6):
+        doors.open.clear()
+        busy = await connect(server)
+        busy.send(GET_AND_CLOSE)
+        await eventually(lambda number=number: doors.num_waiting == number)
+        refused = await connect(server)
+        refused.send(GET)
+        assert status(await refused.rest()) == 503
+        doors.open.set()
+        assert status(await busy.rest()) == 200
+        await eventually(lambda: server.num_connections == 0)
+
+    lines = [record.message.partition(":")[0] for record in caplog.records if record.name.endswith("connections")]
+    assert lines == ["max_connections (1) reached", "there is room again"]
+
+
 async def test_what_probes_ask_is_answered_beyond_the_limit(http_server, connect, hello, eventually) -> None:
     doors = Doors()
     server = await http_server({"GET /hello": doors.wait, "GET /health": hello}, max_connections=1)
