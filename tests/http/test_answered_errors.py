@@ -107,7 +107,10 @@ async def test_after_the_answer_has_begun_nothing_is_sent_twice(http_server, con
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
-async def test_a_client_that_leaves_cancels_its_handler_and_is_no_error(http_server, connect, caplog) -> None:
+@pytest.mark.parametrize("leave", ["close", "write_eof"])  # the second is told apart only by an answer that fails
+async def test_a_client_that_leaves_cancels_its_handler_and_is_no_error(
+    http_server, connect, caplog, leave: str
+) -> None:
     caplog.set_level(logging.INFO, "brlite.access")
     began, cancelled = asyncio.Event(), asyncio.Event()
 
@@ -124,7 +127,7 @@ async def test_a_client_that_leaves_cancels_its_handler_and_is_no_error(http_ser
     client = await connect(server)
     client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
     await began.wait()
-    client.writer.close()
+    getattr(client.writer, leave)()
     await asyncio.wait_for(cancelled.wait(), PATIENCE_SECONDS)
     await server.close()
 
