@@ -23,7 +23,15 @@ from anthropic.types.beta import BetaMessage, BetaRawMessageStreamEvent
 from brlite.app import create_app
 from brlite.backends.plugins.toy_text import ToyChat
 from brlite.chat.turns import TemplateCapabilities
-from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
+from brlite.config.options import (
+    DEFAULT_MODEL,
+    Config,
+    EngineConfig,
+    KeyConfig,
+    LimitsConfig,
+    ModelSpec,
+    UpstreamConfig,
+)
 from brlite.dialects.generation import Chat, ReasoningHint
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
@@ -558,10 +566,10 @@ async def test_a_stream_of_a_server_that_stops_ends_with_an_error(serve: Serve, 
 
 
 async def test_the_example_of_the_page_runs(serve: Serve) -> None:
-    client = await serve()
+    client = await serve(name=DEFAULT_MODEL)
     page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page.split("\n## Messages\n")[1].split("\n## ")[0], re.DOTALL)
-    code = example.replace("http://127.0.0.1:8000", str(client.base_url)).replace("my-model", "toy")
+    code = example.replace("http://127.0.0.1:8000", str(client.base_url))
 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)

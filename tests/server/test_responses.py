@@ -20,7 +20,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, KeysConfig, LimitsConfig, ModelSpec
+from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, KeysConfig, LimitsConfig, ModelSpec
 from brlite.dialects.responses_stored import FinishedResponse
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
@@ -35,16 +35,17 @@ Start = Callable[..., Awaitable[list[openai.AsyncOpenAI]]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Start]:
-    """`await serve(keys=…, options=…, reasoning_parser=…, LIMIT=…)` serves the toy; returns a client for each key."""
+    """`await serve(keys=…, options=…, name=…, reasoning_parser=…, LIMIT=…)` serves the toy; a client for each key."""
     async with AsyncExitStack() as stack:
 
         async def start(
             keys: tuple[str, ...] = (),
             options: dict[str, Any] | None = None,
+            name: str = "toy",
             reasoning_parser: str = "auto",
             **limits: Any,
         ) -> list[openai.AsyncOpenAI]:
-            spec = ModelSpec(name="toy", path=None, build_seq=4096, reasoning_parser=reasoning_parser)
+            spec = ModelSpec(name=name, path=None, build_seq=4096, reasoning_parser=reasoning_parser)
             config = Config(
                 model=(spec,),
                 engine=EngineConfig(name="toy", options=options or {}),
@@ -375,10 +376,10 @@ async def test_an_agent_calls_its_tool_in_two_turns(serve: Start) -> None:
 
 
 async def test_the_example_of_the_page_runs(serve: Start) -> None:
-    (client,) = await serve()
+    (client,) = await serve(name=DEFAULT_MODEL)
     page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page.split("\n## Responses\n")[1].split("\n## ")[0], re.DOTALL)
-    code = example.replace("http://127.0.0.1:8000/v1", str(client.base_url)).replace("my-model", "toy")
+    code = example.replace("http://127.0.0.1:8000/v1", str(client.base_url))
 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)

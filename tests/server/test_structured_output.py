@@ -16,6 +16,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from brlite.config.options import DEFAULT_MODEL, ModelSpec
 from tests.fakes import EOS
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
@@ -152,11 +153,13 @@ async def test_openais_client_parses_a_pydantic_model(client: Client):
     assert Trip.model_validate_json(completion.choices[0].message.content or "").visits >= 1
 
 
-async def test_the_example_of_the_page_runs(client: Client) -> None:
+async def test_the_example_of_the_page_runs(make_client: Callable[..., Awaitable[Client]]) -> None:
+    config = {"model": (ModelSpec(name=DEFAULT_MODEL),)}
+    client = await make_client(next_token=noise, max_model_len=512, num_blocks=512, config=config)
     page = (Path(__file__).parents[2] / "docs" / "structured-output.md").read_text(encoding="utf-8")
     section = page.split("## With the `openai` package")[1].split("\n## ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    code = example.replace("http://127.0.0.1:8000", client.url).replace("my-model", MODEL)
+    code = example.replace("http://127.0.0.1:8000", client.url)
 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
