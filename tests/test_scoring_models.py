@@ -403,7 +403,7 @@ def test_a_model_with_a_scoring_head_is_not_converted(tmp_path: Path, capsys: py
     assert not (tmp_path / "out").exists()
 
 
-def write_gguf_reranker(file: Path, folder: Path, **metadata: Any) -> Path:
+def write_gguf_reranker(file: Path, folder: Path, *, part_tensors: int = 0, **metadata: Any) -> Path:
     """The GGUF file that llama.cpp's conversion makes of a Qwen3-Reranker: its head are two rows, yes and then no."""
     config, arrays = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     parts = json.loads((folder / "tokenizer.json").read_text())
@@ -442,7 +442,22 @@ def write_gguf_reranker(file: Path, folder: Path, **metadata: Any) -> Path:
         "tokenizer.ggml.merges": ["ĉ ĉ"],
         "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
     }
-    return write_gguf(file, tensors, architecture="qwen3", metadata=given | metadata)
+    return write_gguf(file, tensors, architecture="qwen3", metadata=given | metadata, part_tensors=part_tensors)
+
+
+def test_a_split_gguf_file_gives_the_bits_of_the_whole_one(tmp_path: Path) -> None:
+    folder = write_reranker(tmp_path / "tiny")
+    whole = write_gguf_reranker(tmp_path / "tiny.gguf", folder)
+    (tmp_path / "parts").mkdir()
+    first = write_gguf_reranker(tmp_path / "parts" / "tiny.gguf", folder, part_tensors=7)
+
+    scores = []
+    for path in (whole, first, first.parent):
+        with LLM(config=make_config(path, {"build_seq": 512}, backend="native")) as llm:
+            scores.append(llm.score(QUERY, DOCUMENTS, use_activation=False))
+
+    assert len(list(first.parent.iterdir())) > 2
+    assert scores[0] == scores[1] == scores[2]
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

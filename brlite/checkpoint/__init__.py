@@ -50,4 +50,4 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
         return BinCheckpoint(path, weights.files)
     from brlite.checkpoint.gguf_checkpoint import GgufCheckpoint
 
-    return GgufCheckpoint(weights.files[0])
+    return GgufCheckpoint(weights.files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,6 @@ SHARD = re.compile(r"(.+-)\d{5}(-of-(\d{5})\..+)")
 ADAPTER_FILE = "adapter_config.json"
 TRACED_HINT = "; a traced .pt is named by model_file, beside the folder of its config, or converted with --from-pt"
 SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
-SPLIT_TEXT = "one part of a split GGUF; merge the parts into one file first: llama-gguf-split --merge PART OUT"
 
 
 class Weights(NamedTuple):
@@ -39,7 +39,7 @@ class Weights(NamedTuple):
 def find_weights(path: Path) -> Weights:
     """The weights at `path`, a model folder or a `.gguf` file. Raises `ModelError` if a file is missing."""
     if path.is_file():
-        return Weights("gguf", (_whole_gguf(path),))
+        return Weights("gguf", _gguf_parts(path))
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or file")
     for kind, single, index, shard in WEIGHT_FILES:
@@ -47,10 +47,10 @@ def find_weights(path: Path) -> Weights:
             check_model_file(path / CONFIG_FILE)
             return Weights(kind, files)
     ggufs = gguf_files(path)
-    if len(ggufs) > 1 and not SPLIT_GGUF.search(ggufs[0].name):
+    if len(ggufs) > 1:
         raise ModelError(f"{path}: holds {len(ggufs)} .gguf files; give the path of one of them")
     if ggufs:
-        return Weights("gguf", (_whole_gguf(ggufs[0]),))
+        return Weights("gguf", _gguf_parts(ggufs[0]))
     if exists(path / ADAPTER_FILE):
         raise ModelError(f"{path}: is a LoRA adapter, not a model: merge it into its base model (merge_and_unload)")
     if (path / "snapshots").is_dir():
@@ -87,8 +87,18 @@ def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ..
                 raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
     else:
         names = sorted(file.name for file in folder.glob(shard_pattern))
-        if names and (parts := SHARD.fullmatch(names[0])):
-            names = [f"{parts[1]}{number:05}{parts[2]}" for number in range(1, int(parts[3]) + 1)]
+        names = _part_names(names[0]) if names else []
+    return _complete(folder, names)
+
+
+def _part_names(name: str) -> list[str]:
+    """The names of all files of which a shard or a part of a GGUF has this one."""
+    if (parts := SHARD.fullmatch(name)) is None:
+        return [name]
+    return [f"{parts[1]}{number:05}{parts[2]}" for number in range(1, int(parts[3]) + 1)]
+
+
+def _complete(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
     missing = [name for name in names if not exists(folder / name)]
     if missing:
         count = f"{len(missing)} of {len(names)} shards are missing"
@@ -96,10 +106,12 @@ def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ..
     return tuple(folder / name for name in names)
 
 
-def _whole_gguf(file: Path) -> Path:
+def _gguf_parts(file: Path) -> tuple[Path, ...]:
+    """All parts of a split GGUF, of which `file` is the first; or the one file."""
     if not is_gguf(file):
         hint = TRACED_HINT if file.suffix == ".pt" else f"; give {file.parent}" if has_weights(file.parent) else ""
         raise ModelError(f"{file}: a model must be a folder or a .gguf file{hint}")
-    if SPLIT_GGUF.search(file.name):
-        raise ModelError(f"{file}: {SPLIT_TEXT}")
-    return file
+    names = _part_names(file.name) if SPLIT_GGUF.search(file.name) else [file.name]
+    if names[:1] != [file.name]:
+        raise ModelError(f"{file}: a later part of a split GGUF; give the first one, -00001-of-")
+    return _complete(file.parent, names)

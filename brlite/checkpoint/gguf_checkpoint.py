@@ -5,6 +5,7 @@ The `gguf` package dequantizes tensors to float32; `gguf_codes.py` unpacks the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import gguf
 import numpy as np
 
 from brlite.checkpoint.checkpoint import naming, weights_identity
-from brlite.checkpoint.folder import SPLIT_TEXT
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
@@ -24,46 +24,62 @@ from brlite.files.quoting import excerpt
 class GgufCheckpoint(LocatedTensors):
     """Implements `Checkpoint`. A tensor is read only when its numbers or its codes are needed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        header = read_gguf_header(path)
-        with naming(path):
-            tensors = checked_tensors(header)
-            metadata = GgufMetadata(header.metadata)
-            freqs = tensors.pop(ROPE_FREQS, None)
+    def __init__(self, files: Sequence[Path]) -> None:
+        """`files` are a whole file, or all parts of a split one. The first part has the metadata."""
+        self.path = files[0]
+        headers = {file: read_gguf_header(file) for file in files}
+        tensors: dict[str, tuple[Path, TensorLocation]] = {}
+        for number, (file, header) in enumerate(headers.items()):
+            with naming(file):
+                for name, tensor in checked_tensors(header, number, len(files)).items():
+                    if name in tensors:
+                        raise ModelError(f"tensor {excerpt(name)} is also in an earlier part")
+                    tensors[name] = file, tensor
+        with naming(self.path):
+            metadata = GgufMetadata(headers[self.path].metadata)
             divisors = None
-            if freqs is not None:
+            if ROPE_FREQS in tensors:
+                file, freqs = tensors.pop(ROPE_FREQS)
                 (divisors,) = (
-                    tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({path: [freqs]}).tensors()
+                    tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({file: [freqs]}).tensors()
                 )
-            named = {hugging_face_name(name): tensor for name, tensor in tensors.items()}
-            shapes = {name: tensor.shape for name, tensor in named.items()}
+            named = {hugging_face_name(name): located for name, located in tensors.items()}
+            shapes = {name: tensor.shape for name, (_, tensor) in named.items()}
             self.config: dict[str, Any] = hugging_face_config(metadata, shapes, divisors)
             heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
             interleaved = {"q_proj": heads, "k_proj": kv_heads} if metadata.architecture == "llama" else {}
-            for name, tensor in named.items():
+            locations: dict[Path, list[TensorLocation]] = {file: [] for file in files}
+            for name, (file, tensor) in named.items():
                 num_heads = interleaved.get(_module(name))
                 if num_heads is not None and tensor.shape[0] != num_heads * self.config["head_dim"]:
                     raise ModelError(
                         f"{tensor.name} must have {num_heads * self.config['head_dim']} rows: {tensor.shape}"
                     )
-        locations = [
-            tensor._replace(name=name, head_rows=self.config["head_dim"] if _module(name) in interleaved else 0)
-            for name, tensor in named.items()
-        ]
-        super().__init__({path: locations})
-        with path.open("rb") as stream:
-            self.identity = weights_identity(self.config, {path: stream.read(header.data_start)})
+                head_rows = 0 if num_heads is None else self.config["head_dim"]
+                locations[file].append(tensor._replace(name=name, head_rows=head_rows))
+        super().__init__(locations)
+        heads = {}
+        for file, header in headers.items():
+            with file.open("rb") as stream:
+                heads[file] = stream.read(header.data_start)
+        self.identity = weights_identity(self.config, heads)
 
 
 def _module(name: str) -> str:
     return name.split(".")[-2]
 
 
-def checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
-    """The table of tensors in the order of the data. Raises `ModelError` for one that cannot be read."""
-    if header.metadata.get("split.count", 1) not in (0, 1):
-        raise ModelError(SPLIT_TEXT)
+def checked_tensors(header: GgufHeader, number: int = 0, num_parts: int = 1) -> dict[str, TensorLocation]:
+    """The table of tensors in the order of the data. Raises `ModelError` for one that cannot be read.
+
+    The header is that of a split file's part `number`, counted from 0, of `num_parts`.
+    """
+    told_number, told_parts = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1) or 1
+    if (told_number, told_parts) != (number, num_parts):
+        raise ModelError(
+            f"a split GGUF: split.no must be {number} and split.count {num_parts} by the file's name, got "
+            f"{excerpt(told_number)} and {excerpt(told_parts)}; parts are named NAME-00001-of-00003.gguf"
+        )
     formats = {
         type_id: _format(type_id, next(tensor.name for tensor in header.tensors if tensor.type_id == type_id))
         for type_id in sorted({tensor.type_id for tensor in header.tensors})

@@ -27,6 +27,7 @@ FETCH_AGAIN = "fetch it again"
 # The template for chats with tools, beside a chat_template.jinja. A bundle has no folders: there it has another name.
 TOOL_TEMPLATE_FILE, BUNDLED_TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja", "tool_use.jinja"
 NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
+LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 class Kind(NamedTuple):
@@ -142,8 +143,8 @@ def is_gguf(file: Path) -> bool:
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder, in the order of their names, without those that hold no language model."""
-    found = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]
+    """The GGUF files of a folder that hold a language model, in the order of their names; of a split one the first."""
+    found = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and not LATER_PART.search(file.name)]
     return sorted(file for file in found if not any(word in file.name.lower() for word in NO_MODELS))
 
 

@@ -138,7 +138,7 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
         found = f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
         raise ModelError(f"{found}; name one as :QUANT: {choices}")
     if all(SPLIT_GGUF.search(name) for name in chosen):
-        found = f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and split GGUF files are not supported"
+        found = f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and split GGUF files are not fetched"
         raise ModelError(f"{found}; name another as :QUANT: {choices}")
     if len(chosen) > 1:
         shown_files = ", ".join(chosen[:MAX_CHOICES])

@@ -116,11 +116,15 @@ def write_gguf(
     *,
     architecture: str = "llama",
     metadata: Mapping[str, Any] = {},
+    part_tensors: int = 0,
 ) -> Path:
-    """Write a GGUF file. Keys of `metadata` that begin with a dot are the architecture's; None leaves a key out."""
+    """Write a GGUF file. Keys of `metadata` that begin with a dot are the architecture's; None leaves a key out.
+
+    With `part_tensors` it is split into parts of so many tensors; returns the first one.
+    """
     own = {f"{architecture}.{key}": value for key, value in GGUF_METADATA.items()}
     given = {architecture + key if key.startswith(".") else key: value for key, value in metadata.items()}
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=part_tensors)
     for key, value in (own | given).items():
         if value is not None:
             _add(writer, key, value)
@@ -130,7 +134,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
+    return min(file.parent.glob(f"{file.stem}-00001-of-*")) if part_tensors else file
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

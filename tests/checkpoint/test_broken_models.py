@@ -185,6 +185,35 @@ def two_ggufs(folder: Path) -> Path:
     return folder
 
 
+def split_gguf(folder: Path) -> Path:
+    """The first of four parts."""
+    tensors = random_gguf_tensors()
+    return write_gguf(folder / "m.gguf", tensors, part_tensors=-(-len(tensors) // 4))
+
+
+def without(first: Path, number: str) -> Path:
+    first.with_name(first.name.replace("00001", number)).unlink()
+    return first
+
+
+def swapped_parts(folder: Path) -> Path:
+    first = split_gguf(folder)
+    second, third = (first.with_name(first.name.replace("00001", number)) for number in ("00002", "00003"))
+    second.rename(folder / "kept")
+    third.rename(second)
+    (folder / "kept").rename(third)
+    return first
+
+
+def doubled_part(folder: Path) -> Path:
+    """The second part has the tensors of the first one."""
+    first, count = split_gguf(folder), {"split.count": 4, "split.no": 1}
+    names = list(random_gguf_tensors())[:1]
+    tensors = {name: random_gguf_tensors()[name] for name in names}
+    write_gguf(first.with_name(first.name.replace("00001", "00002")), tensors, metadata=count)
+    return first
+
+
 def gguf_header(*, version: int = 3, num_tensors: int = 0, num_metadata: int = 0, rest: bytes = b"") -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_metadata) + rest
 
@@ -325,9 +354,27 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "truncated: tensor",
     ),
     "gguf: whole numbers": (lambda folder: gguf_extra(folder, "w.weight", np.zeros(4, np.int32)), "type I32"),
-    "gguf: one part": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf"), "llama-gguf-split --merge"),
-    "gguf: folder of parts": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf").parent, "split GGUF"),
-    "gguf: one part, renamed": (lambda folder: write_gguf(folder / "m.gguf", metadata={"split.count": 2}), "split"),
+    "gguf: missing part": (
+        lambda folder: without(split_gguf(folder), "00003"),
+        "1 of 4 shards are missing, the first is 'm-00003-of-00004.gguf'",
+    ),
+    "gguf: folder without the first part": (lambda folder: without(split_gguf(folder), "00001").parent, "no weights"),
+    "gguf: a later part": (
+        lambda folder: split_gguf(folder).with_name("m-00002-of-00004.gguf"),
+        "a later part of a split GGUF; give the first one",
+    ),
+    "gguf: no part by its header": (
+        lambda folder: write_gguf(folder / "m-00001-of-00001.gguf", metadata={"split.count": 2}),
+        "split.no must be 0 and split.count 1 by the file's name, got 0 and 2",
+    ),
+    "gguf: one part, renamed": (lambda folder: split_gguf(folder).rename(folder / "m.gguf"), "got 0 and 4"),
+    "gguf: parts in another order": (lambda folder: swapped_parts(folder), "split.no must be 1 and split.count 4"),
+    "gguf: parts of two files": (lambda folder: doubled_part(folder), "is also in an earlier part"),
+    "gguf: of no parts": (lambda folder: write_gguf(folder / "m-00001-of-00000.gguf"), "a later part"),
+    "gguf: whole file and parts": (
+        lambda folder: write_gguf(split_gguf(folder).with_name("n.gguf")).parent,
+        "holds 2 .gguf files",
+    ),
     "gguf: two in a folder": (two_ggufs, "holds 2 .gguf files"),
 }
 
