@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -116,6 +117,37 @@ async def test_a_key_for_other_models_learns_no_name_from_any_endpoint(client: C
         assert not told, (each, text)
         assert status == 200 if each in FREE else status in (403, 404), (each, status, text)
     assert not client.backend.batches
+
+
+def marked(value: Any) -> Any:
+    """The value with a mark in each of its texts."""
+    if isinstance(value, str):
+        return f"mark-{value}"
+    if isinstance(value, list):
+        return [marked(each) for each in value]
+    return {name: marked(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("others", [{}, {"stop": {"mark": 1}}, {"guided_regex": "(mark"}, {"user": ["mark"]}])
+async def test_no_endpoint_writes_what_a_body_says_into_the_log(
+    client: Client, others: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    said = {name: marked(value) for body in (chat_body(), *BODIES.values()) for name, value in body.items()}
+
+    statuses = set[int]()
+    for method, path in await endpoints(client):
+        names = BODIES.get(path, chat_body()).keys()
+        fields = {name: said[name] for name in names if name not in ("model", "messages")} | others
+        if "messages" in names:
+            fields["messages"] = [{"role": "user", "content": "mark"}]
+        for model in (SECRET_MODEL, "mark"):
+            statuses.add((await call(client, method, path, OPERATOR, **fields, model=model))[0])
+
+    assert {200, 404} <= statuses
+    assert client.backend.batches
+    assert "brlite.access" in {record.name for record in caplog.records}
+    assert "mark" not in caplog.text
 
 
 async def test_another_keys_response_and_its_items_are_not_there(client: Client) -> None:
