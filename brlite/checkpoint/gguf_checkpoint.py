@@ -58,11 +58,11 @@ class GgufCheckpoint(LocatedTensors):
                 head_rows = 0 if num_heads is None else self.config["head_dim"]
                 locations[file].append(tensor._replace(name=name, head_rows=head_rows))
         super().__init__(locations)
-        heads = {}
+        read = dict[Path, bytes]()
         for file, header in headers.items():
             with file.open("rb") as stream:
-                heads[file] = stream.read(header.data_start)
-        self.identity = weights_identity(self.config, heads)
+                read[file] = stream.read(header.data_start)
+        self.identity = weights_identity(self.config, read)
 
 
 def _module(name: str) -> str:

@@ -230,10 +230,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
         if (key.key is None) == (key.env is None):
             yield f"key[{index}]: exactly one of key and env is required"
-    yield from _upstream_contradictions(config)
+    yield from _proxy_contradictions(config)
 
 
-def _upstream_contradictions(config: Config) -> Iterator[str]:
+def _proxy_contradictions(config: Config) -> Iterator[str]:
     seen: set[str] = set()
     for index, upstream in enumerate(config.upstream):
         at, name = f"upstream[{index}]", upstream.name or upstream.url
