@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
@@ -23,6 +24,8 @@ from tests.processes import children, wait_gone
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # with it each process compiles all that it imports: 1 to 2 s
+    sys.dont_write_bytecode = False
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read wherever Triton is imported, by torch as well: there is no card
 signal.signal(
