@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -25,7 +26,18 @@ if not IS_LEFT_OUT:
 @pytest.fixture(scope="package", autouse=True)
 def interpreter() -> Iterator[None]:
     """What Triton imports at the first launch is interpreted, too."""
-    with INTERPRETED:
+    from triton.runtime import interpreter
+
+    patched: set[str] = set()
+
+    def call(function: Any, *arguments: Any, **named: Any) -> Any:
+        """A function that a kernel calls. Triton's own patches its language again in each call: half of the time."""
+        if function.fn.__module__ not in patched:
+            patched.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **named)
+
+    with INTERPRETED, patch.object(interpreter.InterpretedFunction, "__call__", call):
         yield
 
 

@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
@@ -136,6 +136,7 @@ def test_single_tokens_are_laid_out_alike_by_either_function(steps: list[list[To
         assert found.rows == general.rows
 
 
+@settings(max_examples=20)  # each of 25 steps
 @given(st.randoms(use_true_random=False))
 def test_rows_of_many_steps_are_those_of_the_general_layout(random: Random) -> None:
     """Sequences grow, wait, are preempted and come back under their number with other blocks, in other rows."""

@@ -38,6 +38,7 @@ SHAPES = [
 ]
 
 
+SOME = [(3, 130, 300), (33, 70, 480), (70, 70, 40)]  # the forms of weights differ in how one tile is read
 FORMS: list[MatrixForm] = ["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
 
 
@@ -77,9 +78,11 @@ def make_matrix(
     return matrix, to_bfloat16(widened).flatten(1)[:, :num_inputs].double()
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_min"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], form: MatrixForm) -> None:
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [("bfloat16", shape) for shape in SHAPES] + [(form, shape) for form in ("int8", "int4_min") for shape in SOME],
+)
+def test_a_product_is_the_sum_of_its_parts(form: MatrixForm, shape: tuple[int, int, int]) -> None:
     num_rows, num_outputs, num_inputs = shape
     matrix, weight = make_matrix(num_outputs, num_inputs, form=form)
     x = random_rows(num_rows, num_inputs)
@@ -90,9 +93,9 @@ def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], form: Ma
     torch.testing.assert_close(parts.double().sum(dim=0), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_min"])
 def test_parts_add_up_to_the_bits_of_a_product_in_one(form: MatrixForm) -> None:
-    matrix, _ = make_matrix(70, 480, form=form)
+    matrix, _ = make_matrix(40, 480, form=form)
     x = random_rows(5, 480)
     tile = choose_tile(5, matrix)
 
@@ -103,15 +106,17 @@ def test_parts_add_up_to_the_bits_of_a_product_in_one(form: MatrixForm) -> None:
     assert torch.equal(((parts[0] + parts[1]) + parts[2]) + parts[3], total)
 
 
-def test_a_matrix_is_not_split_for_rows_that_fill_a_card() -> None:
-    matrix, weight = make_matrix(260, 256, form="bfloat16")
+def test_a_matrix_is_not_split_for_rows_that_fill_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, weight = make_matrix(130, 256, form="bfloat16")
     x = random_rows(129, 256)
+    assert len(multiply(x[:3], matrix)) == 2
+    monkeypatch.setattr("brlite.backends.torch.triton.multiply._WANTED_PROGRAMS", 6)  # of a card that 4 fill
 
-    whole = multiply(x.repeat(44, 1), matrix)  # 45 tiles of rows by 3 of outputs
+    whole = multiply(x, matrix)  # 2 tiles of rows by 2 of outputs
 
-    assert len(multiply(x, matrix)) == 2
+    assert len(multiply(x[:3], matrix)) == 2
     assert len(whole) == 1
-    torch.testing.assert_close(whole[0, -129:].double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(whole[0].double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_part_is_the_product_of_its_segment() -> None:
@@ -127,8 +132,7 @@ def test_a_part_is_the_product_of_its_segment() -> None:
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_zero"])
-@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("num_rows", [3, 20, 40, 70])
+@pytest.mark.parametrize(("num_rows", "has_bias"), [(3, False), (20, True), (40, False), (70, True)])
 def test_gate_and_up_make_one_activation(num_rows: int, has_bias: bool, form: MatrixForm) -> None:
     matrix, weight = make_matrix(2 * 70, 72, form=form, has_bias=has_bias)
     x = random_rows(num_rows, 72)
@@ -188,10 +192,10 @@ def test_weights_in_groups_give_the_bits_of_the_same_weights_in_bfloat16(num_row
     assert torch.equal(found, multiply(x, Matrix.of(Linear(weight.bfloat16()), 256)))
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4_zero"])
 def test_a_row_has_the_same_bits_beside_others(form: MatrixForm) -> None:
-    matrix, _ = make_matrix(70, 288, form=form)
-    x = random_rows(16, 288)  # numpy's products in the interpreter have other bits in other tiles
+    matrix, _ = make_matrix(40, 160, form=form)
+    x = random_rows(16, 160)  # numpy's products in the interpreter have other bits in other tiles
 
     alone = multiply(x[:1], matrix)
 

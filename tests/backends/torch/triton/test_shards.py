@@ -29,9 +29,10 @@ from tests.backends.torch.triton.test_steps import (
 from tests.models.steps import DEVICE, LENGTH
 from tests.tiny_models import LLAMA, TINY_CONFIGS
 
+NARROW = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
 MODELS: dict[str, Model] = {
-    "llama": Model({**LLAMA, "num_hidden_layers": 1}),
-    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], "num_hidden_layers": 1}, "a_bf16_w_int8"),
+    "llama": Model({**LLAMA, **NARROW}),
+    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], **NARROW}, "a_bf16_w_int8"),
 }
 
 
@@ -73,7 +74,7 @@ def logits_of_ranks(model: Model, steps: Sequence[Sequence[Run]], size: int = 2)
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_ranks_say_what_one_says_in_float32(model: Model) -> None:
-    steps = [runs_of(step) for step in STEPS]
+    steps = [runs_of(step) for step in STEPS[:2]]
     eager = model.eager()
 
     first, second = logits_of_ranks(model, steps)
@@ -85,8 +86,8 @@ def test_ranks_say_what_one_says_in_float32(model: Model) -> None:
 
 def test_the_bits_of_a_sequence_of_two_ranks_are_those_alone() -> None:
     model = MODELS["llama"]
-    together = logits_of_ranks(model, [runs_of(step) for step in STEPS])[0]
-    alone = logits_of_ranks(model, [runs_of(step)[:1] for step in STEPS])[0]
+    together = logits_of_ranks(model, [runs_of(step) for step in STEPS[:2]])[0]
+    alone = logits_of_ranks(model, [runs_of(step)[:1] for step in STEPS[:2]])[0]
 
     for ours, theirs in zip(together, alone, strict=True):
         assert torch.equal(ours[: len(theirs)], theirs)

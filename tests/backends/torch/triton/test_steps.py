@@ -72,7 +72,7 @@ class Model(NamedTuple):
 NARROW = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
 MODELS = {
     "window": Model({**MISTRAL, **NARROW, "sliding_window": 3}),
-    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], **NARROW, "num_hidden_layers": 2}, "a_bf16_w_int8"),
+    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], **NARROW}, "a_bf16_w_int8"),
     "head norms, int8": Model({**QWEN3, "num_hidden_layers": 1}, "a_bf16_w_int8_kv_int8", "int8"),
     "partial turn of neighbours": Model({**CHATGLM, "num_layers": 1}),
     "a layer in which no head turns, tied": Model(
@@ -111,7 +111,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_logits_are_those_of_torch_in_float32(model: Model) -> None:
     eager, kernels = model.eager(), model.kernels()
 
-    for step in STEPS:
+    for step in STEPS[:2]:
         runs = runs_of(step)
         assert error(logits_of(kernels, runs), logits_of(eager, runs)) < MAX_ERROR, step
 
@@ -139,7 +139,7 @@ def test_logits_of_a_quantized_file_are_those_of_torch_in_float32(tmp_path: Path
     expected = EagerSteps(eager, make_cache(eager.config, "float32"))
     kernels = TritonSteps(ours.config, ours.parameters, make_cache(ours.config, "bfloat16"), max_length=LENGTH)
 
-    runs = runs_of(STEPS[0])
+    runs = runs_of([(0, 2), (0, 1)])
     assert error(logits_of(kernels, runs), logits_of(expected, runs)) < MAX_ERROR
 
 
@@ -207,14 +207,14 @@ def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
     plain, replaying = model.kernels(), model.kernels()
     graph = give_graph(replaying, 4)
     for steps in (plain, replaying):
-        for step in STEPS[:2]:
+        for step in ([(0, 4), (0, 1)], [(4, 5), (1, 3)]):
             logits_of(steps, runs_of(step))
     assert not graph.logits.isnan().any()  # the second of those steps was a short run and others
     graph.logits.fill_(torch.nan)
 
-    expected, found = (logits_of(steps, runs_of(STEPS[2])) for steps in (plain, replaying))
+    expected, found = (logits_of(steps, runs_of([(5, 6), (3, 4), (0, 1)])) for steps in (plain, replaying))
 
-    assert graph.inputs.token_ids.tolist() == [TOKENS[0][6], TOKENS[1][4], TOKENS[2][2], 0]
+    assert graph.inputs.token_ids.tolist() == [TOKENS[0][5], TOKENS[1][3], TOKENS[2][0], 0]
     assert graph.inputs.tables[3, 0] == replaying.cache.scratch_block
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     blocks = range(NUM_BLOCKS + 1)  # all but the scratch block
@@ -263,6 +263,8 @@ def test_a_capture_is_on_a_stream_of_the_models_card_and_is_not_disturbed_by_oth
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     graphs, steps = FakeGraphs(monkeypatch), PLAIN.kernels()
+    for name in ("forward", "logits"):
+        monkeypatch.setattr(steps._decoder, name, lambda inputs: None)
 
     assert steps.capture(3) is None
 
@@ -294,7 +296,7 @@ class AllocatedBytes(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("num_rows", [1, 4])
 def test_the_memory_reserved_for_graphs_holds_what_a_step_of_one_layer_makes(num_rows: int) -> None:
     steps = PLAIN.kernels()
     layout = lay_out_singles([steps._filler] * num_rows, BLOCK_SIZE, TableRows(num_rows, steps._table_width))
@@ -312,8 +314,11 @@ def test_a_warm_up_computes_steps_of_each_tile_and_writes_to_no_block_of_a_seque
     forward = steps._decoder.forward
 
     def counted(inputs: StepInputs) -> Tensor:
+        """Computes the first only, for all write to the same block."""
         computed.append(inputs.num_rows)
-        return forward(inputs)
+        return (
+            forward(inputs) if len(computed) == 1 else torch.zeros(inputs.num_rows, steps.config.hidden_size).bfloat16()
+        )
 
     steps._decoder.forward = counted  # type: ignore[method-assign]
     steps.warm_up(StepLimits(rows=2, tokens=40, length=LENGTH))
@@ -326,19 +331,19 @@ def test_a_warm_up_computes_steps_of_each_tile_and_writes_to_no_block_of_a_seque
 
 def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
     plain, replaying = PLAIN.kernels(), PLAIN.kernels()
-    graph = give_graph(replaying, 8)
+    graph = give_graph(replaying, 4)
     for steps in (plain, replaying):
-        logits_of(steps, runs_of([(0, 3), (0, 2), (0, 1)]))
-    runs = runs_of([(3, 7), (2, 3), (1, 2)])
-    one_by_one = [logits_of(plain, [runs[0]._replace(start=at, token_ids=[TOKENS[0][at]])]) for at in range(3, 7)]
+        logits_of(steps, runs_of([(0, 2), (0, 1)]))
+    runs = runs_of([(2, 4), (1, 2)])
+    one_by_one = [logits_of(plain, [runs[0]._replace(start=at, token_ids=[TOKENS[0][at]])]) for at in (2, 3)]
 
     computed = replaying.forward(runs)
 
-    assert list(computed.first_rows) == [0, 4, 5]
-    assert graph.inputs.positions.tolist() == [3, 4, 5, 6, 2, 1, 0, 0]
-    assert graph.inputs.tables[:4, : len(TABLES[0])].tolist() == [TABLES[0]] * 4
-    torch.testing.assert_close(replaying.logits(computed, [0, 1, 2, 3]), torch.cat(one_by_one), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(replaying.logits(computed, [4, 5]), logits_of(plain, runs[1:]), rtol=1e-3, atol=1e-3)
+    assert list(computed.first_rows) == [0, 2]
+    assert graph.inputs.positions.tolist() == [2, 3, 1, 0]
+    assert graph.inputs.tables[:2, : len(TABLES[0])].tolist() == [TABLES[0]] * 2
+    torch.testing.assert_close(replaying.logits(computed, [0, 1]), torch.cat(one_by_one), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(replaying.logits(computed, [2]), logits_of(plain, runs[1:]), rtol=1e-3, atol=1e-3)
 
 
 def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
