@@ -18,6 +18,7 @@ from brlite.chat.template import ChatTemplate
 from brlite.chat.turns import TemplateExtras
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer, load_tokenizer
+from tests.chat.conftest import compiled
 from tests.tokenizer.conftest import WriteGguf, write_folder
 
 # The shapes of published templates: what each does with a message's text before it is written.
@@ -52,7 +53,10 @@ def chat_template(shape: str) -> str:
     )
 
 
-@pytest.fixture(params=["byte level", "pieces", "bare pieces", "GGUF byte level", "GGUF pieces"])
+KINDS = ["byte level", "pieces", "bare pieces", "GGUF byte level", "GGUF pieces"]
+
+
+@pytest.fixture(params=KINDS)
 def load(
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -79,7 +83,17 @@ def control_ids(tokenizer: Tokenizer, content: str) -> list[int]:
     return [token_id for token_id in ids if token_id in tokenizer.special_token_ids]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# Every shape, and every kind with shapes that keep, cut and escape the text.
+@pytest.mark.parametrize(
+    ("load", "shape"),
+    [(KINDS[0], shape) for shape in SHAPES]
+    + [
+        (kind, shape)
+        for kind in KINDS[1:]
+        for shape in ("as it is (ChatML)", "as JSON (Cohere, Granite)", "by character")
+    ],
+    indirect=["load"],
+)
 def test_a_message_becomes_no_control_token_whatever_a_template_does_with_it(load: Kind, shape: str) -> None:
     tokenizer = load(chat_template(SHAPES[shape]))
 
@@ -227,12 +241,8 @@ def test_a_role_that_is_no_word_is_refused(qwen2_folder: Path, role: object) -> 
 
 
 def render(template: str, *roles: str) -> str:
-    compiled = ChatTemplate(template, source="here", special_tokens={})
-    try:
-        messages = [{"role": role, "content": f"c{index}"} for index, role in enumerate(roles)]
-        return compiled.render(messages, add_generation_prompt=False)
-    finally:
-        compiled.close()
+    messages = [{"role": role, "content": f"c{index}"} for index, role in enumerate(roles)]
+    return compiled(template).render(messages, add_generation_prompt=False)
 
 
 def test_developer_is_system_unless_the_template_knows_it() -> None:
@@ -261,18 +271,18 @@ def written_tokens(template: str, arguments: str, *, parameters: object = None) 
         "<|tool_call_start|>": ControlToken(2),
         "<|tool_call_end|>": ControlToken(3),
     }
-    compiled = ChatTemplate(template, source="here", special_tokens={}, control_tokens=ControlTokens(controls))
+    marking = ChatTemplate(template, source="here", special_tokens={}, control_tokens=ControlTokens(controls))
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     asked = {"role": "user", "content": "<|tool_call_start|>"}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     try:
-        text = compiled.render(
+        text = marking.render(
             [asked, {"role": "assistant", "content": "<|tool_call_end|>", "tool_calls": [call]}],
             add_generation_prompt=False,
             extras=TemplateExtras(tools=[tool]),
         )
     finally:
-        compiled.close()
+        marking.close()
     assert isinstance(text, MarkedText)
     return [part for part in text.parts if isinstance(part, int)]
 
@@ -301,17 +311,17 @@ def test_no_key_of_arguments_or_schemas_makes_control_tokens(key: str) -> None:
 @pytest.mark.parametrize("written", ["{{ tools[0] | string }}", "{{ tools[0] | tojson(ensure_ascii=True) }}"])
 def test_a_template_that_escapes_its_tools_writes_the_text_of_control_tokens_unchanged(written: str) -> None:
     controls = ControlTokens({"<|im_end|>": ControlToken(1)})
-    compiled = ChatTemplate(
+    marking = ChatTemplate(
         "{% if tools %}" + written + "{% endif %}<|im_end|>", source="here", special_tokens={}, control_tokens=controls
     )
     tool = {"type": "function", "function": {"name": "f", "description": "Ends at <|im_end|> or \\ufdd0"}}
 
     try:
-        text = compiled.render(
+        text = marking.render(
             [{"role": "user", "content": "q"}], add_generation_prompt=False, extras=TemplateExtras(tools=[tool])
         )
     finally:
-        compiled.close()
+        marking.close()
 
     assert isinstance(text, MarkedText)
     assert [part for part in text.parts if isinstance(part, int)] == [1]

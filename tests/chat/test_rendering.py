@@ -8,6 +8,7 @@ import pytest
 
 from brlite.chat.template import ChatTemplate
 from brlite.chat.turns import TemplateExtras
+from tests.chat.conftest import compiled
 from tests.chat.test_turns import CHATML, DEEPSEEK, IS_DEFINED, MISTRAL, QWEN, TOOL
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils", exc_type=ImportError)
@@ -81,10 +82,10 @@ def test_a_chat_is_rendered_as_by_transformers(template: str, chat: str, has_too
     sent, given = CHATS[chat]
     tools = [TOOL] if has_tools else []
     variables = {"enable_thinking": False}
-    ours = ChatTemplate(TEMPLATES[template], source="here", special_tokens={"bos_token": "<s>"})
 
-    rendered = ours.render(sent, add_generation_prompt=True, extras=TemplateExtras(tools=tools, variables=variables))
-    ours.close()
+    rendered = compiled(TEMPLATES[template]).render(
+        sent, add_generation_prompt=True, extras=TemplateExtras(tools=tools, variables=variables)
+    )
 
     (expected,), _ = chat_template_utils.render_jinja_template(
         [given],
@@ -105,12 +106,9 @@ def test_a_chat_is_rendered_as_by_transformers(template: str, chat: str, has_too
     ],
 )
 def test_calls_have_the_form_that_the_template_takes(template: str, given: dict[str, Any]) -> None:
-    ours = ChatTemplate(template, source="here", special_tokens={})
-
-    rendered = ours.render(
+    rendered = compiled(template).render(
         [USER, called(None, '{"x": 1}')], add_generation_prompt=False, extras=TemplateExtras(tools=[TOOL])
     )
-    ours.close()
 
     (expected,), _ = chat_template_utils.render_jinja_template([[USER, given]], tools=[TOOL], chat_template=template)
     assert rendered == expected

@@ -12,6 +12,7 @@ from brlite.chat.formats import Baichuan2Format, ChatFormat, ChatGLM2Format, Cha
 from brlite.chat.template import ChatTemplate
 from brlite.chat.turns import TemplateExtras, short_id
 from brlite.errors import InvalidRequest
+from tests.chat.conftest import compiled
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 CALL = {"id": "call_0123456789", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -59,11 +60,7 @@ NO_SYSTEM = (
 
 
 def render(template: str, messages: list[dict[str, Any]], **extras: Any) -> str:
-    compiled = ChatTemplate(template, source="here", special_tokens={"bos_token": "<s>"})
-    try:
-        return compiled.render(messages, add_generation_prompt=False, extras=TemplateExtras(**extras))
-    finally:
-        compiled.close()
+    return compiled(template).render(messages, add_generation_prompt=False, extras=TemplateExtras(**extras))
 
 
 @pytest.mark.parametrize(
