@@ -19,7 +19,7 @@ from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
 
-NUM_SCHEDULES = 40  # of each model in each precision, on one thread
+NUM_SCHEDULES = 26  # of each model in each precision, on one thread; the first and the last have long sequences
 NUM_MORE = 6  # on two threads, and with the kernels of every instruction set
 NUM_OF_RANKS = 3  # on ranks, which have two cores for all their threads here
 
@@ -35,6 +35,12 @@ class Alone(NamedTuple):
     @property
     def seed(self) -> int:
         return 100 * list(MODELS).index(self.name) + list(PRECISIONS).index(self.precision)
+
+
+# Each model once and each precision at least twice, and as many pairs again: for what takes too long with all of them.
+ONCE = [(name, list(PRECISIONS)[index % 4]) for index, name in enumerate(MODELS)]
+TWICE = ONCE + [(name, list(PRECISIONS)[(index + 2) % 4]) for index, name in enumerate(MODELS)]
+once, twice = (pytest.mark.parametrize("alone", pairs, ids="-".join, indirect=True) for pairs in (ONCE, TWICE))
 
 
 def num_heads(name: str) -> int:
@@ -57,10 +63,11 @@ def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> 
     seen = run_schedules(alone.backend, alone.stories, count=NUM_SCHEDULES, seed=alone.seed)
 
     assert seen["compared"] > 20 * NUM_SCHEDULES
-    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 4
+    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 2
     assert seen["mixed batches"] > NUM_SCHEDULES
 
 
+@once
 def test_two_threads_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
     with closing(load_native(native_library, alone.name, alone.precision, threads=2)) as backend:
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
@@ -68,6 +75,7 @@ def test_two_threads_give_the_bits_of_one(alone: Alone, native_library: NativeLi
     assert seen["compared"] > NUM_MORE
 
 
+@once
 def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
     with closing(load_native(native_library, alone.name, alone.precision, threads=3)) as backend:
         run = backend._run
@@ -100,6 +108,7 @@ def test_rows_that_threads_share_have_the_bits_of_a_threads_own(
     assert np.array_equal(own, expected[:40])
 
 
+@once
 def test_several_ranks_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
     size = min(2 + alone.seed % 2, num_heads(alone.name))
     with closing(load_native_ranks(native_library, alone.name, alone.precision, size)) as backend:
@@ -117,6 +126,7 @@ def test_ranks_of_several_threads_give_the_same_bits(native_library: NativeLibra
     assert seen["compared"] > NUM_OF_RANKS
 
 
+@twice
 def test_every_instruction_set_of_this_machine_gives_the_same_bits(alone: Alone, native_library: NativeLibrary) -> None:
     for isa in available_isas(native_library.functions):
         with closing(load_native(native_library, alone.name, alone.precision, isa=isa)) as backend:
@@ -125,6 +135,7 @@ def test_every_instruction_set_of_this_machine_gives_the_same_bits(alone: Alone,
         assert seen["compared"] > NUM_MORE
 
 
+@once
 def test_blocks_of_several_pages_give_the_same_bits(alone: Alone, native_library: NativeLibrary) -> None:
     with closing(load_native(native_library, alone.name, alone.precision, block_size=64, num_blocks=60)) as backend:
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
