@@ -164,7 +164,7 @@ def pickled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_no_damage_to_a_pickle_gives_more_than_one_line(pickled: bytes, data: st.DataObject) -> None:
     damaged = bytearray(pickled[: data.draw(st.integers(0, len(pickled)))])
     for place, value in data.draw(

@@ -85,7 +85,7 @@ def without_timing(output: RequestOutput) -> tuple[Any, ...]:
     return output.prompt_logprobs, output.finished, sorted(output.outputs, key=lambda completion: completion.index)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     asked=st.lists(st.tuples(st.integers(0, 6), requests), min_size=2, max_size=6),
     num_blocks=st.sampled_from([8, 11, 14, 64]),

@@ -22,18 +22,19 @@ SECONDS = float(os.environ.get("BRLITE_FUZZ_SECONDS", "0"))
 NUM_EXAMPLES = 300
 
 _SETTINGS = settings(
-    max_examples=5000 if SECONDS else NUM_EXAMPLES,
     derandomize=not SECONDS,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 
 
-def fuzz(inputs: st.SearchStrategy[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def fuzz(
+    inputs: st.SearchStrategy[T], *, examples: int = NUM_EXAMPLES
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Makes a test of a function of one input."""
 
     def make(check: Callable[[T], None]) -> Callable[[], None]:
-        run = _SETTINGS(given(inputs)(check))
+        run = settings(_SETTINGS, max_examples=5000 if SECONDS else examples)(given(inputs)(check))
 
         def test() -> None:
             until = time.monotonic() + SECONDS

@@ -112,7 +112,7 @@ def as_validated(schema: Any) -> Any:
     return schema
 
 
-@fuzz(st.tuples(schemas, st.integers(0, 3)))
+@fuzz(st.tuples(schemas, st.integers(0, 3)), examples=100)  # a schema is compiled, and written: 0.1 s
 def test_a_schema_is_refused_or_its_answers_are_valid(case: tuple[Any, int]) -> None:
     schema, seed = case
     grammar = compile_or_refuse(json_schema=json.dumps(schema))
@@ -127,7 +127,8 @@ def test_a_schema_is_refused_or_its_answers_are_valid(case: tuple[Any, int]) -> 
 @fuzz(
     st.one_of(
         st.text(max_size=40), values.map(json.dumps), st.binary(max_size=30).map(lambda data: data.decode("latin-1"))
-    )
+    ),
+    examples=150,
 )
 def test_any_text_in_place_of_a_schema_or_grammar_is_an_end(text: str) -> None:
     if text:

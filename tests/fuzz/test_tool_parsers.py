@@ -79,7 +79,7 @@ def grammar_of(name: str) -> Grammar:
     return GRAMMARS[name]
 
 
-@fuzz(st.tuples(st.sampled_from(sorted(PARSERS)), st.integers(0, 10**6), PLACES))
+@fuzz(st.tuples(st.sampled_from(sorted(PARSERS)), st.integers(0, 10**6), PLACES), examples=120)
 def test_what_a_grammar_writes_is_read_again_alike_in_pieces(case: tuple[str, int, list[int]]) -> None:
     name, seed, places = case
     written = write(grammar_of(name), TOKENIZER, temperature=1.0, seed=seed, max_tokens=300)
