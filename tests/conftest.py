@@ -28,6 +28,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # with it each process comp
     sys.dont_write_bytecode = False
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read wherever Triton is imported, by torch as well: there is no card
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each command would compile its modules anew: half of its time
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell's job in the background ignores it, as its children do

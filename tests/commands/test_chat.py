@@ -7,7 +7,7 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 import pytest
 from aiohttp import web
@@ -20,6 +20,7 @@ from brlite.files.quoting import shown
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE
+from tests.warm import WarmPython
 
 
 async def test_a_question_that_failed_is_not_asked_again_with_the_next(
@@ -86,8 +87,15 @@ HOSTILE_SERVERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[WarmPython]:
+    python = WarmPython("from brlite.commands.cli import main; import brlite.commands.chat, aiohttp")
+    yield python
+    python.close()
+
+
 @pytest.mark.parametrize("case", HOSTILE_SERVERS)
-async def test_what_a_server_says_cannot_steer_the_terminal(case: str) -> None:
+async def test_what_a_server_says_cannot_steer_the_terminal(case: str, python: WarmPython) -> None:
     (status, models), (answer_status, answer) = HOSTILE_SERVERS[case]
 
     async def list_models(request: web.Request) -> web.Response:
@@ -99,20 +107,13 @@ async def test_what_a_server_says_cannot_steer_the_terminal(case: str) -> None:
     app = web.Application()
     app.add_routes([web.get("/v1/models", list_models), web.post("/v1/chat/completions", complete)])
     async with TestServer(app, host="127.0.0.1") as server:
-        process = await asyncio.create_subprocess_exec(
-            BRLITE,
-            "chat",
-            str(server.make_url("/")),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await asyncio.wait_for(process.communicate(b"hello\n"), PATIENCE_SECONDS)
+        chat = "import sys; sys.exit(main(sys.argv[1:]))"
+        ended = await asyncio.to_thread(python.run, chat, "chat", server.make_url("/"), text="hello\n")
 
-    text = out.decode() + err.decode()
+    text = ended.stdout + ended.stderr
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert "Traceback" not in text
-    assert len([line for line in err.decode().splitlines() if line.startswith("brlite: error: ")]) == 1
+    assert len([line for line in ended.stderr.splitlines() if line.startswith("brlite: error: ")]) == 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])

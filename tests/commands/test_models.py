@@ -231,7 +231,7 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     assert asked.returncode == 2  # nothing listens there any more
 
 
-@pytest.mark.parametrize(("flag", "value"), [("port", "99999"), ("threads", "-1"), ("device", "no device")])
+@pytest.mark.parametrize(("flag", "value"), [("port", "99999"), ("device", "no device")])
 def test_run_says_in_a_line_why_the_server_ended(flag: str, value: str, tmp_path: Path) -> None:
     command = [BRLITE, "run", "toy", "--engine", "toy", f"--{flag}={value}"]
 
