@@ -81,10 +81,10 @@ def read_items(value: Any) -> tuple[Any, ...]:
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
-    """Read a string or a list of strings. "" alone is no string: front ends send it for an empty input box."""
-    if isinstance(value, str):
-        value = [value] if value else []
-    texts = read_items(value)
+    """Read a string or a list of strings. "" and [""] are none: front ends send them for an empty input box."""
+    texts = (value,) if isinstance(value, str) else read_items(value)
+    if texts == ("",):
+        return ()
     "".join(texts).encode()  # raises for other types, and for lone surrogates, which no output can have
     return texts
 
