@@ -147,12 +147,12 @@ class OpenAIEncoder:
             and event.prompt_token_ids is None
             and event.prompt_tokens is None
         ):
-            if event.choice not in self._frames:
+            parts = self._frames.get(event.choice)
+            if parts is None:
                 head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
-                self._frames[event.choice] = head + name[:-2], tail
-            head, tail = self._frames[event.choice]
+                parts = self._frames[event.choice] = head + name[:-2], tail
             text = encode_json(event.text)
-            return head + (text if text.isascii() else on_one_line(text)) + tail
+            return parts[0] + (text if text.isascii() else on_one_line(text)) + parts[1]
         if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
             return self._encode_end(event)
         return self._chunk_of(event)

@@ -283,14 +283,20 @@ class Engine:
         seconds = self._measure(step, result, now)
         self._scheduler.end_step(self._steps.popleft().runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
+        later = dict[RequestState, None]()  # requests whose other sequences may follow in this step
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
+            state = seq.state
             if seq.status is SequenceStatus.RUNNING:
                 self._take_in(seq, num_tokens, seq_result, now)
+            if len(state.sequences) == 1 and state.search is None:
+                self._deliver(state)  # while its delta is still in the processor's cache
+            else:
+                later[state] = None
         num_generated = self.stats.generation_tokens - num_generated
         self.stats.generation_rate.add(num_generated)
         # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
         self.stats.note_step(self.stats.prompt_tokens - num_prompt + num_generated, seconds)
-        for state in dict.fromkeys([seq.state for seq, _ in step.runs]):
+        for state in later:
             if state.search is not None and self._requests.get(state.request.request_id) is state:
                 self._beams.advance(state, state.search, now)
             self._deliver(state)
@@ -546,7 +552,7 @@ class Engine:
         if self._requests.pop(state.request.request_id, None) is None:
             return
         self._queue.pop(state.request.request_id, None)
-        state.delta = {}
+        state.delta = []
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")

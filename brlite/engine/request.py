@@ -236,7 +236,7 @@ class RequestState:
     num_cached_tokens: int = 0
     partial_prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    delta: dict[int, CompletionOutput] = field(default_factory=dict)
+    delta: list[CompletionOutput] = field(default_factory=list)
     has_output: bool = False
     pooling: Pooling | None = None
     search: BeamSearch | None = None
@@ -279,10 +279,11 @@ class RequestState:
             self.prompt_logprobs = [None, *self.partial_prompt_logprobs]
 
     def add_delta(self, delta: CompletionOutput) -> None:
-        if delta.index in self.delta:
-            self.delta[delta.index].merge(delta)
+        """Add to the output. A step's deltas of one completion follow each other."""
+        if self.delta and self.delta[-1].index == delta.index:
+            self.delta[-1].merge(delta)
         else:
-            self.delta[delta.index] = delta
+            self.delta.append(delta)
 
     def times(self, now: float) -> RequestTimes:
         """How long each phase took of a request that ends now; 0 for one that it did not reach."""
@@ -291,23 +292,23 @@ class RequestState:
 
     def take_output(self) -> RequestOutput:
         """The output that is new since the last call. Prompt logprobs are in the first one only."""
-        request = self.request
+        request, completions = self.request, self.delta
+        self.delta = []
         output = RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=list(self.delta.values()),
+            outputs=completions,
             num_cached_tokens=self.num_cached_tokens,
             warnings=self.warnings,
         )
         if not self.has_output:
             output.prompt_logprobs, self.has_output = self.prompt_logprobs, True
-        for completion in output.outputs:
+        for completion in completions:
             if completion.finish_reason is not None:  # else the request has not ended
                 output.finished, output.embedding = self.is_finished, self.embedding
                 output.num_searched_tokens = 0 if self.search is None else self.search.num_tokens
                 break
-        self.delta = {}
         return output
 
 

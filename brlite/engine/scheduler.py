@@ -148,7 +148,8 @@ class Scheduler:
         self._free_place()
         decoding, prompts = list[Sequence](), list[Sequence]()
         for seq in self.running:
-            num_left = seq.num_left
+            # `seq.num_left`, mostly without its call: this is asked for each stream and step
+            num_left = len(seq.token_ids) - seq.num_computed_tokens - seq.num_in_flight_tokens or seq.num_left
             if num_left == 1:
                 decoding.append(seq)
             elif num_left:
@@ -319,11 +320,16 @@ def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, .
     """The runs of a step as plain data, for a `Batch`."""
     seqs = []
     for seq, num_tokens in runs:
-        token_ids, drafts, start = seq.token_ids, seq.draft_token_ids, seq.num_scheduled_tokens
+        state, token_ids, drafts = seq.state, seq.token_ids, seq.draft_token_ids
+        start = seq.num_computed_tokens + seq.num_in_flight_tokens
         end, is_whole = start + num_tokens, start + num_tokens >= len(token_ids)
-        is_being_drawn = start == len(token_ids)
-        params, pooling, pooling_input = seq.state.request.params, seq.state.request.pooling, None
-        if seq.state.pooling == "mean":
+        is_being_drawn, block_table = start == len(token_ids), seq.block_table.copy()
+        params, pooling, pooling_input = state.request.params, state.request.pooling, None
+        if is_whole and not (is_being_drawn or drafts or pooling is not None or params.prompt_logprobs is not None):
+            sampling = _sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids)
+            seqs.append(ScheduledSeq(seq.seq_id, start, token_ids[start:], block_table, sampling))
+            continue  # most runs: a quarter fewer instructions than with all fields
+        if state.pooling == "mean":
             total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
             pooling_input = PoolingInput(num_tokens, total, pooling if is_whole else None, len(token_ids))
         elif pooling is not None and is_whole:
@@ -334,7 +340,7 @@ def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, .
                 seq_id=seq.seq_id,
                 start=start,
                 token_ids=[0] if is_being_drawn else token_ids[start:end] + drafts,
-                block_table=seq.block_table.copy(),
+                block_table=block_table,
                 sampling=_sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids) if is_drawn else None,
                 prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
                 if params.prompt_logprobs is not None and seq.wants_prompt_logprobs

@@ -23,6 +23,7 @@ from brlite.http.body import BODIES, HELD, BodyBudget, HeldBody
 from brlite.http.connection import has_begun
 from brlite.http.cors import FETCH_SITE, Cors
 from brlite.http.errors import CLIENT_LEFT, OWN_HEADERS, error_response, status_of
+from brlite.http.events import WRITE_TURN, WriteTurn
 from brlite.http.keys import API_KEY, KEYS, ApiKeys, shown_key
 from brlite.http.origin_policy import OriginPolicy
 from brlite.http.request_id import ANTHROPIC_HEADER, HEADER, request_id, shown_request_id
@@ -47,6 +48,7 @@ def add_middlewares(
     body bytes at `BODIES`; else it gets the default one.
     """
     app[KEYS] = keys
+    app[WRITE_TURN] = WriteTurn()
     if BODIES not in app:
         app[BODIES] = BodyBudget(LimitsConfig().max_body_bytes_in_flight)
     policy = origin_policy or OriginPolicy()

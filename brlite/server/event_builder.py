@@ -42,6 +42,12 @@ class EventBuilder:
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
         self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
+        # Whether events have nothing but text, until the last one.
+        self._is_text_only = (
+            self._is_plain
+            and replies is None
+            and not (call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens)
+        )
         self._untold_token_ids: dict[int, list[int]] = {}  # by choice
         self._begun_choices: set[int] = set()
 
@@ -52,11 +58,18 @@ class EventBuilder:
         """
         self.count(prompt_index, output)
         call = self._call
-        usage = self.usage() if call.continuous_usage else None
         first_choice = prompt_index * call.params.n
+        usage = self.usage() if call.continuous_usage else None
         events: list[Event] = []
         for completion in output.outputs:
             choice = first_choice + completion.index
+            if self._is_text_only and not output.finished:
+                text, reason = completion.text, completion.finish_reason
+                if text or reason is not None:
+                    events.append(
+                        Event(choice=choice, text=text, finish_reason=reason, stop_reason=completion.stop_reason)
+                    )
+                continue
             is_last = output.finished and completion is output.outputs[-1]
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []

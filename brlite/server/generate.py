@@ -266,18 +266,16 @@ class Delivery:
         try:
             if isinstance(output, BrliteError):
                 self._error = output
-            else:
+                return
+            if output.finished:
                 if output.num_searched_tokens:
                     self._charge_search(output)
-                self._num_open -= output.finished
+                self._num_open -= 1
                 self._times = output.times or self._times
-                self._take(index, output)
-                if (
-                    self._text_end is not None
-                    and not output.finished
-                    and any(self._text_end(each.text) for each in output.outputs)
-                ):
-                    asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
+            self._take(index, output)
+            text_end = self._text_end
+            if text_end is not None and not output.finished and any(text_end(each.text) for each in output.outputs):
+                asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
         except Exception:  # the engine logs it; without `_error` the handler would wait forever
             self._error = EngineError("the answer could not be made")
             raise
@@ -416,7 +414,9 @@ class StreamDelivery(Delivery):
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
         events = self._builder.events(index, output)
-        if events and not self._stream.write(b"".join(map(self._encoder.encode, events))):
+        encode = self._encoder.encode
+        data = encode(events[0]) if len(events) == 1 else b"".join(map(encode, events))
+        if data and not self._stream.write(data):
             self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
             self._changed.set()
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from brlite.dialects.sse import DONE_EVENT, frame
-from brlite.http.events import BACKLOG_BYTES, EventStream
+from brlite.http.events import BACKLOG_BYTES, EventStream, WriteTurn
 from tests.limits import PATIENCE_SECONDS
 
 
@@ -234,3 +234,25 @@ async def test_an_event_is_one_line_in_every_readers_eyes(character: str, http_s
 
     assert [json.loads(line[6:]) for line in lines[:3] if line] == [{"text": text}, {"text": "plain"}]
     assert lines[4] == "data: [DONE]"
+
+
+def test_a_stream_that_fails_does_not_hold_up_the_other_streams() -> None:
+    turn, calls = WriteTurn(), list[str]()
+
+    class Stream:
+        def __init__(self, name: str, error: Exception | None = None) -> None:
+            self.name, self.error = name, error
+
+        def flush(self) -> None:
+            if self.error is not None:
+                raise self.error
+            calls.append(f"{self.name} flushed")
+
+        def abort(self) -> None:
+            calls.append(f"{self.name} aborted")
+
+    turn.streams += [Stream("first", RuntimeError("its handle is closed")), Stream("second")]  # type: ignore[list-item]
+    turn.flush()
+
+    assert calls == ["first aborted", "second flushed"]
+    assert turn.streams == []

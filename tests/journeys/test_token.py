@@ -12,7 +12,7 @@ def journey() -> Journey:
     calls = run_chat(record()).calls
     starts = [index for index, call in enumerate(calls) if call.function == "Engine.update"]
     end = next(index for index in range(starts[1], len(calls)) if calls[index].function == "EngineLoop._step")
-    write = next(call for call in calls[end:] if call.function == "EventStream._flush")
+    write = next(call for call in calls[end:] if call.function == "EventStream.flush")
     return Journey([*calls[starts[1] : end], write])
 
 
