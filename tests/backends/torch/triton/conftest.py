@@ -31,7 +31,7 @@ def interpreter() -> Iterator[None]:
     patched: set[str] = set()
 
     def call(function: Any, *arguments: Any, **named: Any) -> Any:
-        """A function that a kernel calls. Triton's own patches its language again in each call: a quarter of the time."""
+        """A function that a kernel calls. Triton's own patches its language again each time: a quarter of the time."""
         if function.fn.__module__ not in patched:
             patched.add(function.fn.__module__)
             interpreter._patch_lang(function.fn)
