@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -51,11 +52,13 @@ class WarmPython:
             order = json.dumps([program, list(map(str, arguments)), *map(str, files)])
             self._process.stdin.write(order.encode() + b"\n")
             try:
+                if not select.select([self._process.stdout], [], [], PATIENCE_SECONDS)[0]:
+                    raise TimeoutError(program)
                 status = int(self._process.stdout.readline())
-            except BaseException:  # pytest's limit, for what hangs
+            except BaseException:  # it hangs, by this limit or by pytest's
                 os.killpg(self._process.pid, signal.SIGKILL)
                 raise
-            return subprocess.CompletedProcess([], status, *(file.read_text(encoding="utf-8") for file in files[1:]))
+            return subprocess.CompletedProcess([], status, *(file.read_bytes().decode() for file in files[1:]))
 
     def close(self) -> None:
         self._process.communicate(timeout=PATIENCE_SECONDS)

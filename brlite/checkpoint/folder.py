@@ -92,7 +92,7 @@ def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ..
 
 
 def _part_names(name: str) -> list[str]:
-    """The names of all files of which a shard or a part of a GGUF has this one."""
+    """The names of all shards, or parts of a GGUF, by the name of one."""
     if (parts := SHARD.fullmatch(name)) is None:
         return [name]
     return [f"{parts[1]}{number:05}{parts[2]}" for number in range(1, int(parts[3]) + 1)]

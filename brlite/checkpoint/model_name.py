@@ -139,7 +139,7 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
         raise ModelError(f"{found}; name one as :QUANT: {choices}")
     if all(SPLIT_GGUF.search(name) for name in chosen):
         found = f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and split GGUF files are not fetched"
-        raise ModelError(f"{found}; name another as :QUANT: {choices}")
+        raise ModelError(f"{found}: download them and give the first part's path, or name another as :QUANT: {choices}")
     if len(chosen) > 1:
         shown_files = ", ".join(chosen[:MAX_CHOICES])
         raise ModelError(f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {shown_files}")

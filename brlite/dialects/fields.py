@@ -326,7 +326,7 @@ OF_GENERATION = (
     Field("use_beam_search", (VLLM_04, VLLM), (False,)),
     Field("max_tokens max_completion_tokens max_output_tokens", (OPENAI,), (-1,), "the endpoint's own name"),
     Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), "the endpoint's own name"),
-    Field("stop stop_words", EVERYBODY, ("", []), "stop_sequences"),
+    Field("stop stop_words", EVERYBODY, ("", [], [""]), "stop_sequences"),
     Field("logprobs", EVERYBODY, (False,), "top_logprobs"),
     Field("top_logprobs n_probs", (OPENAI, LLAMA_CPP), (0,), "logprobs"),
     Field("suffix", (OPENAI, VLLM_04, VLLM), ("",), "/v1/completions"),

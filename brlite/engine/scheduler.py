@@ -148,7 +148,7 @@ class Scheduler:
         self._free_place()
         decoding, prompts = list[Sequence](), list[Sequence]()
         for seq in self.running:
-            # `seq.num_left`, mostly without its call: this is asked for each stream and step
+            # `seq.num_left`, mostly without its call: this runs for each stream and step
             num_left = len(seq.token_ids) - seq.num_computed_tokens - seq.num_in_flight_tokens or seq.num_left
             if num_left == 1:
                 decoding.append(seq)

@@ -72,7 +72,7 @@ class Connections:
         self._spare = _Group()
         self._by_address: dict[str, _Group] = {}
         self._num_closed = self._num_spare = 0  # since the last line of the log that has them
-        self._is_full = False  # whether the log says so
+        self._is_full = False  # "reached" is in the log, "room again" not yet
         self._quiet_until = 0.0
         self._none = asyncio.Event()
         self._none.set()
@@ -115,7 +115,8 @@ class Connections:
     def discard(self, connection: Closable) -> None:
         """Remove a connection that has ended."""
         self._remove(connection)
-        if self._is_full and len(self._members) < max(1, self._limit // 2):
+        is_untold = (self._num_spare or self._num_closed) and time.monotonic() >= self._quiet_until
+        if (self._is_full or is_untold) and len(self._members) < max(1, self._limit // 2):
             logger.warning(
                 "there is room again: %d connections were refused, %d that waited were closed for others",
                 self._num_spare,

@@ -4,7 +4,7 @@ The handler never waits for a write; it reads `is_backlogged` and merges or wait
 `dialects/` frames the events.
 
 A transport gets its events in the next turn of the event loop, by one call for the streams of a server. So the writes
-of all streams of an engine step follow each other, and the next step begins before them.
+of all streams of an engine step follow each other, and the next step begins before them (`bench/serving.md`).
 
 It relies on public behaviour of aiohttp. After `StreamResponse.prepare()` the transport has the headers, so later
 writes follow them. `write_eof()` ends the chunked encoding, and the connection then takes its next request.

@@ -416,7 +416,7 @@ class StreamDelivery(Delivery):
         events = self._builder.events(index, output)
         encode = self._encoder.encode
         data = encode(events[0]) if len(events) == 1 else b"".join(map(encode, events))
-        if data and not self._stream.write(data):
+        if not self._stream.write(data):
             self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
             self._changed.set()
 

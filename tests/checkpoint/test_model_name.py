@@ -90,7 +90,11 @@ def test_a_quantization_chooses_the_file(names: list[str], quantization: str | N
         (GGUF_FILES, "Q5_K_M", r"no \.gguf file is Q5_K_M; name one as :QUANT: BF16, Q4_K_M, Q8_0, UD-Q4_K_M"),
         (GGUF_FILES, "Q4_K", r"no \.gguf file is Q4_K; "),
         (SPLIT_FILES, None, r"of 3 \.gguf files none is Q4_K_M; name one as :QUANT: Q4_0, Q8_0"),
-        (SPLIT_FILES, "Q8_0", "one of 2 parts, and split GGUF files are not fetched; name another as :QUANT: Q4_0"),
+        (
+            SPLIT_FILES,
+            "Q8_0",
+            "not fetched: download them and give the first part's path, or name another as :QUANT: Q4_0",
+        ),
         (
             ["a-Q8_0.gguf", "b-Q8_0.gguf"],
             "Q8_0",
