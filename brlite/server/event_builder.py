@@ -58,8 +58,8 @@ class EventBuilder:
         """
         self.count(prompt_index, output)
         call = self._call
-        first_choice = prompt_index * call.params.n
         usage = self.usage() if call.continuous_usage else None
+        first_choice = prompt_index * call.params.n
         events: list[Event] = []
         for completion in output.outputs:
             choice = first_choice + completion.index

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 # For processors with none of the other instruction sets. It takes the longest to compile, so it starts first; with -O1
-# that takes 0.4 times as long as with -O3, and it runs no slower.
+# that takes 0.4 times as long as with -O3, and its steps took no longer.
 FALLBACK = "isa_generic.cpp"
 FALLBACK_FLAGS = ("-O1",)
 # For equal bits everywhere, the compiler may not fuse multiply-adds or tune for this machine (-march=native).
