@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 MIN_CHUNK_TOKENS = 16  # the least prompt tokens in a step, even for a slow model
 _KEPT = 0.9  # factor on the weights of earlier steps, at each new one: the load of a shared machine changes
+_MOST = 2.0  # a step takes at most so many times as long as the next one shows; else it was interrupted
 
 
 class StepPace:
@@ -34,6 +35,12 @@ class StepPace:
             return
         num_tokens = sum(num for _, num in chunks)
         num_pairs = sum(num * start + num**2 / 2 for start, num in chunks)
+        if self._token_token:
+            per_token, per_pair = self._fit()
+            expected = per_token * num_tokens + per_pair * num_pairs
+            if expected > _MOST * seconds > 0:  # the machine was asleep, or compiled a kernel
+                self._token_seconds *= _MOST * seconds / expected
+                self._pair_seconds *= _MOST * seconds / expected
         weight = 1 / num_tokens  # so a step's weight is proportional to its tokens, not to their square
         self._token_token = _KEPT * self._token_token + weight * num_tokens**2
         self._token_pair = _KEPT * self._token_pair + weight * num_tokens * num_pairs

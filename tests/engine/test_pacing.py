@@ -106,6 +106,27 @@ def test_the_pace_follows_a_machine_that_turns_slow(start: int) -> None:
     assert fitting == MIN_CHUNK_TOKENS or took <= 0.22
 
 
+@pytest.mark.parametrize("num_before", [0, 32])
+def test_after_a_step_that_was_interrupted_few_chunks_are_small(num_before: int) -> None:
+    def took(num: int) -> float:
+        return PER_TOKEN * num + PER_PAIR * num**2 / 2
+
+    pace = StepPace(0.2)
+    for _ in range(num_before):
+        pace.observe([(0, 128)], took(128))
+    pace.observe([(0, 128)], 300.0)
+
+    sizes = list[int]()
+    for _ in range(4):
+        fitting = pace.num_chunk_tokens(0, num_others=0)
+        assert fitting is not None
+        sizes.append(fitting)
+        pace.observe([(0, fitting)], took(fitting))
+
+    assert sizes[0] == MIN_CHUNK_TOKENS
+    assert all(0.08 <= took(size) <= 0.22 for size in sizes[1:])
+
+
 def test_times_that_fit_no_machine_give_a_chunk_all_the_same() -> None:
     rng = random.Random(2)
     pace = StepPace(0.2)
