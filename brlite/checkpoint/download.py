@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import wait
 from contextlib import closing
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, read_config
+from brlite.checkpoint.gguf_config import ROPE_FREQS, hugging_face_config
+from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from brlite.checkpoint.hub import REACH_VARIABLE, Hub, RepositoryListing
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, get, read_some, tried_again
 from brlite.checkpoint.model_name import ModelName, choose_files
@@ -110,29 +113,35 @@ class Download:
         transfer.fetch(list(missing.values()))
 
     def _check_architecture(self, wanted: Sequence[HubFile]) -> None:
-        """Raise an error if the model cannot be served. Reads its config.json, or the header of its GGUF file."""
+        """Raise an error if the model cannot be served. Reads its config.json, or the headers of its GGUF files."""
         if any(file.name.endswith(".bin") for file in wanted) and find_spec("torch") is None:
             raise MissingExtra("a model in PyTorch's .bin files", "torch", ModuleNotFoundError(name="torch"))
-        gguf = next((file for file in wanted if file.name.lower().endswith(".gguf")), None)
+        if all(file.name.lower().endswith(".gguf") for file in wanted):
+            if not all(self._is_there(file) for file in wanted):
+                self._check_gguf(wanted)
+            return
         config_file = next((file for file in wanted if file.name == CONFIG_FILE), None)
-        if gguf is None:
-            if config_file is None:
-                raise ModelError(f"the repository has no {CONFIG_FILE}")
-            self._fetch([config_file])
-            with temporary_folder(self._repository.folder, ".config") as folder:
-                (folder / CONFIG_FILE).symlink_to(self._repository.blob(config_file.key).resolve())
-                config = read_config(folder)
-            read_quantization(config)
-            find_family(config).read_config(without_quantization(config))
-        elif not self._is_there(gguf):
-            with temporary_folder(self._repository.folder, ".header") as folder:
-                self._check_gguf(gguf, folder / Path(gguf.name).name)
+        if config_file is None:
+            raise ModelError(f"the repository has no {CONFIG_FILE}")
+        self._fetch([config_file])
+        with temporary_folder(self._repository.folder, ".config") as folder:
+            (folder / CONFIG_FILE).symlink_to(self._repository.blob(config_file.key).resolve())
+            config = read_config(folder)
+        read_quantization(config)
+        find_family(config).read_config(without_quantization(config))
 
-    def _check_gguf(self, file: HubFile, copy: Path) -> None:
-        """Fetch the header of a GGUF file and check it. `copy` gets the header, and a hole of the file's size."""
-        from brlite.checkpoint.gguf_checkpoint import checked_tensors
-        from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
-        from brlite.checkpoint.gguf_header import read_gguf_header
+    def _check_gguf(self, files: Sequence[HubFile]) -> None:
+        """Fetch the headers of a GGUF file, or of all its parts, and check them."""
+        from brlite.checkpoint.gguf_checkpoint import read_headers
+
+        headers = {Path(file.name): self._fetch_header(file) for file in files}
+        metadata, tensors = read_headers(headers)
+        shapes = {name: tensor.shape for name, (_, tensor) in tensors.items() if name != ROPE_FREQS}
+        config = hugging_face_config(metadata, shapes, None)
+        find_family(config).read_config(config)
+
+    def _fetch_header(self, file: HubFile) -> GgufHeader:
+        """The header of a GGUF file, of which no more than that is fetched."""
 
         def read(begin: int, end: int) -> None:
             with closing(self._open_span(file, (begin, end))) as response, copy.open("r+b") as stream:
@@ -142,25 +151,19 @@ class Download:
                 if stream.tell() < end:
                     raise PassingFailure("the connection was cut")
 
-        copy.touch()
-        os.truncate(copy, file.num_bytes)
-        begin = 0
-        for limit in HEADER_BYTES:
-            end = min(limit, file.num_bytes)
-            tried_again(lambda begin=begin, end=end: read(begin, end), self._retries)  # type: ignore[misc]
-            begin = end
-            try:
-                header = read_gguf_header(copy)
-            except ModelError as error:
-                if end < file.num_bytes and limit != HEADER_BYTES[-1]:
-                    continue
-                raise ModelError(str(error).replace(str(copy), file.name)) from None
-            if header.data_start <= end:
-                break
-        shapes = {
-            hugging_face_name(tensor): location.shape
-            for tensor, location in checked_tensors(header).items()
-            if tensor != ROPE_FREQS
-        }
-        config = hugging_face_config(GgufMetadata(header.metadata), shapes, None)
-        find_family(config).read_config(config)
+        with temporary_folder(self._repository.folder, ".header") as folder:
+            copy = folder / Path(file.name).name
+            copy.touch()
+            os.truncate(copy, file.num_bytes)  # a hole behind the header: the file has the size that the header is for
+            ends = sorted({min(limit, file.num_bytes) for limit in HEADER_BYTES})
+            for begin, end in pairwise((0, *ends)):
+                tried_again(lambda begin=begin, end=end: read(begin, end), self._retries)  # type: ignore[misc]
+                try:
+                    header = read_gguf_header(copy)
+                except ModelError as error:
+                    if end == ends[-1]:
+                        raise ModelError(str(error).replace(str(copy), file.name)) from None
+                else:
+                    if header.data_start <= end or end == file.num_bytes:
+                        return header
+        raise ModelError(f"{file.name}: its header is longer than {HEADER_BYTES[-1]} bytes")

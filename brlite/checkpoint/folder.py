@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from brlite.checkpoint.model_file import FETCH_AGAIN, check_model_file, exists, gguf_files, is_gguf, read_json_object
+from brlite.checkpoint.model_file import (
+    FETCH_AGAIN,
+    check_model_file,
+    exists,
+    first_part,
+    gguf_files,
+    is_gguf,
+    part_names,
+    read_json_object,
+)
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
@@ -23,10 +31,8 @@ WEIGHT_FILES: tuple[tuple[WeightsKind, str, str, str], ...] = (
     ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"),
 )
 WEIGHT_NAMES = tuple(name for _, single, index, _ in WEIGHT_FILES for name in (single, index))
-SHARD = re.compile(r"(.+-)\d{5}(-of-(\d{5})\..+)")
 ADAPTER_FILE = "adapter_config.json"
 TRACED_HINT = "; a traced .pt is named by model_file, beside the folder of its config, or converted with --from-pt"
-SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 class Weights(NamedTuple):
@@ -87,15 +93,8 @@ def _shards(folder: Path, index_name: str, shard_pattern: str) -> tuple[Path, ..
                 raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
     else:
         names = sorted(file.name for file in folder.glob(shard_pattern))
-        names = _part_names(names[0]) if names else []
+        names = part_names(names[0]) if names else []
     return _complete(folder, names)
-
-
-def _part_names(name: str) -> list[str]:
-    """The names of all shards, or parts of a GGUF, by the name of one."""
-    if (parts := SHARD.fullmatch(name)) is None:
-        return [name]
-    return [f"{parts[1]}{number:05}{parts[2]}" for number in range(1, int(parts[3]) + 1)]
 
 
 def _complete(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
@@ -111,7 +110,6 @@ def _gguf_parts(file: Path) -> tuple[Path, ...]:
     if not is_gguf(file):
         hint = TRACED_HINT if file.suffix == ".pt" else f"; give {file.parent}" if has_weights(file.parent) else ""
         raise ModelError(f"{file}: a model must be a folder or a .gguf file{hint}")
-    names = _part_names(file.name) if SPLIT_GGUF.search(file.name) else [file.name]
-    if names[:1] != [file.name]:
-        raise ModelError(f"{file}: a later part of a split GGUF; give the first one, -00001-of-")
-    return _complete(file.parent, names)
+    if (first := first_part(file.name)) != file.name:
+        raise ModelError(f"{file}: a later part of a split GGUF; give the first one, {first}")
+    return _complete(file.parent, part_names(file.name))

@@ -1,6 +1,6 @@
 """The sampling values that a model's files recommend: `generation_config.json`, or `general.sampling.*` of a GGUF file.
 
-They are returned unchecked; `llm.py` checks them.
+They are returned unchecked; `llm/loading.py` checks them.
 """
 
 from __future__ import annotations

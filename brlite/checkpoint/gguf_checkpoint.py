@@ -5,7 +5,7 @@ The `gguf` package dequantizes tensors to float32; `gguf_codes.py` unpacks the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,25 @@ class GgufCheckpoint(LocatedTensors):
         """`files` are a whole file, or all parts of a split one. The first part has the metadata."""
         self.path = files[0]
         headers = {file: read_gguf_header(file) for file in files}
-        tensors: dict[str, tuple[Path, TensorLocation]] = {}
-        for number, (file, header) in enumerate(headers.items()):
-            with naming(file):
-                for name, tensor in checked_tensors(header, number, len(files)).items():
-                    if name in tensors:
-                        raise ModelError(f"tensor {excerpt(name)} is also in an earlier part")
-                    tensors[name] = file, tensor
+        metadata, tensors = read_headers(headers)
+        divisors = None
+        if ROPE_FREQS in tensors:
+            file, freqs = tensors.pop(ROPE_FREQS)
+            (divisors,) = (
+                tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({file: [freqs]}).tensors()
+            )
+        shapes = {name: tensor.shape for name, (_, tensor) in tensors.items()}
         with naming(self.path):
-            metadata = GgufMetadata(headers[self.path].metadata)
-            divisors = None
-            if ROPE_FREQS in tensors:
-                file, freqs = tensors.pop(ROPE_FREQS)
-                (divisors,) = (
-                    tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({file: [freqs]}).tensors()
-                )
-            named = {hugging_face_name(name): located for name, located in tensors.items()}
-            shapes = {name: tensor.shape for name, (_, tensor) in named.items()}
             self.config: dict[str, Any] = hugging_face_config(metadata, shapes, divisors)
-            heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
-            interleaved = {"q_proj": heads, "k_proj": kv_heads} if metadata.architecture == "llama" else {}
-            locations: dict[Path, list[TensorLocation]] = {file: [] for file in files}
-            for name, (file, tensor) in named.items():
-                num_heads = interleaved.get(_module(name))
-                if num_heads is not None and tensor.shape[0] != num_heads * self.config["head_dim"]:
-                    raise ModelError(
-                        f"{tensor.name} must have {num_heads * self.config['head_dim']} rows: {tensor.shape}"
-                    )
-                head_rows = 0 if num_heads is None else self.config["head_dim"]
-                locations[file].append(tensor._replace(name=name, head_rows=head_rows))
+        heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        interleaved = {"q_proj": heads, "k_proj": kv_heads} if metadata.architecture == "llama" else {}
+        locations: dict[Path, list[TensorLocation]] = {file: [] for file in files}
+        for name, (file, tensor) in tensors.items():
+            num_heads = interleaved.get(name.split(".")[-2])
+            head_rows = 0 if num_heads is None else self.config["head_dim"]
+            if num_heads is not None and tensor.shape[0] != num_heads * head_rows:
+                raise ModelError(f"{file}: {tensor.name} must have {num_heads * head_rows} rows: {tensor.shape}")
+            locations[file].append(tensor._replace(name=name, head_rows=head_rows))
         super().__init__(locations)
         read = dict[Path, bytes]()
         for file, header in headers.items():
@@ -65,11 +55,27 @@ class GgufCheckpoint(LocatedTensors):
         self.identity = weights_identity(self.config, read)
 
 
-def _module(name: str) -> str:
-    return name.split(".")[-2]
+def read_headers(
+    headers: Mapping[Path, GgufHeader],
+) -> tuple[GgufMetadata, dict[str, tuple[Path, TensorLocation]]]:
+    """The metadata of a file or of all parts of a split one, in their order, and the tensors with the file of each.
+
+    Tensors are named as Hugging Face does, but for `ROPE_FREQS`. Raises `ModelError` naming the file.
+    """
+    first, tensors = next(iter(headers)), dict[str, tuple[Path, TensorLocation]]()
+    with naming(first):
+        metadata = GgufMetadata(headers[first].metadata)
+    for number, (file, header) in enumerate(headers.items()):
+        with naming(file):
+            for tensor in checked_tensors(header, number, len(headers)):
+                name = ROPE_FREQS if tensor.name == ROPE_FREQS else hugging_face_name(tensor.name)
+                if name in tensors:
+                    raise ModelError(f"tensor {excerpt(tensor.name)} is listed twice")
+                tensors[name] = file, tensor
+    return metadata, tensors
 
 
-def checked_tensors(header: GgufHeader, number: int = 0, num_parts: int = 1) -> dict[str, TensorLocation]:
+def checked_tensors(header: GgufHeader, number: int, num_parts: int) -> list[TensorLocation]:
     """The table of tensors in the order of the data. Raises `ModelError` for one that cannot be read.
 
     The header is that of a split file's part `number`, counted from 0, of `num_parts`.
@@ -84,19 +90,16 @@ def checked_tensors(header: GgufHeader, number: int = 0, num_parts: int = 1) -> 
         type_id: _format(type_id, next(tensor.name for tensor in header.tensors if tensor.type_id == type_id))
         for type_id in sorted({tensor.type_id for tensor in header.tensors})
     }
-    tensors: dict[str, TensorLocation] = {}
-    end = header.data_start
+    tensors, end = list[TensorLocation](), header.data_start
     for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
         stored_as, begin = formats[tensor.type_id], header.data_start + tensor.offset
-        if tensor.name in tensors:
-            raise ModelError(f"tensor {excerpt(tensor.name)} is listed twice")
         if begin < end:
             raise ModelError(f"tensor {excerpt(tensor.name)} begins within the one before it")
         if 0 in tensor.shape or tensor.shape[-1] % stored_as.block_elements:
             wanted = f"{stored_as.name} needs {stored_as.block_elements}s"
             raise ModelError(f"tensor {excerpt(tensor.name)} has shape {tensor.shape}; {wanted}")
-        tensors[tensor.name] = location = TensorLocation(tensor.name, stored_as, tensor.shape, begin)
-        end = begin + location.num_bytes
+        tensors.append(TensorLocation(tensor.name, stored_as, tensor.shape, begin))
+        end = begin + tensors[-1].num_bytes
         if end > header.num_file_bytes:
             raise ModelError(
                 f"truncated: tensor {excerpt(tensor.name)} ends at byte {end}, but the file has {header.num_file_bytes}"

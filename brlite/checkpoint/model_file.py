@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ FETCH_AGAIN = "fetch it again"
 # The template for chats with tools, beside a chat_template.jinja. A bundle has no folders: there it has another name.
 TOOL_TEMPLATE_FILE, BUNDLED_TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja", "tool_use.jinja"
 NO_MODELS = ("mmproj", "imatrix")  # in names of GGUF files that hold no language model
-LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+PART = re.compile(r"(.+-)\d{5}(-of-(?!00000)(\d{5})\.\w+)")  # a shard, or a part of a GGUF
 
 
 class Kind(NamedTuple):
@@ -142,10 +142,30 @@ def is_gguf(file: Path) -> bool:
         return False  # its reader reports why
 
 
+def first_part(name: str) -> str:
+    """The name of the first part of a split GGUF, or of the first shard, by that of any; of a whole file its own."""
+    part = PART.fullmatch(name)
+    return name if part is None else f"{part[1]}00001{part[2]}"
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts or shards by the name of any; of a whole file its own. Paths are kept."""
+    part = PART.fullmatch(name)
+    return [name] if part is None else [f"{part[1]}{number:05}{part[2]}" for number in range(1, int(part[3]) + 1)]
+
+
+def gguf_models(names: Iterable[str]) -> list[str]:
+    """Of these names or paths of files, the GGUF files that hold a language model, in order.
+
+    Of a split one it is the first part, also where that is missing.
+    """
+    files = sorted({first_part(name) for name in names if name.lower().endswith(".gguf")})
+    return [file for file in files if not any(word in file.lower().rpartition("/")[2] for word in NO_MODELS)]
+
+
 def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files of a folder that hold a language model, in the order of their names; of a split one the first."""
-    found = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and not LATER_PART.search(file.name)]
-    return sorted(file for file in found if not any(word in file.name.lower() for word in NO_MODELS))
+    """The GGUF files in a folder, as `gguf_models` chooses them."""
+    return [folder / name for name in gguf_models(file.name for file in folder.iterdir())]
 
 
 def read_model_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:

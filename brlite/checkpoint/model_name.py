@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
-from brlite.checkpoint.folder import SPLIT_GGUF, WEIGHT_FILES
-from brlite.checkpoint.model_file import NO_MODELS, TOOL_TEMPLATE_FILE
+from brlite.checkpoint.folder import WEIGHT_FILES
+from brlite.checkpoint.model_file import TOOL_TEMPLATE_FILE, gguf_models, part_names
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.cache import expand_home
@@ -116,16 +116,13 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
     """The files of a repository that make up the model.
 
     Config, tokenizer and safetensors; without safetensors, the `.bin` files; without either, or with a `quantization`,
-    one GGUF file. Raises `ModelError` with the choices if several GGUF files fit.
+    one GGUF file, or all parts of a split one in their order. Raises `ModelError` with the choices if several fit.
     """
     if quantization is None:
         for _, *weights in WEIGHT_FILES:
             if any(_matches(name, weights) for name in names):
                 return [name for name in names if _matches(name, (*COMPANION_FILES, *weights))]
-    bases = {name: PurePosixPath(name).name.lower() for name in names}
-    files = sorted(
-        name for name, base in bases.items() if base.endswith(".gguf") and not any(word in base for word in NO_MODELS)
-    )
+    files = gguf_models(names)
     if not files:
         looked_for = "" if quantization else "neither model.safetensors nor pytorch_model.bin, and "
         hint = f" for {quantization} to choose from" if quantization else ""
@@ -137,13 +134,13 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
     if not chosen:
         found = f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
         raise ModelError(f"{found}; name one as :QUANT: {choices}")
-    if all(SPLIT_GGUF.search(name) for name in chosen):
-        found = f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and split GGUF files are not fetched"
-        raise ModelError(f"{found}: download them and give the first part's path, or name another as :QUANT: {choices}")
     if len(chosen) > 1:
         shown_files = ", ".join(chosen[:MAX_CHOICES])
         raise ModelError(f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {shown_files}")
-    return chosen
+    parts, present = part_names(chosen[0]), {*names}
+    if missing := [name for name in parts if name not in present]:
+        raise ModelError(f"the repository lacks {excerpt(missing[0])}, one of {len(parts)} parts")
+    return parts
 
 
 def quantization_of(file_name: str) -> str | None:

@@ -20,6 +20,7 @@ from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.fetch import local_sources, locate_model, remote_sources
 from brlite.checkpoint.folder import WEIGHT_NAMES, has_weights
 from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
+from brlite.checkpoint.model_file import gguf_models, part_names
 from brlite.checkpoint.model_name import quantization_of
 from brlite.checkpoint.progress import progress_bar
 from brlite.checkpoint.repository import FOLDER_PREFIX, Repository, cached_repositories
@@ -138,8 +139,9 @@ def details(model: CachedModel) -> str:
 
 
 def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
-    """(quantization or file name of a GGUF file, its path), or (None, the folder) of other weights."""
-    files = sorted(path for path in snapshot.rglob("*.gguf") if path.is_file())
+    """(quantization or file name of a GGUF model, its file or first part), or (None, the folder) of other weights."""
+    names = gguf_models(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf"))
+    files = [snapshot / name for name in names if (snapshot / name).is_file()]
     told = [quantization_of(path.name) for path in files]
     for file, quantization in zip(files, told, strict=True):
         is_only = told.count(quantization) == 1
@@ -150,7 +152,8 @@ def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
 
 def _describe(name: str, path: Path) -> CachedModel:
     """The model at `path` by its headers. Memory and context are those with the default config."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    found = map(Path, part_names(str(path))) if path.is_file() else path.rglob("*")
+    files = [file for file in found if file.is_file()]
     status = [file.stat() for file in files]
     disk_bytes, used_at = sum(each.st_size for each in status), max(each.st_atime for each in status)
     memory = context = problem = None
@@ -185,7 +188,7 @@ def find_model(name: str) -> CachedModel:
 
 
 def remove(name: str, *, is_agreed: bool) -> int:
-    """Remove a model: the file if it is one of several in its snapshot, else the whole folder. Asks unless agreed."""
+    """Remove a model: its files if it is one of several in its snapshot, else the whole folder. Asks unless agreed."""
     model = find_model(name)
     if not is_agreed:
         if not sys.stdin.isatty():
@@ -202,7 +205,8 @@ def remove(name: str, *, is_agreed: bool) -> int:
             repository = Repository(folder.parent, folder.name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1))
             snapshots = repository.snapshots()
             if model.path.is_file() and snapshots and len(list(_models_in(snapshots[0]))) > 1:
-                repository.remove_file(snapshots[0], str(model.path.relative_to(snapshots[0])))
+                for part in part_names(str(model.path.relative_to(snapshots[0]))):
+                    repository.remove_file(snapshots[0], part)
             else:
                 repository.remove()
     except OSError as error:

@@ -205,6 +205,12 @@ def swapped_parts(folder: Path) -> Path:
     return first
 
 
+def odd_part(folder: Path) -> Path:
+    """The last part has a tensor that no model has."""
+    tensors = {**random_gguf_tensors(), "odd.weight": random_gguf_tensors()["output_norm.weight"]}
+    return write_gguf(folder / "m.gguf", tensors, part_tensors=-(-len(tensors) // 4))
+
+
 def doubled_part(folder: Path) -> Path:
     """The second part has the tensors of the first one."""
     first, count = split_gguf(folder), {"split.count": 4, "split.no": 1}
@@ -358,10 +364,13 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda folder: without(split_gguf(folder), "00003"),
         "1 of 4 shards are missing, the first is 'm-00003-of-00004.gguf'",
     ),
-    "gguf: folder without the first part": (lambda folder: without(split_gguf(folder), "00001").parent, "no weights"),
+    "gguf: folder without the first part": (
+        lambda folder: without(split_gguf(folder), "00001").parent,
+        "1 of 4 shards are missing, the first is 'm-00001-of-00004.gguf'",
+    ),
     "gguf: a later part": (
         lambda folder: split_gguf(folder).with_name("m-00002-of-00004.gguf"),
-        "a later part of a split GGUF; give the first one",
+        "a later part of a split GGUF; give the first one, m-00001-of-00004.gguf",
     ),
     "gguf: no part by its header": (
         lambda folder: write_gguf(folder / "m-00001-of-00001.gguf", metadata={"split.count": 2}),
@@ -369,8 +378,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "gguf: one part, renamed": (lambda folder: split_gguf(folder).rename(folder / "m.gguf"), "got 0 and 4"),
     "gguf: parts in another order": (lambda folder: swapped_parts(folder), "split.no must be 1 and split.count 4"),
-    "gguf: parts of two files": (lambda folder: doubled_part(folder), "is also in an earlier part"),
-    "gguf: of no parts": (lambda folder: write_gguf(folder / "m-00001-of-00000.gguf"), "a later part"),
+    "gguf: parts of two files": (
+        lambda folder: doubled_part(folder),
+        "m-00002-of-00004.gguf: tensor 'token_embd.weight' is listed twice",
+    ),
+    "gguf: a name in a later part": (lambda folder: odd_part(folder), "m-00004-of-00004.gguf: tensor 'odd.weight'"),
     "gguf: whole file and parts": (
         lambda folder: write_gguf(split_gguf(folder).with_name("n.gguf")).parent,
         "holds 2 .gguf files",

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.download import Download
-from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, find_cached, reach_limit
+from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, NotHere, find_cached, reach_limit
 from brlite.checkpoint.hub_http import HubAddress, Retries, get
 from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
@@ -22,7 +23,7 @@ from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository,
 from brlite.checkpoint.transfer import HubFile, OpenSpan, Transfer, Wanted
 from brlite.errors import ModelError
 from tests.checkpoint.hub_server import HubServer, files_of
-from tests.checkpoint.model_files import write_gguf
+from tests.checkpoint.model_files import random_gguf_tensors, write_gguf
 from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
@@ -372,6 +373,40 @@ def test_a_gguf_architecture_is_read_from_the_header_before_the_weights(server: 
 
     assert str(tmp_path) not in str(error.value)
     assert server.ranges == ["bytes=0-262143", "bytes=262144-4194303"]
+
+
+def split_gguf(folder: Path) -> dict[str, bytes]:
+    """The three parts of a GGUF file, as a repository has them."""
+    tensors = random_gguf_tensors()
+    write_gguf(folder / "m-Q8_0.gguf", tensors, part_tensors=-(-len(tensors) // 3))
+    return {f"Q8_0/{path.name}": path.read_bytes() for path in sorted(folder.glob("m-Q8_0-*"))}
+
+
+def test_all_parts_of_a_split_gguf_are_fetched(server: HubServer, tmp_path: Path) -> None:
+    server.files = {**split_gguf(tmp_path), "m-Q4_0.gguf": b"GGUF"}
+    hub = LocalHuggingFace(server, tmp_path / "cache")
+
+    found = fetch(hub, "hf:org/model:q8_0")
+
+    assert found.name == "m-Q8_0-00001-of-00003.gguf"
+    assert files_of(found.parent.parent).keys() == server.files.keys() - {"m-Q4_0.gguf"}
+    assert len(open_checkpoint(found).shapes()) == len(random_gguf_tensors())
+    assert find_cached(hub, parse_model_name("hf:org/model:Q8_0")) == found
+    found.with_name("m-Q8_0-00002-of-00003.gguf").unlink()
+    with pytest.raises(NotHere, match=r"lacks 'Q8_0/m-Q8_0-00002-of-00003\.gguf'"):
+        find_cached(hub, parse_model_name("hf:org/model:Q8_0"))
+
+
+def test_the_headers_of_all_parts_are_checked_before_the_weights(server: HubServer, tmp_path: Path) -> None:
+    server.files = split_gguf(tmp_path)
+    _, second, third = server.files
+    server.files[second] = server.files[third]
+    hub = LocalHuggingFace(server, tmp_path / "cache")
+
+    with pytest.raises(ModelError, match=rf"{second}: a split GGUF: split\.no must be 1"):
+        fetch(hub)
+
+    assert not (Repository(hub.cache(), "org/model").folder / "blobs").exists()
 
 
 def test_modelscope_serves_the_same_from_its_own_paths(server: HubServer, tmp_path: Path) -> None:

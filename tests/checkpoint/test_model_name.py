@@ -84,17 +84,21 @@ def test_a_quantization_chooses_the_file(names: list[str], quantization: str | N
     assert choose_files(names, quantization) == [chosen]
 
 
+def test_all_parts_of_a_split_gguf_are_chosen() -> None:
+    assert choose_files(SPLIT_FILES, "Q8_0") == SPLIT_FILES[:2]
+    assert choose_files(["sub/m-00002-of-00002.gguf", "sub/m-00001-of-00002.gguf"]) == [
+        "sub/m-00001-of-00002.gguf",
+        "sub/m-00002-of-00002.gguf",
+    ]
+
+
 @pytest.mark.parametrize(
     ("names", "quantization", "said"),
     [
         (GGUF_FILES, "Q5_K_M", r"no \.gguf file is Q5_K_M; name one as :QUANT: BF16, Q4_K_M, Q8_0, UD-Q4_K_M"),
         (GGUF_FILES, "Q4_K", r"no \.gguf file is Q4_K; "),
-        (SPLIT_FILES, None, r"of 3 \.gguf files none is Q4_K_M; name one as :QUANT: Q4_0, Q8_0"),
-        (
-            SPLIT_FILES,
-            "Q8_0",
-            "not fetched: download them and give the first part's path, or name another as :QUANT: Q4_0",
-        ),
+        (SPLIT_FILES, None, r"of 2 \.gguf files none is Q4_K_M; name one as :QUANT: Q4_0, Q8_0"),
+        (SPLIT_FILES[1:], "Q8_0", "the repository lacks 'm-Q8_0-00001-of-00002.gguf', one of 2 parts"),
         (
             ["a-Q8_0.gguf", "b-Q8_0.gguf"],
             "Q8_0",

@@ -140,6 +140,28 @@ def test_models_rm_asks_and_removes_one_file_or_all(
     assert [path.name for path in (tmp_path / "hub").iterdir() if path.name != ".locks"] == []
 
 
+def test_a_split_gguf_is_one_model_until_all_its_parts_are_removed(
+    server: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "m-Q4_0.gguf", part_tensors=5)
+    parts = {path.name: path.read_bytes() for path in tmp_path.glob("m-Q4_0-*")}
+    server.files |= parts
+    for name in ("org/model", "org/model:Q4_0"):
+        main(["pull", name])
+    capsys.readouterr()
+
+    assert main(["models", "list", "--json"]) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert main(["models", "rm", "org/model:Q4_0", "--yes"]) == 0
+
+    assert len(parts) == 3
+    assert found.keys() == {"org/model", "org/model:Q4_0"}
+    assert found["org/model:Q4_0"]["disk_bytes"] == sum(map(len, parts.values()))
+    assert list(tmp_path.rglob("hub/*/snapshots/*/*.gguf")) == []
+    main(["models"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["org/model"]
+
+
 def test_an_interrupted_download_is_listed_as_one(server: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.cut_after, server.cuts_left = {"model.safetensors": 100}, 1
     server.failures = []
