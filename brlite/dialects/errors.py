@@ -17,7 +17,7 @@ SERVER_FAULT = "The server had an error while processing your request."
 MAX_MESSAGE_LENGTH = 2000
 
 # The paths of Anthropic's API, with or without a prefix that the application is mounted under.
-_ANTHROPIC_PATH = re.compile(r"(?:.*/+v1)?/+messages(?:[/?].*)?")
+_ANTHROPIC_PATH = re.compile(r"(?:.*/v1)?/+messages(?:[/?].*)?")
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",

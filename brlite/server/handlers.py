@@ -240,10 +240,12 @@ NOT_BUILT = (
 
 
 def spellings(path: str, end: str = "/*") -> str:
-    """A route pattern for all spellings of a path: doubled and trailing slashes, with and without `/v1`."""
+    """A route pattern for the spellings of a path: doubled and trailing slashes, with and without `/v1`."""
     first, *others = path.removeprefix("/v1").strip("/").split("/")
     inner = "".join(f"{{s{index}:/+}}{part}" for index, part in enumerate(others))
-    return f"/{{v1:(?:/*v1/+)*/*}}{first}{inner}{{end:{end}}}"
+    # Each slash fits one place of the pattern only, and a run of them is bounded. A path that fits in many ways would
+    # take exponential time, before any key is checked.
+    return f"/{{v1:/{{0,9}}(?:v1/{{1,9}})*}}{first}{inner}{{end:{end}}}"
 
 
 ROUTES = [
