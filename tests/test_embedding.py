@@ -231,6 +231,30 @@ def test_a_forked_child_is_told_that_the_model_is_its_parents(run: Run, folder: 
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize(("leave", "status"), [("sys.exit(7)", 7), ("await asyncio.sleep(0)", 1)])
+def test_a_child_that_is_forked_in_a_running_loop_ends_as_it_says(
+    run: Run, folder: Path, leave: str, status: int
+) -> None:
+    run(
+        f"""
+        async def main():
+            async with AsyncEngine.from_config(config):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(60)
+                    {leave}
+                    raise ValueError("the child is done")
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == {status}
+                os._exit(0)  # the child has closed the loop that both have: asyncio's end in a child is not safe
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+        asyncio.run(main())
+        """,
+        folder,
+    )
+
+
 def test_what_is_dropped_without_close_is_given_back_with_a_warning(run: Run, folder: Path, backend: str) -> None:
     run(
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 import weakref
 from collections import deque
@@ -94,6 +95,7 @@ class EngineLoop:
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
         self._begun: deque[BegunStep] = deque()
+        self._pid = os.getpid()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -157,8 +159,11 @@ class EngineLoop:
         """Stop stepping, end what is open, and give back the backend and the threads.
 
         May be called twice. Cancelling the caller does not stop the closing; another call waits for its end.
-        If the loop that it was started in is closed, it may be called in any other loop.
+        If the loop that it was started in is closed, it may be called in any other loop. In a forked child it does
+        nothing: the threads and the backend are the parent's.
         """
+        if os.getpid() != self._pid:
+            return
         if self._loop is not None and self._loop.is_closed():
             self._close_without_loop()
             return
@@ -397,6 +402,8 @@ class EngineLoop:
             except BackendLost:
                 raise
             except Exception as error:  # a request that the engine's code fails on must not stop the engine
+                if os.getpid() != self._pid:
+                    return  # in a forked child asyncio has no running loop: every step would fail
                 self._engine.stats.engine_failures += 1
                 logger.critical("the engine failed between two steps", exc_info=error)
                 self._engine.end_all(EngineError("the engine failed; the request was not completed"))
