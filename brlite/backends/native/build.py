@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +28,15 @@ from brlite.process.machine import physical_cores
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-# For processors with none of the other instruction sets. It takes the longest to compile, so it starts first; with -O1
-# that takes 0.4 times as long as with -O3, and its steps took no longer.
-FALLBACK = "isa_generic.cpp"
-FALLBACK_FLAGS = ("-O1",)
 # For equal bits everywhere, the compiler may not fuse multiply-adds or tune for this machine (-march=native).
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-Wno-psabi"),
 )
+# The flags that one file has besides. The kernels for processors with none of the other instruction sets take the
+# longest to compile, so they start first; with -O1 that takes 0.4 times as long as with -O3, and their steps took no
+# longer.
+OWN_FLAGS = {"isa_generic.cpp": ("-O1",)}
 LINK_FLAGS = ("-shared", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
 ZIG_PACKAGE = "ziglang"  # clang as a Python package: what a build uses where the system has no compiler
@@ -55,7 +56,8 @@ def fingerprint(sources: Path = SOURCES) -> str:
     The architecture is this machine's, or the one that a cross-compiling build of a wheel sets for setuptools.
     """
     machine = os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2] or platform.machine()  # linux-aarch64
-    digest = hashlib.sha256(" ".join((*FLAGS, *FALLBACK_FLAGS, *LINK_FLAGS, platform.system(), machine)).encode())
+    flags = (*FLAGS, *chain(*OWN_FLAGS.values()), *LINK_FLAGS)
+    digest = hashlib.sha256(" ".join((*flags, platform.system(), machine)).encode())
     for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
         content = path.read_bytes()
         digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
@@ -94,13 +96,13 @@ def build_library(
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         sweep(target.parent, BUILD_PREFIX)
         with temporary_folder(target.parent, BUILD_PREFIX) as staging:
-            units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name != FALLBACK, path.name))
+            units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name not in OWN_FLAGS, path.name))
             objects = [str(staging / f"{unit.stem}.o") for unit in units]
             library = staging / "library.so"
             command = [*compiler, *FLAGS, f'-DBRLITE_FINGERPRINT="{fingerprint(sources)}"']
-            flags = ((*FALLBACK_FLAGS,) if unit.name == FALLBACK else () for unit in units)
             compiling = (
-                [*command, *own, "-c", str(unit), "-o", to] for unit, own, to in zip(units, flags, objects, strict=True)
+                [*command, *OWN_FLAGS.get(unit.name, ()), "-c", str(unit), "-o", to]
+                for unit, to in zip(units, objects, strict=True)
             )
             _run_all(compiling, staging, started + seconds)
             _run_all([[*compiler, *LINK_FLAGS, "-o", str(library), *objects]], staging, started + seconds)
