@@ -29,25 +29,19 @@ def log_request(request: web.Request, status: int, milliseconds: float) -> None:
     """Log a request whose handler has ended."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    extras, client_id = log_extras(request), client_request_id(request.headers.get(HEADER))
+    items, client_id = (
+        {"id": request_id(request), **log_extras(request)},
+        client_request_id(request.headers.get(HEADER)),
+    )
     if client_id is not None:
-        extras["client_id"] = client_id
-    log_line(request.remote, request.method, request.raw_path, status, milliseconds, request_id(request), extras)
+        items["client_id"] = client_id
+    log_line(request.remote, f"{request.method} {request.raw_path}", status, milliseconds, items)
 
 
-def log_line(
-    remote: str | None,
-    method: str,
-    path: str,
-    status: int,
-    milliseconds: float,
-    request_id: str,
-    extras: Mapping[str, object],
-) -> None:
-    """Write the line of one request. The query is left out of the path."""
-    noted = "".join(f" {name}={printable(str(value))}" for name, value in extras.items())
-    path = printable(path.partition("?")[0])
-    logger.info("%s %s %s %d %.1f ms id=%s%s", remote, method, path, status, milliseconds, request_id, noted)
+def log_line(remote: str | None, target: str, status: int, milliseconds: float, items: Mapping[str, object]) -> None:
+    """Write the line of one request. `target` is its method and path; the query is left out."""
+    noted = "".join(f" {name}={printable(str(value))}" for name, value in items.items())
+    logger.info("%s %s %d %.1f ms%s", remote, printable(target.partition("?")[0]), status, milliseconds, noted)
 
 
 def printable(text: str) -> str:

@@ -424,18 +424,18 @@ class ForwardingCycle:
         path = self._path
         shared = path.shared
         if shared.access_log and access_logger.isEnabledFor(logging.INFO):
-            extras: dict[str, object] = {}
+            items: dict[str, object] = {"id": self._id}
             status, head = self._status, self._head
             if self.exchange is not None:
-                extras.update(self.exchange.log_fields())
+                items.update(self.exchange.log_fields())
                 status = self.exchange.status
             if self._key.name:
-                extras["key"] = self._key.name
+                items["key"] = self._key.name
             if self._client_id is not None:
-                extras["client_id"] = self._client_id
+                items["client_id"] = self._client_id
             milliseconds = (time.perf_counter() - self._started_at) * 1000
-            method, target = head.method.decode(), head.target.decode("latin-1")
-            log_line(self.peer, method, target, status, milliseconds, self._id, extras)
+            target = f"{head.method.decode()} {head.target.decode('latin-1')}"
+            log_line(self.peer, target, status, milliseconds, items)
         self.exchange = None
         shared.bodies.release(self._key.tenant, self._num_held)
         path.cycle_ended(keeps_alive=self._keeps_alive)
