@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pytest_asyncio import is_async_test
 
 from brlite.backends.native.library import NativeLibrary, load_library
 from tests.extras import HAS_TORCH, is_left_out, num_tests
@@ -57,7 +58,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "BRLITE_TEST_LOOP" in os.environ:  # all others would do the same again: their loop is of their own making
+        others = [item for item in items if not is_async_test(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if is_async_test(item)]
     if not HAS_TORCH:
         for item in items:
             if needs_torch(item):

@@ -17,7 +17,7 @@ import torch
 
 REPEATS = 10
 COPIED_BYTES = {"cpu": 2**27}  # 128 MiB on a CPU, 4 GiB on a card: more than its caches hold
-MATRIX_SIZE = {"cpu": 1024}
+MATRIX_SIZE = {"cpu": 256}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
