@@ -26,7 +26,7 @@ from brlite.process.sandbox import ChildLimits, ChildProcess
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PACKAGES = ("jinja2", "markupsafe")
-_CUTS_AT_END_MARK = re.compile(r"""split\(\s*(['"])</think>\1[^)]*\)\s*\[(-1|1)\](?!\s*[.|])""")
+_CUTS_AT_END_MARK = re.compile(r"""split\(\s*(['"])</think>\1[^)]{0,99}\)\s{0,99}\[(-1|1)\](?!\s*[.|])""")
 
 
 class ChatTemplate:

@@ -12,6 +12,8 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -37,22 +39,33 @@ class TracedArchive:
     def __init__(self, file: Path) -> None:
         self.file = file
         check_model_file(file, "zip")
-        try:
-            self.num_bytes = file.stat().st_size
-            with zipfile.ZipFile(file) as archive:
-                self._members = {info.filename: info for info in archive.infolist()}
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise ModelError(f"{file}: not a traced .pt file, or cut short: {reason(error)}") from error
         self._code_bytes_left = MAX_CODE_BYTES
+        with self._opened() as archive:
+            self.num_bytes = file.stat().st_size
+            self._members = {info.filename: info for info in archive.infolist()}
+            self._read_module(archive)
+
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        """The file as a zip. Opening it lists all its members, so it is opened once for all that are read."""
+        try:
+            archive = zipfile.ZipFile(self.file)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise ModelError(f"{self.file}: not a traced .pt file, or cut short: {reason(error)}") from error
+        with archive:
+            yield archive
+
+    def _read_module(self, archive: zipfile.ZipFile) -> None:
+        file = self.file
         prefixes = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
         if len(prefixes) != 1 or prefixes[0].count("/") != 1:
             raise ModelError(f"{file}: a zip file, but not a traced .pt: it has no data.pkl")
         (self._prefix,) = prefixes
         if f"{self._prefix}constants.pkl" not in self._members:
             raise ModelError(f"{file}: torch.save wrote it; a traced .pt is written by torch.jit.save")
-        if f"{self._prefix}byteorder" in self._members and self._read("byteorder", 16) != b"little":
+        if f"{self._prefix}byteorder" in self._members and self._read(archive, "byteorder", 16) != b"little":
             raise ModelError(f"{file}: its numbers are big-endian, which is not supported")
-        self.pickle = self._read("data.pkl", MAX_PICKLE_BYTES)
+        self.pickle = self._read(archive, "data.pkl", MAX_PICKLE_BYTES)
         module = read_pickle(self.pickle, file)
         if not isinstance(module, Record):
             raise ModelError(f"{file}: must hold a traced module, got {excerpt(type(module).__name__)}")
@@ -60,25 +73,26 @@ class TracedArchive:
 
     def graph_names(self) -> GraphNames | None:
         """The names of the whole graph's input and logits; None if its text cannot be read."""
-        return graph_names(self._class_text(self.module.type_name))
+        with self._opened() as archive:
+            return graph_names(self._class_text(archive, self.module.type_name))
 
     def parameters(self) -> dict[str, TensorLocation]:
         """Every parameter of the traced module by its name, and where it is in the file."""
         known: dict[str, frozenset[str]] = {}
         found = {}
-        with self.file.open("rb") as stream:
+        with self._opened() as archive, self.file.open("rb") as stream:
             for name, owner, value in walk_tensors(self.module, self.file):
                 if owner.type_name not in known:
-                    known[owner.type_name] = parameter_names(self._class_text(owner.type_name))
+                    known[owner.type_name] = parameter_names(self._class_text(archive, owner.type_name))
                 if name.rpartition(".")[2] in known[owner.type_name]:
                     found[name] = self._locate(stream, name, value)
         return found
 
-    def _class_text(self, type_name: str) -> str:
+    def _class_text(self, archive: zipfile.ZipFile, type_name: str) -> str:
         """The text of a class of the archive, such as `__torch__.transformers.….LlamaForCausalLM`."""
         path = "code/" + type_name.rpartition(".")[0].replace(".", "/") + ".py"
         try:
-            text = self._read(path, self._code_bytes_left)
+            text = self._read(archive, path, self._code_bytes_left)
             self._code_bytes_left -= len(text)
             return class_text(text.decode(), type_name)
         except UnicodeDecodeError as error:
@@ -116,7 +130,7 @@ class TracedArchive:
             raise ModelError(f"{self.file}: cut short: storage {excerpt(storage.key)} ends at byte {start + wanted}")
         return TensorLocation(name, stored_as, shape, start + value.offset * stored_as.block_bytes)
 
-    def _read(self, path: str, max_bytes: int) -> bytes:
+    def _read(self, archive: zipfile.ZipFile, path: str, max_bytes: int) -> bytes:
         info = self._members.get(self._prefix + path)
         if info is None:
             raise ModelError(f"{self.file}: has no {excerpt(path)}")
@@ -126,7 +140,7 @@ class TracedArchive:
         if info.file_size > max_bytes:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} has {info.file_size} bytes, over {max_bytes}")
         try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(info) as member:
+            with archive.open(info) as member:
                 return member.read(max_bytes)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error

@@ -10,7 +10,7 @@ import ast
 import re
 from typing import NamedTuple
 
-PARAMETERS = re.compile(r"^  __parameters__ = \[(.*?)\]", re.MULTILINE | re.DOTALL)
+PARAMETERS = "\n  __parameters__ = ["
 QUOTED = re.compile(r'"([^"\\]*)"')
 
 
@@ -33,8 +33,8 @@ def class_text(source: str, type_name: str) -> str:
 
 def parameter_names(text: str) -> frozenset[str]:
     """The names of a class's own parameters. Other tensors are buffers, which hold no weights."""
-    match = PARAMETERS.search(text)
-    return frozenset(QUOTED.findall(match[1])) if match else frozenset()
+    names, end, _ = text.partition(PARAMETERS)[2].partition("]")
+    return frozenset(QUOTED.findall(names)) if end else frozenset()
 
 
 def graph_names(text: str) -> GraphNames | None:

@@ -28,7 +28,8 @@ FREE_PATHS = frozenset(
     b"/v1/chat/completions/render /v1/completions/render".split()
 )
 
-_ENCODED = re.compile(rb"[A-Za-z0-9+/]{4096,}={0,2}")
+# Only from the beginning of a run on: a run that is too short would be tried from each of its bytes.
+_ENCODED = re.compile(rb"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{4096,}={0,2}")
 _USAGE_FIELD = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -61,15 +61,21 @@ _PUBLISHED = frozenset(
         r"\s*[\r\n]+|\s+(?!\S)|\s+",
     }
 )
-_CLASS = r"\[\^?(?:[^\\\[\]]|\\.(?:\{\w+\})?)+\]"
-_CHARACTER = r"\\[pP]\{\w+\}|\\[^pPkg\d]|[^\\\[\](){}|*+?.^$]"
-# A series of characters and classes with at most one unbounded repetition, at the end: it hardly backtracks.
+_PROPERTY = r"\\[pP]\{\w+\}"
+_CLASS = rf"\[\^?(?:[^\\\[\]]|{_PROPERTY}|\\[^pP])+\]"
+_CHARACTER = rf"{_PROPERTY}|\\[^pPkg\d]|[^\\\[\](){{}}|*+?.^$]"
+# A series of characters and classes with at most one unbounded repetition, at the end. With few optional parts, each of
+# 10 lengths at most, it hardly backtracks.
 _SIMPLE = re.compile(rf"(?:(?:{_CLASS}|{_CHARACTER})(?:\?|\{{\d(?:,\d)?\}})?){{1,8}}(?:[*+]|\{{\d,\}})?")
+_OPTIONAL = re.compile(r"\?|,\d\}")
+_MAX_OPTIONAL = 2
 
 
 def ends_soon(expression: str) -> bool:
     """Whether an expression is known to take linear time. Others run in a child process, which can be stopped."""
-    return expression in _PUBLISHED or _SIMPLE.fullmatch(expression) is not None
+    if expression in _PUBLISHED:
+        return True
+    return _SIMPLE.fullmatch(expression) is not None and len(_OPTIONAL.findall(expression)) <= _MAX_OPTIONAL
 
 
 def build_pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:

@@ -56,6 +56,21 @@ def doubled(times: int) -> bytes:
     return b")q\x00" + b"h\x00\x86q\x00" * times
 
 
+def many_classes(folder: Path, num_classes: int, num_members: int) -> Path:
+    """A module of modules, each of a class of its own with a tensor. The last one's source file is missing."""
+    storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00))tR"
+    parts = [
+        b"X\x05\x00\x00\x00%05dc__torch__%b\nC%d\n)\x81}X\x01\x00\x00\x00w%bsb"
+        % (number, b".gone" * (number == num_classes - 1), number, TENSOR_CALL + storage)
+        for number in range(num_classes)
+    ]
+    file = traced(folder, b"\x80\x02c__torch__\nM\n)\x81}(" + b"".join(parts) + b"ub.")
+    with zipfile.ZipFile(file, "a") as archive:
+        for number in range(num_members):
+            archive.writestr(f"m/{number}", b"")
+    return file
+
+
 def config(folder: Path, **changes: object) -> Path:
     write_tiny_model(folder, "llama")
     file = folder / "config.json"
@@ -130,6 +145,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
         at, b"\x80\x02" + b"}" * 2**24 + b".", compression=zipfile.ZIP_DEFLATED
     ),
     "traced: a run of operations": lambda at: traced(at, b"\x80\x02" + b"}" * 5_000_000 + b"."),
+    "traced: 2,000 classes and 10,000 members": lambda at: many_classes(at, 2000, 10_000),
     "traced: a tensor of nothing but a shape": lambda at: traced(at, b"\x80\x02" + TENSOR_CALL + doubled(60) + b"R."),
 }
 

@@ -30,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + beside, used + beside))
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 try:
     if path.suffix == ".pt":
-        TracedArchive(path)
+        TracedArchive(path).parameters()
     else:
         check_model(open_checkpoint(path), ModelSpec(name="m", build_seq=1))
 except BrliteError as error:

@@ -12,22 +12,37 @@ import pytest
 from tests.warm import WarmPython
 
 CPU_SECONDS = 60
-IMPORTS = """
+IMPORTS = r"""
 import asyncio, resource, sys
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
+from brlite.chat.template import ChatTemplate
+from brlite.checkpoint.traced_code import parameter_names
 from brlite.dialects.errors import error_body
 from brlite.errors import Unauthorized
+from brlite.proxy.usage import estimate_prompt
+from brlite.proxy.wire.heads import read_answer, read_request
 from brlite.server.handlers import ROUTES
+from brlite.tokenizer.pre_tokenizers import ends_soon
+
+REQUEST, ANSWER, END = b"GET / HTTP/1.1\r\nHost: a", b"HTTP/1.1 200 OK\r\nA: a", b"b\r\n\r\n"
+TEMPLATE = "{# " + "split('</think>' " * 100_000 + "#}"
 
 def resolve(path):
     app = web.Application()
     app.add_routes(ROUTES)
     return asyncio.run(app.router.resolve(make_mocked_request("GET", path)))
 """
+# What a client, an upstream, and the maker of a model send.
 READS = {
     "a path of v1": "resolve('/' + 'v1//' * 4000 + 'x')",
     "an error for a path of slashes": "[error_body(Unauthorized(''), '/' * 16000 + 'messages.') for _ in range(1000)]",
+    "a header of a request": "[read_request(REQUEST + b' ' * 16000 + END) for _ in range(1000)]",
+    "a header of an answer": "[read_answer(ANSWER + b' ' * 65000 + END) for _ in range(100)]",
+    "a body of almost base64": "[estimate_prompt(b'/v1/completions', (b'a' * 4095 + b' ') * 256) for _ in range(40)]",
+    "a template": "ChatTemplate(TEMPLATE, source='here', special_tokens={}).close()",
+    "the code of a traced module": r"parameter_names('\n  __parameters__ = [' * 100_000)",
+    "the expression of a tokenizer": r"ends_soon('[' + r'\p{L}' * 1000 + '(')",
 }
 
 

@@ -114,6 +114,7 @@ RUNAWAY = {
     "exponential": (r"(a+)+$", "a" * 40 + "b", "retry-limit-in-match"),
     "exponential by choice": (r"(?:a|aa)+$", "a" * 60 + "b", "retry-limit-in-match"),
     "polynomial": (r"\s*\s*(?!z)\S", " " * 3000 + "z", "CPU time"),
+    "polynomial by optional parts": ("a{0,9}" * 6 + "[bc][de]", ("a" * 50 + "b") * 400, "CPU time"),
     "quadratic": (r"\s+(?!z)\S", " " * 200_000 + "z", "CPU time"),
 }
 

@@ -61,7 +61,7 @@ _METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # aiohttp answers 
 _FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
 _REQUEST = re.compile(rb"(" + b"|".join(_METHODS) + rb") (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
-_FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+_FIELD = re.compile(rb"([^:\r\n]+):[ \t]*((?:[^\r\n]*[^ \t\r\n])?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n(?i:content-length):[ \t]*([0-9]{1,15})[ \t]*(?=\r\n)")
 
 # Patterns for an incomplete request head: the lines up to its last line end, and the part after it.
