@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 MIN_CHUNK_TOKENS = 16  # the least prompt tokens in a step, even for a slow model
 _KEPT = 0.9  # factor on the weights of earlier steps, at each new one: the load of a shared machine changes
+_AIMED = 0.8  # share of the time that a step is sized for: the fit is an average, and half of the steps take longer
 _MOST = 2.0  # a step takes at most so many times as long as the next one shows; else it was interrupted
 
 
@@ -22,7 +23,7 @@ class StepPace:
     """
 
     def __init__(self, max_seconds: float) -> None:
-        self.max_seconds = max_seconds
+        self._aimed_seconds = _AIMED * max_seconds
         self._token_token = self._token_pair = self._pair_pair = 0.0
         self._token_seconds = self._pair_seconds = 0.0
 
@@ -56,7 +57,7 @@ class StepPace:
         if not self._token_token:
             return None
         per_token, per_pair = self._fit()
-        seconds = max(0.0, self.max_seconds - per_token * num_others)
+        seconds = max(0.0, self._aimed_seconds - per_token * num_others)
         linear = per_token + per_pair * start
         root = math.sqrt(linear**2 + 2 * per_pair * seconds)
         # The root of per_pair / 2 * n² + linear * n = seconds, in the form that is exact for a per_pair near 0.

@@ -46,7 +46,7 @@ def start_stream_and_prompt(driver: Driver) -> tuple[str, str, list[int]]:
 def test_a_stream_waits_at_most_max_step_seconds_while_a_long_prompt_is_computed(
     make_long_driver: Callable[..., Driver],
 ) -> None:
-    driver = make_long_driver(0.1)
+    driver = make_long_driver(0.2)
     _, long, _ = start_stream_and_prompt(driver)
 
     batches: list[Batch] = []
@@ -56,10 +56,27 @@ def test_a_stream_waits_at_most_max_step_seconds_while_a_long_prompt_is_computed
         batches.append(batch)
 
     # The first chunks are too alike to tell attention from the matrices.
-    assert max(map(seconds, batches[2:])) <= 0.12
+    assert max(map(seconds, batches[2:])) <= 0.2
     sizes = [max(len(seq.token_ids) for seq in batch.seqs) for batch in batches]
     assert sizes[2] > sizes[-2] >= MIN_CHUNK_TOKENS, "chunks get smaller as the prompt goes on"
-    assert sum(map(seconds, batches[2:-1])) >= 0.09 * len(batches[2:-1]), "the time is used"
+    assert sum(map(seconds, batches[2:-1])) >= 0.14 * len(batches[2:-1]), "the time is used"
+
+
+def test_most_steps_keep_the_bound_on_a_machine_whose_pace_varies(make_long_driver: Callable[..., Driver]) -> None:
+    noise = random.Random(3)
+    taken = list[float]()
+
+    def varying(batch: Batch) -> float:
+        taken.append(seconds(batch) * noise.uniform(0.8, 1.2))
+        return taken[-1]
+
+    driver = make_long_driver(0.2, step_seconds=varying)
+    _, long, _ = start_stream_and_prompt(driver)
+    while long not in driver.outputs:
+        driver.step()
+
+    kept = sum(took <= 0.2 for took in taken[10:])
+    assert kept >= 0.95 * len(taken[10:])
 
 
 def test_the_tokens_are_those_of_steps_without_a_bound(make_long_driver: Callable[..., Driver]) -> None:
