@@ -34,7 +34,7 @@ class Scheduler:
     Preemption for places: if all places are taken, the next tenant without a place gets one from a tenant with several.
     Within a tenant the same holds for groups. So 64 prompts of one request delay another request by one step.
 
-    Prompts: while answers run, a step has as many prompt tokens as fit the time that `pace` keeps to: that bounds the time
+    Prompts: while answers run, a step has as many prompt tokens as fit the time of `pace`, which bounds the time
     between two tokens of a stream.
 
     Drafts: what is left of the budgets goes to `Speculation`. No step is decided behind one with drafts.
