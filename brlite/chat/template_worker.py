@@ -46,19 +46,23 @@ def _tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 
-def create(template: str, controls: Sequence[str], variables: Mapping[str, str]) -> Renderer:
+def create(template: str, controls: str, variables: Mapping[str, str]) -> Renderer:
     return Renderer(template, controls, variables)
 
 
 class Renderer:
-    """One compiled template. `controls` are the texts of control tokens, `variables` the special tokens by name."""
+    """One compiled template. `controls` is a regular expression for the texts of control tokens, "" without any.
 
-    def __init__(self, template: str, controls: Sequence[str], variables: Mapping[str, str]) -> None:
+    `variables` are the special tokens by name.
+    """
+
+    def __init__(self, template: str, controls: str, variables: Mapping[str, str]) -> None:
         self._source = template
         self._environment = _environment()
         self._template = self._environment.from_string(template)
         self._variables = variables
-        self._controls = _first_characters(controls)
+        # The first character of each control token's text, overlapping ones too.
+        self._controls = re.compile(f"(?={controls}).", re.DOTALL) if controls else None
 
     def describe(self) -> dict[str, Any]:
         """The template's capabilities: fields of `TemplateCapabilities` (`turns.py`)."""
@@ -152,16 +156,6 @@ def _calls(
         {"role": "assistant", **content, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": call_id, "name": "b", "content": result},
     ]
-
-
-def _first_characters(controls: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches the first character of each control token's text, overlapping ones too."""
-    rests: dict[str, list[str]] = {}
-    for text in controls:
-        rests.setdefault(text[0], []).append(re.escape(text[1:]))
-    if not rests:
-        return None
-    return re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
 
 def _escaped(char: str) -> str:

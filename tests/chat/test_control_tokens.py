@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from brlite.chat.control_tokens import ControlToken, ControlTokens, MarkedText
+from brlite.chat.control_tokens import ControlToken, ControlTokens, MarkedText, pattern_of
 from brlite.chat.template import ChatTemplate
 from brlite.chat.turns import TemplateExtras
 from brlite.errors import InvalidRequest
@@ -326,3 +329,11 @@ def test_a_template_that_escapes_its_tools_writes_the_text_of_control_tokens_unc
     assert isinstance(text, MarkedText)
     assert [part for part in text.parts if isinstance(part, int)] == [1]
     assert "Ends at <|im_end|> or \\\\ufdd0" in "".join(map(str, text.parts))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 24])
+@given(texts=st.sets(st.text("ab<", min_size=1, max_size=6), min_size=1), text=st.text("ab<", max_size=60))
+def test_the_pattern_of_texts_finds_the_longest_one_at_each_place(depth: int, texts: set[str], text: str) -> None:
+    by_length = re.compile("|".join(sorted(map(re.escape, texts), key=len, reverse=True)))
+
+    assert re.findall(pattern_of([*texts], depth), text) == by_length.findall(text)

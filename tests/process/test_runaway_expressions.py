@@ -16,6 +16,7 @@ IMPORTS = r"""
 import asyncio, resource, sys
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
+from brlite.chat.control_tokens import ControlToken, ControlTokens
 from brlite.chat.template import ChatTemplate
 from brlite.checkpoint.traced_code import parameter_names
 from brlite.dialects.errors import error_body
@@ -27,6 +28,7 @@ from brlite.tokenizer.pre_tokenizers import ends_soon
 
 REQUEST, ANSWER, END = b"GET / HTTP/1.1\r\nHost: a", b"HTTP/1.1 200 OK\r\nA: a", b"b\r\n\r\n"
 TEMPLATE = "{# " + "split('</think>' " * 100_000 + "#}"
+TEKKEN = ControlTokens({text: ControlToken(0) for text in ("[INST]", "<s>", *(f"<SPECIAL_{n}>" for n in range(1000)))})
 
 def resolve(path):
     app = web.Application()
@@ -40,6 +42,7 @@ READS = {
     "a header of a request": "[read_request(REQUEST + b' ' * 16000 + END) for _ in range(1000)]",
     "a header of an answer": "[read_answer(ANSWER + b' ' * 65000 + END) for _ in range(100)]",
     "a body of almost base64": "[estimate_prompt(b'/v1/completions', (b'a' * 4095 + b' ') * 256) for _ in range(40)]",
+    "a chat beside a thousand control tokens": "[list(TEKKEN.split('<' * 10**6)) for _ in range(10)]",
     "a template": "ChatTemplate(TEMPLATE, source='here', special_tokens={}).close()",
     "the code of a traced module": r"parameter_names('\n  __parameters__ = [' * 100_000)",
     "the expression of a tokenizer": r"ends_soon('[' + r'\p{L}' * 1000 + '(')",
