@@ -1,7 +1,7 @@
 """What structured output costs, and what it gains.
 
     python bench/structured.py            # the default model, 32 rows, 9 rounds: some three minutes
-    python bench/structured.py --short    # 3 rounds: under a minute, for CI
+    python bench/structured.py --short    # a round of 8 rows, for CI
 
 Two questions, each with both sides in turns, so that a busy machine slows both; medians of the rounds are compared:
 
@@ -82,11 +82,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--path", help="the model's folder or file")
     parser.add_argument("--precision", default="a_bf16_w_int8")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--short", action="store_true", help="3 rounds")
+    parser.add_argument("--short", action="store_true", help="a round of 8 rows")
     args = parser.parse_args()
-    args.rounds = args.rounds or (3 if args.short else 9)
+    args.rounds = args.rounds or (1 if args.short else 9)
+    args.rows = args.rows or (8 if args.short else 32)
     return args
 
 

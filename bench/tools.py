@@ -1,7 +1,7 @@
 """What tools cost the server: reading them, and what a long list of them does to other streams.
 
     python bench/tools.py            # 9 rounds: under a minute
-    python bench/tools.py --short    # 3 rounds, for CI
+    python bench/tools.py --short    # a round, for CI
 
 Two questions, each with both sides in turns, so that a busy machine slows both; medians of the rounds are compared:
 
@@ -39,9 +39,9 @@ TICK_SECONDS = 0.001
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--short", action="store_true", help="3 rounds")
+    parser.add_argument("--short", action="store_true", help="a round")
     args = parser.parse_args()
-    num_rounds = args.rounds or (3 if args.short else 9)
+    num_rounds = args.rounds or (1 if args.short else 9)
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     gc.set_threshold(*GC_THRESHOLDS)
     compare_decoding(num_rounds)

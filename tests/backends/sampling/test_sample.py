@@ -283,7 +283,7 @@ def test_top_k_1_is_greedy_even_among_equals(sample: Draw) -> None:
     ],
 )
 def test_tokens_come_as_often_as_their_probability_says(sample: Draw, vocab_size: int, params: dict[str, Any]) -> None:
-    num_draws = 8_000
+    num_draws = 4_000
     logits = random_logits(1, vocab_size, seed=3, scale=1.0)
 
     drawn = sample(logits.repeat(num_draws, 1), [entry(seed=1, position=p, **params) for p in range(num_draws)])
@@ -409,8 +409,8 @@ def test_no_rows_give_no_tokens(sample: Draw) -> None:
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_xtc_has_its_chance_and_the_draw_does_not_depend_on_it(sample: Draw, probability: float) -> None:
-    logits = torch.tensor([[0.0, 0.0, 1.0, 1.0, -50.0]]).repeat(20000, 1)
-    inputs = [entry(seed=seed, xtc_probability=probability, xtc_threshold=0.1) for seed in range(20000)]
+    logits = torch.tensor([[0.0, 0.0, 1.0, 1.0, -50.0]]).repeat(6000, 1)
+    inputs = [entry(seed=seed, xtc_probability=probability, xtc_threshold=0.1) for seed in range(6000)]
 
     counts = np.bincount(np.array(token_ids(sample(logits, inputs))), minlength=5)
 
