@@ -20,7 +20,7 @@ from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.sampling_params import parameters
 from brlite.server.engine_requests import make_requests, with_model_defaults
-from brlite.server.generate import CONFIG, admit, json_response
+from brlite.server.generate import CONFIG, json_response, loaded
 from brlite.server.responses import responses_dialect
 from brlite.server.tokens import prompt_text
 
@@ -92,8 +92,7 @@ async def explain(request: web.Request) -> web.Response:
     given = {name for name, raw in decode_fields(body).items() if bytes(raw) != b"null"}
     dialect = _find_dialect(request, given)
     call = dialect.decode(body, limits)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:
             made = await make_requests(call, engine, model.spec, "explain", tenant)

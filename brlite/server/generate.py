@@ -12,8 +12,8 @@ import asyncio
 import enum
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -137,6 +137,13 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     finally:
         if key.has_rules:
             key.end()
+
+
+@asynccontextmanager
+async def loaded(request: web.Request, name: str | None) -> AsyncIterator[tuple[ServedModel, EngineLoop]]:
+    """Admit the request as `admit` does, and wait until the model is loaded."""
+    with admit(request, name) as model:
+        yield model, await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
 
 
 def end_all(app: web.Application) -> None:

@@ -25,7 +25,7 @@ from brlite.server import metrics
 from brlite.server.docs_page import docs_page
 from brlite.server.embeddings import embed
 from brlite.server.explain import explain
-from brlite.server.generate import CONFIG, MODELS, RUNNING, admit, generate, json_response
+from brlite.server.generate import CONFIG, MODELS, RUNNING, generate, json_response, loaded
 from brlite.server.model_actions import load_model, unload_model
 from brlite.server.model_list import (
     ModelList,
@@ -125,9 +125,8 @@ async def ping(request: web.Request) -> web.Response:
 
 async def props(request: web.Request) -> web.Response:
     """llama.cpp's properties of a model. The query parameter `model` is required if several models are served."""
-    with admit(request, request.query.get("model")) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
-    return json_response(model_props(model, engine))
+    async with loaded(request, request.query.get("model")) as (model, engine):
+        return json_response(model_props(model, engine))
 
 
 async def slots(request: web.Request) -> web.Response:

@@ -32,7 +32,7 @@ from brlite.sampling_params import check_token_ids
 from brlite.server.chat_replies import template_extras
 from brlite.server.engine_requests import encode, make_requests, with_model_defaults
 from brlite.server.event_builder import token_text
-from brlite.server.generate import CONFIG, admit, json_response
+from brlite.server.generate import CONFIG, json_response, loaded
 from brlite.server.served_model import ServedModel
 
 
@@ -40,8 +40,7 @@ async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode_tokenize(await read_body(request, limits), limits)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, call.model) as (model, engine):
         tokens, ignored = await encode(call.prompt, engine, tenant, spec=model.spec, room=None)
         texts = {}
         if call.names_tokens or call.has_pieces:
@@ -61,21 +60,18 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    body, warnings = decode_detokenize(await read_body(request, limits))
+    body, warnings = decode_detokenize(await read_body(request, request.app[CONFIG].limits))
     if request.app[CONFIG].server.strict:
         refuse_warnings(warnings)
-    with admit(request, body.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, body.model) as (_, engine):
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.prompts.decode(body.tokens, tenant=tenant)
+        text = await engine.prompts.decode(body.tokens, tenant=request[API_KEY].tenant)
     return json_response(DetokenizeAnswer(text, text, warnings or UNSET))
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
     """The tokenizer's properties, which lm-eval requests first. With several models the query needs `model`."""
-    with admit(request, request.query.get("model")) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
+    async with loaded(request, request.query.get("model")) as (_, engine):
         tokenizer = engine.tokenizer
         bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
         info = TokenizerInfo(
@@ -94,8 +90,7 @@ async def apply_template(request: web.Request) -> web.Response:
     """llama.cpp's endpoint: the text of a chat of any length. It takes the fields of a chat request."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = openai_chat.decode(await read_body(request, limits), limits)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, call.model) as (model, engine):
         text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
     warnings = (*call.warnings, *ignored)
     if request.app[CONFIG].server.strict or call.is_strict:
@@ -107,8 +102,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
     """vLLM's endpoint: the engine's request for a chat; for completions a list with one for each prompt."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = dialect.decode(await read_body(request, limits), limits)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:
             made = await make_requests(call, engine, model.spec, f"{dialect.id_prefix}{uuid.uuid4().hex}", tenant)
@@ -143,13 +137,11 @@ async def count_message_tokens(request: web.Request) -> web.Response:
 
 async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
     """Count the tokens of a call's chat of any length: only the body's size is limited."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     (chat,) = call.prompts
     assert isinstance(chat, Chat)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
+    async with loaded(request, call.model) as (model, engine):
         try:
-            token_ids, _ = await encode(chat, engine, tenant, spec=model.spec, room=None)
+            token_ids, _ = await encode(chat, engine, request[API_KEY].tenant, spec=model.spec, room=None)
             return len(token_ids)
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
