@@ -20,7 +20,7 @@ from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Priority, Text, Timeout, TokenIds, Truncation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import Whole, truncation
-from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
+from brlite.dialects.openai_answer import PromptUsage, encode_json
 from brlite.dialects.openai_completions import read_prompts
 from brlite.sampling_params import Pooling, PoolingParams
 
@@ -40,12 +40,6 @@ class EmbeddingRequest(Struct, kw_only=True):
     timeout: Timeout | None = None
 
 
-class EmbeddingUsage(Struct):
-    prompt_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
 class EmbeddingItem(Struct):
     """One embedding, as numbers or in base64."""
 
@@ -60,7 +54,7 @@ class EmbeddingAnswer(Struct, kw_only=True):
     created: int
     model: str
     data: Sequence[EmbeddingItem | msgspec.Raw]
-    usage: EmbeddingUsage
+    usage: PromptUsage
     warnings: Sequence[str] | UnsetType = UNSET
 
 
@@ -78,7 +72,7 @@ class PoolingAnswer(Struct, kw_only=True):
     created: int
     model: str
     data: Sequence[PoolingItem | msgspec.Raw]
-    usage: EmbeddingUsage
+    usage: PromptUsage
     warnings: Sequence[str] | UnsetType = UNSET
 
 
@@ -154,9 +148,7 @@ def encode_item(dialect: EmbeddingDialect, index: int, embedding: array[float], 
     return msgspec.Raw(encode_json(kind(dialect.item.__name__.removesuffix("Item").lower(), index, value)))
 
 
-def encode_answer(
-    dialect: EmbeddingDialect, items: Sequence[msgspec.Raw], usage: EmbeddingUsage, **others: Any
-) -> bytes:
+def encode_answer(dialect: EmbeddingDialect, items: Sequence[msgspec.Raw], usage: PromptUsage, **others: Any) -> bytes:
     """The whole answer. `others` are its `id`, the `model` name that the client sent, and `warnings`."""
     kind: Any = dialect.answer
     return encode_json(kind(data=items, usage=usage, created=int(time.time()), **others))

@@ -24,6 +24,14 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class PromptUsage(Struct):
+    """The usage of a request that generates no text."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
 class CompletionTokensDetails(Struct):
     reasoning_tokens: int
 

@@ -18,7 +18,7 @@ from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Priority, Timeout, Truncation
 from brlite.dialects.json_body import BodyDecoder, missing_field
 from brlite.dialects.openai import Whole, truncation
-from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
+from brlite.dialects.openai_answer import PromptUsage, encode_json
 from brlite.errors import InvalidRequest
 
 
@@ -63,12 +63,6 @@ class ScoreRequest(PairRequest, kw_only=True):
     data_2: str | list[str] | None = None
 
 
-class ScoreUsage(Struct):
-    prompt_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
 class RerankResult(Struct, kw_only=True):
     index: int
     relevance_score: float
@@ -79,7 +73,7 @@ class RerankAnswer(Struct, kw_only=True):
     id: str
     model: str
     results: list[RerankResult]
-    usage: ScoreUsage
+    usage: PromptUsage
     warnings: Sequence[str] | UnsetType = UNSET
 
 
@@ -103,7 +97,7 @@ class ScoreAnswer(Struct, kw_only=True):
     created: int
     model: str
     data: list[ScoreItem]
-    usage: ScoreUsage
+    usage: PromptUsage
     warnings: Sequence[str] | UnsetType = UNSET
 
 
@@ -221,7 +215,7 @@ def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
     )
 
 
-def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
+def _encode_rerank(call: Scoring, scores: Sequence[float], usage: PromptUsage, **others: Any) -> bytes:
     """Encode the answer, best first; equal scores keep the request's order. `others` are `id`, `model`, `warnings`."""
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: call.top_n]
     if call.is_tei:  # texts are truncated only if `truncate` says so, which needs no warning
@@ -238,7 +232,7 @@ def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **
     return encode_json(RerankAnswer(results=results, usage=usage, **others))
 
 
-def _encode_score(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
+def _encode_score(call: Scoring, scores: Sequence[float], usage: PromptUsage, **others: Any) -> bytes:
     """Encode the answer, in the request's order. `others` as in `_encode_rerank`."""
     data = [ScoreItem(index=index, score=score) for index, score in enumerate(scores)]
     return encode_json(ScoreAnswer(data=data, usage=usage, created=int(time.time()), **others))

@@ -13,13 +13,12 @@ from msgspec import UNSET
 from brlite.dialects.embeddings import (
     Embedding,
     EmbeddingDialect,
-    EmbeddingUsage,
     decode,
     encode_answer,
     encode_item,
 )
 from brlite.dialects.generation import Text
-from brlite.dialects.openai_answer import PromptTokensDetails
+from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
 from brlite.dialects.scores import Scoring
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
@@ -59,7 +58,7 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
     body = encode_answer(
         dialect,
         items,
-        EmbeddingUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
+        PromptUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
         warnings=[*call.warnings, *warnings, *raised] or UNSET,

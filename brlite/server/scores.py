@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from aiohttp import web
 from msgspec import UNSET
 
-from brlite.dialects.openai_answer import PromptTokensDetails
-from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
+from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
+from brlite.dialects.scores import ScoreDialect, Scoring
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.scoring import SCORING, ScoringHead
@@ -49,7 +49,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     body = dialect.encode(
         call,
         await _scores(engine.scoring_head, outputs, call.use_activation),
-        ScoreUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
+        PromptUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
         warnings=[*call.warnings, *warnings, *raised] or UNSET,

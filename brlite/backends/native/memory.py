@@ -47,9 +47,6 @@ class NativeMemory:
         size = self.num_bytes - offset if num_bytes is None else num_bytes
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address + offset))
 
-    def floats(self, offset: int, count: int) -> npt.NDArray[np.float32]:
-        return self.bytes(offset, 4 * count).view(np.float32)
-
     def close(self) -> None:
         """Release the memory. May be called twice."""
         if self.address:
