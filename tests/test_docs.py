@@ -19,9 +19,11 @@ from brlite.backends.plugins.toy import ToyOptions
 from brlite.chat.tool_calls import PARSERS
 from brlite.commands import cli, conversation
 from brlite.commands.arguments import COMMANDS
+from brlite.commands.command_line import OTHERS, CommandParser
 from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, Config, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
+from brlite.config.render import option_tables
 from brlite.config.warnings import config_warnings
 from brlite.dialects import openai_chat
 from brlite.dialects.errors import STATUSES
@@ -78,6 +80,12 @@ NOT_RUN_HERE = {
     "migrating-1": "needs Ollama, with a model",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
+}
+# Words of other programs, or of what is refused, that stand in the pages like words of the code.
+OF_OTHERS = {
+    *("ANTHROPIC_API_KEY", "client_max_body_size", "proxy_read_timeout", "send_timeout"),
+    *("file_search", "hf_overrides", "modules_to_not_convert"),
+    *("http_requests_total", "http_request_duration_seconds"),
 }
 QUERIES = re.findall(r"\| `([^`]+)` \|$", PAGES["metrics"].split("## Queries for Grafana")[1], re.MULTILINE)
 ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b")
@@ -148,13 +156,18 @@ def test_the_page_of_options_is_the_one_that_is_printed() -> None:
     assert PAGES["configuration"] == page["render"](), "run: python docs/configuration.py"
 
 
-def test_the_queries_for_grafana_name_metrics_that_exist() -> None:
+def test_the_metrics_that_pages_and_alerts_name_exist() -> None:
     alerts = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text(encoding="utf-8")
-    asked = {name for query in [*QUERIES, alerts] for name in re.findall(r"(?:vllm|brlite):\w+", query)}
+    missing = r"^\| .*(?:not counted|there is no|there are no|not measured).*$"  # a table of vLLM's that stay empty
+    texts = [alerts, README, *(re.sub(missing, "", page, flags=re.MULTILINE) for page in PAGES.values())]
+    asked = {name for text in texts for name in re.findall(r"(?:vllm|brlite):\w+", text)}
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
     there = {re.sub(r"_total$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", code)}
 
-    assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked} - there == set()
+    assert len(asked) > 50
+    assert {re.sub(r"_(total|bucket|sum|count|info)$", "", name) for name in asked} - {
+        re.sub("_info$", "", name) for name in there
+    } == set()
 
 
 def test_the_dashboard_has_the_queries_for_grafana() -> None:
@@ -272,6 +285,50 @@ def test_every_option_that_a_page_names_exists() -> None:
 
     assert len(named) > 30
     assert named - options == set()
+
+
+def test_the_words_of_code_in_pages_are_in_the_code() -> None:
+    """Options, fields, functions and files: a name of theirs that changes must change here, too."""
+    folders = [ROOT / folder for folder in ("brlite", "bench", "deploy", "tests")]
+    files = [ROOT / "setup.cfg", *(path for folder in folders for path in folder.rglob("*.*"))]
+    kinds = (".py", ".h", ".cpp", ".js", ".toml", ".yml", ".yaml", ".json", ".cfg", ".service")
+    code = "\n".join(
+        path.read_text(encoding="utf-8") for path in files if path.suffix in kinds and path != Path(__file__)
+    )
+    known = set(re.findall(r"\w+", code)) | OF_OTHERS
+    named = {
+        (name, word)
+        for name, text in {"README": README, **PAGES}.items()
+        for word in re.findall(r"`([A-Za-z]+_\w+)`", text)
+        if not word.startswith(("OLLAMA_", "VLLM_", "manylinux_"))
+    }
+
+    assert len(named) > 500
+    assert {(name, word) for name, word in named if word not in known} == set()
+
+
+def test_the_options_of_the_page_for_people_from_other_servers_exist() -> None:
+    section = PAGES["migrating"].split("## Options", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    parser = CommandParser()
+    COMMANDS["serve"][0](parser)
+    ours = set(parser._option_string_actions)
+    theirs = {flag for row in rows for cell in row[1:3] for flag in re.findall(r"`(--?[\w-]+)", cell)}
+    tables = {table.name: {option.name for option in table.options} for table in option_tables()}
+    named = [
+        (table, option)
+        for row in rows
+        for options, table in re.findall(
+            r"((?:`\w+`,? ?)+)in `\[+(\w+)\]+`", row[-2] if not row[-1].strip() else row[-1]
+        )
+        for option in re.findall(r"\w+", options)
+    ]
+
+    assert len(rows) > 20
+    assert {flag for row in rows for flag in re.findall(r"`(--[\w-]+)", row[-1])} - ours == set()
+    assert theirs - OTHERS.keys() - ours == set(), "typing one of these gives no hint"
+    assert len(named) > 10
+    assert [(table, option) for table, option in named if option not in tables[table]] == []
 
 
 def test_the_page_of_metrics_has_every_metric_of_ours() -> None:

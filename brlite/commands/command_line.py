@@ -21,79 +21,58 @@ OTHER_COMMANDS = {
     "help": "--help",
     "version": "--version",
 }
-# Flags of vLLM, llama.cpp, SGLang and Ollama: our flag, or where it is set, or why it is not needed.
-OTHERS = {
-    **dict.fromkeys(("-m", "-hf", "-hfr", "--hf-repo", "--model-path", "--tokenizer", "--tokenizer-path"), "--model"),
-    **dict.fromkeys(
-        ("-c", "--ctx-size", "--max-model-len", "--max_model_len", "--num-ctx", "--context-length"), "--context"
+# Flags of vLLM, llama.cpp, SGLang and Ollama by what to do here: our flag, or where it is set, or why it is not needed.
+_OTHERS = {
+    "--model": "-m -hf -hfr --hf-repo --model-path --tokenizer --tokenizer-path",
+    "--context": "-c --ctx-size --max-model-len --max_model_len --num-ctx --context-length",
+    "--threads": "-t --n-threads",
+    "--max-tokens": "-n --n-predict --num-predict --max-new-tokens",
+    "--alias": "-a --served-model-name --served-alias --model-alias",
+    "--system": "-sys --system-prompt",
+    "--temperature": "--temp",
+    "--input": "-f --file -i --input-file",
+    "--output": "-o --output-file",
+    "--cors": "--allowed-origins --cors-origins",
+    "--draft": "-md --model-draft --speculative-model --speculative-draft-model-path",
+    "--draft names a draft model; engine.speculation turns guesses off": "--speculative-config",
+    "it is part of the name: --model organisation/model:FILE": "-hff --hf-file",
+    "it is part of the name: --model organisation/model@REVISION": "--revision",
+    "the variable HF_TOKEN has it": "-hft --hf-token",
+    "the variable HF_HOME has it": "--download-dir",
+    "the variable HF_HUB_OFFLINE=1 does it": "--offline",
+    "the config file is given without a flag": "--config --config-file",
+    "prompts are lines of --input FILE, or of standard input": "--prompt",
+    "--log-level debug shows more": "-v --verbose",
+    "--device takes the whole model to a card": "-ngl --gpu-layers --n-gpu-layers -mg --main-gpu",
+    "it is engine.gpu_memory_utilization, for cards": "--gpu-memory-utilization --mem-fraction-static",
+    "engine.memory_gib of the TOML bounds memory": "--swap-space --kv-cache-memory-bytes --models-max",
+    "it is tensor_parallel of a [[model]]": (
+        "-tp --tensor-parallel-size --tp-size -ts --tensor-split -sm --split-mode"
     ),
-    **dict.fromkeys(("-t", "--n-threads"), "--threads"),
-    **dict.fromkeys(("-n", "--n-predict", "--num-predict", "--max-new-tokens"), "--max-tokens"),
-    **dict.fromkeys(("-a", "--served-model-name"), "--alias"),
-    **dict.fromkeys(("-sys", "--system-prompt"), "--system"),
-    **dict.fromkeys(("--temp",), "--temperature"),
-    **dict.fromkeys(("-f", "--file", "-i", "--input-file"), "--input"),
-    **dict.fromkeys(("-o", "--output-file"), "--output"),
-    **dict.fromkeys(("--allowed-origins", "--cors-origins"), "--cors"),
-    **dict.fromkeys(("--served-alias", "--model-alias"), "--alias"),
-    **dict.fromkeys(("-hff", "--hf-file"), "it is part of the name: --model organisation/model:FILE"),
-    **dict.fromkeys(("--revision",), "it is part of the name: --model organisation/model@REVISION"),
-    **dict.fromkeys(("-hft", "--hf-token"), "the variable HF_TOKEN has it"),
-    **dict.fromkeys(("--config", "--config-file"), "the config file is given without a flag"),
-    **dict.fromkeys(("--prompt",), "prompts are lines of --input FILE, or of standard input"),
-    **dict.fromkeys(("-v", "--verbose"), "--log-level debug shows more"),
-    **dict.fromkeys(("--download-dir",), "the variable HF_HOME has it"),
-    **dict.fromkeys(("--offline",), "the variable HF_HUB_OFFLINE=1 does it"),
-    **dict.fromkeys(
-        ("-ngl", "--gpu-layers", "--n-gpu-layers", "-mg", "--main-gpu"), "--device takes the whole model to a card"
+    "it is precision of a [[model]], or engine.dtype": "--dtype --quantization -q",
+    'precision = "a_bf16_w_int8_kv_int8" of a [[model]] does it': (
+        "--kv-cache-dtype -ctk -ctv --cache-type-k --cache-type-v"
     ),
-    **dict.fromkeys(
-        ("--gpu-memory-utilization", "--mem-fraction-static"), "it is engine.gpu_memory_utilization, for cards"
+    "it is build_batch of a [[model]]": "--max-num-seqs -np --parallel --max-running-requests",
+    "it is idle_unload_seconds of a [[model]]": "--sleep-idle-seconds",
+    "it is engine.max_num_batched_tokens": (
+        "-b --batch-size -ub --ubatch-size --max-num-batched-tokens --chunked-prefill-size"
     ),
-    **dict.fromkeys(("--swap-space", "--kv-cache-memory-bytes"), "engine.memory_gib of the TOML bounds memory"),
-    **dict.fromkeys(
-        ("-tp", "--tensor-parallel-size", "--tp-size", "-ts", "--tensor-split"), "it is tensor_parallel of a [[model]]"
+    "it is engine.block_size": "--block-size --page-size",
+    "it is limits.max_waiting": "--max-num-queued-reqs --max-queued-requests",
+    "it is server.drain_seconds": "--shutdown-timeout",
+    "it is chat_template of a [[model]]": "--chat-template --chat-template-file",
+    "it is tool_parser of a [[model]]; auto finds it": "--tool-call-parser",
+    "it is reasoning_parser of a [[model]]; auto finds it": "--reasoning-parser --reasoning-format",
+    "it is engine.prefix_caching = false": "--no-enable-prefix-caching --disable-radix-cache",
+    "leave it out: this is always so, or not needed": (
+        "--enable-prefix-caching --enable-chunked-prefill --enable-auto-tool-choice --jinja -fa --flash-attn "
+        "--cont-batching -cb --mlock --no-mmap --enforce-eager --metrics --scheduling-policy"
     ),
-    **dict.fromkeys(("--dtype", "--quantization", "-q"), "it is precision of a [[model]], or engine.dtype"),
-    **dict.fromkeys(
-        ("--kv-cache-dtype", "-ctk", "-ctv", "--cache-type-k", "--cache-type-v"),
-        'precision = "a_bf16_w_int8_kv_int8" of a [[model]] does it',
-    ),
-    **dict.fromkeys(
-        ("--max-num-seqs", "-np", "--parallel", "--max-running-requests"), "it is build_batch of a [[model]]"
-    ),
-    **dict.fromkeys(
-        ("-b", "--batch-size", "-ub", "--ubatch-size", "--max-num-batched-tokens", "--chunked-prefill-size"),
-        "it is engine.max_num_batched_tokens",
-    ),
-    **dict.fromkeys(("--block-size", "--page-size"), "it is engine.block_size"),
-    **dict.fromkeys(("--chat-template", "--chat-template-file"), "it is chat_template of a [[model]]"),
-    **dict.fromkeys(("--tool-call-parser",), "it is tool_parser of a [[model]]; auto finds it"),
-    **dict.fromkeys(
-        ("--reasoning-parser", "--reasoning-format"), "it is reasoning_parser of a [[model]]; auto finds it"
-    ),
-    **dict.fromkeys(("-md", "--model-draft", "--speculative-model", "--speculative-draft-model-path"), "--draft"),
-    **dict.fromkeys(("--speculative-config",), "--draft names a draft model; engine.speculation turns guesses off"),
-    **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache"), "it is engine.prefix_caching = false"),
-    **dict.fromkeys(
-        (
-            "--enable-prefix-caching",
-            "--enable-chunked-prefill",
-            "--enable-auto-tool-choice",
-            "--jinja",
-            "-fa",
-            "--flash-attn",
-            "--cont-batching",
-            "-cb",
-            "--mlock",
-            "--no-mmap",
-            "--enforce-eager",
-        ),
-        "leave it out: this is always so, or not needed",
-    ),
-    **dict.fromkeys(("--trust-remote-code",), "leave it out: no code of a model's folder is ever run"),
-    **dict.fromkeys(("--embedding", "--embeddings", "--runner", "--task"), "leave it out: a model serves what it can"),
+    "leave it out: no code of a model's folder is ever run": "--trust-remote-code",
+    "leave it out: a model serves what it can": "--embedding --embeddings --runner --task",
 }
+OTHERS = {flag: ours for ours, flags in _OTHERS.items() for flag in flags.split()}
 SEVERAL = {"model": "several models are [[model]] tables of a config file (docs/several-models.md)"}
 
 
