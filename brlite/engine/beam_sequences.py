@@ -11,7 +11,7 @@ from functools import partial
 import msgspec
 
 from brlite.engine.beam_search import BeamSearch, Hypothesis
-from brlite.engine.request import RequestState, Sequence, SequenceStatus, interpret
+from brlite.engine.request import RequestState, Sequence, interpret
 from brlite.engine.scheduler import Scheduler
 from brlite.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ class BeamSequences:
         """
         if not search.is_complete:
             for seq in state.sequences:
-                if search.has_drawn(seq.seq_id) and seq.status is SequenceStatus.RUNNING:
+                if search.has_drawn(seq.seq_id) and seq.status == "running":
                     self._scheduler.finish(seq)
             return
         continuations = search.advance()
@@ -71,7 +71,7 @@ class BeamSequences:
             return
         parents = {seq.seq_id: seq for seq in state.sequences}
         continued = {seq_id for seq_id, _ in continuations}
-        running = [seq for seq in state.sequences if seq.status is SequenceStatus.RUNNING]
+        running = [seq for seq in state.sequences if seq.status == "running"]
         unused = [seq for seq in running if seq.seq_id not in continued]
         state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
         for seq_id, hypothesis in continuations:
@@ -105,6 +105,6 @@ class BeamSequences:
         for index, found in enumerate(search.best()):
             seq = self._add_sequence(state)
             seq.token_ids += found.token_ids
-            seq.status, seq.finish_reason = SequenceStatus.FINISHED, found.finish_reason
+            seq.status, seq.finish_reason = "finished", found.finish_reason
             seq.first_token_time, seq.last_token_time = state.prompt_done_time or now, now
             state.add_delta(search.completion(index, found))

@@ -19,7 +19,10 @@ DIGEST_BYTES = 16
 
 
 class BlockOwner(Protocol):
-    """A sequence as the manager sees it. `token_ids` only grow; the manager sets the other fields but `cache_root`."""
+    """A sequence as the manager sees it. `token_ids` only grow; the manager sets the other fields but `cache_root`.
+
+    A `block_table` is replaced, never changed: steps under way have it as it was.
+    """
 
     token_ids: list[int]
     cache_root: bytes
@@ -129,12 +132,12 @@ class BlockManager:
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_new > len(self._free):
             return False
-        for _ in range(num_new):
-            block_id, _ = self._free.popitem(last=False)
+        taken = [self._free.popitem(last=False)[0] for _ in range(num_new)]
+        for block_id in taken:
             block = self._blocks[block_id]
             block.ref_count = 1
             self._forget(block)
-            seq.block_table.append(block_id)
+        seq.block_table = seq.block_table + taken
         return True
 
     def num_spare_slots(self, seq: BlockOwner, num_reserved: int) -> int:
@@ -166,7 +169,7 @@ class BlockManager:
         for block_id in parent.block_table[same:num_sealed]:
             self._blocks[block_id].ref_count += 1
         self._drop(seq.block_table[same:])
-        seq.block_table[same:] = parent.block_table[same:num_sealed]
+        seq.block_table = seq.block_table[:same] + parent.block_table[same:num_sealed]
         seq.block_digests[same:] = parent.block_digests[same:num_sealed]
         seq.num_sealed_blocks = num_sealed
         seq.num_computed_tokens = num_sealed * self.block_size

@@ -18,7 +18,7 @@ import msgspec
 from brlite.engine.backend import Backend, BackendInfo, Batch, SamplingInput, ScheduledSeq
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import NEWEST_WEIGHT, DraftCost
-from brlite.engine.request import Sequence, SequenceStatus
+from brlite.engine.request import Sequence
 from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class DraftModel:
 
     def release_stopped(self) -> None:
         """Free the blocks of sequences that do not run. Their contents stay in the cache until they are reused."""
-        for seq in [seq for seq in self._followed if self.is_off or seq.status is not SequenceStatus.RUNNING]:
+        for seq in [seq for seq in self._followed if self.is_off or seq.status != "running"]:
             self._blocks.release(self._followed.pop(seq))
 
     def follow(self, seq: Sequence) -> DraftSeq | None:
@@ -175,7 +175,7 @@ class DraftModel:
             if max(token_ids) >= self.info.vocab_size:  # ids of padding in the served model's head
                 draft.has_failed = True
                 continue
-            runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, list(draft.block_table), sampling))
+            runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, draft.block_table, sampling))
         return DraftPlan(Batch(runs), num_guesses, start) if runs else None
 
     def run(self, plan: DraftPlan) -> dict[int, list[int]] | None:

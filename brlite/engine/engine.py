@@ -47,7 +47,6 @@ from brlite.engine.request import (
     Request,
     RequestState,
     Sequence,
-    SequenceStatus,
     Sink,
     TokenCounts,
     interpret,
@@ -238,14 +237,10 @@ class Engine:
 
     def _decide(self) -> Batch | None:
         runs, start = self._scheduler.schedule(self._clock()), self._clock()
-        for seq, _ in runs:
-            if not seq.is_started:
-                self._note_started(seq, start)
-        self._set_gauges()
-        if not runs:
-            return None
         guided, processors = list[GuidedSeq](), dict[int, LogitsProcessors]()
         for seq, num_tokens in runs:
+            if not seq.is_started:
+                self._note_started(seq, start)
             if seq.matcher is None and seq.processors is None:
                 continue
             if seq.num_scheduled_tokens + num_tokens < seq.num_tokens:
@@ -255,6 +250,9 @@ class Engine:
             if seq.processors is not None:
                 seq.processors.begin(seq.token_ids[seq.num_prompt_tokens :])
                 processors[seq.seq_id] = seq.processors
+        self._set_gauges()
+        if not runs:
+            return None
         self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
         seqs = scheduled_seqs(runs, self.tokenizer.eos_token_ids)
         batch = Batch(seqs, None if guidance is None else guidance.masks, processors or None)
@@ -286,7 +284,7 @@ class Engine:
         later = dict[RequestState, None]()  # requests whose other sequences may follow in this step
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
             state = seq.state
-            if seq.status is SequenceStatus.RUNNING:
+            if seq.status == "running":
                 self._take_in(seq, num_tokens, seq_result, now)
             if len(state.sequences) == 1 and state.search is None:
                 self._deliver(state)  # while its delta is still in the processor's cache
@@ -366,7 +364,7 @@ class Engine:
         """For each `priority` of requests, the seconds that its longest waiting sequence has waited, 0 without one."""
         now, waits = self._clock(), dict[int, float]()
         for state in self._requests.values():
-            waiting = [seq.waiting_since for seq in state.sequences if seq.status is SequenceStatus.WAITING]
+            waiting = [seq.waiting_since for seq in state.sequences if seq.status == "waiting"]
             priority = state.request.priority
             waits[priority] = max(waits.get(priority, 0.0), now - min(waiting, default=now))
         return waits
@@ -444,16 +442,18 @@ class Engine:
                 state.prompt_done_time = now
                 self.stats.note_prompt_done(state, now)
                 self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
-        if result.tokens and state.prompt_done_time is None:
+        if not result.tokens:
+            return
+        if state.prompt_done_time is None:
             self._finish_prompt(state, now)
         if seq.draft_token_ids:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
             seq.draft_token_ids = []
-        if result.tokens and state.search is not None:
+        if state.search is not None:
             assert result.tokens[0].logprob is not None, "the parameters of a search ask for it"
             state.search.take(seq.seq_id, result.tokens[0].logprob)
             self.stats.note_tokens(1, None)
-        elif result.tokens:
+        else:
             self._append_all(seq, result.tokens, now)
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
@@ -492,7 +492,7 @@ class Engine:
             state.add_delta(delta)
         if tokens:
             self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
-        if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
+        if matcher is not None and matcher.error is not None and seq.status == "running":
             self._end_as_error(seq, matcher.error)
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
@@ -535,7 +535,7 @@ class Engine:
                 continue  # it has ended since
             if state.search is not None:
                 self._beams.end(state, state.search, self._clock())
-            running = [seq for seq in state.sequences if seq.status is not SequenceStatus.FINISHED]
+            running = [seq for seq in state.sequences if seq.status != "finished"]
             for seq in running:
                 self._finish(seq, CompletionOutput(index=seq.index, finish_reason="abort"))
             for index in range(len(state.sequences), state.request.params.n):  # they have no sequences yet

@@ -5,11 +5,11 @@ Queues, blocks and batches are elsewhere; their owners update the numbers here.
 
 from __future__ import annotations
 
-import enum
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -70,12 +70,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     is_strict: bool = False
     shown_token_ids: frozenset[int] = frozenset()
     pooling: PoolingParams | None = None
-
-
-class SequenceStatus(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
 
 
 class TokenCounts:
@@ -147,7 +141,7 @@ class Sequence:
     matcher: Matcher | None = None
     repetitions: Repetitions | None = None  # with DRY only
     processors: LogitsProcessors | None = None
-    status: SequenceStatus = SequenceStatus.WAITING
+    status: Literal["waiting", "running", "finished"] = "waiting"
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
@@ -256,7 +250,7 @@ class RequestState:
     @property
     def is_finished(self) -> bool:
         for seq in self.sequences:
-            if seq.status is not SequenceStatus.FINISHED:
+            if seq.status != "finished":
                 return False
         return self.is_aborted or len(self.sequences) == self.request.params.n
 

@@ -15,7 +15,7 @@ from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import DraftPlan
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Request, Sequence, SequenceStatus
+from brlite.engine.request import Request, Sequence
 from brlite.engine.speculation import Speculation
 from brlite.engine.turns import TurnQueue
 
@@ -81,12 +81,12 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """End a running or waiting sequence. Frees its blocks, after the step under way if that writes to them."""
-        if seq.status is SequenceStatus.RUNNING:
+        if seq.status == "running":
             self.running.remove(seq)
-        elif seq.status is SequenceStatus.WAITING:
+        elif seq.status == "waiting":
             self.waiting.remove(seq)
             self._begun_waiting.pop(seq, None)
-        seq.status = SequenceStatus.FINISHED
+        seq.status = "finished"
         if not seq.num_in_flight_tokens:
             self._blocks.release(seq)
 
@@ -114,7 +114,7 @@ class Scheduler:
         """Note that the step with these runs has ended. Call it before the step's result is used."""
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens -= num_tokens
-            if seq.status is SequenceStatus.FINISHED and not seq.num_in_flight_tokens:
+            if seq.status == "finished" and not seq.num_in_flight_tokens:
                 self._blocks.release(seq)
 
     def can_schedule_ahead(self) -> bool:
@@ -146,26 +146,25 @@ class Scheduler:
         scheduled: dict[Sequence, int] = {}
         self._now = now
         self._free_place()
-        decoding, prompts = list[Sequence](), list[Sequence]()
+        growing = list[Sequence]()  # they need one more block
+        prompts, block_size = list[Sequence](), self._blocks.block_size
         for seq in self.running:
+            num_begun = seq.num_computed_tokens + seq.num_in_flight_tokens
             # `seq.num_left`, mostly without its call: this runs for each stream and step
-            num_left = len(seq.token_ids) - seq.num_computed_tokens - seq.num_in_flight_tokens or seq.num_left
-            if num_left == 1:
-                decoding.append(seq)
-            elif num_left:
+            num_left = len(seq.token_ids) - num_begun or seq.num_left
+            if num_left > 1:
                 prompts.append(seq)
+            elif num_left and len(seq.block_table) * block_size > num_begun:
+                scheduled[seq] = 1
+            elif num_left:
+                growing.append(seq)
         num_answers = len(self.running) - len(prompts)
         budget = self._num_paced_tokens(num_answers, prompts)
         num_held_back = self._max_num_batched_tokens - budget  # prompts do not get these tokens, drafts may
         num_preemptions = self.num_preemptions
-        block_size = self._blocks.block_size
-        for seq in decoding:
-            has_room = len(seq.block_table) * block_size > seq.num_computed_tokens + seq.num_in_flight_tokens
-            if has_room and budget and seq.status is SequenceStatus.RUNNING:
-                scheduled[seq] = 1
-                budget -= 1
-            else:
-                budget -= self._schedule_running(seq, budget, scheduled)
+        budget -= len(scheduled)
+        for seq in growing:
+            budget -= self._schedule_running(seq, budget, scheduled)
         for seq in prompts:
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # After a preemption blocks are scarce: a sequence admitted now would be preempted next.
@@ -203,7 +202,7 @@ class Scheduler:
         So a short prompt does not wait for the end of a long one. The long one takes at most twice as long.
         """
         num_left = seq.num_left
-        if seq.status is not SequenceStatus.RUNNING:
+        if seq.status != "running":
             return budget
         after = self.running[self.running.index(seq) + 1 :]
         is_shorter_after = any(1 < other.num_left < num_left for other in after)
@@ -217,7 +216,7 @@ class Scheduler:
         Returns the change in the step's number of tokens, negative if preemptions removed more than was added.
         """
         num_tokens = min(seq.num_left, budget)
-        if num_tokens == 0 or seq.status is not SequenceStatus.RUNNING:
+        if num_tokens == 0 or seq.status != "running":
             return 0
         returned = 0
         while not self._blocks.grow(seq, seq.num_scheduled_tokens + num_tokens):
@@ -252,7 +251,7 @@ class Scheduler:
         self._blocks.share(seq, matched)
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
-        seq.status = SequenceStatus.RUNNING
+        seq.status = "running"
         return seq
 
     def _free_place(self) -> None:
@@ -302,7 +301,7 @@ class Scheduler:
         """Preempt a running sequence: free its blocks. The caller queues it."""
         self.running.remove(seq)
         self._blocks.release(seq)
-        seq.status = SequenceStatus.WAITING
+        seq.status = "waiting"
         seq.waiting_since = self._now
         self._begun_waiting[seq] = None
         self.num_preemptions += 1
@@ -320,35 +319,34 @@ def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, .
     """The runs of a step as plain data, for a `Batch`."""
     seqs = []
     for seq, num_tokens in runs:
-        state, token_ids, drafts = seq.state, seq.token_ids, seq.draft_token_ids
+        request, token_ids, drafts = seq.state.request, seq.token_ids, seq.draft_token_ids
+        params, pooling, pooling_input, sampling = request.params, request.pooling, None, None
         start = seq.num_computed_tokens + seq.num_in_flight_tokens
-        end, is_whole = start + num_tokens, start + num_tokens >= len(token_ids)
-        is_being_drawn, block_table = start == len(token_ids), seq.block_table.copy()
-        params, pooling, pooling_input = state.request.params, state.request.pooling, None
-        if is_whole and not (is_being_drawn or drafts or pooling is not None or params.prompt_logprobs is not None):
-            sampling = _sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids)
-            seqs.append(ScheduledSeq(seq.seq_id, start, token_ids[start:], block_table, sampling))
-            continue  # most runs: a quarter fewer instructions than with all fields
-        if state.pooling == "mean":
+        end, length = start + num_tokens, len(token_ids)
+        if end >= length and pooling is None:
+            sampling = _sampling_input(seq, request, end - seq.num_prompt_tokens, eos_token_ids)
+            if not (start == length or drafts or params.prompt_logprobs is not None):
+                seqs.append(ScheduledSeq(seq.seq_id, start, token_ids[start:], seq.block_table, sampling))
+                continue  # most runs: a quarter fewer instructions than with all fields
+        if seq.state.pooling == "mean":
             total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
-            pooling_input = PoolingInput(num_tokens, total, pooling if is_whole else None, len(token_ids))
-        elif pooling is not None and is_whole:
+            pooling_input = PoolingInput(num_tokens, total, pooling if end >= length else None, length)
+        elif pooling is not None and end >= length:
             pooling_input = PoolingInput(1, params=pooling)
-        is_drawn = is_whole and pooling is None
         seqs.append(
             ScheduledSeq(
                 seq_id=seq.seq_id,
                 start=start,
-                token_ids=[0] if is_being_drawn else token_ids[start:end] + drafts,
-                block_table=block_table,
-                sampling=_sampling_input(seq, end - seq.num_prompt_tokens, eos_token_ids) if is_drawn else None,
+                token_ids=[0] if start == length else token_ids[start:end] + drafts,
+                block_table=seq.block_table,
+                sampling=sampling,
                 prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
                 if params.prompt_logprobs is not None and seq.wants_prompt_logprobs
                 else [],
                 num_prompt_logprobs=params.prompt_logprobs or 0,
                 num_draft_tokens=len(drafts),
                 pooling=pooling_input,
-                takes_last_draw=is_being_drawn,
+                takes_last_draw=start == length,
             )
         )
     return seqs
@@ -366,8 +364,8 @@ def _latest_of_last_class(running: list[Sequence]) -> Sequence:
     return max(reversed(running), key=lambda seq: seq.state.priority)
 
 
-def _sampling_input(seq: Sequence, position: int, eos_token_ids: tuple[int, ...]) -> SamplingInput:
-    params, bad_words = seq.state.request.params, seq.state.request.bad_words
+def _sampling_input(seq: Sequence, request: Request, position: int, eos_token_ids: tuple[int, ...]) -> SamplingInput:
+    params, bad_words = request.params, request.bad_words
     banned: tuple[int, ...] = ()
     if position < params.min_tokens:
         banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)

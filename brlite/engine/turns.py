@@ -12,7 +12,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from brlite.engine.request import RequestState, Sequence, SequenceStatus
+from brlite.engine.request import RequestState, Sequence
 
 Group = OrderedDict[Sequence, None]
 Tenants = OrderedDict[str, OrderedDict[str, Group]]
@@ -133,7 +133,7 @@ class TurnQueue:
 
     def change_class(self, state: RequestState, priority: int) -> None:
         """Move a request's waiting sequences to another class, and give it the next turn there."""
-        waiting = [seq for seq in state.sequences if seq.status is SequenceStatus.WAITING and seq not in self._returned]
+        waiting = [seq for seq in state.sequences if seq.status == "waiting" and seq not in self._returned]
         for seq in waiting:
             self.remove(seq)
         state.priority = priority
