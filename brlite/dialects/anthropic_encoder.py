@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from brlite.dialects.anthropic_turns import TOOL_USE_PREFIX
+from brlite.dialects.dialect import ResponseEncoder
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
@@ -121,7 +122,7 @@ class Ping(Struct, tag_field="type", tag="ping"):
     pass
 
 
-class MessagesEncoder:
+class MessagesEncoder(ResponseEncoder):
     """Encodes the message of one call. White space between blocks does not make a text block."""
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:

@@ -24,6 +24,10 @@ class ResponseEncoder(Protocol):
         """The bytes of one event in a stream."""
         ...
 
+    def encode_text(self, text: str) -> bytes:
+        """As `encode`, for an event of choice 0 that has only this text. Most events are such."""
+        return self.encode(Event(choice=0, text=text))
+
     def closing(self, usage: TokenUsage) -> bytes:
         """The bytes that end a stream."""
         ...

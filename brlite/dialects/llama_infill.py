@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.dialect import Dialect
+from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.fields import NOTHING_MORE
@@ -194,7 +194,7 @@ def _without_others(samplers: list[str]) -> dict[str, Any]:
     return {name: value for sampler in SAMPLERS.keys() - set(samplers) for name, value in SAMPLERS[sampler].items()}
 
 
-class InfillEncoder:
+class InfillEncoder(ResponseEncoder):
     """Encodes events as chunks, or as one whole answer."""
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
 
+from brlite.dialects.dialect import ResponseEncoder
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Generation
@@ -122,7 +123,7 @@ def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
     return shown
 
 
-class OpenAIEncoder:
+class OpenAIEncoder(ResponseEncoder):
     """The base of both encoders. `model` is the model name in the answer, `fingerprint` the backend's or empty."""
 
     _empty_text: bytes  # an empty text field in a chunk. It cannot occur inside a JSON string: quotes are escaped there
@@ -155,15 +156,19 @@ class OpenAIEncoder:
             and event.prompt_token_ids is None
             and event.prompt_tokens is None
         ):
-            parts = self._frames.get(event.choice)
-            if parts is None:
-                head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
-                parts = self._frames[event.choice] = head + name[:-2], tail
-            text = encode_json(event.text)
-            return parts[0] + (text if text.isascii() else on_one_line(text)) + parts[1]
+            return self.encode_text(event.text, event.choice)
         if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
             return self._encode_end(event)
         return self._chunk_of(event)
+
+    def encode_text(self, text: str, choice: int = 0) -> bytes:
+        """The chunk of an event that has only this text."""
+        parts = self._frames.get(choice)
+        if parts is None:
+            head, name, tail = self._chunk_of(Event(choice=choice, text="")).partition(self._empty_text)
+            parts = self._frames[choice] = head + name[:-2], tail
+        encoded = encode_json(text)
+        return parts[0] + (encoded if encoded.isascii() else on_one_line(encoded)) + parts[1]
 
     def _chunk_of(self, event: Event) -> bytes:
         """The event as one chunk."""

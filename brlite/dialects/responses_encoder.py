@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Raw
 
+from brlite.dialects.dialect import ResponseEncoder
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
@@ -191,7 +192,7 @@ class OpenCustomCall:
         return CustomCallItem(id=self._id, call_id=self._call_id, name=self._tool.name, namespace=namespace, input=text)
 
 
-class ResponsesEncoder:
+class ResponsesEncoder(ResponseEncoder):
     """Encodes the response of one call. If it is to be stored, `keep` gets it at the end, before the client does."""
 
     def __init__(

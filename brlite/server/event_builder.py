@@ -42,14 +42,20 @@ class EventBuilder:
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
         self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
-        # Whether events have nothing but text, until the last one.
-        self._is_text_only = (
-            self._is_plain
-            and replies is None
-            and not (call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens)
+        # Whether the events of the one choice have nothing but text, until the last one.
+        self._is_text_only = (self._is_plain and replies is None and len(call.prompts) == call.params.n == 1) and not (
+            call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens
         )
         self._untold_token_ids: dict[int, list[int]] = {}  # by choice
         self._begun_choices: set[int] = set()
+
+    def only_text(self, output: RequestOutput) -> str | None:
+        """The text of an output whose events have nothing else; its tokens are counted. None: `events` makes them."""
+        if output.finished or not (self._is_text_only and self._counted_prompts):
+            return None
+        (completion,) = output.outputs
+        self._num_completion += len(completion.token_ids)
+        return completion.text
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
         """The events of an output. No event for a part of a character, or of a possible stop string.
@@ -63,13 +69,6 @@ class EventBuilder:
         events: list[Event] = []
         for completion in output.outputs:
             choice = first_choice + completion.index
-            if self._is_text_only and not output.finished:
-                text, reason = completion.text, completion.finish_reason
-                if text or reason is not None:
-                    events.append(
-                        Event(choice=choice, text=text, finish_reason=reason, stop_reason=completion.stop_reason)
-                    )
-                continue
             is_last = output.finished and completion is output.outputs[-1]
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []

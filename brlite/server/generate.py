@@ -270,25 +270,23 @@ class Delivery:
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
         """The sink of one prompt's request: takes an output, or the error that ended the request."""
+        if isinstance(output, BrliteError):
+            self.fail(output)
+            return
         try:
-            if isinstance(output, BrliteError):
-                self._error = output
-                return
             if output.finished:
                 if output.num_searched_tokens:
                     self._charge_search(output)
                 self._num_open -= 1
                 self._times = output.times or self._times
+                self._changed.set()
             self._take(index, output)
             text_end = self._text_end
             if text_end is not None and not output.finished and any(text_end(each.text) for each in output.outputs):
                 asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
-        except Exception:  # the engine logs it; without `_error` the handler would wait forever
-            self._error = EngineError("the answer could not be made")
+        except Exception:  # the engine logs it; without an error the handler would wait forever
+            self.fail(EngineError("the answer could not be made"))
             raise
-        finally:
-            if not self._num_open or self._error is not None:
-                self._changed.set()
 
     def _charge_search(self, output: RequestOutput) -> None:
         """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
@@ -420,9 +418,11 @@ class StreamDelivery(Delivery):
 
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
-        events = self._builder.events(index, output)
-        encode = self._encoder.encode
-        data = encode(events[0]) if len(events) == 1 else b"".join(map(encode, events))
+        text = self._builder.only_text(output)
+        if text is None:
+            data = b"".join(map(self._encoder.encode, self._builder.events(index, output)))
+        else:
+            data = self._encoder.encode_text(text) if text else b""
         if not self._stream.write(data):
             self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
             self._changed.set()

@@ -200,7 +200,7 @@ class IdempotentAnswers:
 ANSWERS = web.AppKey("answers", IdempotentAnswers)
 
 
-class RecordingEncoder:
+class RecordingEncoder(ResponseEncoder):
     """An encoder that keeps what another one encodes; `make` is its dialect's `make_encoder`.
 
     `kept` gets the events of a stream. `body` is that of the complete answer, or the compressed events of a stream that

@@ -1,32 +1,45 @@
-"""Events that have nothing but text are made the short way; they are those of the long way."""
+"""The text of an event that has nothing else is taken without making the event; it is the same text."""
 
 from __future__ import annotations
 
+from brlite.dialects.event import Event
 from brlite.dialects.generation import Generation, Text
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.sampling_params import SamplingParams
 from brlite.server.event_builder import EventBuilder
 from tests.fakes import ByteTokenizer
 
-CALL = Generation(model="m", prompts=(Text("p"), Text("q")), params=SamplingParams(n=2))
-OUTPUTS = [
-    (0, [CompletionOutput(index=0, text="a", token_ids=[1])], False),
-    (1, [CompletionOutput(index=0, text="b", token_ids=[1]), CompletionOutput(index=1, text="", token_ids=[2])], False),
-    (0, [CompletionOutput(index=1, text="c", token_ids=[3], finish_reason="stop", stop_reason="x")], False),
-    (1, [CompletionOutput(index=1, text="", finish_reason="stop", stop_reason=7)], False),
-    (0, [CompletionOutput(index=0, text="", token_ids=[4], finish_reason="length")], True),
-    (1, [CompletionOutput(index=0, text="d", token_ids=[5], finish_reason="error", stop_reason="why")], True),
-]
+CALL = Generation(model="m", prompts=(Text("p"),), params=SamplingParams())
 
 
-def test_events_of_text_alone_are_those_of_the_long_way() -> None:
+def output(text: str, *, finished: bool = False, index: int = 0) -> RequestOutput:
+    reason = "stop" if finished else None
+    completion = CompletionOutput(index=index, text=text, token_ids=[1, 2], finish_reason=reason)
+    return RequestOutput(request_id="r", prompt_token_ids=[1, 2, 3], outputs=[completion], finished=finished)
+
+
+def test_the_text_alone_is_that_of_the_event() -> None:
     short, long = (EventBuilder(CALL, ByteTokenizer(), ("w",)) for _ in range(2))
-    long._is_text_only = False
-    assert short._is_text_only
 
-    for index, completions, finished in OUTPUTS:
-        output = RequestOutput(
-            request_id="r", prompt_token_ids=[1, 2], outputs=completions, finished=finished, warnings=("cut",)
-        )
-        assert short.events(index, output) == long.events(index, output)
+    assert short.only_text(output("a")) is None, "the first output counts the prompt"
+    assert short.events(0, output("a")) == long.events(0, output("a"))
+    for text in ("b", "", "c"):
+        assert short.only_text(output(text)) == text
+        assert long.events(0, output(text)) == ([Event(choice=0, text=text)] if text else [])
+    assert short.only_text(output("d", finished=True)) is None, "the last event has a finish reason and warnings"
+    assert short.events(0, output("d", finished=True)) == long.events(0, output("d", finished=True))
     assert short.usage() == long.usage()
+
+
+def test_events_of_several_choices_or_with_more_than_text_are_made() -> None:
+    for call in (
+        Generation(model="m", prompts=(Text("p"), Text("q")), params=SamplingParams()),
+        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(n=2)),
+        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(logprobs=0)),
+        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), continuous_usage=True),
+        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), tells_token_ids=True),
+    ):
+        builder = EventBuilder(call, ByteTokenizer(), ())
+        builder.events(0, output("a"))
+
+        assert builder.only_text(output("b")) is None
