@@ -61,7 +61,11 @@ class Download:
         self._commit = listing.commit
         by_name = {file.name: file for file in listing.files}
         wanted = [by_name[file] for file in choose_files(list(by_name), name.quantization)]
-        outside = [file.name for file in wanted if Path(file.name).is_absolute() or ".." in Path(file.name).parts]
+        outside = [
+            file.name
+            for file in wanted
+            if Path(file.name).is_absolute() or ".." in Path(file.name).parts or not file.name.isprintable()
+        ]
         if outside:
             raise ModelError(f"{self._hub.title} lists a file outside of the repository: {excerpt(outside[0])}")
 

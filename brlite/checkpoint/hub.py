@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, urlencode
 
 from brlite.checkpoint.folder import find_weights
@@ -91,7 +91,9 @@ class HuggingFaceHub:
                 for file in info["siblings"]
             ]
             files = [
-                HubFile(str(path), int(size or lfs.get("size") or 0), lfs.get("sha256"), None if lfs else blob)
+                HubFile(
+                    str(path), int(size or lfs.get("size") or 0), _hash(lfs.get("sha256")), None if lfs else _hash(blob)
+                )
                 for path, size, lfs, blob in siblings
             ]
             if not isinstance(info["sha"], str) or not info["sha"].isalnum():
@@ -130,7 +132,7 @@ class ModelScopeHub:
             if answer.get("Code", 200) != 200:
                 raise ModelError(f"{address.title} answers: {excerpt(answer.get('Message'))}")
             entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
-            files = [HubFile(str(file["Path"]), int(file["Size"]), file.get("Sha256") or None) for file in entries]
+            files = [HubFile(str(file["Path"]), int(file["Size"]), _hash(file.get("Sha256"))) for file in entries]
         # The list names no commit. A hash of the files' names and contents serves as one.
         digest = hashlib.sha256(repr(sorted((file.name, file.key) for file in files)).encode())
         return RepositoryListing(digest.hexdigest()[:40], files)
@@ -191,10 +193,17 @@ def model_in(snapshot: Path, quantization: str | None) -> Path:
     return snapshot / chosen[0] if chosen[0].lower().endswith(".gguf") else snapshot
 
 
+def _hash(value: Any) -> str | None:
+    """A hash in a list; None without one. Raises `TypeError`."""
+    if value and not isinstance(value, str):
+        raise TypeError(value)
+    return value or None
+
+
 @contextmanager
 def _shape_checked(address: HubAddress) -> Iterator[None]:
     """Raise `ModelError` for the exceptions that reading JSON of an unexpected shape raises."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(f"{address.endpoint} answers with unexpected JSON: is it a hub?") from error

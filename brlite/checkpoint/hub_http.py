@@ -22,6 +22,7 @@ from brlite.files.quoting import MAX_EXCERPT, one_line, reason
 
 TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
 MAX_JSON_BYTES = 64 * 2**20
+MAX_LENGTH_DIGITS = 18  # of a Content-Length
 USER_AGENT = f"brlite/{brlite.__version__}"
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme not in ("http", "https"):  # urllib follows ftp, too
+            text = f"and redirects to {new.scheme}; allowed are http and https"
+            raise urllib.error.HTTPError(req.full_url, code, text, headers, fp)
         is_same = (old.scheme, old.netloc) == (new.scheme, new.netloc)
         kept = {name: value for name, value in req.header_items() if is_same or name.lower() != "authorization"}
         kept.pop("Host", None)
@@ -113,11 +117,11 @@ def get_json(hub: HubAddress, url: str, repository: str) -> Any:
             if len(content) > MAX_JSON_BYTES:
                 raise ModelError(f"{hub.title} lists more than {MAX_JSON_BYTES} bytes of files")
         length = response.headers.get("Content-Length")
-    if length is not None and len(content) < int(length):
+    if length is not None and length.isdecimal() and len(content) < int(length[:MAX_LENGTH_DIGITS]):
         raise PassingFailure("the connection was cut")
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelError(f"{hub.endpoint} does not answer with JSON: is it a hub?") from None
 
 

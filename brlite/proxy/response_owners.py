@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import decode_fields, decode_json
 from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.proxy.exchange import Exchange
@@ -160,8 +160,11 @@ def _previous_response_id(body: bytes) -> str | None:
 
     The upstream must read the id that was checked here: so names with escaped letters are found, too.
     """
-    if _PREVIOUS not in body and b"\\u" not in body:
+    if _PREVIOUS not in body.lower() and b"\\u" not in body:
         return None
+    for name in decode_fields(body):
+        if name.lower() == "previous_response_id" != name:  # servers in Go read any letter case
+            raise InvalidRequest("this field must be written 'previous_response_id'", param="previous_response_id")
     found: list[object] = []
 
     def take(kind: type[object], value: object) -> _Previous:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.download import Download
 from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, NotHere, find_cached, reach_limit
-from brlite.checkpoint.hub_http import HubAddress, Retries, get
+from brlite.checkpoint.hub_http import HubAddress, PassingFailure, Retries, get
 from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
@@ -572,8 +574,39 @@ def test_only_where_another_source_could_serve_is_the_wait_short(
     assert reach_limit(has_other_source=bool(has_other_source)) == seconds
 
 
-def test_a_file_outside_of_the_repository_is_refused_by_name(hub: LocalHuggingFace) -> None:
-    hub.server.files = {"../m.gguf": b"GGUF"}
+@pytest.mark.parametrize("name", ["../m.gguf", "/m.gguf", "a\0.gguf", "\x1b[2J.gguf"])
+def test_a_file_outside_of_the_repository_is_refused_by_name(hub: LocalHuggingFace, name: str) -> None:
+    hub.server.files = {name: b"GGUF"}
 
-    with pytest.raises(ModelError, match=r"lists a file outside of the repository: '\.\./m\.gguf'"):
+    with pytest.raises(ModelError, match=rf"lists a file outside of the repository: {re.escape(repr(name))}"):
+        fetch(hub)
+
+
+@pytest.mark.parametrize(
+    ("body", "length", "reason"),
+    [
+        (b"[" * 100_000, None, "does not answer with JSON"),
+        (b"{}", "x", "unexpected JSON"),
+        (b"{}", "9" * 5000, "the connection was cut"),
+        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": 1e400}]}', None, "unexpected JSON"),
+        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "blobId": 5}]}', None, "unexpected JSON"),
+        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "lfs": {"sha256": [1]}}]}', None, "unexpected JSON"),
+    ],
+)
+def test_a_list_that_no_hub_would_send_is_refused_in_a_line(
+    hub: LocalHuggingFace, monkeypatch: pytest.MonkeyPatch, body: bytes, length: str | None, reason: str
+) -> None:
+    class Answer(io.BytesIO):
+        headers = {} if length is None else {"Content-Length": length}
+
+    monkeypatch.setattr("brlite.checkpoint.hub_http.get", lambda *_: Answer(body))
+
+    with pytest.raises((ModelError, PassingFailure), match=reason):
+        hub.list_files(hub.address(), NAME)
+
+
+def test_a_redirection_to_another_protocol_is_not_followed(hub: LocalHuggingFace) -> None:
+    hub.server.refusal = 302, {"Location": "ftp://127.0.0.1:1/api"}
+
+    with pytest.raises(ModelError, match="answers 302 and redirects to ftp; allowed are http and https"):
         fetch(hub)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import hmac
 import json
 from pathlib import Path
 
 import pytest
 
+import brlite
 from brlite.config.options import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, RateLimited, Unauthorized
 from brlite.http.api_key import ApiKey
@@ -298,3 +301,39 @@ def test_keys_that_stay_the_same_are_no_change() -> None:
 
     assert not is_changed
     assert keys.require("sk-a").has_limits
+
+
+def test_a_shown_key_is_compared_with_all_keys_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ApiKeys(("sk-1", "sk-2"), [(f"sk-{name}", ApiKey(KeyConfig(name=name))) for name in "ab"])
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(left: bytes, right: bytes) -> bool:
+        compared.append((left, right))
+        return left == right
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for shown in ("sk-1", "sk-b", "sk-wrong", ""):
+        compared.clear()
+        assert (keys.find(shown) is not None) == (shown in ("sk-1", "sk-b"))
+        assert len(compared) == 4
+        assert {len(side) for pair in compared for side in pair} == {32}
+
+
+SECRETS = {"secret", "digest", "known", "shown", "shown_key", "claimed", "proof", "_digest", "_known", "api_key"}
+
+
+def named(node: ast.expr) -> str:
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def test_no_key_and_no_proof_is_compared_by_an_operator() -> None:
+    """An operator ends at the first byte that differs, so its time shows how many were right."""
+    package = Path(brlite.__file__).parent
+    found = []
+    for file in ("http/keys.py", "http/api_key.py", "proxy/fast_path.py", "backends/distributed/secret.py"):
+        for node in ast.walk(ast.parse((package / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and not all(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
+                found += [f"{file}:{node.lineno}" for side in (node.left, *node.comparators) if named(side) in SECRETS]
+
+    assert found == []

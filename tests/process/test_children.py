@@ -16,6 +16,8 @@ from brlite.checkpoint.wheel import pip_download
 from brlite.errors import ModelError
 from brlite.process.children import ChildGroup, absolute_folders, child_environment, python_module, read_secret
 from tests.limits import PATIENCE_SECONDS
+from tests.process.servers import BRLITE, free_port, running, wait_until_it_answers
+from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
 
 @pytest.fixture
@@ -141,6 +143,57 @@ def test_a_rank_starts_without_the_servers_keys(monkeypatch):
         ranks.close()
 
     assert b"BRLITE_API_KEY" not in environment
+
+
+def children_of(pid: int) -> list[Path]:
+    """The folders in /proc of all processes below one."""
+    numbers = [
+        int(number) for file in Path(f"/proc/{pid}/task").glob("*/children") for number in file.read_text().split()
+    ]
+    return [folder for number in numbers for folder in (Path(f"/proc/{number}"), *children_of(number))]
+
+
+def test_no_key_of_a_running_server_is_in_a_command_line_or_a_childs_environment(tmp_path: Path) -> None:
+    folder, port = write_model(tmp_path / "model", LLAMA), free_port()
+    write_byte_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")  # a child renders it
+    (tmp_path / "keys").write_text("sk-secret-file")
+    config = tmp_path / "brlite.toml"
+    config.write_text(f"""
+        [server]
+        drain_seconds = 0.5
+        [engine]
+        device = "cpu"
+        [[model]]
+        name = "tiny"
+        path = "{folder}"
+        tensor_parallel = 2
+        devices = [0, 1]
+        [keys]
+        keys = ["sk-secret-config"]
+        file = "{tmp_path / "keys"}"
+        [[key]]
+        name = "team"
+        env = "TEAM"
+        [[upstream]]
+        url = "http://127.0.0.1:1"
+        models = ["other"]
+        api_key_env = "OTHER"
+        """)
+    environment = {**os.environ, "BRLITE_API_KEY": "sk-secret-a", "TEAM": "sk-secret-b", "OTHER": "sk-secret-c"}
+    command = [BRLITE, "serve", str(config), "--port", str(port), "--log-level", "debug"]
+
+    with running(command, env=environment, stderr=subprocess.PIPE) as server:
+        wait_until_it_answers(port)
+        children = children_of(server.pid)
+        shown = [(folder / "cmdline").read_bytes() for folder in (Path(f"/proc/{server.pid}"), *children)]
+        shown += [(folder / "environ").read_bytes() for folder in children]
+        server.terminate()
+        shown += [server.communicate(timeout=PATIENCE_SECONDS)[1]]
+
+    assert len(children) >= 2  # a rank, and the template's process
+    assert any(b"worker" in text for text in shown)
+    assert not any(b"sk-secret" in text for text in shown)
 
 
 STARTER = """

@@ -178,6 +178,8 @@ async def test_one_key_does_not_reach_the_responses_of_another(
         b'"previous_response_id":"MINE","previous_response_id":null',
         b'"previous\\u005fresponse_id":"MINE"',
         b'"previous_response_id":7',
+        b'"Previous_Response_ID":"MINE"',
+        b'"previous_response_id":null,"previous_response_i\\u0044":"MINE"',
     ],
 )
 async def test_a_field_that_is_spelt_or_repeated_oddly_does_not_reach_another_keys_response(
