@@ -139,7 +139,7 @@ class OpenCall:
     def begin(self) -> Iterator[StreamEvent]:
         yield ItemAdded(output_index=self._index, item=self._item("in_progress"))
 
-    def add(self, arguments: str) -> ArgumentsDelta:
+    def add(self, arguments: str) -> ArgumentsDelta | None:
         self._arguments.append(arguments)
         return ArgumentsDelta(item_id=self._id, output_index=self._index, delta=arguments)
 
@@ -159,16 +159,12 @@ class OpenCall:
         )
 
 
-class OpenCustomCall:
+class OpenCustomCall(OpenCall):
     """The call of a custom tool. Its text is inside JSON until the call is complete, so there is one delta, at the
     end."""
 
-    def __init__(self, item_id: str, index: int, call_id: str, tool: CalledTool) -> None:
-        self._id, self._index, self._call_id, self._tool = item_id, index, call_id, tool
-        self._arguments: list[str] = []
-
     def begin(self) -> Iterator[StreamEvent]:
-        yield ItemAdded(output_index=self._index, item=self._item(""))
+        yield ItemAdded(output_index=self._index, item=self._custom_item(""))
 
     def add(self, arguments: str) -> None:
         self._arguments.append(arguments)
@@ -184,10 +180,10 @@ class OpenCustomCall:
             text = arguments  # the JSON is cut: show it unchanged
         delta = CustomInputDelta(item_id=self._id, output_index=self._index, delta=text)
         done = CustomInputDone(item_id=self._id, output_index=self._index, input=text)
-        item = self._item(text)
+        item = self._custom_item(text)
         return [delta, done, ItemDone(output_index=self._index, item=item)], item
 
-    def _item(self, text: str) -> CustomCallItem:
+    def _custom_item(self, text: str) -> CustomCallItem:
         namespace = self._tool.namespace or UNSET
         return CustomCallItem(id=self._id, call_id=self._call_id, name=self._tool.name, namespace=namespace, input=text)
 
@@ -212,7 +208,7 @@ class ResponsesEncoder(ResponseEncoder):
         self._num_sent = 0
         self.kept = KeptEvents() if keep is not None and call.is_stored else None
         self._output: list[Item] = []
-        self._open: OpenMessage | OpenReasoning | OpenCall | OpenCustomCall | None = None
+        self._open: OpenMessage | OpenReasoning | OpenCall | None = None
         self._ending: Event | None = None
         self._warnings: Sequence[str] = ()
         self._is_cancelled = False
@@ -253,7 +249,7 @@ class ResponsesEncoder(ResponseEncoder):
                 kind, prefix = (OpenCustomCall, "ctc") if tool.is_custom else (OpenCall, "fc")
                 self._open = kind(self._item_id(prefix), len(self._output), piece.id, tool)
                 frames += map(self._frame, self._open.begin())
-            assert isinstance(self._open, (OpenCall, OpenCustomCall))
+            assert isinstance(self._open, OpenCall)
             delta = self._open.add(piece.arguments) if piece.arguments else None
             if delta is not None:
                 frames.append(self._frame(delta))
