@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 import msgspec
 
 from brlite.backends.sizes import Sizes, find_model, known_sizes
-from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig
+from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
 from brlite.config.validation import model_override, override
 from brlite.errors import ConfigError, ModelError
 from brlite.models.precision import PRECISIONS, PrecisionOption
@@ -41,18 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if find_model(spec) is None and spec.name != DEFAULT_MODEL:
         raise ModelError(f"{args.model} is not on this machine; `brlite pull {args.model}` fetches it")
 
-    sizes_of: dict[str, Sizes] = {}
-    for precision in get_args(PrecisionOption):
-        alone = msgspec.structs.replace(spec, precision=precision, build_batch=1)
-        try:
-            sizes = known_sizes(alone, EngineConfig())
-        except ConfigError:
-            if precision in PRECISIONS and PRECISIONS[precision].has_int8_activations:
-                continue  # only native kernels have them
-            raise
-        assert sizes is not None  # the model is here, or the default one
-        sizes_of[precision] = sizes
-
+    sizes_of = find_sizes(spec)
     on_card = sizes_of["bf16"].free_bytes
     free = find_memory().available if on_card is None else on_card
     room = int(free * SHARE)
@@ -79,6 +68,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"path = {json.dumps(path, ensure_ascii=False)}")
     print(f'precision = "{best.precision}"\nbuild_seq = {best.context}\nbuild_batch = {best.batch}')
     return 0
+
+
+def find_sizes(spec: ModelSpec) -> dict[str, Sizes]:
+    """The sizes of a model for one sequence, in each precision that can be computed here. The model is here."""
+    found: dict[str, Sizes] = {}
+    for precision in get_args(PrecisionOption):
+        alone = msgspec.structs.replace(spec, precision=precision, build_batch=1)
+        try:
+            sizes = known_sizes(alone, EngineConfig())
+        except ConfigError:
+            if precision in PRECISIONS and PRECISIONS[precision].has_int8_activations:
+                continue  # only native kernels have them
+            raise
+        assert sizes is not None  # the model is here, or the default one
+        found[precision] = sizes
+    return found
 
 
 def advise(precision: str, sizes: Sizes, room: int) -> Advice:

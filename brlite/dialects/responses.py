@@ -126,15 +126,10 @@ def _generation(
     body: ResponsesRequest, undecoded: dict[str, Raw], limits: LimitsConfig, stored: StoredResponses
 ) -> ResponseGeneration:
     more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
-    warnings = dict.fromkeys(more.warnings)
-    for index, name in enumerate(body.include or ()):
-        if name not in INCLUDABLE:
-            param = f"include[{index}]"
-            raise InvalidRequest(f"{param} must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}", param=param)
+    warnings, include = dict.fromkeys(more.warnings), _include(body)
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         raise not_supported("stream_options.include_obfuscation")
     conversation = _conversation(body, limits, stored)
-    turns = conversation.turns
     tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
     warnings |= conversation.warnings | dict.fromkeys(tools.warnings)
     if body.text is not None and body.text.verbosity not in (None, "medium"):
@@ -146,7 +141,7 @@ def _generation(
         raise InvalidRequest(
             "background needs a store: store is false, or limits.max_stored_bytes is 0", param="background"
         )
-    has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    has_logprobs = bool(body.top_logprobs) or LOGPROBS in include
     field_names = {**FIELD_NAMES, **more.field_names}
     params = sampling_params(
         body,
@@ -157,7 +152,9 @@ def _generation(
         structured=_structured(body),
         **more.sampling,
     )
-    chat = Chat(turns, tools=tools.tools, reasoning_effort=body.reasoning.effort if body.reasoning else None)
+    chat = Chat(
+        conversation.turns, tools=tools.tools, reasoning_effort=body.reasoning.effort if body.reasoning else None
+    )
     return ResponseGeneration(
         prompts=(chat,),
         params=params,
@@ -169,11 +166,20 @@ def _generation(
         items=tuple(conversation.items),
         is_stored=is_stored,
         is_background=body.background is True,
-        seals_reasoning=ENCRYPTED_REASONING in (body.include or ()),
+        seals_reasoning=ENCRYPTED_REASONING in include,
         tools=tools,
         shown=_shown(body, params, tools.shown, tools.shown_choice) | {"store": is_stored},
         **generation_fields(body),
     )
+
+
+def _include(body: ResponsesRequest) -> list[str]:
+    """What else the response is to have. Raises `InvalidRequest` for what no response has."""
+    for index, name in enumerate(body.include or ()):
+        if name not in INCLUDABLE:
+            param = f"include[{index}]"
+            raise InvalidRequest(f"{param} must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}", param=param)
+    return body.include or []
 
 
 def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredResponses) -> ItemReader:

@@ -60,17 +60,16 @@ async def make_requests(
         room = 1 if call.truncation is None else None
         token_ids, ignored = await encode(prompt, engine, tenant, spec=spec, room=room)
         warnings += ignored
-        if call.truncation is not None:
-            kept = _truncated(token_ids, call, call.truncation, engine)
-            if len(kept) < len(token_ids):
-                cut = f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
-                truncations.append(cut)
-                token_ids, text = kept, None  # the text no longer matches the tokens
+        kept = token_ids if call.truncation is None else _truncated(token_ids, call, call.truncation, engine)
+        if len(kept) < len(token_ids):
+            cut = f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
+            truncations.append(cut)
+            text = None  # it no longer matches the tokens
         requests.append(
             Request(
                 request_id=f"{answer_id}-{index}",
                 prompt=text,
-                prompt_token_ids=token_ids,
+                prompt_token_ids=kept,
                 params=params,
                 cache_salt=call.cache_salt,
                 tenant=tenant,
