@@ -189,11 +189,11 @@ def test_ctrl_c_while_a_model_loads_ends_its_threads_before_their_memory(run: Ru
         LLM(config=config).close()
         seconds = monotonic() - begin
         num_interrupted = 0
-        for number in range(30):
+        for number in range(20):
             shots = [1, 2]  # the second comes, if it does, while the first one's threads are waited for
             try:
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 31, seconds / 50)
+                    signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 21, seconds / 50)
                     LLM(config=config).close()
                 except KeyboardInterrupt:
                     num_interrupted += 1

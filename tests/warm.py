@@ -16,7 +16,8 @@ from tests.limits import PATIENCE_SECONDS
 # A line of its input is [program, arguments, the file of its input, of its output, of its errors]; the answer is a
 # status. The forked process runs the program as `python -c` does, to the interpreter's end.
 FORKS = """
-import json, os, sys
+import gc, json, os, sys
+gc.freeze()  # else each child goes over all that was imported, at its end at the latest: a second with torch
 while line := sys.stdin.buffer.readline():
     program, arguments, *files = json.loads(line)
     child = os.fork()
