@@ -113,8 +113,12 @@ class Engine {
 
  private:
     void allocate(int num_threads);
-    // Two for each operation, one for the poolings, three for each slice of 32 draws.
-    size_t needed_counters(int num_slices) const { return 2 * body_.size() + 1 + 3 * num_slices; }
+    // A matrix takes one for each thread, other operations up to two; then one for the poolings, and for each slice of
+    // 32 draws those of a matrix and two more.
+    size_t needed_counters(int num_slices) const {
+        const size_t most = std::max(2, pool_.num_threads());
+        return most * body_.size() + 1 + (most + 2) * num_slices;
+    }
     void grow_counters(int num_slices);
     void lay_out(const brlite_batch& batch);
     void share_out(const brlite_batch& batch);

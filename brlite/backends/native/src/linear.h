@@ -182,11 +182,18 @@ INLINE void multiply_panel(const Product& product, int panel) {
     }
 }
 
-// The panels that this thread takes. They are consecutive, so that the processor's prefetcher can follow.
-static void linear(const Product& product, Counter& next, int num_threads) {
+// The panels that this thread takes: those of its own part of the matrix, then what other threads have left of theirs.
+// They are consecutive, and the next one is seldom another thread's. So prefetches are not lost: on two Zen 3 cores a
+// step of up to 16 rows is 1.02 to 1.06 times as fast as with parts that follow each other in the order of taking.
+static void linear(const Product& product, Counter* parts, int thread, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
-    for (int panel, end; next.take_share(num_panels, num_threads, panel, end);)
-        for (; panel < end; panel++) multiply_panel(product, panel);
+    for (int i = 0; i < num_threads; i++) {
+        const int part = (thread + i) % num_threads;
+        const int begin = (int)((long)num_panels * part / num_threads);
+        const int size = (int)((long)num_panels * (part + 1) / num_threads) - begin;
+        for (int panel, end; parts[part].take_share(size, panel, end);)
+            for (; panel < end; panel++) multiply_panel(product, begin + panel);
+    }
 }
 
 // All panels times the rows [first, end).

@@ -27,7 +27,8 @@ struct Worker {
     const brlite_operation* rope_op = nullptr;  // the ROPE that the next ATTEND runs itself
     Range rows{};                               // this thread's own, if the step divides rows
 
-    Counter& next() { return counters[num_counted++]; }
+    Counter& next() { return *next(1); }
+    Counter* next(int count) { return counters + (num_counted += count) - count; }
 
     // The first of this thread's own rows. If ATTEND runs ROPE itself, a span is one thread's.
     int first_row_of(int thread) const {
@@ -51,7 +52,7 @@ struct Worker {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
                 if (step.divides_rows) return linear_of_rows(op, *input, rows.first, rows.end);
-                linear({op, *input, op.output, num_rows}, next(), step.num_threads);
+                linear({op, *input, op.output, num_rows}, next(step.num_threads), scratch.thread, step.num_threads);
                 if (op.is_part) return;
                 break;
             case BRLITE_ROPE:
@@ -143,7 +144,8 @@ struct Worker {
             write_input(*input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
         });
         if (!is_own) barrier.wait();
-        linear({plan.head, *input, plan.head.output, num_rows}, next(), step.num_threads);
+        linear({plan.head, *input, plan.head.output, num_rows}, next(step.num_threads), scratch.thread,
+               step.num_threads);
         meet(plan.head.meets);
         Counter& draws = next();
         for (int i = draws.take(1); i < num_rows && plan.rank == 0; i = draws.take(1)) {

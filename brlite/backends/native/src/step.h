@@ -13,13 +13,13 @@ struct Counter {
     std::atomic<int32_t> value{0};
     int take(int num_units) { return value.fetch_add(num_units, std::memory_order_relaxed); }
 
-    // Takes consecutive units [first, end) of `num_units`: large shares first, single units at the end. Returns false
-    // if none is left.
-    bool take_share(int num_units, int num_threads, int& first, int& end) {
+    // Takes half of the units that are left of `num_units`: consecutive ones [first, end). Returns false if none is
+    // left.
+    bool take_share(int num_units, int& first, int& end) {
         first = value.load(std::memory_order_relaxed);
         do {
             if (first >= num_units) return false;
-            end = first + (num_units - first + 2 * num_threads - 1) / (2 * num_threads);
+            end = first + (num_units - first + 1) / 2;
         } while (!value.compare_exchange_weak(first, end, std::memory_order_relaxed));
         return true;
     }
