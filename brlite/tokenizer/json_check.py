@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from brlite.errors import ModelError
 from brlite.files.quoting import reason
@@ -18,13 +18,22 @@ from brlite.tokenizer.charsmap import check_charsmap
 MAX_GROWTH = 64  # how many times as long the steps may make a text; published ones stay below 10
 MAX_PREPENDED = 64  # characters that steps may put before each part of a text
 MAX_STEPS = 64  # of normalizing and splitting; published tokenizers have fewer than 10
+# Characters of a word that WordPiece tries in whole, or of Unigram's longest piece. Their time grows with its square.
+MAX_TRIED = 128
 BYTE_GROWTH = 4  # a character has up to 4 bytes; each becomes a character
 # The factor by which a step can lengthen a text, for steps whose fields do not determine it.
 _GROWTH = {"ByteLevel": BYTE_GROWTH, "BertNormalizer": 3, "BertPreTokenizer": 1, "Precompiled": 1}
 
 
-def check_tokenizer_json(path: Path, text: str) -> list[str]:
-    """Raises `ModelError` for a file that could exhaust or crash the process. Returns its regular expressions."""
+class TokenizerCost(NamedTuple):
+    """What decides whether a tokenizer takes time in proportion to a text: its expressions and its model."""
+
+    expressions: list[str]
+    has_linear_model: bool
+
+
+def check_tokenizer_json(path: Path, text: str) -> TokenizerCost:
+    """Raises `ModelError` for a file that could exhaust or crash the process."""
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -37,10 +46,22 @@ def check_tokenizer_json(path: Path, text: str) -> list[str]:
         _check_steps(steps)
         decoding = list(_steps(content.get("decoder")))
         _check_steps(decoding)
+        is_linear = _is_linear(content.get("model", {}))
     except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
         raise ModelError(f"{path}: {reason(error)}") from None
     patterns = (step.get("pattern") for step in (*steps, *decoding))
-    return [pattern["Regex"] for pattern in patterns if isinstance(pattern, dict) and "Regex" in pattern]
+    expressions = [pattern["Regex"] for pattern in patterns if isinstance(pattern, dict) and "Regex" in pattern]
+    return TokenizerCost(expressions, is_linear)
+
+
+def _is_linear(model: dict[str, Any]) -> bool:
+    """Whether a model is known to take time in proportion to a text. Old files do not name the kind of BPE."""
+    kind = model.get("type") or ("BPE" if "merges" in model else "")
+    if kind == "WordPiece":
+        return bool(model.get("max_input_chars_per_word", 0) <= MAX_TRIED)
+    if kind == "Unigram":
+        return max((len(piece) for piece, _ in model["vocab"]), default=0) <= MAX_TRIED
+    return kind in ("BPE", "WordLevel")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -186,6 +186,32 @@ def test_an_expression_that_runs_away_costs_the_text_and_nothing_else(read: Read
     assert next_outcome.startswith("ids")
 
 
+PIECES = [["<unk>", 0.0], *(["a" * length, -float(length)] for length in range(1, 3000))]
+SLOW_MODELS: dict[str, dict[str, Any]] = {
+    "words of any length": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 10**9,
+        "vocab": {"[UNK]": 0, "a": 1, "##a": 2},
+    },
+    "pieces of any length": {"type": "Unigram", "unk_id": 0, "byte_fallback": False, "vocab": PIECES},
+}
+
+
+@pytest.mark.parametrize("case", SLOW_MODELS)
+def test_a_model_of_quadratic_time_costs_the_text_and_nothing_else(read: Read, tmp_path: Path, case: str) -> None:
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor"))
+    content = {"version": "1.0", "added_tokens": [], **parts, "decoder": BYTE_LEVEL, "model": SLOW_MODELS[case]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+
+    (outcome, next_outcome), refusal = read(tmp_path, "a" * 100_000)
+
+    assert refusal == ""
+    assert outcome.startswith("InvalidRequest the model's tokenizer failed on the text")
+    assert next_outcome.startswith("ids")
+
+
 def test_an_expression_that_nobody_knows_gives_the_ids_of_the_library(folder: Path) -> None:
     from tokenizers import Tokenizer as Backend
 
