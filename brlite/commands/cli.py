@@ -33,7 +33,8 @@ EXIT_INTERRUPTED = 130
 # Read when torch loads: how long its threads spin before they sleep. Without a bound, a step takes several times longer
 # on cores shared with other programs, and hardly less on idle ones (`bench/kernels.md`, "Threads that wait").
 # numpy's own threads are never used. If they cannot be created (`ulimit -v`), starting them ends the process.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_NUM_THREADS": "1"}
+# tokenizers would start a thread for each core to encode one text.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

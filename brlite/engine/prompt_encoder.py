@@ -14,8 +14,7 @@ from brlite.errors import stopping
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import NO_EXTRAS, TemplateExtras
 from brlite.tokenizer.infill import InfillText
-
-LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
+from brlite.tokenizer.tokenizer import LONG_TEXT
 
 
 class PromptEncoder:

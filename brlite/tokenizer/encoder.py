@@ -16,7 +16,7 @@ from brlite.chat.control_tokens import is_control
 from brlite.errors import InvalidRequest, ModelError
 from brlite.files.quoting import one_line, reason
 from brlite.process.sandbox import ChildLimits, ChildProcess
-from brlite.tokenizer.tokenizer import Encoder
+from brlite.tokenizer.tokenizer import LONG_TEXT, Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)
 _TABLE_GROWTH = 32  # the most bytes that a library's tables take for each byte of their file
@@ -84,7 +84,7 @@ class BackendEncoder(Encoder):
 
     def _encode(self, index: int, text: str, *, add_special_tokens: bool = False) -> list[int]:
         if self._process is None:
-            return _encode(self._backends[index], text, add_special_tokens=add_special_tokens)
+            return encode_ids(self._backends[index], text, add_special_tokens=add_special_tokens)
         return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
 
 
@@ -116,9 +116,15 @@ class EncoderProcess:
         self._child.close()
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+def encode_ids(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text. Raises `InvalidRequest`. Other threads run while a long text is encoded."""
     try:
-        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) > LONG_TEXT:
+            # `encode` keeps the GIL (tokenizers 0.23): a text of 1 MB would stop all threads for 1.6 s.
+            encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
+            ids: list[int] = encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        else:
+            ids = backend.encode(text, add_special_tokens=add_special_tokens).ids
     except Exception as error:
         raise InvalidRequest(f"the model's tokenizer cannot encode the text: {reason(error)}") from None
     except BaseException as error:

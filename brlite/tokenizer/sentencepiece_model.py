@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from brlite.chat.control_tokens import ControlToken, ControlTokens, is_control
 from brlite.errors import InvalidRequest, ModelError
 from brlite.process.sandbox import ChildLimits
-from brlite.tokenizer.encoder import EncoderProcess
+from brlite.tokenizer.encoder import EncoderProcess, encode_ids
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, build_backend
 from brlite.tokenizer.sentencepiece_file import SentencePieceFile, read_sentencepiece_file
 from brlite.tokenizer.token_bytes import TokenBytes
@@ -101,7 +101,7 @@ class PieceEncoder(Encoder):
         prefix = self._prefix if is_first and text else ""
         ids: list[int] = []
         for part in self._words.split(prefix + text.replace(" ", _SPACE)):
-            ids += [part] if isinstance(part, int) else self._pieces.encode(part, add_special_tokens=False).ids
+            ids += [part] if isinstance(part, int) else encode_ids(self._pieces, part)
         return ids
 
 

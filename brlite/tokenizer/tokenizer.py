@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from brlite.tokenizer.token_bytes import TokenBytes
 
 
+LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
+
+
 class TokenizerOptions(NamedTuple):
     """How a tokenizer is loaded. `chat_template` is the file that replaces the model's own template.
 
@@ -41,7 +44,7 @@ class SpecialTokenIds(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Cuts text into token ids. Thread-safe; `encode` releases the GIL."""
+    """Cuts text into token ids. Thread-safe; `encode` releases the GIL for long texts."""
 
     @property
     def max_composed(self) -> int:
@@ -67,7 +70,7 @@ class Encoder(Protocol):
 
 
 class Tokenizer:
-    """Text to token ids and back. Immutable and thread-safe; `encode` releases the GIL.
+    """Text to token ids and back. Immutable and thread-safe; `encode` releases the GIL for long texts.
 
     Ids 0 to `vocab_size` - 1 exist. Each of `eos_token_ids` ends a completion. `special_token_ids` are the control
     tokens, which `decode` skips by default. `chat_format` renders chats; None without a template. `infill` has the

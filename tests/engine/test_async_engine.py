@@ -18,10 +18,10 @@ from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.outputs import RequestOutput
-from brlite.engine.prompt_encoder import LONG_TEXT
 from brlite.errors import EngineError, InvalidRequest, NotReady, stopping
 from brlite.process.waiting import start_daemon
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
+from brlite.tokenizer.tokenizer import LONG_TEXT
 from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -16,11 +16,11 @@ from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, L
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
-from brlite.engine.prompt_encoder import LONG_TEXT
 from brlite.errors import EngineError, InvalidRequest, NotReady, QueueFull
 from brlite.http.listen import HttpServer
 from brlite.server.load_state import LoadState
 from brlite.server.served_model import ModelTable, ServedModel
+from brlite.tokenizer.tokenizer import LONG_TEXT
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import completion_body

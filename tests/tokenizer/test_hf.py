@@ -7,6 +7,8 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from tokenizers import Tokenizer as Backend
 
 from brlite.errors import ModelError
 from brlite.tokenizer import load_tokenizer
+from brlite.tokenizer.tokenizer import LONG_TEXT
+from tests.tiny_models import write_byte_tokenizer
 from tests.tokenizer.conftest import train_sentencepiece, write_folder
 from tests.tokenizer.texts import TEXTS
 
@@ -320,3 +324,27 @@ def test_the_flags_of_an_added_token_are_those_of_transformers(
     tokenizer, reference = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
 
     assert [tokenizer.encode(text) for text in texts] == [reference.encode(text) for text in texts]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    tokenizer, text = load_tokenizer(tmp_path), "".join(TEXTS) * 500
+    encoding = threading.Thread(target=tokenizer.encode, args=(text,))
+    num_turns = 0
+
+    encoding.start()
+    while encoding.is_alive():
+        num_turns += 1
+        time.sleep(0.001)
+
+    assert tokenizer.encodes_in_process
+    assert num_turns > 10  # up to 3 if `encode` keeps the GIL
+
+
+def test_a_long_text_has_the_ids_of_the_library(tmp_path: Path) -> None:
+    write_byte_tokenizer(tmp_path)
+    text = "".join(TEXTS) * 20
+    expected = Backend.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+
+    assert len(text) > LONG_TEXT
+    assert load_tokenizer(tmp_path).encode(text) == expected
