@@ -24,7 +24,8 @@ from brlite.proxy.wire.heads import stored_response_id
 logger = logging.getLogger(__name__)
 
 RESPONSES_PATH = b"/v1/responses"
-_PREVIOUS = b'"previous_response_id"'
+_PREVIOUS = "previous_response_id"
+_BEGINNING = b'"previou'  # of that name in any letter case. Behind it Go takes a long s (U+017F) for an s
 _ID = re.compile(r"[!-.0-~]{1,200}")
 
 
@@ -90,7 +91,7 @@ class ResponseOwners:
             text = (
                 f"Previous response with id {response_id[:64]!r} not found: it is not known as one of this API key's."
             )
-            raise InvalidRequest(text, param="previous_response_id", code="previous_response_not_found")
+            raise InvalidRequest(text, param=_PREVIOUS, code="previous_response_not_found")
         return owner
 
     def note(self, exchange: Exchange) -> None:
@@ -160,11 +161,11 @@ def _previous_response_id(body: bytes) -> str | None:
 
     The upstream must read the id that was checked here: so names with escaped letters are found, too.
     """
-    if _PREVIOUS not in body.lower() and b"\\u" not in body:
+    if _BEGINNING not in body.lower() and b"\\u" not in body:
         return None
     for name in decode_fields(body):
-        if name.lower() == "previous_response_id" != name:  # servers in Go read any letter case
-            raise InvalidRequest("this field must be written 'previous_response_id'", param="previous_response_id")
+        if name != _PREVIOUS and name.casefold() == _PREVIOUS:  # servers in Go read it, too
+            raise InvalidRequest(f"this field must be written {_PREVIOUS!r}", param=_PREVIOUS)
     found: list[object] = []
 
     def take(kind: type[object], value: object) -> _Previous:
@@ -173,6 +174,5 @@ def _previous_response_id(body: bytes) -> str | None:
 
     decode_json(body, msgspec.json.Decoder(_Continuing, dec_hook=take))
     if len(found) > 1 or not isinstance(value := found[0] if found else None, str | None):
-        text = "previous_response_id must be a string or null, and stand there once"
-        raise InvalidRequest(text, param="previous_response_id")
+        raise InvalidRequest(f"{_PREVIOUS} must be a string or null, and stand there once", param=_PREVIOUS)
     return value
