@@ -130,10 +130,10 @@ class Repository:
                 raise ModelError(f"{self.folder}: {reason(error)}") from error
 
     def remove_file(self, snapshot: Path, name: str) -> None:
-        """Remove one file of a snapshot, and its content unless another snapshot has a link to it."""
+        """Remove one file of a snapshot, if it is there, and its content unless another snapshot has a link to it."""
         link = snapshot / name
         blob = link.resolve()
-        link.unlink()
+        link.unlink(missing_ok=True)
         others = (path for folder in self.snapshots() for path in folder.rglob("*") if path.is_symlink())
         if all(path.resolve() != blob for path in others):
             blob.unlink(missing_ok=True)

@@ -162,6 +162,20 @@ def test_a_split_gguf_is_one_model_until_all_its_parts_are_removed(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["org/model"]
 
 
+def test_a_split_gguf_that_lacks_a_part_is_removed_whole(
+    server: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "m-Q4_0.gguf", part_tensors=5)
+    server.files |= {path.name: path.read_bytes() for path in tmp_path.glob("m-Q4_0-*")}
+    for name in ("org/model", "org/model:Q4_0"):
+        main(["pull", name])
+    next(tmp_path.rglob("hub/*/snapshots/*/*-00002-of-00003.gguf")).unlink()
+
+    assert main(["models", "rm", "org/model:Q4_0", "--yes"]) == 0
+
+    assert list(tmp_path.rglob("hub/*/snapshots/*/*.gguf")) == []
+
+
 def test_an_interrupted_download_is_listed_as_one(server: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.cut_after, server.cuts_left = {"model.safetensors": 100}, 1
     server.failures = []
