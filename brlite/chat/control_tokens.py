@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,18 +109,16 @@ def pattern_of(texts: Sequence[str], depth: int = MAX_DEPTH) -> str:
 
     It branches by characters. A list of a thousand texts is tried in whole at each `<` of a message: 15 s for 1 MB.
     """
-    start = commonprefix(texts)  # noqa: RUF071  # by characters is what is wanted here
-    groups: dict[str, list[str]] = {}
-    for text in texts:
-        groups.setdefault(text[len(start) :][:1] if depth else text[len(start) :], []).append(text[len(start) :])
-    may_end = groups.pop("", None) is not None
-    if depth:
-        branches = [pattern_of(group, depth - 1) for group in groups.values()]
-    else:
-        branches = [re.escape(rest) for rest in sorted(groups, key=len, reverse=True)]
-    if not branches:
+    start = commonprefix(texts)  # noqa: RUF071  # of characters, not of folders
+    ends = sorted({text[len(start) :] for text in texts})
+    rests = [end for end in ends if end]
+    if not rests:
         return re.escape(start)
-    return f"{re.escape(start)}(?:{'|'.join(branches)}){'?' if may_end else ''}"
+    if depth:
+        branches = [pattern_of([*group], depth - 1) for _, group in groupby(rests, key=itemgetter(0))]
+    else:
+        branches = [re.escape(rest) for rest in sorted(rests, key=len, reverse=True)]
+    return f"{re.escape(start)}(?:{'|'.join(branches)}){'?' if len(rests) < len(ends) else ''}"
 
 
 def read_control_tokens(backend: tokenizers.Tokenizer) -> ControlTokens:

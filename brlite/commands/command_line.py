@@ -22,7 +22,7 @@ OTHER_COMMANDS = {
     "version": "--version",
 }
 # Flags of vLLM, llama.cpp, SGLang and Ollama by what to do here: our flag, or where it is set, or why it is not needed.
-_OTHERS = {
+_FLAGS_BY_HINT = {
     "--model": "-m -hf -hfr --hf-repo --model-path --tokenizer --tokenizer-path",
     "--context": "-c --ctx-size --max-model-len --max_model_len --num-ctx --context-length",
     "--threads": "-t --n-threads",
@@ -72,7 +72,7 @@ _OTHERS = {
     "leave it out: no code of a model's folder is ever run": "--trust-remote-code",
     "leave it out: a model serves what it can": "--embedding --embeddings --runner --task",
 }
-OTHERS = {flag: ours for ours, flags in _OTHERS.items() for flag in flags.split()}
+OTHERS = {flag: hint for hint, flags in _FLAGS_BY_HINT.items() for flag in flags.split()}
 SEVERAL = {"model": "several models are [[model]] tables of a config file (docs/several-models.md)"}
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 MIN_CHUNK_TOKENS = 16  # the least prompt tokens in a step, even for a slow model
 _KEPT = 0.9  # factor on the weights of earlier steps, at each new one: the load of a shared machine changes
-_AIMED = 0.8  # share of the time that a step is sized for: the fit is an average, and half of the steps take longer
-_MOST = 2.0  # a step takes at most so many times as long as the next one shows; else it was interrupted
+_AIMED = 0.8  # a step is sized for this share of its time: the fit is an average, and half of the steps take longer
+_MAX_RATIO = 2.0  # of the time that the fit expects of a step to the time it took: above it, an earlier step was slow
 
 
 class StepPace:
@@ -39,9 +39,9 @@ class StepPace:
         if self._token_token:
             per_token, per_pair = self._fit()
             expected = per_token * num_tokens + per_pair * num_pairs
-            if expected > _MOST * seconds > 0:  # the machine was asleep, or compiled a kernel
-                self._token_seconds *= _MOST * seconds / expected
-                self._pair_seconds *= _MOST * seconds / expected
+            if expected > _MAX_RATIO * seconds > 0:  # in an earlier step the machine slept, or a kernel was compiled
+                self._token_seconds *= _MAX_RATIO * seconds / expected
+                self._pair_seconds *= _MAX_RATIO * seconds / expected
         weight = 1 / num_tokens  # so a step's weight is proportional to its tokens, not to their square
         self._token_token = _KEPT * self._token_token + weight * num_tokens**2
         self._token_pair = _KEPT * self._token_pair + weight * num_tokens * num_pairs

@@ -146,8 +146,8 @@ class Scheduler:
         scheduled: dict[Sequence, int] = {}
         self._now = now
         self._free_place()
-        growing = list[Sequence]()  # they need one more block
-        prompts, block_size = list[Sequence](), self._blocks.block_size
+        prompts, growing = list[Sequence](), list[Sequence]()
+        block_size = self._blocks.block_size
         for seq in self.running:
             num_begun = seq.num_computed_tokens + seq.num_in_flight_tokens
             # `seq.num_left`, mostly without its call: this runs for each stream and step
@@ -157,7 +157,7 @@ class Scheduler:
             elif num_left and len(seq.block_table) * block_size > num_begun:
                 scheduled[seq] = 1
             elif num_left:
-                growing.append(seq)
+                growing.append(seq)  # it needs one more block
         num_answers = len(self.running) - len(prompts)
         budget = self._num_paced_tokens(num_answers, prompts)
         num_held_back = self._max_num_batched_tokens - budget  # prompts do not get these tokens, drafts may

@@ -29,10 +29,8 @@ def log_request(request: web.Request, status: int, milliseconds: float) -> None:
     """Log a request whose handler has ended."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    items, client_id = (
-        {"id": request_id(request), **log_extras(request)},
-        client_request_id(request.headers.get(HEADER)),
-    )
+    items = {"id": request_id(request), **log_extras(request)}
+    client_id = client_request_id(request.headers.get(HEADER))
     if client_id is not None:
         items["client_id"] = client_id
     log_line(request.remote, f"{request.method} {request.raw_path}", status, milliseconds, items)

@@ -42,10 +42,10 @@ class EventBuilder:
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
         self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
-        # Whether the events of the one choice have nothing but text, until the last one.
-        self._is_text_only = (self._is_plain and replies is None and len(call.prompts) == call.params.n == 1) and not (
-            call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens
-        )
+        # Whether the only choice's events have nothing but text, until the last one.
+        has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens
+        is_single = len(call.prompts) == call.params.n == 1
+        self._is_text_only = self._is_plain and replies is None and is_single and not has_more
         self._untold_token_ids: dict[int, list[int]] = {}  # by choice
         self._begun_choices: set[int] = set()
 
