@@ -170,3 +170,24 @@ def test_a_fork_shares_the_full_blocks_of_its_parent_and_frees_its_own() -> None
     assert blocks.num_used == 3
     blocks.check_integrity([seq, parent])
     assert computed(blocks, seq.token_ids).block_table[:2] == parent.block_table[:2]
+
+
+def test_the_table_that_a_step_got_does_not_change_afterwards() -> None:
+    blocks = BlockManager(num_blocks=8, block_size=SIZE)
+    parent = computed(blocks, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    seq = computed(blocks, [1, 2, 3, 4, 0, 0, 0, 0, 0])
+    given = [seq.block_table]
+    copies = [seq.block_table.copy()]
+
+    for change in (
+        lambda: blocks.grow(seq, 14),
+        lambda: blocks.fork(seq, parent),
+        lambda: blocks.release(seq),
+        lambda: blocks.share(seq, blocks.match_prefix(seq)),
+    ):
+        change()
+        given.append(seq.block_table)
+        copies.append(seq.block_table.copy())
+
+    assert given == copies
+    assert len({tuple(table) for table in given}) == 5
