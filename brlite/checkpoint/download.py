@@ -61,13 +61,11 @@ class Download:
         self._commit = listing.commit
         by_name = {file.name: file for file in listing.files}
         wanted = [by_name[file] for file in choose_files(list(by_name), name.quantization)]
-        outside = [
-            file.name
-            for file in wanted
-            if Path(file.name).is_absolute() or ".." in Path(file.name).parts or not file.name.isprintable()
-        ]
-        if outside:
-            raise ModelError(f"{self._hub.title} lists a file outside of the repository: {excerpt(outside[0])}")
+        for file in wanted:
+            path = Path(file.name)
+            if path.is_absolute() or ".." in path.parts or not file.name.isprintable():
+                told = f"{self._hub.title} lists a file named {excerpt(file.name)}"
+                raise ModelError(f"{told}; allowed are printable paths inside the repository")
 
         def say_waiting() -> None:
             logger.warning("another process downloads %s: waiting for it", name.repository)
