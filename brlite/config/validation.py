@@ -238,6 +238,9 @@ def _proxy_contradictions(config: Config) -> Iterator[str]:
     for index, upstream in enumerate(config.upstream):
         at, name = f"upstream[{index}]", upstream.name or upstream.url
         if parse_address(upstream.url) is None:
+            if "@" in upstream.url:  # the text may hold a password
+                yield f"{at}.url: allowed is one without user and password; {at}.api_key is the upstream's key"
+                continue
             yield f"{at}.url = {show(upstream.url)}: allowed is http://HOST[:PORT], https://HOST[:PORT] or unix:/PATH"
         if name in seen:
             yield f"{at} = {show(name)}: allowed is a name, or else a url, that no other upstream has"

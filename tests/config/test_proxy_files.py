@@ -151,6 +151,18 @@ def test_a_toml_that_is_no_proxys_is_refused(text: str, message: str) -> None:
     assert refusal(toml(text)).startswith(message)
 
 
+@pytest.mark.parametrize("url", ["https://me:hunter2@h", "me:hunter2@h", "https://me:hunter/2@h/x"])
+def test_a_password_in_an_url_is_not_shown(url: str) -> None:
+    text = f'[[upstream]]\nurl = "{url}"\nmodels = ["a"]\n'
+
+    shown = refusal(toml(text * 2))
+
+    assert shown.startswith(
+        "proxy.toml: upstream[0].url: allowed is one without user and password; upstream[0].api_key "
+    )
+    assert "hunter" not in shown
+
+
 @pytest.mark.parametrize(
     "text", ["a", "a=", "=http://h", "a=h:1", "a=ftp://h", "a=http://h:0", "http://h:1", "a=http://"]
 )
