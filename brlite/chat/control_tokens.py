@@ -67,7 +67,8 @@ class ControlTokens:
     given as ids."""
 
     def __init__(self, tokens: Mapping[str, ControlToken], *, are_written_by_id: bool = False) -> None:
-        self.pattern = pattern_of([text for text in tokens if text])  # "" without control tokens
+        self.texts = sorted(text for text in tokens if text)
+        self.pattern = pattern_of(self.texts)  # "" without control tokens
         self._tokens = tokens
         self._names = {token.token_id: text for text, token in tokens.items()}
         self._are_written_by_id = are_written_by_id
@@ -77,7 +78,7 @@ class ControlTokens:
         """The rendered chat for the tokenizer: a `MarkedText` if control tokens must be separated from plain text, else
         `text` unchanged.
 
-        `mark` follows the first character of a control token's text that is part of a message and stays plain text.
+        `mark` follows the first character of a control token's text that begins in a message and stays plain text.
         """
         if mark is None and not self._are_written_by_id:
             return text

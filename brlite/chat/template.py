@@ -49,7 +49,12 @@ class ChatTemplate:
         self.tool_parser: str | None = None
         self._control_tokens = control_tokens or ControlTokens({})
         self._child = ChildProcess(_WORKER, _PACKAGES, limits or ChildLimits())
-        setup = {"template": template, "controls": self._control_tokens.pattern, "variables": dict(special_tokens)}
+        setup = {
+            "template": template,
+            "controls": self._control_tokens.pattern,
+            "control_texts": self._control_tokens.texts,
+            "variables": dict(special_tokens),
+        }
         answer = self._child.set_up(setup)
         if "error" in answer:
             self._child.close()

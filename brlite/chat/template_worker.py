@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import chain, product
 from typing import Any, NoReturn
@@ -46,23 +47,65 @@ def _tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 
-def create(template: str, controls: str, variables: Mapping[str, str]) -> Renderer:
-    return Renderer(template, controls, variables)
+def create(template: str, controls: str, control_texts: list[str], variables: Mapping[str, str]) -> Renderer:
+    return Renderer(template, ControlMarks(controls, control_texts) if controls else None, variables)
+
+
+class ControlMarks:
+    """Marks the texts of control tokens in the input. A mark follows the first character of each, overlapping ones too.
+
+    The end of a value may begin such a text, which the template completes with the next value: it is marked, too.
+    """
+
+    def __init__(self, pattern: str, texts: list[str]) -> None:
+        """`pattern` is a regular expression for `texts`, which are sorted."""
+        self._whole = re.compile(pattern)
+        self._begins = re.compile(f"(?={pattern}).", re.DOTALL)
+        # Without letters: templates compare words such as a part's type, which a mark at the end would change.
+        self._firsts = {text[0] for text in texts if not text[0].isalnum()}
+        self._any_first = re.compile(f"[{re.escape(''.join(self._firsts))}]" if self._firsts else "(?!)")
+        self._texts = texts
+        self._longest = max(map(len, texts))
+
+    def put(self, value: Any, mark: str, *, everywhere: bool = False) -> Any:
+        """`value` with the marks. `everywhere`: also where a character only might begin the text of a control token."""
+        if isinstance(value, str):
+            return self._put(value, mark) if not everywhere else self._any_first.sub(rf"\g<0>{mark}", value)
+        if isinstance(value, list):
+            return [self.put(item, mark, everywhere=everywhere) for item in value]
+        if isinstance(value, dict):
+            pairs = ((self.put(each, mark, everywhere=everywhere) for each in pair) for pair in value.items())
+            return dict(map(tuple, pairs))
+        return value
+
+    def unmarked(self, text: str, mark: str) -> list[str]:
+        """The control tokens in a rendered text whose texts are not marked."""
+        found = self._whole.finditer(text)
+        return [match[0] for match in found if not text.startswith(mark, match.start() + 1)]
+
+    def _put(self, value: str, mark: str) -> str:
+        text = self._begins.sub(rf"\g<0>{mark}", value)
+        end = len(text.rstrip())  # templates trim values
+        for start in range(end - 1, max(0, end - self._longest) - 1, -1):
+            if text[start] in self._firsts and self._has_beginning(text[start:end]):
+                text = f"{text[: start + 1]}{mark}{text[start + 1 :]}"
+        return text
+
+    def _has_beginning(self, beginning: str) -> bool:
+        index = bisect_left(self._texts, beginning)
+        return index < len(self._texts) and self._texts[index].startswith(beginning)
 
 
 class Renderer:
-    """One compiled template. `controls` is a regular expression for the texts of control tokens, "" without any.
+    """One compiled template. `controls` is None without control tokens. `variables` are the special tokens by name."""
 
-    `variables` are the special tokens by name.
-    """
-
-    def __init__(self, template: str, controls: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, template: str, controls: ControlMarks | None, variables: Mapping[str, str]) -> None:
         self._source = template
         self._environment = _environment()
         self._template = self._environment.from_string(template)
         self._variables = variables
-        # The first character of each control token's text, overlapping ones too.
-        self._controls = re.compile(f"(?={controls}).", re.DOTALL) if controls else None
+        self._controls = controls
+        self._removes_text = any(name in template for name in ("replace", "join"))
 
     def describe(self) -> dict[str, Any]:
         """The template's capabilities: fields of `TemplateCapabilities` (`turns.py`)."""
@@ -110,27 +153,48 @@ class Renderer:
     def answer(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, extras: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The text and, if the input has the text of a control token, the mark after that text's first character.
+        """The text and, if the input has or begins the text of a control token, the mark in it.
 
         `extras` are the template's other variables: `tools`, `documents`, `enable_thinking` and the like.
         """
         values: dict[str, Any] = {"tools": None, **extras, "messages": messages}
         encoded = json.dumps(values, ensure_ascii=False)
-        mark = None
-        if self._controls is not None:
-            chars = map(chr, chain(*MARKS))
-            mark = next(char for char in chars if char not in encoded and _escaped(char) not in encoded)
-            marked = {name: _marked(value, self._controls, mark) for name, value in values.items()}
+        max_length = MAX_GROWTH * len(encoded) + MAX_MARKUP
+
+        def render(values: Mapping[str, Any]) -> str:
+            given = {**values, **self._variables, "add_generation_prompt": add_generation_prompt}
+            return _join(self._template.generate(given), max_length)
+
+        if self._controls is None:
+            return {"text": render(values), "mark": None}
+        chars = map(chr, chain(*MARKS))
+        mark = next(char for char in chars if char not in encoded and _escaped(char) not in encoded)
+        text, has_marks = self._render_marked(values, self._controls, mark, render)
+        return {"text": text, "mark": mark if has_marks else None}
+
+    def _render_marked(
+        self, values: Mapping[str, Any], controls: ControlMarks, mark: str, render: Callable[[Mapping[str, Any]], str]
+    ) -> tuple[str, bool]:
+        """The text of the values with marks, and whether they have any."""
+
+        def marked(*, everywhere: bool) -> dict[str, Any]:
+            found = {name: controls.put(value, mark, everywhere=everywhere) for name, value in values.items()}
             # A template may make tokens of the turns' roles, which the server has checked.
-            marked["messages"] = [
-                {**turn, "role": plain.get("role")} for turn, plain in zip(marked["messages"], messages, strict=True)
-            ]
-            mark, values = (None, values) if marked == values else (mark, marked)
-        pieces = self._template.generate({**values, **self._variables, "add_generation_prompt": add_generation_prompt})
-        text = _join(pieces, MAX_GROWTH * len(encoded) + MAX_MARKUP)
-        if mark is not None:  # `tool | string` and `tojson` in ASCII escape it
-            text = text.replace(_escaped(mark), mark)
-        return {"text": text, "mark": mark}
+            turns = zip(found["messages"], values["messages"], strict=True)
+            return {**found, "messages": [{**turn, "role": plain.get("role")} for turn, plain in turns]}
+
+        def rendered(values: Mapping[str, Any]) -> str:  # `tool | string` and `tojson` in ASCII escape the mark
+            return render(values).replace(_escaped(mark), mark)
+
+        given = marked(everywhere=False)
+        text = rendered(given)
+        if self._removes_text and (guarded := marked(everywhere=True)) not in (values, given):
+            # A control token may be left of a message behind a `replace`. It is none of the template's own if it is
+            # not there when all that might begin one is marked.
+            other = rendered(guarded)
+            if controls.unmarked(other, mark) != controls.unmarked(text, mark):
+                given, text = guarded, other
+        return text, given != values
 
     def _says(self, messages: list[dict[str, Any]], *, without: Sequence[str] = (), **extras: Any) -> bool | None:
         """Whether the rendered chat contains the probe and none of `without`. None if the template refuses the chat."""
@@ -160,17 +224,6 @@ def _calls(
 
 def _escaped(char: str) -> str:
     return ascii(char)[1:-1]
-
-
-def _marked(value: Any, controls: re.Pattern[str], mark: str) -> Any:
-    """`value` with the mark in every control token's text."""
-    if isinstance(value, str):
-        return controls.sub(rf"\g<0>{mark}", value)
-    if isinstance(value, list):
-        return [_marked(item, controls, mark) for item in value]
-    if isinstance(value, dict):
-        return {_marked(key, controls, mark): _marked(item, controls, mark) for key, item in value.items()}
-    return value
 
 
 class GenerationTag(Extension):
