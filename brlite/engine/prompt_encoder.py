@@ -40,11 +40,11 @@ class PromptEncoder:
         room: int | None = 1,
         tenant: str = "",
     ) -> list[int]:
-        """Token ids of a text. More than `LONG_TEXT` characters are encoded on the other thread."""
+        """Token ids of a text. What takes over a millisecond is encoded on the other thread."""
         self._check_loop()
         self._check_length(text, param, room)
         encode = functools.partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        return await self._thread.run(tenant, encode) if len(text) > LONG_TEXT else encode()
+        return await self._run(tenant, text, encode)
 
     async def encode_infill(
         self, text: InfillText, *, add_special_tokens: bool = True, room: int | None = 1, tenant: str = ""
@@ -54,7 +54,7 @@ class PromptEncoder:
         whole = "".join((text.before, text.after, text.start, *(part for file in text.files for part in file)))
         self._check_length(whole, "prompt", room)
         encode = functools.partial(self._tokenizer.encode_infill, text, add_special_tokens=add_special_tokens)
-        return await self._thread.run(tenant, encode) if len(whole) > LONG_TEXT else encode()
+        return await self._run(tenant, whole, encode)
 
     async def encode_chat(
         self,
@@ -121,6 +121,11 @@ class PromptEncoder:
     def close(self) -> None:
         """Refuse work that is queued or comes later, with `NotReady`. May be called twice, and without a loop."""
         self._thread.close()
+
+    async def _run(self, tenant: str, text: str, encode: Callable[[], list[int]]) -> list[int]:
+        """The result of `encode`, on the other thread if `text`, which it encodes, is long or a child encodes it."""
+        is_short = len(text) <= LONG_TEXT and self._tokenizer.encodes_in_process
+        return encode() if is_short else await self._thread.run(tenant, encode)
 
     def _check_length(self, text: str, param: str, room: int | None) -> None:
         if room is None:

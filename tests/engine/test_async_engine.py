@@ -21,6 +21,7 @@ from brlite.engine.outputs import RequestOutput
 from brlite.errors import EngineError, InvalidRequest, NotReady, stopping
 from brlite.process.waiting import start_daemon
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
+from brlite.tokenizer.infill import InfillText
 from brlite.tokenizer.tokenizer import LONG_TEXT
 from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
 
@@ -196,6 +197,30 @@ async def test_a_long_text_is_encoded_on_a_thread_that_ends_with_the_engine() ->
     for thread in set(threading.enumerate()) - threads_before:
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive() or thread.name.startswith("asyncio")
+
+
+@pytest.mark.parametrize("is_infill", [False, True])
+async def test_the_event_loop_does_not_wait_for_a_tokenizer_in_a_child_process(is_infill: bool) -> None:
+    class InChild(ByteTokenizer):
+        encodes_in_process = False
+        threads: set[int] = set()  # noqa: RUF012
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            self.threads.add(threading.get_ident())
+            return super().encode(text, **options)
+
+        def encode_infill(self, text: InfillText, **options: Any) -> list[int]:
+            return self.encode(text.before)
+
+    backend, tokenizer = FakeBackend(), InChild()
+    async with EngineLoop(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend) as engine:
+        if is_infill:
+            await engine.prompts.encode_infill(InfillText("short", ""))
+        else:
+            await engine.prompts.encode("short")
+
+    assert tokenizer.threads
+    assert threading.get_ident() not in tokenizer.threads
 
 
 async def test_a_backend_that_cannot_close_leaves_no_thread() -> None:
