@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from brlite.chat.reply import ReplyParser
 from brlite.chat.tool_calls import PARSERS, find_parser
+from brlite.chat.tool_calls.parser import MAX_WARNINGS
 from brlite.chat.tools import TextDelta, ToolCallDelta, ToolCallEnd, collect
 from tests.chat.replies import CASES, TOOLS, ReplyCase, joined, order, read
 
@@ -127,6 +128,37 @@ def test_a_call_that_does_not_parse_is_content_with_a_warning(name: str, text: s
     assert reply.content == text
     assert len(parser.warnings) == 1
     assert "is passed on as content" in parser.warnings[0]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": "{\\"a\\": \\"\\ud83d\\"}", "name": "now"}</tool_call>'),
+        ("pythonic", '[now(a="\\ud83d")]'),
+        ("pythonic", '[now(a="\\ud83d\\ude00")]'),
+    ],
+)
+def test_half_of_a_surrogate_pair_in_arguments_leaves_texts_that_can_be_sent(
+    name: str, text: str, streams: bool
+) -> None:
+    reply = collect(read(PARSERS[name](TOOLS, streams_arguments=streams), [text]))
+
+    (reply.content + "".join(call.arguments for call in reply.tool_calls)).encode()
+    if name == "pythonic":
+        assert json.loads(reply.tool_calls[0].arguments)["a"] in ("\ud83d", "😀")
+    else:
+        assert text.endswith(reply.content)
+        assert reply.content
+
+
+def test_a_reply_of_broken_calls_has_few_warnings() -> None:
+    parser = PARSERS["hermes"](TOOLS)
+
+    read(parser, [f'<tool_call>{{"name": "rm{number}"}}' for number in range(1000)])
+
+    assert len(parser.warnings) == MAX_WARNINGS
 
 
 def test_a_whole_call_behind_a_broken_one_is_a_call() -> None:

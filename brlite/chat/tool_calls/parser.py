@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from brlite.chat.tool_calls.source import BrokenCall, ReplySource, Step, parse_json
+from brlite.chat.tool_calls.source import BrokenCall, ReplySource, Step, is_text, parse_json
 from brlite.chat.tools import ReplyEvent, TextDelta, Tool, ToolCallDelta, ToolCallEnd, new_call_id
 from brlite.files.quoting import excerpt
+
+MAX_WARNINGS = 16  # of a reply, which may have a broken call in each of its tokens
 
 
 class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +137,7 @@ class ToolCallParser:
         """End the reply: the events of the text that was held back. `is_cut`: it ended at its length limit."""
         held = self._source.text[self._source.at :]
         if is_cut and held and self._start is None:
-            self.warnings.append(f"the reply was cut in {held!r}, which may begin a tool call: it is content")
+            self._warn(f"the reply was cut in {held!r}, which may begin a tool call: it is content")
         self._is_cut = is_cut
         self._source.has_ended = True
         events = self._advance()
@@ -180,7 +182,7 @@ class ToolCallParser:
             yield from reading
         except BrokenCall as error:
             if is_marked or self._has_begun or self._is_cut:
-                self.warnings.append(f"text that looks like a tool call is passed on as content: {error}")
+                self._warn(f"text that looks like a tool call is passed on as content: {error}")
             if self._has_begun:
                 self._events.append(ToolCallEnd(self.num_calls))
                 self.num_calls += 1
@@ -203,7 +205,9 @@ class ToolCallParser:
         self._call_event(ToolCallDelta(self.num_calls, "", call_id, name))
 
     def _arguments(self, text: str) -> None:
-        """Add a piece of the arguments' JSON text."""
+        """Add a piece of the arguments' JSON text. Raises `BrokenCall` for half of a surrogate pair."""
+        if not is_text(text):
+            raise BrokenCall("its arguments have half of a surrogate pair, which is not a character")
         self._text.append(text)
         self._call_event(ToolCallDelta(self.num_calls, text))
 
@@ -218,6 +222,10 @@ class ToolCallParser:
         self._call_events = []
         self._has_begun = False
         self._start = self._passed_on = self._source.at
+
+    def _warn(self, warning: str) -> None:
+        if warning not in self.warnings and len(self.warnings) < MAX_WARNINGS:
+            self.warnings.append(warning)
 
     def _call_event(self, event: ReplyEvent) -> None:
         if self._streams_arguments:

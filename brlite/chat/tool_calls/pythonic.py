@@ -8,7 +8,7 @@ import string
 import sys
 
 from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
-from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step
+from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step, is_text
 from brlite.chat.tools import Tool
 
 _WORD = re.compile(r"[\w.+-]*")
@@ -159,7 +159,8 @@ def _string(source: ReplySource) -> Step[str]:
     while True:
         mark = yield from source.until((quote, "\\"), pieces.append)
         if mark == quote:
-            return json.dumps("".join(pieces), ensure_ascii=False)
+            text = "".join(pieces)
+            return json.dumps(text, ensure_ascii=not is_text(text))  # escaped, the halves of a pair are one character
         escaped = (yield from source.peek()) if mark else ""
         if not escaped:
             raise BrokenCall("it is cut off")

@@ -207,5 +207,13 @@ def parse_json(text: str) -> object:
         raise BrokenCall(f"it is not JSON: {error}") from None
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can encode the text: a string of JSON or Python may have half of a surrogate pair."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not a number")
