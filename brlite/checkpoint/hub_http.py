@@ -58,15 +58,18 @@ class PassingFailure(Exception):
         self.retry_after = retry_after
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections by http and https, but not from https to http. The token stays at the hub's own address."""
+
     max_redirections = 8
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if new.scheme not in ("http", "https"):  # urllib follows ftp, too
-            text = f"and redirects to {new.scheme}; allowed are http and https"
+        allowed = ("https",) if old.scheme == "https" else ("http", "https")  # urllib follows ftp, too
+        if new.scheme not in allowed:
+            text = f"and redirects to {new.scheme}; allowed from {old.scheme}: {' and '.join(allowed)}"
             raise urllib.error.HTTPError(req.full_url, code, text, headers, fp)
         is_same = (old.scheme, old.netloc) == (new.scheme, new.netloc)
         kept = {name: value for name, value in req.header_items() if is_same or name.lower() != "authorization"}
@@ -86,17 +89,18 @@ def get(hub: HubAddress, url: str, repository: str, *, span: tuple[int, int] | N
         headers["Authorization"] = f"Bearer {hub.token}"
     if span is not None:
         headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise ModelError(f"{one_line(url)}: allowed are http and https")
+    address = urlsplit(url)
+    if address.scheme not in ("http", "https") or "@" in address.netloc:  # not shown: it may have a password
+        raise ModelError(f"the address of {hub.title} must begin with http:// or https://, and name no user")
     try:
-        opener = urllib.request.build_opener(_Redirects())
+        opener = urllib.request.build_opener(Redirects())
         return opener.open(urllib.request.Request(url, headers=headers), timeout=hub.read_seconds)
     except urllib.error.HTTPError as error:
         with closing(error):
             raise _explained(error, hub, repository) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise PassingFailure(f"{urlsplit(url).netloc}: {_said(cause)}") from error
+        raise PassingFailure(f"{address.netloc}: {_said(cause)}") from error
 
 
 def read_some(response: Any, num_bytes: int) -> bytes:

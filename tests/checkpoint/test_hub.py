@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ import pytest
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.download import Download
 from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, NotHere, find_cached, reach_limit
-from brlite.checkpoint.hub_http import HubAddress, PassingFailure, Retries, get
+from brlite.checkpoint.hub_http import HubAddress, PassingFailure, Redirects, Retries, get
 from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
@@ -610,5 +613,22 @@ def test_a_list_that_no_hub_would_send_is_refused_in_a_line(
 def test_a_redirection_to_another_protocol_is_not_followed(hub: LocalHuggingFace) -> None:
     hub.server.refusal = 302, {"Location": "ftp://127.0.0.1:1/api"}
 
-    with pytest.raises(ModelError, match="answers 302 and redirects to ftp; allowed are http and https"):
+    with pytest.raises(ModelError, match="answers 302 and redirects to ftp; allowed from http: http and https"):
         fetch(hub)
+
+
+def test_a_redirection_from_https_to_http_is_not_followed(hub: LocalHuggingFace) -> None:
+    sent = urllib.request.Request("https://hub.example/api")
+
+    with pytest.raises(urllib.error.HTTPError, match="redirects to http; allowed from https: https"):
+        Redirects().redirect_request(sent, io.BytesIO(), 302, "", Message(), f"{hub.server.endpoint}/api")
+
+
+@pytest.mark.parametrize("address", ["http://user:s3cret@127.0.0.1", "user:s3cret@127.0.0.1", "http://u:s3cret@host:8"])
+def test_the_password_in_a_hubs_address_is_not_shown(hub: LocalHuggingFace, address: str) -> None:
+    hub.server.endpoint = address
+
+    with pytest.raises(ModelError, match="must begin with http:// or https://, and name no user") as error:
+        fetch(hub)
+
+    assert "s3cret" not in str(error.value)
