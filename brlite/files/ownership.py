@@ -12,19 +12,20 @@ with suppress(ImportError):  # Windows has neither, and no os.geteuid
     import pwd
 
 
-def why_untrusted(path: Path) -> str | None:
+def why_untrusted(path: Path, opened: os.stat_result | None = None) -> str | None:
     """Why other users could have written a file or put it into its folder; None if only this user and root could.
 
+    `opened` is the status of the file that was opened at `path`, where another one may be by now.
     File and folder must belong to one of the two and be writable by no others; for a folder, only itself is checked. A
-    group counts as this user if it is the user's own, of the same name and without other members. A sticky folder, such
-    as /tmp, protects a file by its owner.
+    group counts as this user if it is the user's own, of the same name and without other members, and no access control
+    list (ACL) may add others. A sticky folder, such as /tmp, protects a file by its owner.
     Raises `OSError` if there is no file.
     """
     if not hasattr(os, "geteuid"):
         return None
     real = path.resolve()
     for place in dict.fromkeys((real,) if real.is_dir() else (path.parent, real.parent, real)):
-        status = os.stat(place)
+        status = opened if opened is not None and place == real else os.stat(place)
         if status.st_uid not in (0, os.geteuid()):
             try:
                 name = pwd.getpwuid(status.st_uid).pw_name
@@ -36,7 +37,16 @@ def why_untrusted(path: Path) -> str | None:
             return f"{place} can be written by every user"
         if status.st_mode & stat.S_IWGRP and not is_sticky and not _is_own_group(status.st_gid):
             return f"{place} can be written by its group"
+        if status.st_mode & stat.S_IWGRP and not is_sticky and _has_acl(place):  # then this bit is that of all it names
+            return f"{place} can be written by users of its access control list"
     return None
+
+
+def _has_acl(place: Path) -> bool:
+    try:
+        return bool(os.getxattr(place, "system.posix_acl_access"))
+    except (OSError, AttributeError):  # it has none; no such lists on this file system, or on this system
+        return False
 
 
 def _is_own_group(gid: int) -> bool:

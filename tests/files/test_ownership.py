@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+import struct
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +17,7 @@ from brlite.backends.native.packer import load_weights
 from brlite.checkpoint import open_checkpoint
 from brlite.commands.cli import main
 from brlite.config.options import ModelSpec
+from brlite.errors import NativeUnavailable
 from brlite.files.ownership import why_untrusted
 from tests.load_plans import make_plan
 from tests.tiny_models import write_tiny_model
@@ -69,6 +71,17 @@ def test_a_group_of_others_is_not_trusted(file):
     file.chmod(0o664)
 
     assert why_untrusted(file) == f"{file} can be written by its group"
+
+
+def test_a_file_whose_access_list_lets_another_user_write_is_not_trusted(file):
+    rights = ((1, 6, -1), (2, 6, STRANGER), (4, 4, -1), (16, 6, -1), (32, 4, -1))  # user:STRANGER:rw-, of acl(5)
+    entries = b"".join(struct.pack("<HHi", *right) for right in rights)
+    try:
+        os.setxattr(file, "system.posix_acl_access", struct.pack("<I", 2) + entries)
+    except (AttributeError, OSError):
+        pytest.skip("no access control lists here")
+
+    assert why_untrusted(file) == f"{file} can be written by users of its access control list"
 
 
 def test_a_link_is_followed_to_where_it_leads(file, tmp_path):
@@ -138,6 +151,16 @@ def test_where_others_write_to_the_cache_the_library_is_built_elsewhere(cache, t
     assert not built[0].exists()
 
 
+def test_a_library_is_not_loaded_from_a_folder_that_others_may_write_since_it_was_compiled(tmp_path):
+    def build(path: Path) -> None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"would be loaded, and fail")
+        path.parent.chmod(0o777)
+
+    with pytest.raises(NativeUnavailable, match=r"was compiled, but .* can be written by every user"):
+        load_library(tmp_path / "cache", installed=tmp_path / "none", build=build)
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o777])
 def test_packed_weights_that_others_could_have_written_are_neither_read_nor_replaced(mode, tmp_path, native_library):
     model = write_tiny_model(tmp_path / "model", "llama")
@@ -151,6 +174,26 @@ def test_packed_weights_that_others_could_have_written_are_neither_read_nor_repl
     pack(model, image, native_library)
 
     assert image.read_bytes() == written[:-1] + b"\0"
+
+
+@needs_root
+def test_packed_weights_that_another_user_puts_there_between_check_and_use_are_not_used(
+    tmp_path, native_library, monkeypatch, caplog
+):
+    model = write_tiny_model(tmp_path / "model", "llama")
+    image = tmp_path / "packed" / "weights.brlite"
+    pack(model, image, native_library)
+    image.rename(tmp_path / "stranger's")
+    os.chown(tmp_path / "stranger's", STRANGER, -1)
+    image.parent.chmod(0o777 | stat.S_ISVTX)  # as /tmp
+    # `sweep` is called between the two.
+    monkeypatch.setattr("brlite.backends.native.packer.sweep", lambda *_: (tmp_path / "stranger's").rename(image))
+
+    with caplog.at_level(logging.WARNING):
+        pack(model, image, native_library)
+
+    assert f"{image} is not used, since another user could have written it" in caplog.text
+    assert image.stat().st_uid == STRANGER
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

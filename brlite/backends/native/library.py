@@ -58,6 +58,8 @@ def load_library(
                     path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
                     logger.warning("the native kernels are compiled for this start only: others can write to the cache")
                 build(path)
+                if stranger := why_untrusted(path):
+                    raise NativeUnavailable(f"the native library was compiled, but {stranger}")
                 library = _checked(path, sources)
         except OSError as error:
             raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error

@@ -77,7 +77,7 @@ def checksums(
 
 
 class MappedPackedFile:
-    """The weights of a packed file: `num_bytes` at `address`, until `close`, and their `checksums`.
+    """The weights of a packed file: `num_bytes` at `address` until `close`, their `checksums`, the file's `status`.
 
     Raises `FileNotFoundError` if there is no file, `PackedFileError` if it is damaged or has another key.
     """
@@ -100,7 +100,8 @@ class MappedPackedFile:
                     found, wanted = getattr(manifest.key, name), getattr(key, name)
                     if found != wanted:
                         raise PackedFileError(f"its {name} is {found}, not {wanted}", is_ours=True)
-                if (num_bytes := os.fstat(file.fileno()).st_size - start) != key.num_bytes:
+                self.status = os.fstat(file.fileno())
+                if (num_bytes := self.status.st_size - start) != key.num_bytes:
                     raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)
                 self._mapping = mmap.mmap(file.fileno(), key.num_bytes, access=mmap.ACCESS_READ, offset=start)
         except FileNotFoundError:
@@ -163,7 +164,7 @@ def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
         raise PackedFileError("its manifest is damaged", is_ours=True)
     try:
         manifest = msgspec.json.decode(body, type=PackedManifest)
-    except msgspec.ValidationError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PackedFileError(f"its manifest is of another version: {error}", is_ours=True) from error
     return manifest, aligned(end + DIGEST_BYTES)
 

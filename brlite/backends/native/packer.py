@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -184,7 +185,10 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
             logger.warning("%s is not used: %s%s", file, error, "; it is made anew" if error.is_ours else "")
             file = file if error.is_ours else None
         else:
-            return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+            if _trusted(file, plan.checkpoint.path, mapped.status) is not None:
+                return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+            mapped.close()
+            file = None
     memory = NativeMemory(library, layout.num_bytes, "the weights")
     try:
         # Its threads end before the memory that they write to is released.
@@ -205,15 +209,16 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
 
 
-def _trusted(file: Path, model: Path) -> Path | None:
+def _trusted(file: Path, model: Path, opened: os.stat_result | None = None) -> Path | None:
     """`file`, or None if another user could have written it; then it is neither read nor written.
 
-    Packed weights in the model's own folder are trusted like the model.
+    Packed weights in the model's own folder are trusted like the model. `opened` is that of `why_untrusted`.
     """
     if file.parent == model:
         return file
     try:
-        stranger = why_untrusted(file if file.exists() else file.parent) if file.parent.exists() else None
+        place = file if opened is not None or file.exists() else file.parent
+        stranger = why_untrusted(place, opened) if file.parent.exists() else None
     except OSError:
         return file  # reading or writing it will report the error
     if stranger:
