@@ -16,7 +16,7 @@ import msgspec
 from brlite.checkpoint.model_file import exists, read_json_object, read_model_text
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
-from brlite.files.quoting import excerpt
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line, reason
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,12 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
         mode = _read_mode(path, config)
         pooling = SUPPORTED.get(mode, "none")
         if mode not in SUPPORTED:
-            reason = (
-                "its files ask for %s, not for the last token or the mean; to have them set pooling to last or mean"
+            logger.warning(
+                "model %s: embeddings are refused: its files ask for %s, not for the last token or the mean; to have "
+                "them set pooling to last or mean",
+                spec.name,
+                one_line(mode, MAX_EXCERPT),
             )
-            logger.warning("model %s: embeddings are refused: " + reason, spec.name, mode)
     if not sizes:
         sizes = (0,) if config.get("is_matryoshka") is True else ()
         stated = config.get("matryoshka_dimensions")
@@ -68,8 +70,8 @@ def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
     if exists(path / MODULES_FILE):
         try:
             found = msgspec.json.decode(read_model_text(path / MODULES_FILE), type=list[dict[str, Any]])
-        except msgspec.MsgspecError as error:
-            raise ModelError(f"{path / MODULES_FILE}: must hold a JSON list of objects: {error}") from None
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ModelError(f"{path / MODULES_FILE}: must hold a JSON list of objects: {reason(error)}") from None
         modules = [str(module.get("type", "")).rpartition(".")[2] for module in found]
         other = next((module for module in modules if module not in KNOWN_MODULES), None)
         if other is not None:

@@ -45,7 +45,7 @@ from brlite.conversion.bundle_writer import (
 )
 from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
-from brlite.files.quoting import reason
+from brlite.files.quoting import MAX_EXCERPT, one_line, reason
 from brlite.models.network import num_parameters
 from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.models.registry import find_family
@@ -204,7 +204,8 @@ def _checks(
         yield f"config       use_cache is not false: {wanted}"
     code = "; the code that its auto_map names is not needed, and is not run" if source.get("auto_map") else ""
     yield f"architecture {plan.draft.architecture}{code}"
-    version = f"{source['transformers_version']} wrote the config; " if source.get("transformers_version") else ""
+    version = source.get("transformers_version")
+    version = f"{one_line(version, MAX_EXCERPT)} wrote the config; " if version else ""
     yield f"transformers {version}not needed: brlite has its own models"
     tied = ", the head is the embedding" if config.tie_word_embeddings else ""
     ignored = f", {len(plan.model.ignored)} are not needed" if plan.model.ignored else ""
@@ -249,7 +250,7 @@ def _report(
     num_bytes = sum(record.num_bytes for record in manifest.files.values())
     print(f"\nbundle      {plan.folder}: {show_bytes(num_bytes)}{took}")
     print(f"input       {manifest.input_name}")
-    print(f"output      {manifest.output_name} (a config may name any other, such as 9 or 10)")
+    print(f"output      {one_line(manifest.output_name)} (a config may name any other, such as 9 or 10)")
     print(f"vocab_size  {manifest.vocab_size}")
     print(f"parameters  {manifest.num_parameters / 1e6:.4g} million, {manifest.precision}")
     if rounding is not None:

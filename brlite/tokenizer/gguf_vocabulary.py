@@ -18,8 +18,8 @@ from brlite.chat.control_tokens import read_control_tokens
 from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.gguf_header import GGUF_KEYS, read_gguf_header
 from brlite.errors import ModelError
-from brlite.files.quoting import excerpt
-from brlite.tokenizer.encoder import BackendEncoder
+from brlite.files.quoting import excerpt, reason
+from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_bos_eos, add_typed_tokens, build_backend
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
@@ -217,8 +217,10 @@ def _build(vocabulary: _Vocabulary) -> Backend:
         return backend
     except ModelError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
-        raise vocabulary.error("tokenizer.ggml", f"is inconsistent: {error}") from None
+    except BaseException as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise vocabulary.error("tokenizer.ggml", f"is inconsistent: {reason(error)}") from None
 
 
 def _eos_token_ids(vocabulary: _Vocabulary, special: list[int]) -> list[int]:

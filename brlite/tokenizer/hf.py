@@ -186,7 +186,7 @@ def _settle_bos_eos(
         is_added = ids.get(name) is not None and ids[name] in added
         if f"add_{name}" in config and is_added != (token_id is not None):
             logger.warning(
-                "%s: add_%s is %s, but tokenizer.json decides otherwise", folder, name, config[f"add_{name}"]
+                "%s: add_%s is %s, but tokenizer.json decides otherwise", folder, name, excerpt(config[f"add_{name}"])
             )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from brlite.chat.control_tokens import ControlToken, ControlTokens, MarkedText
 from brlite.errors import ConfigError
+from brlite.files.quoting import MAX_EXCERPT, one_line
 from brlite.files.text_file import TextError, read_text
 from brlite.tokenizer.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class PairTemplate:
         for name in set(_ROLES.findall(text)) - ids.keys():
             encoded = tokenizer.encode(name, add_special_tokens=False)
             if len(encoded) != 1:
-                reason = f"{name} is no token of the model; set score_template to none or a file"
+                reason = f"{one_line(name, MAX_EXCERPT)} is no token of the model; set score_template to none or a file"
                 raise ConfigError(f"score_template {source}: {reason}")
             ids[name] = encoded[0]
         controls = ControlTokens({name: ControlToken(token_id) for name, token_id in ids.items()})

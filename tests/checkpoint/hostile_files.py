@@ -126,6 +126,15 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "config: 2,000,000,000 layers": lambda at: config(at, num_hidden_layers=2 * 10**9),
     "config: an infinite eps": lambda at: config(at, rms_norm_eps="1e999"),
     "config: a deep value": lambda at: config(at, architectures=[[[["x" * 10**6]]]]),
+    "config: a group of matrices whose name clears a terminal": lambda at: config(
+        at,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"\x1b[2J\n" + "x" * 10**6: {"weights": {"num_bits": 3, "strategy": "group"}}},
+        },
+    ),
     "gguf: 8 MiB of bytes": lambda at: gguf(at, [("k", gguf_array(0, 2**23, bytes(2**23)))]),
     "gguf: 8 MiB of truth values": lambda at: gguf(at, [("k", gguf_array(7, 2**23, bytes(2**23)))]),
     "gguf: 8 MiB of 32-bit numbers": lambda at: gguf(at, [("k", gguf_array(4, 2**21, bytes(2**23)))]),

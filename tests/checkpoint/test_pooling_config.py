@@ -50,6 +50,8 @@ def write_files(folder: Path, pooling: Any = None, modules: Any = None) -> Path:
         ({**FLAGS, "pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}, MODULES, "none"),
         (FLAGS, MODULES, "none"),
         ({"pooling_mode": "mean"}, [*MODULES, {"type": "sentence_transformers.models.Dense"}], "none"),
+        ({"pooling_mode": "\x1b[2J\n" + "x" * 10**6}, MODULES, "none"),
+        ({"pooling_mode_\x1b[2J\n" + "x" * 10**6: True}, MODULES, "none"),
     ],
 )
 def test_pooling_is_that_of_the_sentence_transformers_files(
@@ -59,7 +61,19 @@ def test_pooling_is_that_of_the_sentence_transformers_files(
         spec = settle_pooling(write_files(tmp_path, pooling, modules), {}, SPEC)
 
     assert spec.pooling == expected
-    assert ("embeddings are refused" in caplog.text) == (expected == "none")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("model tiny: embeddings are refused") for line in lines] == [True] * (expected == "none")
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"a": ' + "[" * 5000 + "]" * 5000 + "}]", '{"a": 1}', "[1]"])
+def test_modules_of_another_shape_are_refused_in_a_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "modules.json").write_text(text)
+
+    with pytest.raises(ModelError, match=r"modules\.json: must hold a JSON list of objects: ") as refusal:
+        settle_pooling(tmp_path, {}, SPEC)
+
+    assert str(refusal.value).isprintable()
 
 
 def test_the_config_goes_before_the_files(tmp_path: Path) -> None:

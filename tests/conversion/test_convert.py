@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def test_a_traced_file_becomes_a_bundle_with_its_names(
     assert config["output_name"] == "logits"
     expected = config | {"cached_dir": str(folder), "model_file": str(traced)}
     assert answers(config, tmp_path) == answers(expected, tmp_path)
+
+
+def test_texts_of_the_files_move_no_cursor_of_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, traced = traced_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "\x1b[2J\n" + "x" * 10_000}))
+    hostile = tmp_path / "hostile.pt"
+    with zipfile.ZipFile(traced) as read, zipfile.ZipFile(hostile, "w") as written:
+        for info in read.infolist():
+            data = read.read(info)
+            written.writestr(info.filename, data.replace(b'"logits"', rb'"\x1b]0;owned\x07"'))
+
+    status = convert(folder, tmp_path / "out", "--from-pt", str(hostile))
+
+    text = capsys.readouterr().out
+    assert status == 0
+    assert all(line.isprintable() and len(line) < 400 for line in text.splitlines())
+    assert "\\x1b]0;owned\\x07" in text
 
 
 def test_a_traced_file_serves_as_it_is_where_there_are_no_other_weights(

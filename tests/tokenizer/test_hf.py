@@ -152,6 +152,18 @@ def test_tokenizer_json_decides_about_bos_and_a_contradiction_is_logged(
     assert "add_bos_token is False, but tokenizer.json decides otherwise" in caplog.text
 
 
+def test_a_value_of_the_files_is_cut_and_escaped_in_the_log(llama_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(llama_copy / "tokenizer_config.json", add_eos_token="\x1b[2J\n" + "x" * 10**6)
+
+    with caplog.at_level(logging.WARNING):
+        load_tokenizer(llama_copy)
+
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "add_eos_token is '\\x1b[2J\\nxxx" in line
+    assert line.isprintable()
+    assert len(line) < 400
+
+
 def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_does(sentencepiece_folder: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
     texts = [text for text in TEXTS if not any(name in text for name in ("<s>", "</s>", "<unk>"))]

@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.files.quoting import excerpt
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
 DEFAULT_THETA = 10_000.0
@@ -80,7 +80,7 @@ class ConfigReader:
         value = self._get(key, {})
         if not isinstance(value, Mapping):
             raise self.error(key, "an object", value)
-        return ConfigReader(value, prefix=f"{self._prefix}{key}.")
+        return ConfigReader(value, prefix=f"{self._prefix}{one_line(key, MAX_EXCERPT)}.")
 
     def error(self, key: str, allowed: str, got: object) -> ModelError:
         return ModelError(f"model config: {self._prefix}{key} must be {allowed}, got {excerpt(got)}")
