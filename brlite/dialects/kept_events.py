@@ -31,6 +31,11 @@ class KeptEvents:
         self.num_events = 0
         self.is_dropped = False
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the compressed events."""
+        return len(self._data)
+
     def count_with(self, grow: Callable[[int], bool]) -> None:
         """Set `grow`, which takes a number of new bytes. Call it before the first event."""
         self._grow = grow

@@ -334,8 +334,8 @@ class ResponsesEncoder(ResponseEncoder):
     def _store(self, body: bytes) -> None:
         if self._keep is not None and self.kept is not None:
             output = {item.id: Raw(encode_json(item)) for item in self._output}
-            is_background = self._call.is_background
-            self._keep(FinishedResponse(self._id, body, self._call.items, output, self.kept.finish(), is_background))
+            kept = self.kept if self.kept.finish() else None
+            self._keep(FinishedResponse(self._id, body, self._call.items, output, kept, self._call.is_background))
             self._keep = None
 
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:

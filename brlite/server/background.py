@@ -19,7 +19,7 @@ from brlite.dialects.generation import Generation
 from brlite.dialects.kept_events import STATE_BYTES
 from brlite.dialects.responses_encoder import ResponsesEncoder
 from brlite.dialects.responses_stored import FinishedResponse, check_following
-from brlite.errors import stopping
+from brlite.errors import BrliteError, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.body import HELD
 from brlite.server.generate import CONFIG, RUNNING, generate
@@ -147,9 +147,18 @@ class BackgroundResponses:
             running.encoder.failing(error)
         if running.stream is not None:
             running.stream.end()
-        # The access log's line was written when the response began.
+        # The access log's line was written when the response began. An error's text may quote the client's.
         used = " ".join(f"{name}={value}" for name, value in log_extras(request).items())
-        logger.info("background response %s has ended%s: %s", key[1], "" if error is None else f" ({error})", used)
+        ended = "has ended" if error is None else f"has ended ({type(error).__name__})"
+        is_bug = error is not None and not isinstance(error, BrliteError)
+        logger.log(
+            logging.ERROR if is_bug else logging.INFO,
+            "background response %s %s: %s",
+            key[1],
+            ended,
+            used,
+            exc_info=error if is_bug else None,
+        )
 
 
 BACKGROUND = web.AppKey("background", BackgroundResponses)

@@ -14,7 +14,7 @@ from brlite.chat.tool_calls import ToolCallParser, harmony
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.chat.turns import TemplateExtras
 from brlite.config.options import ModelSpec
-from brlite.dialects.fields import not_supported
+from brlite.dialects.fields import MAX_REPORTED_FIELDS, not_supported
 from brlite.dialects.generation import Chat, Generation
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning, StructuredOutput
@@ -197,7 +197,7 @@ def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec)
                 f"chat_template_kwargs: the server sets {name[:64]!r}, which no request may change",
                 param="chat_template_kwargs",
             )
-        if name not in known:
+        if name not in known and len(warnings) < MAX_REPORTED_FIELDS:
             warnings.append(f"chat_template_kwargs: the model's template does not read {name[:64]!r}")
     hinted: dict[str, Any] = {}
     hint = chat.reasoning_hint

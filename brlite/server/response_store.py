@@ -63,7 +63,7 @@ class TenantResponses:
         items = (*response.input, *response.output.values())
         num_bytes = (
             len(response.body)
-            + len(response.stream)
+            + (0 if response.kept is None else response.kept.num_bytes)
             + sum(len(bytes(item)) for item in items)
             + OBJECT_BYTES * (len(items) + 1)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 import msgspec
@@ -14,7 +13,7 @@ from brlite.dialects.json_body import decode_fields
 from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
 from brlite.dialects.responses_encoder import ResponsesEncoder
-from brlite.dialects.responses_stored import FinishedResponse
+from brlite.dialects.responses_stored import FinishedResponse, check_following
 from brlite.errors import InvalidRequest, NotFound
 from brlite.http.body import keep_body, read_body
 from brlite.http.events import EventStream
@@ -140,8 +139,10 @@ async def _send_events(request: web.Request, response: FinishedResponse, num_see
                 return await stream.finish()
         await background.ended(tenant, response.id)
         response = _find(request, response.id)
-    events = await asyncio.to_thread(response.events, num_seen)
-    return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
+    recorded = RecordedStream()  # events are decompressed as the client reads them
+    recorded.keep(check_following(response.kept, num_seen))
+    recorded.end()
+    return await recorded.follow(request, num_seen, request.app[CONFIG].limits, has_ids=False)
 
 
 def _stored(request: web.Request) -> TenantResponses:

@@ -101,14 +101,20 @@ async def test_a_refusal_is_the_answer_and_nothing_is_stored(client: Client, api
     assert not client.backend.batches
 
 
-async def test_a_failed_step_is_a_failed_response(make_client: MakeClient) -> None:
-    client = await make_client(fault=lambda seq: "broken")
+async def test_a_failed_step_is_a_failed_response_and_its_log_line_has_no_text_of_the_error(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "brlite.server.background")
+    client = await make_client(fault=lambda seq: "broken\nby the prompt")
     _, begun = await client.post("/v1/responses", {"input": "hi", "background": True})
     await client.engine.wait_idle()
 
     _, done = await client.get(f"/v1/responses/{begun['id']}")
 
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "brlite.server.background")
     assert (done["status"], done["error"]["code"], done["background"]) == ("failed", "server_error", True)
+    assert line.startswith(f"background response {begun['id']} has ended (EngineError): model=fake ")
+    assert "broken" not in line
 
 
 async def test_another_key_neither_reads_nor_cancels_it(make_client: MakeClient) -> None:

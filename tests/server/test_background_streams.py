@@ -14,6 +14,7 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, KeysConfig, ModelSpec
+from brlite.dialects.kept_events import KeptEvents
 from brlite.dialects.responses_stored import FinishedResponse
 from brlite.http.body import BODIES
 from brlite.http.listen import HttpServer
@@ -304,3 +305,23 @@ async def read_events(client: Client, method: str, path: str, **options: Any) ->
     async with client.session.request(method, client.url + path, **options) as response:
         lines = [line async for line in response.content]
     return [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
+
+
+async def test_a_client_that_does_not_read_has_few_events_of_a_stored_response_in_memory(
+    client: Client, eventually: Eventually
+) -> None:
+    kept = KeptEvents()
+    kept.add(b"data: %b\n\n" % (b"x" * 8000) * 4000)
+    kept.finish()
+    client.server._app[STORE].put("", "resp_1", FinishedResponse("resp_1", b"", (), {}, kept), 1)
+    _, writer = await asyncio.open_connection("127.0.0.1", client.server.port, limit=1024)
+
+    def waiting() -> int:
+        wires = [connection._wire for connection in client.server._connections._members]  # type: ignore[attr-defined]
+        return sum(wire.get_write_buffer_size() for wire in wires)
+
+    writer.write(b"GET /v1/responses/resp_1?stream=true HTTP/1.1\r\nHost: a\r\n\r\n")
+    await eventually(lambda: waiting() > 0)
+
+    assert waiting() < 10**6
+    writer.transport.abort()

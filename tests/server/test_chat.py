@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from brlite.dialects.fields import MAX_REPORTED_FIELDS
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -23,6 +24,12 @@ def expected(num_tokens: int = 8, prompt: bytes = PROMPT) -> str:
 def streamed_text(events: list[dict[str, Any]], index: int = 0) -> str:
     choices = [choice for event in events for choice in event["choices"] if choice["index"] == index]
     return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+async def test_many_variables_that_no_template_reads_give_few_warnings(client: Client) -> None:
+    answer = await client.chat(chat_template_kwargs={f"v{number}": number for number in range(1000)})
+
+    assert len(answer["warnings"]) == MAX_REPORTED_FIELDS
 
 
 async def test_a_chat_is_answered_in_openais_shape(client: Client) -> None:
