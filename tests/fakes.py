@@ -64,6 +64,11 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def whole_text(self, token_id: int) -> str | None:
+        data = self.token_bytes(token_id)
+        text = data.decode(errors="ignore")
+        return text if text.encode() == data else None
+
     chat_template_text = "{{ messages }}"
     chat_format = None
 

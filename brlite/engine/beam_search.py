@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import copy
 import heapq
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.outputs import CompletionOutput, TokenLogprob
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import FinishReason, SamplingParams
-
-# (detokenizer, token id, number of tokens in the answer) -> (the text that the token adds, finish reason, stop reason).
-ReadToken = Callable[[Detokenizer, int, int], tuple[str, FinishReason | None, str | int | None]]
 
 
 class Hypothesis(NamedTuple):
@@ -49,16 +46,13 @@ class BeamSearch:
     score is taken at the beam's length; with "never" and a penalty above 0, at `max_tokens`.
     """
 
-    def __init__(
-        self, params: SamplingParams, max_tokens: int, end_token_ids: Collection[int], read_token: ReadToken
-    ) -> None:
+    def __init__(self, params: SamplingParams, max_tokens: int, end_token_ids: Collection[int]) -> None:
         """`end_token_ids` are those that end an answer; they are left out before `min_tokens`."""
         self.width = params.beam_width
         self.num_tokens = 0  # drawn for all beams so far
         self._params = params
         self._max_tokens = max_tokens
         self._end_token_ids = frozenset(end_token_ids)
-        self._read_token = read_token
         self._beams: dict[int, Hypothesis] = {}  # best first
         self._drawn: dict[int, TokenLogprob] = {}
         self._ended: list[Hypothesis] = []  # best first
@@ -142,7 +136,7 @@ class BeamSearch:
     def _extended(self, seq_id: int, token_id: int, logprob: float) -> Hypothesis:
         beam = self._beams[seq_id]
         detokenizer = copy.copy(beam.detokenizer)  # its state is immutable values
-        text, finish_reason, stop_reason = self._read_token(detokenizer, token_id, len(beam.token_ids) + 1)
+        text = beam.text + detokenizer.push(token_id)
         entries = beam.entries
         if self._params.logprobs is not None:
             top = self._drawn[seq_id].top[: self._params.logprobs]
@@ -152,9 +146,9 @@ class BeamSearch:
             (*beam.token_ids, token_id),
             beam.logprob + logprob,
             entries,
-            beam.text + text,
-            finish_reason,
-            stop_reason,
+            text,
+            detokenizer.finish_reason,
+            detokenizer.stop_reason,
         )
 
     def _has_best_answers(self, best: Hypothesis) -> bool:

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import msgspec
 
 from brlite.engine.beam_search import BeamSearch, Hypothesis
-from brlite.engine.request import RequestState, Sequence, interpret
+from brlite.engine.request import RequestState, Sequence
 from brlite.engine.scheduler import Scheduler
-from brlite.tokenizer import Tokenizer
 
 
 class BeamSequences:
@@ -22,14 +20,12 @@ class BeamSequences:
     def __init__(
         self,
         scheduler: Scheduler,
-        tokenizer: Tokenizer,
         vocab_size: int,
         seq_ids: Iterator[int],
         add_sequence: Callable[[RequestState], Sequence],
     ) -> None:
         """`add_sequence` makes a new sequence of a request's prompt, with one of `seq_ids`, and does not queue it."""
         self._scheduler = scheduler
-        self._eos_token_ids = tokenizer.eos_token_ids
         self._vocab_size = vocab_size
         self._seq_ids = seq_ids
         self._add_sequence = add_sequence
@@ -41,9 +37,7 @@ class BeamSequences:
         `InvalidRequest` where the model has fewer tokens than the search needs.
         """
         params = state.request.params
-        end_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
-        read_token = partial(interpret, state, self._eos_token_ids)
-        search = BeamSearch(params, state.max_tokens, end_token_ids, read_token)
+        search = BeamSearch(params, state.max_tokens, state.ends)
         search.check_vocabulary(self._vocab_size)
         state.search = search
         params = msgspec.structs.replace(params, logprobs=search.num_logprobs)
@@ -78,7 +72,7 @@ class BeamSequences:
             seq = parent = parents[seq_id]
             is_running = parent in running
             if is_running and seq_id not in beams:
-                seq.append(hypothesis.token_ids[-1], now)
+                seq.append(hypothesis.token_ids[-1])
                 state.sequences.append(seq)
             elif is_running and unused:
                 seq = unused.pop()
@@ -108,3 +102,4 @@ class BeamSequences:
             seq.status, seq.finish_reason = "finished", found.finish_reason
             seq.first_token_time, seq.last_token_time = state.prompt_done_time or now, now
             state.add_delta(search.completion(index, found))
+        state.output.finished, state.output.num_searched_tokens = True, search.num_tokens

@@ -1,19 +1,29 @@
-"""Turns one sequence's tokens into text, a token at a time: joins characters split over tokens, looks for stop strings.
+"""Turns one answer's tokens into text, a token at a time: joins characters split over tokens, and finds its end.
 
-No token is decoded twice. End-of-text tokens and token limits are left to the caller.
+No token is decoded twice. The end that a grammar decides is left to the caller.
 """
 
 from __future__ import annotations
 
 import codecs
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from brlite.sampling_params import FinishReason
 
 if TYPE_CHECKING:
     from brlite.tokenizer import Tokenizer
 
+NO_ENDS: Mapping[int, int | None] = MappingProxyType({})
+
 
 class Detokenizer:
-    """The text of one sequence. What `push` and `finish` return joins to the same text however the tokens are split.
+    """The text of one answer. What `push` and `finish` return joins to the same text however the tokens are split.
+
+    At the end of the text `finish_reason` is "stop" or "length", and `stop_reason` is the stop string or token id that
+    ended it, if one did.
 
     * An incomplete character is never returned: its bytes are kept until the rest comes, and `finish` drops them.
       Invalid UTF-8 bytes become U+FFFD.
@@ -21,6 +31,7 @@ class Detokenizer:
       the text ends without waiting for another token. It is cut before the stop string, or after it with
       `include_stop`. Text that may be the beginning of a stop string is held back until that is decided.
     * A stop string counts only if it ends in the text of a token after the first `min_tokens`; it may begin before.
+    * A token of `ends` ends the text. It adds no text itself, unless it has a stop reason and `include_stop` is set.
     * Special tokens are left out; without `skip_special_tokens` they give their literal text. A stop string that is a
       special token's text also ends the text if that token is left out. Spaces are kept.
     """
@@ -30,14 +41,21 @@ class Detokenizer:
         tokenizer: Tokenizer,
         stop: tuple[str, ...] = (),
         *,
+        ends: Mapping[int, int | None] = NO_ENDS,
+        max_tokens: int = sys.maxsize,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`shown_token_ids` are special tokens that are not left out."""
-        self.stop_string: str | None = None
-        self._token_bytes = tokenizer.token_bytes
+        """`ends` maps each token that ends the text to its stop reason. `shown_token_ids` are special tokens that are
+        not left out.
+        """
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._token_bytes, self._whole_text = tokenizer.token_bytes, tokenizer.whole_text
+        self._ends = ends
+        self._num_left = max_tokens
         skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
         self._skipped_token_ids = skipped - shown_token_ids if shown_token_ids else skipped
         self._partial = b""  # the beginning of a character
@@ -51,11 +69,28 @@ class Detokenizer:
         self._tokens_before_stop = min_tokens
 
     def push(self, token_id: int) -> str:
-        """Add a token and return the text that is now certain. After a stop string was found it is always empty."""
-        if self.stop_string is not None:
+        """Add a token and return the text that is now certain. After the end of the text it is always empty."""
+        if self.finish_reason is not None:
             return ""
-        text = ""
-        if token_id not in self._skipped_token_ids:
+        if token_id in self._ends:
+            stop_reason = self._ends[token_id]
+            text = "" if stop_reason is None or not self._include_stop else self._read(token_id)
+            self.finish_reason, self.stop_reason = "stop", stop_reason
+            return text + self.finish()
+        text = self._read(token_id)
+        self._num_left -= 1
+        if self._num_left or self.finish_reason is not None:
+            return text
+        self.finish_reason = "length"
+        return text + self.finish()
+
+    def _read(self, token_id: int) -> str:
+        """The text that a token adds, up to a stop string."""
+        if token_id in self._skipped_token_ids:
+            text: str | None = ""
+        else:
+            text = None if self._partial else self._whole_text(token_id)
+        if text is None:
             # The C function under codecs' incremental decoder; the decoder itself is Python and takes twice as long.
             data = self._partial + self._token_bytes(token_id)
             text, num_used = codecs.utf_8_decode(data, "replace", False)
@@ -65,8 +100,9 @@ class Detokenizer:
         may_stop = self._tokens_before_stop <= 0
         self._tokens_before_stop -= 1
         if may_stop and token_id in self._stop_specials:
-            self.stop_string = self._stop_specials[token_id]
-            return self.finish() + (self.stop_string if self._include_stop else "")
+            found = self._stop_specials[token_id]
+            self.finish_reason, self.stop_reason = "stop", found
+            return self.finish() + (found if self._include_stop else "")
         if not self._held and self._stop_starts.isdisjoint(text):
             return text
         buffer = self._held + text
@@ -79,20 +115,21 @@ class Detokenizer:
         return buffer[:end]
 
     def finish(self) -> str:
-        """The text that is held back, for a sequence that ends here. Bytes of an unfinished character are dropped."""
+        """The text that is held back, for an answer that ends here. Bytes of an unfinished character are dropped."""
         text, self._held, self._partial = self._held, "", b""
         return text
 
     def _find_stop(self, buffer: str, num_searched: int) -> int | None:
-        """Where to cut for the stop string whose end comes first after `num_searched` characters; remembers it."""
-        first_end = len(buffer) + 1
+        """Where to cut for the stop string whose end comes first after `num_searched` characters; it ends the text."""
+        first_end, found = len(buffer) + 1, ""
         for stop in self._stop:  # longest first, which decides between equal ends
             start = buffer.find(stop, max(0, num_searched - len(stop) + 1))
             if start >= 0 and start + len(stop) < first_end:
-                first_end, self.stop_string = start + len(stop), stop
-        if self.stop_string is None:
+                first_end, found = start + len(stop), stop
+        if not found:
             return None
-        return first_end if self._include_stop else first_end - len(self.stop_string)
+        self.finish_reason, self.stop_reason = "stop", found
+        return first_end if self._include_stop else first_end - len(found)
 
     def _hold_from(self, buffer: str) -> int:
         """The index in `buffer` of its longest suffix that is a proper prefix of a stop string."""

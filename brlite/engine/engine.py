@@ -17,7 +17,6 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,6 +29,7 @@ from brlite.engine.backend import (
     Batch,
     LogitsProcessors,
     SampledToken,
+    ScheduledSeq,
     SeqResult,
     StepResult,
     Undrawn,
@@ -49,11 +49,10 @@ from brlite.engine.request import (
     Sequence,
     Sink,
     TokenCounts,
-    interpret,
     sibling_seed,
 )
 from brlite.engine.request_queue import RequestQueue
-from brlite.engine.scheduler import Scheduler, scheduled_seqs
+from brlite.engine.scheduler import Runs, Scheduler, scheduled_seq
 from brlite.engine.scoring import ScoringHead
 from brlite.engine.speculation import Speculation
 from brlite.engine.stats import EngineStats
@@ -66,9 +65,9 @@ logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
-    """A step that was scheduled and has not ended. `runs` has each sequence and its number of tokens to compute."""
+    """A step that was scheduled and has not ended."""
 
-    runs: list[tuple[Sequence, int]]
+    runs: Runs
     guidance: StepGuidance | None
     processors: dict[int, LogitsProcessors]
     start: float
@@ -125,7 +124,7 @@ class Engine:
             pace=self._pace,
         )
         self._seq_ids = itertools.count()
-        self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._seq_ids, self._add_sequence)
+        self._beams = BeamSequences(self._scheduler, info.vocab_size, self._seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
         self._queue = RequestQueue(limits, info.max_num_seqs, lambda: self.stats.e2e_latency.mean(1.0))
@@ -163,11 +162,19 @@ class Engine:
         max_tokens, warnings = admit(request, self.info, self.limits)
         has_room = len(self._queue) < self.limits.max_waiting
         displaced = None if has_room else self._queue.make_room(request)
-        seed, pooling = request.params.seed, request.pooling
+        seed, pooling = params.seed, request.pooling
+        ends: dict[int, int | None] = {} if params.ignore_eos else dict.fromkeys(self.tokenizer.eos_token_ids)
         state = RequestState(
             request=request,
+            output=RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                outputs=[],
+                warnings=warnings,
+            ),
             max_tokens=max_tokens,
-            warnings=warnings,
+            ends=ends | {token_id: token_id for token_id in params.stop_token_ids},
             sink=sink,
             seed=secrets.randbits(64) if seed is None else seed % 2**64,
             arrival_time=self._clock(),
@@ -237,14 +244,13 @@ class Engine:
 
     def _decide(self) -> Batch | None:
         runs, start = self._scheduler.schedule(self._clock()), self._clock()
-        guided, processors = list[GuidedSeq](), dict[int, LogitsProcessors]()
-        for seq, num_tokens in runs:
+        seqs, guided, processors = list[ScheduledSeq](), list[GuidedSeq](), dict[int, LogitsProcessors]()
+        for seq, num_tokens in runs.items():
             if not seq.is_started:
                 self._note_started(seq, start)
-            if seq.matcher is None and seq.processors is None:
-                continue
-            if seq.num_scheduled_tokens + num_tokens < seq.num_tokens:
-                continue  # a chunk of its prompt, after which nothing is drawn
+            seqs.append(scheduled_seq(seq, num_tokens))
+            if seq.is_plain or seqs[-1].sampling is None:
+                continue  # nothing else decides its draw, or nothing is drawn after this chunk of its prompt
             if seq.matcher is not None:
                 guided.append(GuidedSeq(seq.seq_id, seq.matcher, seq.draft_token_ids))
             if seq.processors is not None:
@@ -254,9 +260,8 @@ class Engine:
         if not runs:
             return None
         self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
-        seqs = scheduled_seqs(runs, self.tokenizer.eos_token_ids)
         batch = Batch(seqs, None if guidance is None else guidance.masks, processors or None)
-        for seq, num_tokens in runs:
+        for seq, num_tokens in runs.items():
             seq.num_in_flight_tokens += num_tokens
         self._steps.append(Step(runs, guidance, processors, start, is_ahead=bool(self._steps)))
         return batch
@@ -270,7 +275,7 @@ class Engine:
             self._queue.pop(state.request.request_id, None)
         if state.scheduled_time is None:
             state.scheduled_time = now
-            state.num_cached_tokens = seq.num_computed_tokens
+            state.output.num_cached_tokens = seq.num_computed_tokens
             self.stats.note_scheduled(state, now)
 
     def update(self, result: StepResult) -> None:
@@ -282,7 +287,7 @@ class Engine:
         self._scheduler.end_step(self._steps.popleft().runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         later = dict[RequestState, None]()  # requests whose other sequences may follow in this step
-        for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
+        for (seq, num_tokens), seq_result in zip(step.runs.items(), result.seqs, strict=True):
             state = seq.state
             if seq.status == "running":
                 self._take_in(seq, num_tokens, seq_result, now)
@@ -312,19 +317,19 @@ class Engine:
         if step.processors:
             computing -= self._processor_times.note(step.processors.values(), self.stats)
         has_model_guesses, self._has_model_guesses = self._has_model_guesses, False
-        if max(step.runs, key=itemgetter(1))[1] > 1:
+        if max(step.runs.values()) > 1:
             if self._pace is not None:
-                chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
+                chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs.items()]
                 self._pace.observe(chunks, computing)
             return seconds
         wait_cost = self._speculation.wait_cost
         if self.draft_model is None and wait_cost is None:
             return seconds
-        num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
+        num_rows = sum(1 + len(seq.draft_token_ids) for seq in step.runs)
         if self.draft_model is not None:
             self.draft_model.cost.observe_step(num_rows, computing)
         is_plain = not (step.guidance or step.processors or has_model_guesses)
-        follows_one = step.is_ahead or all(seq.num_output_tokens for seq, _ in step.runs)
+        follows_one = step.is_ahead or all(seq.num_output_tokens for seq in step.runs)
         if wait_cost is not None and is_plain and follows_one:
             wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         return seconds
@@ -335,7 +340,7 @@ class Engine:
         self._scheduler.end_step(runs)
         self.stats.step_failures += 1
         logger.error("a step of %d sequences failed", len(runs), exc_info=error)
-        for state in dict.fromkeys(seq.state for seq, _ in runs):
+        for state in dict.fromkeys(seq.state for seq in runs):
             self._end_with_error(state, EngineError("the model step failed; the request was not completed"))
         self._set_gauges()
 
@@ -354,7 +359,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `EngineError` if a block is lost, owned twice, or owned by no sequence. Reads every block."""
-        in_flight = (seq for step in self._steps for seq, _ in step.runs)
+        in_flight = (seq for step in self._steps for seq in step.runs)
         self._blocks.check_integrity(dict.fromkeys([*self._scheduler.running, *in_flight]))
         if self.draft_model is not None:
             self.draft_model.check_integrity()
@@ -384,15 +389,19 @@ class Engine:
         return blake2b(salt, digest_size=DIGEST_BYTES).digest()
 
     def _add_sequence(self, state: RequestState) -> Sequence:
-        params, prompt_token_ids = state.request.params, state.request.prompt_token_ids
+        request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
         index = len(state.sequences)
+        is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
+        reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
         detokenizer = Detokenizer(
             self.tokenizer,
             params.stop,
+            ends=state.ends,
+            max_tokens=state.max_tokens,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
-            shown_token_ids=state.request.shown_token_ids,
+            shown_token_ids=request.shown_token_ids,
         )
         seq = Sequence(
             seq_id=next(self._seq_ids),
@@ -404,13 +413,14 @@ class Engine:
             detokenizer=detokenizer,
             counts=TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None,
             cache_root=state.cache_root,
+            is_plain=not (is_restricted or reports_prompt or params.has_penalties or params.dry_multiplier),
             waiting_since=self._clock(),
             block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
-            matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
+            matcher=None if request.grammar is None else request.grammar.matcher(),
             repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
             processors=None
-            if state.request.processors is None
-            else LogitsProcessors(state.request.processors[index], prompt_token_ids),
+            if request.processors is None
+            else LogitsProcessors(request.processors[index], prompt_token_ids),
         )
         state.sequences.append(seq)
         return seq
@@ -425,27 +435,16 @@ class Engine:
                 self._blocks.unseal(seq)  # the error may come from a chunk that was sealed earlier
                 self._end_with_error(state, EngineError(result.error))
                 return
-        if state.prompt_done_time is None and seq.wants_prompt_logprobs:
-            state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == 0)
         seq.num_computed_tokens += num_tokens
         if seq.num_computed_tokens // self._blocks.block_size > seq.num_sealed_blocks:
             self._blocks.seal(seq)
+        if state.prompt_done_time is None:
+            self._take_in_prompt(seq, num_tokens, result, now)
         if reason is not None:
-            if state.prompt_done_time is None:  # not set by the first draws of the request's other completions
-                self._finish_prompt(state, now)
             self._end_as_error(seq, reason)
             return
-        if state.pooling is not None:  # each chunk gives the sum of hidden states so far, the last one the embedding
-            seq.hidden_total = result.hidden_total
-            if result.embedding:
-                state.embedding = array("f", result.embedding)
-                state.prompt_done_time = now
-                self.stats.note_prompt_done(state, now)
-                self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
         if not result.tokens:
             return
-        if state.prompt_done_time is None:
-            self._finish_prompt(state, now)
         if seq.draft_token_ids:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
             seq.draft_token_ids = []
@@ -456,42 +455,54 @@ class Engine:
         else:
             self._append_all(seq, result.tokens, now)
 
-    def _finish_prompt(self, state: RequestState, now: float) -> None:
-        """The prompt is computed and cached: queue the request's other completions."""
+    def _take_in_prompt(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
+        """Take in what a chunk of a prompt gives beside a token. After the last one queue the other completions."""
+        state = seq.state
+        if seq.wants_prompt_logprobs:
+            state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == num_tokens)
+        seq.hidden_total = result.hidden_total  # for pooling: the sum so far, or the embedding
+        if not (result.tokens or result.embedding or result.error is not None):
+            return
         state.prompt_done_time = now
         state.finish_prompt_logprobs()
-        if state.search is None:
+        if result.embedding:
+            state.output.embedding = array("f", result.embedding)
+            self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
+        elif state.search is None:
             self._scheduler.add_siblings([self._add_sequence(state) for _ in range(state.request.params.n - 1)])
         self.stats.note_prompt_done(state, now)
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
         """Append the tokens of one step to a sequence and to its request's delta, up to one that ends the sequence."""
-        state, matcher, eos_token_ids = seq.state, seq.matcher, self.tokenizer.eos_token_ids
-        num_tokens = num_before = len(seq.token_ids) - seq.num_prompt_tokens
-        last_token_time = seq.last_token_time
+        matcher, detokenizer, token_ids = seq.matcher, seq.detokenizer, seq.token_ids
+        begin, text = len(token_ids), ""
+        num_before = begin - seq.num_prompt_tokens
         if matcher is not None:  # tokens drawn after the end of the answer are dropped
             tokens = tokens[: matcher.num_tokens - num_before]
         for token in tokens:
-            if num_tokens > num_before:  # the previous token was a guess, so it is computed already
+            if len(token_ids) > begin:  # the previous token was a guess, so it is computed already
                 seq.num_computed_tokens += 1
                 self._blocks.seal(seq)
-            token_id, logprob = token.token_id, token.logprob
-            seq.append(token_id, now)
-            num_tokens += 1
-            text, finish_reason, stop_reason = interpret(state, eos_token_ids, seq.detokenizer, token_id, num_tokens)
-            is_at_end = matcher is not None and matcher.is_complete and matcher.num_tokens == num_tokens
-            if is_at_end and finish_reason in (None, "length"):
-                text, finish_reason = text + seq.detokenizer.finish(), "stop"
-            delta = CompletionOutput(index=seq.index, text=text, token_ids=[token_id])
-            if logprob is not None:
-                delta.logprobs = [logprob]
-            if finish_reason is not None:
-                delta.finish_reason, delta.stop_reason = finish_reason, stop_reason
-                self._finish(seq, delta)
+            seq.append(token.token_id)
+            text += detokenizer.push(token.token_id)
+            if detokenizer.finish_reason is not None:
                 break
-            state.add_delta(delta)
-        if tokens:
-            self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
+        finish_reason, num_tokens = detokenizer.finish_reason, len(token_ids) - begin
+        if matcher is not None and matcher.is_complete and matcher.num_tokens == num_before + num_tokens:
+            text, finish_reason = text + detokenizer.finish(), "stop"
+        if num_tokens:
+            delta = CompletionOutput(index=seq.index, text=text, token_ids=token_ids[begin:])
+            if tokens[0].logprob is not None:
+                delta.logprobs = [token.logprob for token in tokens[:num_tokens] if token.logprob is not None]
+            if finish_reason is None:
+                seq.state.add_delta(delta)
+            else:
+                delta.finish_reason, delta.stop_reason = finish_reason, detokenizer.stop_reason
+                self._finish(seq, delta)
+            self.stats.note_tokens(num_tokens, now - seq.last_token_time if num_before else None)
+            seq.last_token_time = now
+            if not num_before:
+                seq.first_token_time = now
         if matcher is not None and matcher.error is not None and seq.status == "running":
             self._end_as_error(seq, matcher.error)
 
@@ -504,14 +515,17 @@ class Engine:
     def _finish(self, seq: Sequence, last_delta: CompletionOutput) -> None:
         """End one completion with this last delta. Its place and blocks are free from now on."""
         seq.finish_reason = last_delta.finish_reason
-        seq.state.add_delta(last_delta)
+        state = seq.state
+        state.add_delta(last_delta)
         self._scheduler.finish(seq)
+        state.output.finished = state.is_finished
 
     def _deliver(self, state: RequestState) -> None:
         """Pass the request's delta to its sink. A finished request is removed first."""
-        if not state.delta:
+        output = state.output
+        if not output.outputs:
             return
-        output = state.take_output()
+        state.output = msgspec.structs.replace(output, outputs=[], prompt_logprobs=None)
         if output.finished:
             del self._requests[state.request.request_id]
             self._queue.pop(state.request.request_id, None)
@@ -552,7 +566,7 @@ class Engine:
         if self._requests.pop(state.request.request_id, None) is None:
             return
         self._queue.pop(state.request.request_id, None)
-        state.delta = []
+        state.output.outputs = []
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")

@@ -126,7 +126,8 @@ class Sequence:
     """One of a request's `n` completions while it is computed. `token_ids` is the prompt followed by the output.
 
     `draft_token_ids` are the guesses that the step under way carries; they are not tokens of the sequence yet.
-    `num_in_flight_tokens` are in steps under way; they are computed when those have ended.
+    `num_in_flight_tokens` are in steps under way; they are computed when those have ended. With `is_plain` all that its
+    steps give are draws, and these need no more than its parameters, seed and position.
     """
 
     seq_id: int
@@ -138,6 +139,7 @@ class Sequence:
     detokenizer: Detokenizer
     counts: TokenCounts | None
     cache_root: bytes
+    is_plain: bool = False
     matcher: Matcher | None = None
     repetitions: Repetitions | None = None  # with DRY only
     processors: LogitsProcessors | None = None
@@ -194,12 +196,9 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether its prompt must be computed in full for prompt logprobs: true once, for one sequence of a request."""
         params = self.state.request.params
-        return self.index == 0 and params.prompt_logprobs is not None and self.state.prompt_logprobs is None
+        return self.index == 0 and params.prompt_logprobs is not None and self.state.prompt_done_time is None
 
-    def append(self, token_id: int, now: float) -> None:
-        if len(self.token_ids) == self.num_prompt_tokens:
-            self.first_token_time = now
-        self.last_token_time = now
+    def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
@@ -209,15 +208,16 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """A request in the engine. `delta` collects the output that its sink has not got yet.
+    """A request in the engine. `output` is what its sink has not got yet.
 
     It has one sequence until its prompt is cached, and `n` from then on. `pooling` says how its embedding is made. With
     a beam `search` its sequences are the beams, and at the end the `n` best answers.
     """
 
     request: Request
+    output: RequestOutput
     max_tokens: int
-    warnings: tuple[str, ...]
+    ends: dict[int, int | None]  # the tokens that end an answer, each with its stop reason
     sink: Sink
     seed: int
     arrival_time: float
@@ -227,15 +227,10 @@ class RequestState:
     num_started: int = 0
     scheduled_time: float | None = None
     prompt_done_time: float | None = None
-    num_cached_tokens: int = 0
     partial_prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    delta: list[CompletionOutput] = field(default_factory=list)
-    has_output: bool = False
     pooling: Pooling | None = None
     search: BeamSearch | None = None
     prompt_repetitions: Repetitions | None = None  # of the prompt, for the completions that are not made yet
-    embedding: array[float] | None = None
     is_aborted: bool = False
 
     @property
@@ -270,65 +265,22 @@ class RequestState:
     def finish_prompt_logprobs(self) -> None:
         """Complete the logprobs after the last chunk. The first token gets None: no token comes before it."""
         if self.request.params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None, *self.partial_prompt_logprobs]
+            self.output.prompt_logprobs = [None, *self.partial_prompt_logprobs]
 
     def add_delta(self, delta: CompletionOutput) -> None:
         """Add to the output. A step's deltas of one completion follow each other."""
-        if self.delta and self.delta[-1].index == delta.index:
-            self.delta[-1].merge(delta)
+        deltas = self.output.outputs
+        if deltas and deltas[-1].index == delta.index:
+            deltas[-1].merge(delta)
         else:
-            self.delta.append(delta)
+            deltas.append(delta)
 
     def times(self, now: float) -> RequestTimes:
         """How long each phase took of a request that ends now; 0 for one that it did not reach."""
         scheduled, prompt_done = self.scheduled_time or now, self.prompt_done_time or now
         return RequestTimes(scheduled - self.arrival_time, prompt_done - scheduled, now - prompt_done)
 
-    def take_output(self) -> RequestOutput:
-        """The output that is new since the last call. Prompt logprobs are in the first one only."""
-        request, completions = self.request, self.delta
-        self.delta = []
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=completions,
-            num_cached_tokens=self.num_cached_tokens,
-            warnings=self.warnings,
-        )
-        if not self.has_output:
-            output.prompt_logprobs, self.has_output = self.prompt_logprobs, True
-        for completion in completions:
-            if completion.finish_reason is not None:  # else the request has not ended
-                output.finished, output.embedding = self.is_finished, self.embedding
-                output.num_searched_tokens = 0 if self.search is None else self.search.num_tokens
-                break
-        return output
-
 
 def sibling_seed(seed: int, index: int) -> int:
     """The seed of the completion at `index`: the request's own for the first, spread over 64 bits for the others."""
     return (seed + index * _GOLDEN_RATIO_64) % 2**64
-
-
-def interpret(
-    state: RequestState, eos_token_ids: tuple[int, ...], detokenizer: Detokenizer, token_id: int, num_tokens: int
-) -> tuple[str, FinishReason | None, str | int | None]:
-    """The text that an answer's newest token releases, the finish reason if it ends here, and the stop reason.
-
-    `num_tokens` is the answer's length with this token.
-
-    A stop token adds no text, unless `include_stop_str_in_output` is set.
-    """
-    params = state.request.params
-    if token_id in params.stop_token_ids:
-        text = detokenizer.push(token_id) if params.include_stop_str_in_output else ""
-        return text + detokenizer.finish(), "stop", token_id
-    if token_id in eos_token_ids and not params.ignore_eos:
-        return detokenizer.finish(), "stop", None
-    text = detokenizer.push(token_id)
-    if detokenizer.stop_string is not None:
-        return text, "stop", detokenizer.stop_string
-    if num_tokens >= state.max_tokens:
-        return text + detokenizer.finish(), "length", None
-    return text, None, None

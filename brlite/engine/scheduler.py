@@ -19,6 +19,8 @@ from brlite.engine.request import Request, Sequence
 from brlite.engine.speculation import Speculation
 from brlite.engine.turns import TurnQueue
 
+Runs = dict[Sequence, int]  # the sequences of a step, each with the number of its tokens to compute
+
 
 class Scheduler:
     """Schedules sequences in the order of `TurnQueue`, within limits of sequences, of tokens a step and of blocks.
@@ -110,9 +112,9 @@ class Scheduler:
         """Let a running sequence, whose tokens now continue those of `parent`, share the parent's computed blocks."""
         self._blocks.fork(seq, parent)
 
-    def end_step(self, runs: list[tuple[Sequence, int]]) -> None:
+    def end_step(self, runs: Runs) -> None:
         """Note that the step with these runs has ended. Call it before the step's result is used."""
-        for seq, num_tokens in runs:
+        for seq, num_tokens in runs.items():
             seq.num_in_flight_tokens -= num_tokens
             if seq.status == "finished" and not seq.num_in_flight_tokens:
                 self._blocks.release(seq)
@@ -141,9 +143,9 @@ class Scheduler:
         has_room = num_missing <= self._blocks.num_free and self._next_to_replace() is None
         return has_room and not self._speculation.wants_result(self.running)
 
-    def schedule(self, now: float) -> list[tuple[Sequence, int]]:
-        """The sequences of the step at `now`, each with the number of its tokens to compute. They hold the blocks."""
-        scheduled: dict[Sequence, int] = {}
+    def schedule(self, now: float) -> Runs:
+        """The runs of the step at `now`. Its sequences hold the blocks that these need."""
+        scheduled: Runs = {}
         self._now = now
         self._free_place()
         prompts, growing = list[Sequence](), list[Sequence]()
@@ -179,7 +181,7 @@ class Scheduler:
                 budget -= rest
         if self._speculation.max_draft_tokens:
             self._speculation.add_drafts(scheduled, self.running, budget + num_held_back)
-        return list(scheduled.items())
+        return scheduled
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
         """The guesses that the draft model should make before the next step, by `Speculation.plan`."""
@@ -210,7 +212,7 @@ class Scheduler:
         is_shorter_new = new is not None and new.num_tokens < num_left and self._match_next() is not None
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
-    def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
+    def _schedule_running(self, seq: Sequence, budget: int, scheduled: Runs) -> int:
         """Schedule the sequence's tokens within the budget, and preempt the latest sequences if blocks are missing.
 
         Returns the change in the step's number of tokens, negative if preemptions removed more than was added.
@@ -315,41 +317,31 @@ def _grouped(seqs: Iterable[Sequence], key: Callable[[Request], str]) -> dict[st
     return grouped
 
 
-def scheduled_seqs(runs: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...]) -> list[ScheduledSeq]:
-    """The runs of a step as plain data, for a `Batch`."""
-    seqs = []
-    for seq, num_tokens in runs:
-        request, token_ids, drafts = seq.state.request, seq.token_ids, seq.draft_token_ids
-        params, pooling, pooling_input, sampling = request.params, request.pooling, None, None
-        start = seq.num_computed_tokens + seq.num_in_flight_tokens
-        end, length = start + num_tokens, len(token_ids)
-        if end >= length and pooling is None:
-            sampling = _sampling_input(seq, request, end - seq.num_prompt_tokens, eos_token_ids)
-            if not (start == length or drafts or params.prompt_logprobs is not None):
-                seqs.append(ScheduledSeq(seq.seq_id, start, token_ids[start:], seq.block_table, sampling))
-                continue  # most runs: a quarter fewer instructions than with all fields
-        if seq.state.pooling == "mean":
-            total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
-            pooling_input = PoolingInput(num_tokens, total, pooling if end >= length else None, length)
-        elif pooling is not None and end >= length:
-            pooling_input = PoolingInput(1, params=pooling)
-        seqs.append(
-            ScheduledSeq(
-                seq_id=seq.seq_id,
-                start=start,
-                token_ids=[0] if start == length else token_ids[start:end] + drafts,
-                block_table=seq.block_table,
-                sampling=sampling,
-                prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)]
-                if params.prompt_logprobs is not None and seq.wants_prompt_logprobs
-                else [],
-                num_prompt_logprobs=params.prompt_logprobs or 0,
-                num_draft_tokens=len(drafts),
-                pooling=pooling_input,
-                takes_last_draw=start == length,
-            )
-        )
-    return seqs
+def scheduled_seq(seq: Sequence, num_tokens: int) -> ScheduledSeq:
+    """A run of a sequence as plain data, for a `Batch`."""
+    request, token_ids, drafts = seq.state.request, seq.token_ids, seq.draft_token_ids
+    start, length = seq.num_computed_tokens + seq.num_in_flight_tokens, len(token_ids)
+    if seq.is_plain and start == length - 1 and not drafts:  # most runs: half of the instructions
+        sampling = SamplingInput(request.params, seq.seed, length - seq.num_prompt_tokens)
+        return ScheduledSeq(seq.seq_id, start, token_ids[start:], seq.block_table, sampling)
+    end, pooling, pooling_input = start + num_tokens, request.pooling, None
+    if seq.state.pooling == "mean":
+        total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
+        pooling_input = PoolingInput(num_tokens, total, pooling if end >= length else None, length)
+    elif pooling is not None and end >= length:
+        pooling_input = PoolingInput(1, params=pooling)
+    return ScheduledSeq(
+        seq_id=seq.seq_id,
+        start=start,
+        token_ids=[0] if start == length else token_ids[start:end] + drafts,
+        block_table=seq.block_table,
+        sampling=_sampling_input(seq, end - seq.num_prompt_tokens) if end >= length and pooling is None else None,
+        prompt_targets=token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else [],
+        num_prompt_logprobs=request.params.prompt_logprobs or 0,
+        num_draft_tokens=len(drafts),
+        pooling=pooling_input,
+        takes_last_draw=start == length,
+    )
 
 
 def _depends_on_last_draw(seq: Sequence) -> bool:
@@ -364,15 +356,12 @@ def _latest_of_last_class(running: list[Sequence]) -> Sequence:
     return max(reversed(running), key=lambda seq: seq.state.priority)
 
 
-def _sampling_input(seq: Sequence, request: Request, position: int, eos_token_ids: tuple[int, ...]) -> SamplingInput:
-    params, bad_words = request.params, request.bad_words
-    banned: tuple[int, ...] = ()
-    if position < params.min_tokens:
-        banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
+def _sampling_input(seq: Sequence, position: int) -> SamplingInput:
+    state = seq.state
+    params, bad_words = state.request.params, state.request.bad_words
+    banned = tuple(state.ends) if position < params.min_tokens else ()
     if bad_words:
         banned += completing_tokens(bad_words, seq.token_ids, position)
-    if not banned and seq.counts is None and seq.repetitions is None:
-        return SamplingInput(params, seq.seed, position)  # most draws: 0.2 µs less than with all fields
     cost_token_ids, costs = (b"", b"") if seq.repetitions is None else seq.repetitions.costs()
     return SamplingInput(
         params=params,

@@ -109,7 +109,7 @@ class EngineStats:
         self.logits_processor_seconds = 0.0
         self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
         self.finished: Counter[str] = Counter()
-        self._latencies: dict[float, int] = {}  # of the step's tokens: sequences that run together have the same
+        self._latencies: list[float] = []  # of the step's tokens: sequences that run together have the same
         self.prompt_rate = Rate(clock)
         self.generation_rate = Rate(clock)
 
@@ -133,13 +133,13 @@ class EngineStats:
         """Record that a request's first sequence enters its first step."""
         self.queue_time.observe(now - state.arrival_time)
         self.prefix_cache_queries += len(state.request.prompt_token_ids)
-        self.prefix_cache_hits += state.num_cached_tokens
+        self.prefix_cache_hits += state.output.num_cached_tokens
 
     def note_prompt_done(self, state: RequestState, now: float) -> None:
         """Record that a request's prompt is computed, with its first token or its embedding."""
         self.prompt_tokens += len(state.request.prompt_token_ids)
         self.prompt_rate.add(len(state.request.prompt_token_ids))
-        self.cached_prompt_tokens += state.num_cached_tokens
+        self.cached_prompt_tokens += state.output.num_cached_tokens
         if state.pooling is None:
             self.time_to_first_token.observe(now - state.arrival_time)
         self.prefill_time.observe(now - (state.scheduled_time or now))
@@ -148,14 +148,13 @@ class EngineStats:
         """Record a step's tokens of a sequence, `seconds` after its previous one if any: an equal part for each."""
         self.generation_tokens += num_tokens
         if seconds is not None:
-            latency = seconds / num_tokens
-            self._latencies[latency] = self._latencies.get(latency, 0) + num_tokens
+            self._latencies += [seconds / num_tokens] * num_tokens
 
     def note_step(self, num_tokens: int, seconds: float) -> None:
         """Record a step: its duration and its tokens, as vLLM counts them. Call it after the step's `note_tokens`."""
         self.step_time.observe(seconds)
         self.step_tokens.observe(num_tokens)
-        for latency, times in self._latencies.items():
+        for latency, times in Counter(self._latencies).items():
             self.inter_token_latency.observe(latency, times)
         self._latencies.clear()
 

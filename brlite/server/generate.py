@@ -9,13 +9,12 @@ disconnects, its requests are aborted.
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from aiohttp import web
@@ -346,13 +345,12 @@ class WholeDelivery(Delivery):
         return web.Response(body=body, content_type="application/json")
 
 
-class StreamState(enum.Enum):
-    """The progress of a stream. It moves only down this list."""
-
-    WAITING = enum.auto()  # no headers sent: an error is a normal error response
-    BEGUN = enum.auto()  # headers are sent: an error is an event of the stream. Deltas are kept
-    SENDING = enum.auto()  # deltas are written as they come
-    OVER = enum.auto()  # nothing more is written: finished, failed, or the client has left
+StreamState = Literal[  # the progress of a stream; it moves only down this list
+    "waiting",  # no headers sent: an error is a normal error response
+    "begun",  # headers are sent: an error is an event of the stream. Deltas are kept
+    "sending",  # deltas are written as they come
+    "over",  # nothing more is written: finished, failed, or the client has left
+]
 
 
 class StreamDelivery(Delivery):
@@ -361,15 +359,15 @@ class StreamDelivery(Delivery):
     If the model must be loaded, the headers are sent before the load, which may fail.
     """
 
-    _state = StreamState.WAITING
-    _stream: EventStream | RecordedStream  # from BEGUN on
+    _state: StreamState = "waiting"
+    _stream: EventStream | RecordedStream  # once begun
 
     async def _begin(self) -> None:
         """Send the headers."""
         recorded = self._request.get(RECORDED)
         self._stream = recorded or EventStream(self._request, self._limits.sse_comment_seconds)
         await self._stream.prepare()
-        self._state = StreamState.BEGUN
+        self._state = "begun"
 
     async def _wait_for(self, model: ServedModel) -> EngineLoop:
         await self._begin()
@@ -379,33 +377,33 @@ class StreamDelivery(Delivery):
     async def _send(self) -> web.StreamResponse:
         """Returns early if the client left, or if its connection was cut because it read too slowly."""
         assert self._builder is not None
-        if self._state is StreamState.WAITING:
+        if self._state == "waiting":
             await self._begin()
         prompts = TokenUsage(sum(len(request.prompt_token_ids) for request in self._requests), 0, 0)
         if opening := self._encoder.opening(prompts):
             self._stream.write(opening)
-        self._state = StreamState.SENDING
+        self._state = "sending"
         self._flush()
-        while self._num_open and self._error is None and self._state is StreamState.SENDING:
+        while self._num_open and self._error is None and self._state == "sending":
             await self._changed.wait()
             self._changed.clear()
             if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
                 break
             self._flush()
-        self._state = StreamState.OVER  # write no outputs of other prompts after the end of the response
+        self._state = "over"  # write no outputs of other prompts after the end of the response
         if self._error is not None:
             raise self._error
         return await self._stream.finish(self._encoder.closing(self._builder.usage()))
 
     async def _end_with(self, error: BrliteError) -> web.StreamResponse:
-        if self._state is StreamState.WAITING:
+        if self._state == "waiting":
             raise error from None
-        self._state = StreamState.OVER
+        self._state = "over"
         failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
         return await self._stream.finish(failing(error))
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        if self._state is not StreamState.SENDING or self._outputs or self._stream.is_backlogged:
+        if self._state != "sending" or self._outputs or self._stream.is_backlogged:
             super()._take(index, output)
             self._changed.set()
         else:
@@ -424,11 +422,11 @@ class StreamDelivery(Delivery):
         else:
             data = self._encoder.encode_text(text) if text else b""
         if not self._stream.write(data):
-            self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
+            self._state = "over"  # the client has left; not every server cancels the handler then
             self._changed.set()
 
     def _close(self) -> None:
-        if self._state is not StreamState.WAITING:
+        if self._state != "waiting":
             self._stream.close()
-        self._state = StreamState.OVER
+        self._state = "over"
         super()._close()

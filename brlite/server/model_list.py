@@ -177,7 +177,7 @@ def model_slots(engine: EngineLoop) -> list[SlotState]:
             id_task=seq.seq_id,
             n_prompt_tokens=seq.num_prompt_tokens,
             n_prompt_tokens_processed=min(seq.num_computed_tokens, seq.num_prompt_tokens),
-            n_prompt_tokens_cache=seq.state.num_cached_tokens,
+            n_prompt_tokens_cache=seq.state.output.num_cached_tokens,
             next_token=[
                 NextToken(
                     has_next_token=seq.state.pooling is None,

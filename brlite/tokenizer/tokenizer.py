@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -91,6 +92,8 @@ class Tokenizer:
         self.special_token_ids = frozenset(special.control)
         self._encoder = encoder
         self._bytes = token_bytes.table
+        # Gives the text of a token; None if its bytes end inside a character. Most tokens come again and again.
+        self.whole_text = cache(partial(_whole_text, token_bytes.table))
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_format
         self.infill = infill
@@ -242,3 +245,9 @@ def _check_encodable(text: str, param: str | None) -> None:
         text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param) from None
+
+
+def _whole_text(table: tuple[bytes, ...], token_id: int) -> str | None:
+    data = table[token_id] if 0 <= token_id < len(table) else b""
+    text, num_used = codecs.utf_8_decode(data, "replace", False)
+    return text if num_used == len(data) else None

@@ -15,7 +15,7 @@ from brlite.engine.beam_search import BeamSearch, Hypothesis
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import FinishReason, SamplingParams
+from brlite.sampling_params import SamplingParams
 from tests.engine.conftest import Driver
 from tests.fakes import ByteTokenizer, printable_token
 
@@ -32,14 +32,9 @@ def toy_logprobs(context: tuple[int, ...]) -> list[float]:
     return [math.log(weight / sum(weights)) for weight in weights]
 
 
-def read_toy(detokenizer: Detokenizer, token_id: int, num_tokens: int) -> tuple[str, FinishReason | None, None]:
-    reason: FinishReason | None = "stop" if token_id == END else "length" if num_tokens == MAX_TOKENS else None
-    return str(token_id), reason, None
-
-
 def search_toy(params: SamplingParams) -> list[Hypothesis]:
-    search = BeamSearch(params, MAX_TOKENS, [END], read_toy)
-    beams = {0: Hypothesis(Detokenizer(ByteTokenizer()))}
+    search = BeamSearch(params, MAX_TOKENS, [END])
+    beams = {0: Hypothesis(Detokenizer(ByteTokenizer(), ends={END: None}, max_tokens=MAX_TOKENS))}
     ids = itertools.count(1)
     while beams:
         search.go_on(beams)

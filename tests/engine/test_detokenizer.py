@@ -21,6 +21,10 @@ class Vocabulary:
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokens[token_id]
 
+    def whole_text(self, token_id: int) -> str | None:
+        text = self.tokens[token_id].decode(errors="ignore")
+        return text if text.encode() == self.tokens[token_id] else None
+
     def special_token_id(self, text: str) -> int | None:
         return next((token_id for token_id in self.special_token_ids if self.tokens[token_id] == text.encode()), None)
 
@@ -113,7 +117,7 @@ def test_stop_strings_cut_where_the_whole_text_says(
     pieces = [detokenizer.push(token_id) for token_id in range(len(tokens))]
     streamed = "".join(pieces) + detokenizer.finish()
 
-    assert detokenizer.stop_string == word
+    assert detokenizer.stop_reason == word
     assert streamed == (text if word is None else cut(text, word, ends_after=ends_after, include_stop=include_stop))
 
 
@@ -129,7 +133,7 @@ def test_nothing_is_held_back_that_cannot_be_the_beginning_of_a_stop_string(
     for token_id in range(len(tokens)):
         released += detokenizer.push(token_id)
         held = whole_text(b"".join(tokens[: token_id + 1])).removeprefix(released)
-        if detokenizer.stop_string is not None:
+        if detokenizer.stop_reason is not None:
             break
         assert not held or any(word.startswith(held) and word != held for word in stop)
 
@@ -169,7 +173,7 @@ def test_nothing_follows_a_stop_string() -> None:
 
     text = detokenizer.push(0) + detokenizer.push(1) + detokenizer.finish()
 
-    assert (text, detokenizer.stop_string) == ("a", ".")
+    assert (text, detokenizer.stop_reason) == ("a", ".")
 
 
 def test_the_stop_string_that_is_complete_first_wins() -> None:
@@ -177,7 +181,7 @@ def test_the_stop_string_that_is_complete_first_wins() -> None:
 
     text = detokenizer.push(0)
 
-    assert (text, detokenizer.stop_string) == ("a", "bc")
+    assert (text, detokenizer.stop_reason) == ("a", "bc")
 
 
 def test_of_two_complete_at_once_the_longer_wins() -> None:
@@ -185,7 +189,7 @@ def test_of_two_complete_at_once_the_longer_wins() -> None:
 
     text = detokenizer.push(0)
 
-    assert (text, detokenizer.stop_string) == ("", "x\n")
+    assert (text, detokenizer.stop_reason) == ("", "x\n")
 
 
 def test_before_min_tokens_a_stop_string_is_text() -> None:
@@ -227,7 +231,7 @@ def test_before_min_tokens_a_hidden_stop_string_does_not_stop() -> None:
     detokenizer = Detokenizer(Vocabulary([b"a", b"<|end|>"], frozenset({1})), ("<|end|>",), min_tokens=2)
 
     assert [detokenizer.push(token_id) for token_id in (0, 1, 0, 1, 0)] == ["a", "", "a", "", ""]
-    assert detokenizer.stop_string == "<|end|>"
+    assert detokenizer.stop_reason == "<|end|>"
 
 
 def test_the_space_before_a_word_is_kept() -> None:

@@ -22,10 +22,10 @@ def stream(tokens: list[bytes], stop: list[str], *, include_stop: bool) -> tuple
     detokenizer = Detokenizer(Vocabulary(tokens), tuple(stop), include_stop=include_stop)  # type: ignore[arg-type]
     pieces: list[str] = []
     for token_id in range(len(tokens)):
-        has_stopped = detokenizer.stop_string is not None
+        has_stopped = detokenizer.stop_reason is not None
         pieces.append(detokenizer.push(token_id))
         assert not (has_stopped and pieces[-1])
-    return "".join(pieces) + detokenizer.finish(), detokenizer.stop_string
+    return "".join(pieces) + detokenizer.finish(), detokenizer.stop_reason
 
 
 @fuzz(CASES)
@@ -60,5 +60,5 @@ def test_special_tokens_between_the_pieces_of_a_text_show_or_end_it_but_never_sp
     text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
     expected = "".join(map(plain.push, range(len(shown)))) + plain.finish()
 
-    word = plain.stop_string or (SPECIAL if ends_at_special else None)
-    assert (text, detokenizer.stop_string) == (expected, word)
+    word = plain.stop_reason or (SPECIAL if ends_at_special else None)
+    assert (text, detokenizer.stop_reason) == (expected, word)

@@ -80,6 +80,7 @@ def test_ids_without_a_token_have_no_bytes(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
     assert tokenizer.token_bytes(-1) == b""
     assert tokenizer.decode([-1, 10**9]) == ""
+    assert tokenizer.whole_text(-1) == tokenizer.whole_text(10**9) == ""
 
 
 def test_a_gap_in_the_ids_has_no_bytes() -> None:
@@ -93,6 +94,8 @@ def test_a_token_for_reading_shows_a_broken_character(byte_level: Tokenizer) -> 
     [first, *_] = byte_level.encode("🙂")
 
     assert byte_level.token_text(first) == "\ufffd"
+    assert byte_level.whole_text(first) is None
+    assert "".join(map(str, map(byte_level.whole_text, byte_level.encode(" a")))) == " a"
 
 
 @pytest.mark.parametrize(
