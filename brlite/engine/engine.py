@@ -42,7 +42,6 @@ from brlite.engine.draft_model import DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.logits_processors import Factory, ProcessorMaker, ProcessorTimes
 from brlite.engine.outputs import CompletionOutput, RequestOutput
-from brlite.engine.pacing import StepPace
 from brlite.engine.request import (
     Request,
     RequestState,
@@ -54,7 +53,6 @@ from brlite.engine.request import (
 from brlite.engine.request_queue import RequestQueue
 from brlite.engine.scheduler import Runs, Scheduler, scheduled_seq
 from brlite.engine.scoring import ScoringHead
-from brlite.engine.speculation import Speculation
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler
@@ -111,18 +109,9 @@ class Engine:
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
-        self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
-        max_num_batched_tokens = max(config.step_tokens(info.step_tokens), info.max_num_seqs)
-        self._speculation = Speculation(info, config, self._blocks, max_num_batched_tokens, draft_backend)
-        self.draft_model, self.may_guess = self._speculation.model, self._speculation.may_guess
+        self._scheduler = Scheduler(info, config, self._blocks, draft_backend)
+        self.draft_model, self.may_guess = self._scheduler.speculation.model, self._scheduler.speculation.may_guess
         self._has_model_guesses = False  # in the next step
-        self._scheduler = Scheduler(
-            self._blocks,
-            self._speculation,
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            pace=self._pace,
-        )
         self._seq_ids = itertools.count()
         self._beams = BeamSequences(self._scheduler, info.vocab_size, self._seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
@@ -318,11 +307,11 @@ class Engine:
             computing -= self._processor_times.note(step.processors.values(), self.stats)
         has_model_guesses, self._has_model_guesses = self._has_model_guesses, False
         if max(step.runs.values()) > 1:
-            if self._pace is not None:
+            if self._scheduler.pace is not None:
                 chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs.items()]
-                self._pace.observe(chunks, computing)
+                self._scheduler.pace.observe(chunks, computing)
             return seconds
-        wait_cost = self._speculation.wait_cost
+        wait_cost = self._scheduler.speculation.wait_cost
         if self.draft_model is None and wait_cost is None:
             return seconds
         num_rows = sum(1 + len(seq.draft_token_ids) for seq in step.runs)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from itertools import takewhile
 from operator import attrgetter
 
-from brlite.engine.backend import PoolingInput, SamplingInput, ScheduledSeq
+from brlite.config.options import EngineConfig
+from brlite.engine.backend import Backend, BackendInfo, PoolingInput, SamplingInput, ScheduledSeq
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import DraftPlan
@@ -46,24 +47,18 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        speculation: Speculation,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        pace: StepPace | None = None,
+        self, info: BackendInfo, config: EngineConfig, blocks: BlockManager, draft_backend: Backend | None
     ) -> None:
-        """`max_num_batched_tokens` is at least `max_num_seqs`."""
+        """`draft_backend` computes the draft model."""
+        self.pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._begun_waiting: dict[Sequence, None] = {}  # of requests that have begun; those that wait longest first
         self._blocks = blocks
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._pace = pace
-        self._speculation = speculation
+        self._max_num_seqs = info.max_num_seqs
+        self._max_num_batched_tokens = max(config.step_tokens(info.step_tokens), info.max_num_seqs)
+        self.speculation = Speculation(info, config, blocks, self._max_num_batched_tokens, draft_backend)
         self._now = 0.0  # the time of the last `schedule`
 
     @property
@@ -141,7 +136,7 @@ class Scheduler:
             if num_tokens > num_slots:
                 num_missing += self._blocks.num_blocks_for(num_tokens - num_slots)
         has_room = num_missing <= self._blocks.num_free and self._next_to_replace() is None
-        return has_room and not self._speculation.wants_result(self.running)
+        return has_room and not self.speculation.wants_result(self.running)
 
     def schedule(self, now: float) -> Runs:
         """The runs of the step at `now`. Its sequences hold the blocks that these need."""
@@ -179,21 +174,21 @@ class Scheduler:
                 rest = min(seq.num_left - scheduled[seq], budget)
                 scheduled[seq] += rest
                 budget -= rest
-        if self._speculation.max_draft_tokens:
-            self._speculation.add_drafts(scheduled, self.running, budget + num_held_back)
+        if self.speculation.max_draft_tokens:
+            self.speculation.add_drafts(scheduled, self.running, budget + num_held_back)
         return scheduled
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
         """The guesses that the draft model should make before the next step, by `Speculation.plan`."""
-        return None if self._match_next() is not None else self._speculation.plan(self.running, now)
+        return None if self._match_next() is not None else self.speculation.plan(self.running, now)
 
     def _num_paced_tokens(self, num_answers: int, prompts: list[Sequence]) -> int:
         """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
-        if self._pace is None or not num_answers:
+        if self.pace is None or not num_answers:
             return self._max_num_batched_tokens
         start = max((seq.num_scheduled_tokens for seq in prompts), default=0)
         start = max(start, len(self._match_next() or ()) * self._blocks.block_size)
-        num_chunk_tokens = self._pace.num_chunk_tokens(start, num_answers)
+        num_chunk_tokens = self.pace.num_chunk_tokens(start, num_answers)
         if num_chunk_tokens is None:
             return self._max_num_batched_tokens
         return min(self._max_num_batched_tokens, num_answers + num_chunk_tokens)

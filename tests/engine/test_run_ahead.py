@@ -203,9 +203,9 @@ def test_on_a_backend_that_runs_ahead_text_is_guessed_only_if_the_config_says_so
 def test_guesses_that_gain_less_than_the_device_would_wait_are_not_made():
     def drafted(wait_cost: float) -> int:
         driver = ahead(max_draft_tokens=1, next_token=lambda *_: ord("a"), engine={"speculation": "on"}, budget=32)
-        assert driver.engine._speculation.wait_cost is not None
-        driver.engine._speculation.wait_cost.observe = lambda *_, **more: None  # type: ignore[method-assign]
-        driver.engine._speculation.wait_cost.cost = wait_cost
+        assert driver.engine._scheduler.speculation.wait_cost is not None
+        driver.engine._scheduler.speculation.wait_cost.observe = lambda *_, **more: None  # type: ignore[method-assign]
+        driver.engine._scheduler.speculation.wait_cost.cost = wait_cost
         driver.submit("aaaaaaaa", max_tokens=30)
         driver.finish()
         return driver.engine.stats.draft_tokens

@@ -125,7 +125,7 @@ def answers(kind: str) -> tuple[dict[str, Any], EngineStats]:
         draft_backend=draft,
     )
     engine: Any = driver.engine
-    engine._speculation.wait_cost.cost = 0.0
+    engine._scheduler.speculation.wait_cost.cost = 0.0
     if draft is not None:
         engine.draft_model.cost.per_guess = lambda num_seqs: 0.0
     for number in range(10):
