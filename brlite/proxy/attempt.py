@@ -51,14 +51,6 @@ class AttemptState(enum.Enum):
 # Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 CONNECTING, SENT, BUFFERING, RELAYING, DONE = AttemptState
 
-TRANSITIONS = {
-    CONNECTING: {SENT, DONE},
-    SENT: {BUFFERING, RELAYING, DONE},
-    BUFFERING: {RELAYING, DONE},
-    RELAYING: {DONE},
-    DONE: set(),
-}
-
 # If a reused connection is lost within this time after a request was sent, it was closed before the request arrived.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write

@@ -54,12 +54,6 @@ class ExchangeState(enum.Enum):
 # Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 QUEUED, TRYING, DONE = ExchangeState
 
-TRANSITIONS = {
-    QUEUED: {TRYING, DONE},
-    TRYING: {QUEUED, DONE},
-    DONE: set(),
-}
-
 
 class ExchangeOwner(Protocol):
     """The part of the forwarder that an exchange uses."""

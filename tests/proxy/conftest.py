@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
@@ -12,16 +13,24 @@ import pytest
 from brlite.proxy import attempt, exchange, fast_path
 from tests.limits import PATIENCE_SECONDS
 
-TRANSITIONS: dict[enum.Enum, set[enum.Enum]] = {
-    **attempt.TRANSITIONS,
-    **exchange.TRANSITIONS,
-    **fast_path.TRANSITIONS,
-}
+
+def read_table(kind: type[enum.Enum]) -> dict[enum.Enum, set[enum.Enum]]:
+    """Each state with the states that may follow it: those in its column of the table in the enum's docstring."""
+    lines = [line.strip() for line in (kind.__doc__ or "").splitlines()]
+    (_, *states), *rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
+    following: dict[enum.Enum, set[enum.Enum]] = {state: set() for state in kind}
+    for column, name in enumerate(states, 1):
+        words = {word for row in rows for word in re.findall("[A-Z]+", row[column])}
+        following[kind[name.strip()]] = {kind[word] for word in words - {name.strip()}}
+    return following
+
+
+TRANSITIONS = read_table(attempt.AttemptState) | read_table(exchange.ExchangeState) | read_table(fast_path.PathState)
 
 
 @pytest.fixture(autouse=True)
 def transitions(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[enum.Enum, enum.Enum]]]:
-    """The changes of state in a test, each of which must stand in the table of its file."""
+    """The changes of state in a test, each of which must stand in the table of its enum."""
     seen: set[tuple[enum.Enum, enum.Enum]] = set()
 
     def watch(kind: type, name: str) -> None:
