@@ -19,7 +19,7 @@ from brlite.grammar.grammar_text import check_grammar, is_gbnf
 from brlite.grammar.matcher import Grammar, GuidedMatcher, Matcher, NumberTokens
 from brlite.grammar.patterns import PatternRefused, pattern_size
 from brlite.grammar.schema_references import SchemaRefused
-from brlite.grammar.schema_walk import SchemaLimits, WalkedSchema, parse_schema, walk_schema
+from brlite.grammar.schema_walk import WalkedSchema, parse_schema, walk_schema
 from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer import Tokenizer
 
@@ -147,16 +147,7 @@ class Library:
         return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)  # type: ignore[arg-type]  # a TypedDict with these keys
 
     def _walk(self, schema: Any) -> WalkedSchema:
-        config = self._config
-        limits = SchemaLimits(
-            max_subschemas=config.max_subschemas,
-            max_properties=config.max_properties,
-            max_optional_properties=config.max_optional_properties,
-            max_references=config.max_references,
-            max_repetitions=config.max_repetitions,
-            max_joint_patterns=config.max_joint_patterns,
-        )
-        return walk_schema(schema, limits)
+        return walk_schema(schema, self._config)
 
     def _check_warnings(self, schemas: Mapping[str, WalkedSchema], warnings: Sequence[str]) -> None:
         """Refuse a schema with a keyword that llguidance ignores: it would not be enforced."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from brlite.config.options import GrammarConfig
 from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, name_pattern, pattern_size, rewritten
 from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
@@ -41,17 +42,6 @@ _NOT_ENFORCED = (
 )
 _ANNOTATIONS = ("x-guidance", "default", "examples", "example")
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-
-
-class SchemaLimits(NamedTuple):
-    """The bounds of a schema. `max_references` counts references in a row, each inside the target of the one before."""
-
-    max_subschemas: int
-    max_properties: int
-    max_optional_properties: int
-    max_references: int
-    max_repetitions: int
-    max_joint_patterns: int
 
 
 class WalkedSchema(NamedTuple):
@@ -87,15 +77,15 @@ def parse_schema(text: str) -> Any:
     return schema
 
 
-def walk_schema(schema: Any, limits: SchemaLimits) -> WalkedSchema:
-    """Check and rewrite a schema. Raises `SchemaRefused`."""
+def walk_schema(schema: Any, limits: GrammarConfig) -> WalkedSchema:
+    """Check and rewrite a schema. Raises `SchemaRefused`, also for one beyond the `limits`."""
     walk = _Walk(schema, limits)
     walk.run()
     return WalkedSchema(schema, list(walk.places.values()))
 
 
 class _Walk:
-    def __init__(self, root: Any, limits: SchemaLimits) -> None:
+    def __init__(self, root: Any, limits: GrammarConfig) -> None:
         self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by `id`, which stays valid as `_root` is referenced
         self._root = root
         self._references: SchemaReferences  # made once the nesting is bounded
