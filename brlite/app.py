@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from brlite.config.address import is_loopback_address
 from brlite.config.options import Config
 from brlite.config.validation import override
 from brlite.config.warnings import check_supported
@@ -18,7 +19,7 @@ from brlite.http.body import BODIES, BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import PROBE_PATHS
 from brlite.http.middlewares import add_middlewares
-from brlite.http.origin_policy import OriginPolicy, is_loopback_address
+from brlite.http.origin_policy import OriginPolicy
 from brlite.proxy.catalog import Catalog
 from brlite.proxy.fast_path import FastPaths
 from brlite.proxy.forwarder import Forwarder

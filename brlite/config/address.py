@@ -13,6 +13,7 @@ _UNIX = re.compile(r"unix:(?P<path>/[^\x00\s]+)")
 _VERSION = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
 API = "/v1"  # the prefix of request paths
 _LABEL = re.compile(r"[\w-]{1,63}")  # of a host name, RFC 1035; international names have other letters
+_IPV4_LOOPBACK = re.compile(r"127(?:\.[0-9]{1,3}){1,3}")  # 127.1 too
 MAX_HOST = 253  # characters
 _PORTS = {"http": 80, "https": 443}
 
@@ -53,6 +54,19 @@ def is_host(text: str) -> bool:
         except ValueError:
             return False
     return len(text) <= MAX_HOST and all(_LABEL.fullmatch(label) for label in text.removesuffix(".").split("."))
+
+
+def is_loopback_address(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`, which may have brackets."""
+    from ipaddress import ip_address
+
+    name = host.lower().removeprefix("[").removesuffix("]")
+    if name == "localhost" or name.endswith(".localhost") or _IPV4_LOOPBACK.fullmatch(name):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_address(url: str) -> Address | None:

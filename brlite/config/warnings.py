@@ -11,12 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from brlite.config.address import parse_address
+from brlite.config.address import is_loopback_address, parse_address
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 from brlite.process.machine import OWN_DESCRIPTORS, descriptor_limit, find_cpus
 
-LOOPBACK = ("localhost", "::1")
 GIB = 2**30
 _TOGETHER = 'the models of load = "start" need together'
 
@@ -89,7 +88,7 @@ def _has_key(config: Config) -> bool:
 
 
 def _server(config: Config) -> Warnings:
-    if not _has_key(config) and not _is_loopback(config.server.host):
+    if not _has_key(config) and not is_loopback_address(config.server.host):
         yield (
             f"server.host = {config.server.host}: any client that can reach this address can use the server: "
             "no API key is set"
@@ -153,7 +152,7 @@ def _upstreams(config: Config) -> Warnings:
             if model in here:
                 yield f"upstream {name}: {model} is served here, not forwarded"
         has_key = upstream.api_key is not None or upstream.api_key_env is not None
-        if has_key and address is not None and not (address.is_tls or address.unix_path or _is_loopback(address.host)):
+        if has_key and address is not None and not (address.is_tls or is_loopback_address(address.host)):
             yield f"upstream {name}: its API key is sent unencrypted; use https"
         if not has_key and upstream.api_key_header != "authorization":
             yield f"upstream {name}: api_key_header has no effect without an api_key"
@@ -222,10 +221,6 @@ def _forwarded_models(config: Config) -> set[str]:
     """The models whose requests are forwarded."""
     listed = {model for url, model in config.proxy.all_models.items() if parse_address(url) is not None}
     return listed.union(*(upstream.models for upstream in config.upstream)) - _local_models(config)
-
-
-def _is_loopback(host: str) -> bool:
-    return host in LOOPBACK or host.startswith("127.")
 
 
 def _weights(spec: ModelSpec) -> Warnings:

@@ -16,6 +16,7 @@ import ipaddress
 import re
 from functools import lru_cache
 
+from brlite.config.address import is_loopback_address
 from brlite.errors import Forbidden
 from brlite.http.keys import ApiKeys
 
@@ -33,7 +34,6 @@ _LOCAL_NAMES = frozenset(
         "host.rancher-desktop.internal",
     }
 )
-_IPV4_LOOPBACK = re.compile(r"127(?:\.[0-9]{1,3}){1,3}")  # 127.1 too
 _PORT = re.compile(r":[0-9]*\Z")
 
 
@@ -103,17 +103,6 @@ def is_safe_host(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_loopback_address(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
-    name = host.lower()
-    if name == "localhost" or name.endswith(".localhost") or _IPV4_LOOPBACK.fullmatch(name):
-        return True
-    try:
-        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_name(host: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brlite.config.address import is_host, parse_address
+from brlite.config.address import is_host, is_loopback_address, parse_address
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,23 @@ def test_names_and_addresses_are_hosts(host: str) -> None:
 @pytest.mark.parametrize("url", ["http://[1:2]", "http://[::1::]", f"http://{'x' * 64}"])
 def test_a_url_without_a_possible_host_is_no_address(url: str) -> None:
     assert parse_address(url) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.2.1", True),
+        ("LocalHost", True),
+        ("a.localhost", True),
+        ("127.example", False),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("gpu-box", False),
+        ("10.0.0.1", False),
+    ],
+)
+def test_a_server_on_loopback_is_known_by_its_address(address: str, is_loopback: bool) -> None:
+    assert is_loopback_address(address) is is_loopback

@@ -240,6 +240,7 @@ def test_the_default_config_gives_no_warning():
     ("config", "message"),
     [
         (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: any client that can reach this address"),
+        (Config(server=ServerConfig(host="127.example")), "server.host = 127.example: any client that can reach"),
         (
             Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)),
             "model[0]: model_file /b.pt is read only if /a has no weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brlite.http.keys import ApiKeys
-from brlite.http.origin_policy import OriginPolicy, is_loopback_address
+from brlite.http.origin_policy import OriginPolicy
 
 LOCAL = OriginPolicy(keys=ApiKeys(), is_loopback=True)
 HOST = "127.0.0.1:8000"
@@ -163,20 +163,3 @@ def test_keys_that_come_by_a_reload_open_the_names() -> None:
 
     assert before is not None
     assert policy.refusal("api.example", None, None) is None
-
-
-@pytest.mark.parametrize(
-    ("address", "is_loopback"),
-    [
-        ("127.0.0.1", True),
-        ("127.3.2.1", True),
-        ("localhost", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("gpu-box", False),
-        ("10.0.0.1", False),
-    ],
-)
-def test_a_server_on_loopback_is_known_by_its_address(address: str, is_loopback: bool) -> None:
-    assert is_loopback_address(address) is is_loopback
