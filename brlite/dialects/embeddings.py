@@ -9,86 +9,84 @@ import base64
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Priority, Text, Timeout, TokenIds, Truncation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import Whole, truncation
-from brlite.dialects.openai_answer import PromptUsage, encode_json
+from brlite.dialects.openai_answer import AnswerList, PromptUsage, encode_json
 from brlite.dialects.openai_completions import read_prompts
 from brlite.sampling_params import Pooling, PoolingParams
 
 
-class EmbeddingRequest(Struct, kw_only=True):
-    input: str | list[str | int | list[int]]
+class PromptRequest(Struct, kw_only=True):
+    """The fields that requests without generated text have in common: embeddings, rerank, score."""
+
     model: str | None = None
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Whole | None = None
-    normalize: bool | None = None
-    pooling: Pooling | None = None
-    add_special_tokens: bool | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
     priority: Priority | None = None
     timeout: Timeout | None = None
+    strict: bool | None = None
 
 
-class EmbeddingItem(Struct):
+class EmbeddingRequest(PromptRequest, kw_only=True):
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Whole | None = None
+    normalize: bool | None = None
+    pooling: Pooling | None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingItem(Struct, tag_field="object", tag="embedding"):
     """One embedding, as numbers or in base64."""
 
-    object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingAnswer(Struct, kw_only=True):
-    id: str
-    object: Literal["list"] = "list"
-    created: int
-    model: str
-    data: Sequence[EmbeddingItem | msgspec.Raw]
-    usage: PromptUsage
-    warnings: Sequence[str] | UnsetType = UNSET
+class EmbeddingAnswer(AnswerList[EmbeddingItem]):
+    pass
 
 
-class PoolingItem(Struct):
+class PoolingItem(Struct, tag_field="object", tag="pooling"):
     """One embedding in the shape of vLLM's /pooling."""
 
-    object: Literal["pooling"]
     index: int
     data: list[float] | str
 
 
-class PoolingAnswer(Struct, kw_only=True):
-    id: str
-    object: Literal["list"] = "list"
-    created: int
-    model: str
-    data: Sequence[PoolingItem | msgspec.Raw]
-    usage: PromptUsage
-    warnings: Sequence[str] | UnsetType = UNSET
+class PoolingAnswer(AnswerList[PoolingItem]):
+    pass
 
 
-class Embedding(Struct, frozen=True, kw_only=True):
-    """A call: texts or tokens, and how to embed them. `names` has the name of each input in errors."""
+class PromptCall(Struct, frozen=True, kw_only=True):
+    """The fields that calls without generated text have in common. `is_strict`: refused if there would be a warning."""
 
     model: str | None
-    inputs: tuple[Text | TokenIds, ...]
-    names: tuple[str, ...]
-    params: PoolingParams
-    is_base64: bool
     truncation: Truncation | None
     cache_salt: str
     priority: int | None
     timeout_seconds: float | None
+    is_strict: bool
     warnings: tuple[str, ...]
+
+
+class Embedding(PromptCall, frozen=True, kw_only=True):
+    """A call: texts or tokens, and how to embed them. `names` has the name of each input in errors."""
+
+    inputs: tuple[Text | TokenIds, ...]
+    names: tuple[str, ...]
+    params: PoolingParams
+    is_base64: bool
 
 
 class EmbeddingDialect(NamedTuple):
@@ -96,8 +94,8 @@ class EmbeddingDialect(NamedTuple):
 
     path: str
     id_prefix: str
-    item: type[EmbeddingItem | PoolingItem]
-    answer: type[EmbeddingAnswer | PoolingAnswer]
+    item: Callable[[int, list[float] | str], Struct]
+    answer: Callable[..., Struct]
 
 
 EMBEDDINGS = EmbeddingDialect("/v1/embeddings", "embd-", EmbeddingItem, EmbeddingAnswer)
@@ -107,48 +105,51 @@ _DECODER = BodyDecoder(EmbeddingRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Embedding:
-    """Decode the body. Raises `InvalidRequest`, naming the field.
-
-    With `truncate_prompt_tokens` an input is cut at its end unless `truncation_side` is set, as the tokenizers of
-    embedding models do.
-    """
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     inputs = read_prompts("input", body.input, limits, "max_embedding_inputs", body.add_special_tokens is not False)
     is_list = isinstance(body.input, list) and not isinstance(body.input[0], int)
-    cut = None
-    if body.truncate_prompt_tokens is not None:
-        cut = truncation(body.truncate_prompt_tokens, body.truncation_side or "right")
     dimensions: Any = body.dimensions  # PoolingParams refuses all but whole numbers
     if isinstance(dimensions, float) and dimensions.is_integer():
         dimensions = int(dimensions)  # JSON may write 6 as 6.0
     return Embedding(
-        model=body.model,
         inputs=inputs,
         names=tuple(f"input[{number}]" for number in range(len(inputs))) if is_list else ("input",),
         params=PoolingParams(pooling=body.pooling, dimensions=dimensions, normalize=body.normalize is not False),
         is_base64=body.encoding_format == "base64",
-        truncation=cut,
-        cache_salt=body.cache_salt or "",
-        priority=body.priority,
-        timeout_seconds=body.timeout,
-        warnings=warnings,
+        **prompt_fields(body, undecoded),
     )
+
+
+def prompt_fields(body: PromptRequest, undecoded: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    """The fields of a `PromptCall`. `undecoded` are the fields that the body's struct lacks.
+
+    With `truncate_prompt_tokens` a text is cut at its end unless `truncation_side` is set, as the tokenizers of
+    embedding models do. Raises `InvalidRequest`.
+    """
+    cut = body.truncate_prompt_tokens
+    return {
+        "model": body.model,
+        "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
+        "cache_salt": body.cache_salt or "",
+        "priority": body.priority,
+        "timeout_seconds": body.timeout,
+        "is_strict": bool(body.strict),
+        "warnings": check_undecoded(undecoded, generates=False) if undecoded else (),
+    }
 
 
 def encode_item(dialect: EmbeddingDialect, index: int, embedding: array[float], *, is_base64: bool) -> msgspec.Raw:
     """One item of an answer. Items are encoded separately because a list of numbers takes long to encode."""
-    value: Any = embedding.tolist()
+    value: list[float] | str = embedding.tolist()
     if is_base64:
         if sys.byteorder == "big":
             embedding = array("f", embedding)
             embedding.byteswap()
         value = base64.b64encode(embedding.tobytes()).decode()
-    kind: Any = dialect.item
-    return msgspec.Raw(encode_json(kind(dialect.item.__name__.removesuffix("Item").lower(), index, value)))
+    return msgspec.Raw(encode_json(dialect.item(index, value)))
 
 
 def encode_answer(dialect: EmbeddingDialect, items: Sequence[msgspec.Raw], usage: PromptUsage, **others: Any) -> bytes:
     """The whole answer. `others` are its `id`, the `model` name that the client sent, and `warnings`."""
-    kind: Any = dialect.answer
-    return encode_json(kind(data=items, usage=usage, created=int(time.time()), **others))
+    return encode_json(dialect.answer(data=items, usage=usage, created=int(time.time()), **others))

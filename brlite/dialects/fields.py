@@ -143,7 +143,7 @@ OBEYED = (
     ObeyedField("cache_salt", (*ALL_FIVE, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),
-    ObeyedField("strict", ALL_FIVE, (), "whatever the answer would warn of is a 400"),
+    ObeyedField("strict", (*ALL_FIVE, *OF_PROMPTS), (), "whatever the answer would warn of is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
     ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -17,6 +17,8 @@ from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.sse import DONE_EVENT, frame, on_one_line
+
+T = TypeVar("T")
 
 LOWEST_LOGPROB = -9999.0  # replaces minus infinity, which JSON lacks; vLLM's value
 
@@ -31,6 +33,18 @@ class PromptUsage(Struct):
     prompt_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class AnswerList(Struct, Generic[T], kw_only=True):
+    """The answer to a request that generates no text: an item for each input."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: Sequence[T | msgspec.Raw]
+    usage: PromptUsage
+    warnings: Sequence[str] | UnsetType = UNSET
 
 
 class CompletionTokensDetails(Struct):

@@ -14,11 +14,10 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Priority, Timeout, Truncation
+from brlite.dialects.embeddings import PromptCall, PromptRequest, prompt_fields
 from brlite.dialects.json_body import BodyDecoder, missing_field
 from brlite.dialects.openai import Whole, truncation
-from brlite.dialects.openai_answer import PromptUsage, encode_json
+from brlite.dialects.openai_answer import AnswerList, PromptUsage, encode_json
 from brlite.errors import InvalidRequest
 
 
@@ -26,19 +25,13 @@ class TextPart(Struct):
     text: str
 
 
-class PairRequest(Struct, kw_only=True):
+class PairRequest(PromptRequest, kw_only=True):
     """The fields that rerank and score have in common."""
 
-    model: str | None = None
     use_activation: bool | None = None
     instruction: str | None = None
     instruct: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    truncate_prompt_tokens: Whole | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    cache_salt: str | None = None
-    priority: Priority | None = None
-    timeout: Timeout | None = None
 
 
 class RerankRequest(PairRequest, kw_only=True):
@@ -91,17 +84,11 @@ class ScoreItem(Struct, kw_only=True):
     score: float
 
 
-class ScoreAnswer(Struct, kw_only=True):
-    id: str
-    object: Literal["list"] = "list"
-    created: int
-    model: str
-    data: list[ScoreItem]
-    usage: PromptUsage
-    warnings: Sequence[str] | UnsetType = UNSET
+class ScoreAnswer(AnswerList[ScoreItem]):
+    pass
 
 
-class Scoring(Struct, frozen=True, kw_only=True):
+class Scoring(PromptCall, frozen=True, kw_only=True):
     """A call: each text of `seconds` is scored with the text of `firsts` at the same index, or with the only one.
 
     `first_names` and `second_names` name the texts in errors. `top_n` and `returns_documents` are rerank's; with
@@ -109,18 +96,12 @@ class Scoring(Struct, frozen=True, kw_only=True):
     model's default. So is an `instruction` of None, which says what makes a document relevant.
     """
 
-    model: str | None
     firsts: tuple[str, ...]
     seconds: tuple[str, ...]
     first_names: tuple[str, ...]
     second_names: tuple[str, ...]
     use_activation: bool | None
     instruction: str | None
-    truncation: Truncation | None
-    cache_salt: str
-    priority: int | None
-    timeout_seconds: float | None
-    warnings: tuple[str, ...]
     top_n: int | None = None
     returns_documents: bool = True
     is_tei: bool = False
@@ -267,10 +248,9 @@ def _one_of(body: ScoreRequest, names: Sequence[str]) -> str:
 
 
 def _common(body: PairRequest, undecoded: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
-    cut, variables = body.truncate_prompt_tokens, body.chat_template_kwargs or {}
-    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
+    fields, variables = prompt_fields(body, undecoded), body.chat_template_kwargs or {}
     if variables.keys() - INSTRUCTIONS:
-        warnings += ("chat_template_kwargs: only instruction has an effect at this endpoint",)
+        fields["warnings"] += ("chat_template_kwargs: only instruction has an effect at this endpoint",)
     instruction, given_as = None, ""
     for name, value in (
         *((name, getattr(body, name)) for name in INSTRUCTIONS),
@@ -282,13 +262,4 @@ def _common(body: PairRequest, undecoded: Mapping[str, msgspec.Raw]) -> dict[str
             raise InvalidRequest(f"{name} differs from {given_as}; give one of them", param=name)
         if value is not None:
             instruction, given_as = value, name
-    return {
-        "model": body.model,
-        "use_activation": body.use_activation,
-        "instruction": instruction,
-        "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
-        "cache_salt": body.cache_salt or "",
-        "priority": body.priority,
-        "timeout_seconds": body.timeout,
-        "warnings": warnings,
-    }
+    return {**fields, "use_activation": body.use_activation, "instruction": instruction}

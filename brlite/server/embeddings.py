@@ -13,13 +13,13 @@ from msgspec import UNSET
 from brlite.dialects.embeddings import (
     Embedding,
     EmbeddingDialect,
+    PromptCall,
     decode,
     encode_answer,
     encode_item,
 )
-from brlite.dialects.generation import Text
+from brlite.dialects.generation import Text, refuse_warnings
 from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
-from brlite.dialects.scores import Scoring
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Origin
@@ -43,9 +43,9 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         name = call.model or model.name
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_pooling(call.params, engine.info)
-        prompts, warnings = await encode_inputs(call, engine, tenant)
+        origin, warnings = origin_of(request, call)
+        prompts, truncations = await encode_inputs(call, engine, tenant)
         num_tokens = sum(map(len, prompts))
-        origin, raised = origin_of(request, call)
         with charge(request, name, num_tokens):
             outputs = await engine.embed(prompts, call.params, origin=origin, request_id=answer_id, names=call.names)
     items = []
@@ -61,7 +61,7 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         PromptUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
-        warnings=[*call.warnings, *warnings, *raised] or UNSET,
+        warnings=[*warnings, *truncations] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
 
@@ -109,11 +109,14 @@ def in_progress(request: web.Request, in_body: float | None, answer_id: str) -> 
             deadline.cancel()
 
 
-def origin_of(request: web.Request, call: Embedding | Scoring) -> tuple[Origin, tuple[str, ...]]:
-    """The origin of a call's prompts, and a warning if its key does not allow the priority that it asks for."""
+def origin_of(request: web.Request, call: PromptCall) -> tuple[Origin, list[str]]:
+    """The origin of a call's prompts, and its warnings. Raises `InvalidRequest` for a warning of a strict call."""
     key = request[API_KEY]
     priority, raised = key.allowed_priority(call.priority)
-    return Origin(key.tenant, key.weight, priority, call.cache_salt), raised
+    warnings = [*call.warnings, *raised]
+    if call.is_strict or request.app[CONFIG].server.strict:
+        refuse_warnings(warnings)
+    return Origin(key.tenant, key.weight, priority, call.cache_salt), warnings
 
 
 @contextmanager

@@ -40,9 +40,9 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 code="no_scoring_head",
             )
         engine.scoring_head.check_instruction(call.instruction)
-        prompts, warnings = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
+        origin, warnings = origin_of(request, call)
+        prompts, truncations = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
         num_tokens = sum(map(len, prompts))
-        origin, raised = origin_of(request, call)
         with charge(request, name, num_tokens):
             outputs = await engine.embed(prompts, SCORING, origin=origin, request_id=answer_id, names=call.second_names)
     num_cached = sum(output.num_cached_tokens for output in outputs)
@@ -52,7 +52,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
         PromptUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
-        warnings=[*call.warnings, *warnings, *raised] or UNSET,
+        warnings=[*warnings, *truncations] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
 

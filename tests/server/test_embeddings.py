@@ -15,6 +15,7 @@ import aiohttp
 import openai
 import pytest
 
+from brlite.config.options import ServerConfig
 from tests.fakes import HIDDEN_SIZE, hidden_state
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body
@@ -113,6 +114,20 @@ async def test_a_longer_text_is_cut_as_told_and_the_answer_says_so(client: Clien
     assert most["usage"]["prompt_tokens"] == 64
     assert (len(many["warnings"]), many["warnings"][-1]) == (17, "and 4 more were cut")
     assert special["data"][0]["embedding"] == pytest.approx(unit(hidden_state([97, 98, 256])), rel=1e-6)
+
+
+async def test_a_strict_server_and_a_strict_request_refuse_what_would_be_a_warning_but_no_cut_text(
+    client: Client, make_client: MakeClient
+) -> None:
+    strict = await make_client(config={"server": ServerConfig(strict=True)})
+
+    warned = await embed(client, frob=1)
+    refused = [await client.post(PATH, body(frob=1, strict=True)), await strict.post(PATH, body(frob=1))]
+    cut = await embed(strict, "hello, you", truncate_prompt_tokens=5, strict=True)
+
+    assert warned["warnings"] == ["the field 'frob' is not known and was ignored"]
+    assert [(status, answer["error"]["code"]) for status, answer in refused] == [(400, "strict")] * 2
+    assert cut["warnings"] == ["input of 10 tokens was cut to 5 tokens by truncate_prompt_tokens"]
 
 
 async def test_pooling_answers_in_vllms_shape(client: Client) -> None:

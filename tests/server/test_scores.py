@@ -360,7 +360,9 @@ async def test_a_wrong_instruction_is_named(
 
 async def test_an_instruction_without_a_place_is_refused_and_other_variables_are_a_warning(scorer: Client) -> None:
     refused, answer = await scorer.post("/v1/rerank", rerank_body(instruct="Find"))
-    status, warned = await scorer.post("/v1/rerank", rerank_body(chat_template_kwargs={"enable_thinking": False}))
+    body = rerank_body(chat_template_kwargs={"enable_thinking": False})
+    status, warned = await scorer.post("/v1/rerank", body)
+    strict = await scorer.post("/v1/rerank", {**body, "strict": True})
 
     assert (refused, answer["error"]["param"]) == (400, "instruction")
     assert "the prompt of a pair has no place for it" in answer["error"]["message"]
@@ -368,3 +370,4 @@ async def test_an_instruction_without_a_place_is_refused_and_other_variables_are
         200,
         ["chat_template_kwargs: only instruction has an effect at this endpoint"],
     )
+    assert (strict[0], strict[1]["error"]["code"]) == (400, "strict")
