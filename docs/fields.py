@@ -176,7 +176,8 @@ def describe_rows(rows: tuple[Any, ...]) -> str:
         values = "any value" if row.neutral is None else ", ".join(f"`{json.dumps(each)}`" for each in row.neutral)
         if row.switch:
             values = f"any value where `{row.switch}` is off"
-        lines.append(f"| {names} | {', '.join(row.known_to)} | {values or 'null'} | {row.instead} |\n")
+        instead = " or ".join(row.instead.split())
+        lines.append(f"| {names} | {', '.join(row.known_to)} | {values or 'null'} | {instead} |\n")
     return "".join(lines)
 
 

@@ -93,7 +93,7 @@ def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
 
 
 def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: LimitsConfig) -> Generation:
-    more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
+    more = take_undecoded(body, undecoded, OWN_PARAMETERS) if undecoded else NOTHING_MORE
     warnings = dict.fromkeys(more.warnings)
     if not body.messages:
         raise InvalidRequest("messages: at least one message is required", param="messages")
@@ -104,7 +104,6 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
             code="thread_unsupported_request",
         )
     check_num_entries("messages", len(body.messages), limits, "max_messages")
-    check_num_entries("stop_sequences", len(body.stop_sequences or ()), limits, "max_stop_strings")
     reader = TurnReader()
     reader.read(body.system, body.messages)
     tools = decode_messages_tools(body.tools, body.tool_choice, limits)

@@ -135,7 +135,7 @@ def prompt_fields(body: PromptRequest, undecoded: Mapping[str, msgspec.Raw]) -> 
         "priority": body.priority,
         "timeout_seconds": body.timeout,
         "is_strict": bool(body.strict),
-        "warnings": check_undecoded(undecoded, generates=False) if undecoded else (),
+        "warnings": check_undecoded(undecoded, body.__struct_fields__, generates=False) if undecoded else (),
     }
 
 

@@ -220,8 +220,9 @@ OTHER_NAMES = (
 class Field(NamedTuple):
     """Names of fields that are not decoded.
 
-    `neutral` are the values, besides null, that cannot change the answer; None: no value can. `instead` names the field
-    to use. `switch` is a field that switches these off: if the request gives it a neutral value, any value is accepted.
+    `neutral` are the values, besides null, that cannot change the answer; None: no value can. `instead` are the fields
+    and endpoints to use; an error names those fields that the request's endpoint has. `switch` is a field that switches
+    these off: if the request gives it a neutral value, any value is accepted.
     """
 
     names: str
@@ -249,7 +250,7 @@ NOT_DECODED = (
     Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
     Field("grammar_triggers", (LLAMA_CPP,), ([],)),
-    Field("stop_regex", (SGLANG,), ("", []), "stop"),
+    Field("stop_regex", (SGLANG,), ("", []), "stop stop_sequences"),
     Field("web_search_options moderation conversation", (OPENAI,)),
     Field("mcp_servers", (ANTHROPIC,), ([],)),
     Field("container", (ANTHROPIC,)),
@@ -267,12 +268,12 @@ NOT_DECODED = (
     Field("task", (VLLM,), ("embed",)),
     Field("embed_dtype", (VLLM,), ("float32",)),
     Field("endianness", (VLLM,), ("native", "little")),
-    Field("activation softmax", (VLLM,), (True,), "normalize or use_activation"),
+    Field("activation softmax", (VLLM,), (True,), "normalize use_activation"),
     Field("embd_normalize", (LLAMA_CPP,), (2,), "normalize"),
     Field("image", (SGLANG,)),
     # Sampling.
     Field("beam_width", (SGLANG,), (1,), "use_beam_search"),
-    Field("logit_processors custom_logit_processor", (SGLANG,), ("", []), "logits_processors, by name"),
+    Field("logit_processors custom_logit_processor", (SGLANG,), ("", []), "logits_processors"),
     Field("custom_params vllm_xargs", (SGLANG, VLLM), ({},)),
     Field("repetition_detection watermark", (VLLM, SGLANG), (False,)),
     Field("mirostat", (LLAMA_CPP,), (0,)),
@@ -312,21 +313,22 @@ OF_ONE_ENDPOINT = (
     Field("messages tools functions documents", (OPENAI, VLLM), ([],), "/v1/chat/completions"),
     Field("tool_choice function_call", (OPENAI,), ("none", "auto"), "/v1/chat/completions"),
     Field("parallel_tool_calls include_reasoning separate_reasoning", (OPENAI, VLLM, SGLANG), None),  # need a chat
-    Field("reasoning_effort", (OPENAI,), ("medium",), "/v1/chat/completions"),
+    Field("reasoning_effort", (OPENAI,), ("medium",), "reasoning.effort output_config.effort /v1/chat/completions"),
     Field("chat_template_kwargs", (VLLM,), ({},), "/v1/chat/completions"),
-    Field("prompt", (OPENAI,), ("", []), "input or messages: no prompts are stored here; or /v1/completions"),
+    Field("prompt", (OPENAI,), ("", []), "input messages /v1/completions"),
     Field("input_prefix input_suffix", (LLAMA_CPP,), ("",), "/infill"),
     Field("input_extra", (LLAMA_CPP,), ([],), "/infill"),
     Field("return_tokens", (LLAMA_CPP,), (False,), "return_token_ids"),
 )
 
+_LENGTHS = "max_tokens max_completion_tokens max_output_tokens"
 # The same for fields that limit or shape generated text. At endpoints that generate none, no value changes the answer.
 OF_GENERATION = (
     Field("n n_cmpl best_of", (OPENAI, VLLM_04, LLAMA_CPP), (1,)),
     Field("use_beam_search", (VLLM_04, VLLM), (False,)),
-    Field("max_tokens max_completion_tokens max_output_tokens", (OPENAI,), (-1,), "the endpoint's own name"),
-    Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), "the endpoint's own name"),
-    Field("stop stop_words", EVERYBODY, ("", [], [""]), "stop_sequences"),
+    Field(_LENGTHS, (OPENAI,), (-1,), _LENGTHS),
+    Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), _LENGTHS),
+    Field("stop stop_words", EVERYBODY, ("", [], [""]), "stop stop_sequences"),
     Field("logprobs", EVERYBODY, (False,), "top_logprobs"),
     Field("top_logprobs n_probs", (OPENAI, LLAMA_CPP), (0,), "logprobs"),
     Field("suffix", (OPENAI, VLLM_04, VLLM), ("",), "/v1/completions"),
@@ -334,7 +336,7 @@ OF_GENERATION = (
     Field("return_tokens_as_token_ids return_token_ids", (VLLM,), (False,)),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("stream_options", (OPENAI,), None),  # other endpoints always report the usage
-    Field("response_format", EVERYBODY, ({"type": "text"},), "text.format or output_config.format"),
+    Field("response_format", EVERYBODY, ({"type": "text"},), "text.format output_config.format"),
     Field("guided_json guided_regex guided_choice guided_grammar", (VLLM_04, VLLM), ("", [], {}), "response_format"),
     Field("structured_outputs json_schema", (VLLM, LLAMA_CPP, SGLANG), ("", {}), "response_format"),
     Field("grammar regex ebnf", (LLAMA_CPP, SGLANG), ("",), "response_format"),
@@ -342,8 +344,8 @@ OF_GENERATION = (
     Field("truncate_prompt_tokens", (VLLM,), (), "truncation"),
     Field("truncation", (OPENAI,), ("disabled",), "truncate_prompt_tokens"),
     Field("instructions previous_response_id", (OPENAI,), ("",), "messages"),
-    Field("text", (OPENAI,), ({}, {"format": {"type": "text"}}), "response_format"),
-    Field("reasoning", (OPENAI,), ({},), "reasoning_effort"),
+    Field("text", (OPENAI,), ({}, {"format": {"type": "text"}}), "response_format output_config.format"),
+    Field("reasoning", (OPENAI,), ({},), "reasoning_effort output_config.effort"),
     Field("include", (OPENAI,), ([],)),
 )
 
@@ -352,6 +354,8 @@ _PARAMETERS = {name: name for row in UNUSUAL for name in row.names.split()} | {
 }
 _BY_NAME = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
 _OF_GENERATION = {name: field for field in OF_GENERATION for name in field.names.split()}
+# Names that some endpoint obeys, or would.
+_ELSEWHERE = {name for row in OBEYED for name in row.names.split()} | _PARAMETERS.keys() | _OF_GENERATION.keys()
 _ANY = msgspec.json.Decoder(Any)
 
 
@@ -369,7 +373,7 @@ class Undecoded(NamedTuple):
 NOTHING_MORE = Undecoded()
 
 
-def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str]) -> Undecoded:
+def read_undecoded(given: Mapping[str, msgspec.Raw], fields: Collection[str], own: Collection[str]) -> Undecoded:
     """Read the fields that a generation's struct lacks. Raises as `check_undecoded`, and for two names of one
     parameter. Aliases of the `own` parameters are not read."""
     names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS and _PARAMETERS[name] not in own}
@@ -381,20 +385,24 @@ def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str]) -> Un
         if parameter in sampling:
             raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
         sampling[parameter] = value
-    warnings = check_undecoded({name: raw for name, raw in given.items() if name not in names})
+    warnings = check_undecoded({name: raw for name, raw in given.items() if name not in names}, fields)
     return Undecoded(warnings, sampling, {parameter: name for name, parameter in names.items() if name != parameter})
 
 
-def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True) -> tuple[str, ...]:
+def check_undecoded(
+    given: Mapping[str, msgspec.Raw], fields: Collection[str], *, generates: bool = True
+) -> tuple[str, ...]:
     """A warning for each top-level field that has no effect. `given` are those that the request's struct lacks.
 
-    Raises `InvalidRequest` for a known field whose value would change the answer. With `generates` the endpoint
-    generates text.
+    Raises `InvalidRequest` for a known field whose value would change the answer; it names what to use of `fields`,
+    those of the struct. With `generates` the endpoint generates text.
     """
     warnings: list[str] = []
     for name, raw in given.items():
         field = _BY_NAME.get(name) or _OF_GENERATION.get(name)
         if not generates and (name in _PARAMETERS or name in _OF_GENERATION):
+            field = None
+        if field is None and name in _ELSEWHERE:
             if _decode(name, raw) is not None:
                 warnings.append(f"the field {name!r} has no effect at this endpoint")
         elif field is None:
@@ -403,7 +411,9 @@ def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True)
             if not {OPENAI, ANTHROPIC} & {*field.known_to} and _decode(name, raw) is not None:
                 warnings.append(f"the field {name!r} has no effect on this server")
         elif not is_neutral(_decode(name, raw), field.neutral):
-            remedy = f"; use {field.instead}" if field.instead else ""
+            known = (*fields, *_PARAMETERS) if generates else fields
+            uses = [use for use in field.instead.split() if use.startswith("/") or use.partition(".")[0] in known]
+            remedy = f"; use {' or '.join(uses)}" if uses else ""
             if field.switch:
                 remedy = f"; it is accepted beside {field.switch}: 0, which switches it off"
             raise not_supported(name, remedy)

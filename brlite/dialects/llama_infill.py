@@ -149,7 +149,7 @@ _DECODER = BodyDecoder(InfillRequest)
 def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
     """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
+    more = take_undecoded(body, undecoded, _NOT_READ) if undecoded else NOTHING_MORE
     files = body.input_extra or []
     check_num_entries("input_extra", len(files), limits, "max_messages")
     infill = Infill(

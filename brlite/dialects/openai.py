@@ -158,14 +158,14 @@ _ANYTHING = msgspec.json.Decoder()
 
 
 def take_undecoded(
-    body: GenerationFields, undecoded: Mapping[str, msgspec.Raw], limits: LimitsConfig, own: Collection[str] = ()
+    body: GenerationFields, undecoded: Mapping[str, msgspec.Raw], own: Collection[str] = ()
 ) -> Undecoded:
     """Read the fields that the body's struct lacks. For an alias, the struct's field is set.
 
     Aliases of the `own` parameters are not read. Raises `InvalidRequest` for a field that would change the answer and
-    is not implemented, for two names of one field, and for a list that is too long.
+    is not implemented, and for two names of one field.
     """
-    more = read_undecoded(undecoded, own)
+    more = read_undecoded(undecoded, body.__struct_fields__, own)
     for parameter, value in more.sampling.items():
         if parameter == "logprobs":
             _take_num_logprobs(body, more.field_names[parameter], value)
@@ -178,8 +178,6 @@ def take_undecoded(
             if getattr(body, parameter) not in (None, value):
                 raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
             setattr(body, parameter, value)
-        elif parameter in _LIST_LIMITS and isinstance(value, (list, dict)):
-            check_num_entries(parameter, len(value), limits, _LIST_LIMITS[parameter])
     rest = {name: value for name, value in more.sampling.items() if name not in body.__struct_fields__}
     return more._replace(sampling=rest)
 
@@ -320,12 +318,12 @@ def sampling_params(
     Raises `InvalidRequest` with the client's field name, also for a list that is too long.
     """
     names, values_of = _parameters_of(type(body))
-    given = {name: value for name, value in zip(names, values_of(body), strict=True) if value is not None}
+    given = {name: value for name, value in zip(names, values_of(body), strict=True) if value is not None} | more
     for name, value in given.items():  # before any code iterates over a list: a long one would block the event loop
         if name in _LIST_LIMITS and isinstance(value, (list, dict)):
-            check_num_entries(name, len(value), limits, _LIST_LIMITS[name])
+            check_num_entries(field_names.get(name, name), len(value), limits, _LIST_LIMITS[name])
     try:
-        return SamplingParams(**{**given, **more})
+        return SamplingParams(**given)
     except InvalidRequest as error:
         raise in_client_words(error, field_names) from None
 

@@ -181,7 +181,7 @@ _FIRST_DELTA = Delta(role="assistant", content="", refusal=None)
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    more = take_undecoded(body, undecoded, limits) if undecoded else NOTHING_MORE
+    more = take_undecoded(body, undecoded) if undecoded else NOTHING_MORE
     fields = completion_fields(body, more, 1, limits)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")

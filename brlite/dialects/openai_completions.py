@@ -87,7 +87,7 @@ _FIELD_NAMES = {"prompt_logprobs": "logprobs"}
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    return generation(body, limits, take_undecoded(body, undecoded, limits) if undecoded else NOTHING_MORE)
+    return generation(body, limits, take_undecoded(body, undecoded) if undecoded else NOTHING_MORE)
 
 
 def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = NOTHING_MORE) -> Generation:

@@ -115,7 +115,7 @@ class Tokenization(Struct, frozen=True):
 def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
     """Decode the body, which has exactly one of `prompt`, `messages` and `content`. Raises `InvalidRequest`."""
     body, undecoded = _TOKENIZE.decode(data)
-    warnings = check_undecoded(undecoded, generates=False)
+    warnings = check_undecoded(undecoded, body.__struct_fields__, generates=False)
     given = [name for name in ("prompt", "messages", "content") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest("give one of prompt, messages and content", param="prompt")
@@ -154,4 +154,4 @@ def token_piece(token: TokenText) -> TokenPiece:
 def decode_detokenize(data: bytes) -> tuple[DetokenizeRequest, tuple[str, ...]]:
     """The decoded body, and a warning for each unknown field. Raises `InvalidRequest`."""
     body, undecoded = _DETOKENIZE.decode(data)
-    return body, check_undecoded(undecoded, generates=False)
+    return body, check_undecoded(undecoded, body.__struct_fields__, generates=False)

@@ -125,7 +125,7 @@ def decode_input_tokens(data: bytes, limits: LimitsConfig, stored: StoredRespons
 def _generation(
     body: ResponsesRequest, undecoded: dict[str, Raw], limits: LimitsConfig, stored: StoredResponses
 ) -> ResponseGeneration:
-    more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
+    more = take_undecoded(body, undecoded, OWN_PARAMETERS) if undecoded else NOTHING_MORE
     warnings, include = dict.fromkeys(more.warnings), _include(body)
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         raise not_supported("stream_options.include_obfuscation")

@@ -66,12 +66,12 @@ def test_null_and_neutral_values_are_taken_without_a_warning(name: str) -> None:
     any_value = (True, "x", [1], {"a": 1}) if {OPENAI, ANTHROPIC} & {*field.known_to} else ()
 
     for value in (None, *(any_value if field.neutral is None else field.neutral)):
-        assert check_undecoded({name: Raw(json.dumps(value).encode())}) == ()
+        assert check_undecoded({name: Raw(json.dumps(value).encode())}, ()) == ()
 
 
 @pytest.mark.parametrize("name", sorted(name for name, field in IN_TABLE.items() if field.neutral is None))
 def test_what_asks_for_something_that_does_not_happen_is_warned_of_unless_the_api_is_served(name: str) -> None:
-    warnings = check_undecoded({name: Raw(b"1")})
+    warnings = check_undecoded({name: Raw(b"1")}, ())
 
     expected = (
         ()
@@ -79,6 +79,48 @@ def test_what_asks_for_something_that_does_not_happen_is_warned_of_unless_the_ap
         else (f"the field {name!r} has no effect on this server",)
     )
     assert warnings == expected
+
+
+@pytest.mark.parametrize(
+    ("decode", "body", "instead"),
+    [
+        (decode_message, {"messages": [], "logprobs": True}, ""),
+        (decode_message, {"messages": [], "top_logprobs": 2}, ""),
+        (decode_message, {"messages": [], "stop": "x"}, "; use stop_sequences"),
+        (decode_message, {"messages": [], "truncation": "auto"}, ""),
+        (decode_response, {"input": "a", "logprobs": True}, "; use top_logprobs"),
+        (decode_response, {"input": "a", "max_tokens": 5}, "; use max_output_tokens"),
+        (decode_response, {"input": "a", "response_format": {"type": "json_object"}}, "; use text.format"),
+        (decode_completion, {"prompt": "a", "max_completion_tokens": 5}, "; use max_tokens"),
+        (decode_completion, {"prompt": "a", "tools": [1]}, "; use /v1/chat/completions"),
+        (decode_chat, {"messages": [], "custom_logit_processor": "x"}, "; use logits_processors"),
+    ],
+)
+def test_what_to_use_instead_is_a_field_that_the_endpoint_has(
+    decode: Callable[[bytes, LimitsConfig], object], body: dict[str, Any], instead: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode(json.dumps({"max_tokens": 5, **body} if "messages" in body else body).encode(), LimitsConfig())
+
+    name = caught.value.param
+    assert name in body
+    assert str(caught.value) == f"{name} is not supported by this version of brlite{instead}"
+
+
+async def test_a_field_of_another_endpoint_is_known(client: Client) -> None:
+    answer = await client.chat(stop_sequences=["x"], query=None, frob=1)
+
+    assert answer["warnings"] == [
+        "the field 'stop_sequences' has no effect at this endpoint",
+        "the field 'frob' is not known and was ignored",
+    ]
+
+
+async def test_a_list_that_is_too_long_is_named_as_the_client_names_it(client: Client) -> None:
+    status, answer = await client.post(CHAT, chat_body(stop_words=["a"] * 17))
+
+    assert (status, answer["error"]["param"]) == (400, "stop_words")
+    assert answer["error"]["message"].startswith("stop_words must have at most 16 entries")
 
 
 @pytest.mark.parametrize(
@@ -341,7 +383,7 @@ async def test_a_strict_request_may_have_its_prompt_cut_as_it_says(client: Clien
 @pytest.mark.parametrize("value", [{"anything": "else"}, 17, "something"])
 def test_a_value_that_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
-        check_undecoded({name: Raw(json.dumps(value).encode())})
+        check_undecoded({name: Raw(json.dumps(value).encode())}, ())
 
     assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
 
