@@ -67,25 +67,23 @@ _DECODER = BodyDecoder(MessagesRequest)
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """Decode the body. Raises `InvalidRequest`, naming the field."""
-    body, undecoded = _decode(data)
-    if body.max_tokens is None:
-        raise InvalidRequest("max_tokens: Field required", param="max_tokens", code="missing_required_parameter")
-    return _generation(body, undecoded, limits)
+    return _decode(data, limits, needs_length=True)
 
 
 def decode_count_tokens(data: bytes, limits: LimitsConfig) -> Generation:
     """Decode a request to count tokens: the same fields, only `messages` is required. Raises `InvalidRequest`."""
-    body, undecoded = _decode(data)
-    return _generation(body, undecoded, limits)
+    return _decode(data, limits, needs_length=False)
 
 
-def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
-    """The body, and the fields that its struct lacks. Errors write list indexes as Anthropic does:
-    `messages.0.content`."""
+def _decode(data: bytes, limits: LimitsConfig, *, needs_length: bool) -> Generation:
+    """The generation. Errors write list indexes as Anthropic does: `messages.0.content`."""
     try:
-        return _DECODER.decode(data)
+        body, undecoded = _DECODER.decode(data)
+        if needs_length and body.max_tokens is None:
+            raise InvalidRequest("max_tokens: Field required", param="max_tokens", code="missing_required_parameter")
+        return _generation(body, undecoded, limits)
     except InvalidRequest as error:
-        if error.param is None:
+        if error.param is None or "[" not in error.param:
             raise
         param = _INDEX.sub(r".\1", error.param)
         message = str(error).replace(error.param, param)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw, Struct, field
 
-from brlite.dialects.fields import not_supported
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.fields import not_text
+from brlite.dialects.json_body import decode_value
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
-
-T = TypeVar("T")
 
 # Blocks that Anthropic's servers add to an answer. They are left out; the model gets only the assistant's text.
 DROPPED_BLOCKS = frozenset(
@@ -139,19 +137,17 @@ class TurnReader:
         if block.type not in ("document", "search_result"):
             return _plain_text(block, param)
         if block.type == "search_result":
-            about, place = _decoded(block.source, _ADDRESS, f"{param}.source"), f"{param}.content"
-            content = _decoded(block.content, _CONTENT, place)
+            about, place = decode_value(block.source, _ADDRESS, f"{param}.source"), f"{param}.content"
+            content = decode_value(block.content, _CONTENT, place)
         else:
-            source, about = _decoded(block.source, _SOURCE, f"{param}.source"), block.context
+            source, about = decode_value(block.source, _SOURCE, f"{param}.source"), block.context
             if source.type not in ("text", "content"):
-                raise not_supported(
-                    f"{param}.source", f": its type is {excerpt(source.type)}, and this server takes text only"
-                )
+                raise not_text(f"{param}.source", source.type)
             key, content = ("data", source.data) if source.type == "text" else ("content", source.content)
             place = f"{param}.source.{key}"
         if content is None:
             raise InvalidRequest(f"{place}: Field required", param=place)
-        if (citations := _decoded(block.citations, _CITATIONS, f"{param}.citations")) and citations.enabled:
+        if (citations := decode_value(block.citations, _CITATIONS, f"{param}.citations")) and citations.enabled:
             self.warnings["citations are not made: the answer has none"] = None
         blocks = [InputBlock("text", content)] if isinstance(content, str) else content
         texts = [_plain_text(each, f"{place}.{at}") for at, each in enumerate(blocks)]
@@ -165,7 +161,7 @@ class TurnReader:
                 "message before it",
                 param=f"{param}.tool_use_id",
             )
-        content = _decoded(block.content, _CONTENT, f"{param}.content")
+        content = decode_value(block.content, _CONTENT, f"{param}.content")
         text = "\n".join(self._texts(content or "", f"{param}.content"))
         if block.is_error:
             text = f"Error: {text}"
@@ -212,16 +208,9 @@ class TurnReader:
         return True
 
 
-def _decoded(raw: Raw, decoder: msgspec.json.Decoder[T], param: str) -> T:
-    try:
-        return decode_json(bytes(raw), decoder)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{param}: {error}", param=param) from None
-
-
 def _plain_text(block: InputBlock, param: str) -> str:
     if block.type != "text":
-        raise not_supported(param, f": its type is {excerpt(block.type)}, and this server takes text only")
+        raise not_text(param, block.type)
     if block.text is None:
         raise InvalidRequest(f"{param}.text: Field required", param=f"{param}.text")
     return block.text

@@ -18,6 +18,7 @@ import msgspec
 
 from brlite.dialects.json_body import decode_value
 from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
 
 MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
@@ -437,6 +438,11 @@ def not_supported(param: str, more: str = "") -> InvalidRequest:
     return InvalidRequest(
         f"{param} is not supported by this version of brlite{more}", param=param, code="unsupported_parameter"
     )
+
+
+def not_text(param: str, kind: str) -> InvalidRequest:
+    """The error for a part of this type, such as an image."""
+    return not_supported(param, f": its type is {excerpt(kind)}, and this server takes text only")
 
 
 def _decode(name: str, raw: msgspec.Raw) -> object:

@@ -13,7 +13,7 @@ import msgspec
 
 from brlite.config.options import LimitsConfig
 from brlite.config.type_errors import allowed_values, join_path, read_problem, types_at
-from brlite.errors import InvalidRequest, RequestError
+from brlite.errors import InvalidRequest
 from brlite.files.text_file import BYTE_ORDER_MARK, other_encoding
 
 T = TypeVar("T")
@@ -47,40 +47,36 @@ class BodyDecoder(Generic[T]):
             return decoded, {name: raw for name, raw in decode_fields(body).items() if name not in self._known}
 
 
-def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """Decode, or raise `InvalidRequest` with `param` and `code` set as in OpenAI's API."""
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T], at: str = "") -> T:
+    """Decode a body, or the value of the field `at`.
+
+    Raises `InvalidRequest` with `param` and `code` set as in OpenAI's API; paths begin at the top of the body.
+    """
     body = body.removeprefix(BYTE_ORDER_MARK)
     try:
         body.decode()  # msgspec does not check the UTF-8 of values that it skips
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, RequestError):  # raised in a struct's own __post_init__
-            raise error.__cause__ from None
         fault = read_problem(error)
+        is_field = at and fault.path and not fault.path.startswith("[")
+        path = f"{at}.{fault.path}" if is_field else f"{at}{fault.path}"
         if fault.missing is not None:
-            param = join_path(fault.path, fault.missing)
-            raise missing_field(param) from None
+            raise missing_field(join_path(path, fault.missing)) from None
         choices = allowed_values(types_at(decoder.type, fault.path)) if fault.problem.startswith("Invalid ") else []
         text = fault.problem + (f"; allowed: {', '.join(choices)}" if choices else "")
-        text = f"Invalid value for '{fault.path or 'body'}': {text}."
-        param = fault.path if fault.unknown is None else join_path(fault.path, fault.unknown)
-        raise InvalidRequest(text, param=param or None) from None
+        param = path if fault.unknown is None else join_path(path, fault.unknown)
+        raise InvalidRequest(f"Invalid value for '{path or 'body'}': {text}.", param=param or None) from None
     except msgspec.DecodeError as error:
-        raise _not_json(_reason(body, error)) from None
+        raise _not_json(_reason(body, error), at) from None
     except UnicodeDecodeError:
-        raise _not_json(other_encoding(body) or "it is not valid UTF-8") from None
+        raise _not_json(other_encoding(body) or "it is not valid UTF-8", at) from None
     except RecursionError:
-        raise _not_json("it is nested too deeply") from None
+        raise _not_json("it is nested too deeply", at) from None
 
 
 def decode_value(raw: msgspec.Raw, decoder: msgspec.json.Decoder[T], param: str) -> T:
-    """Decode the value of the field `param`. Raises as `decode_json` does, with field paths from the top of the
-    body."""
-    try:
-        return decode_json(bytes(raw), decoder)
-    except InvalidRequest as error:
-        path = f"{param}.{error.param}" if error.param else param
-        raise InvalidRequest(f"{param}: {error}", param=path, code=error.code) from None
+    """Decode the value of the field `param`. Raises as `decode_json` does."""
+    return decode_json(bytes(raw), decoder, param)
 
 
 def missing_field(param: str) -> InvalidRequest:
@@ -113,5 +109,6 @@ def _reason(body: bytes, error: msgspec.DecodeError) -> str:
     return other_encoding(body) or str(error)
 
 
-def _not_json(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"We could not parse the JSON body of your request: {reason}.", code="invalid_json")
+def _not_json(reason: str, at: str) -> InvalidRequest:
+    what = f"the field {at}" if at else "the JSON body of your request"
+    return InvalidRequest(f"We could not parse {what}: {reason}.", param=at or None, code="invalid_json")

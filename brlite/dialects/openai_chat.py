@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
@@ -11,9 +11,9 @@ from brlite.chat.tools import Tool
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
-from brlite.dialects.fields import NOTHING_MORE, not_supported
+from brlite.dialects.fields import NOTHING_MORE, not_supported, not_text
 from brlite.dialects.generation import Chat, Generation
-from brlite.dialects.json_body import BodyDecoder, check_num_entries
+from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
 from brlite.dialects.openai import (
     ReasoningEffort,
     SamplingFields,
@@ -206,7 +206,8 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     tools: tuple[Tool, ...] = ()
     tool_choice = NO_TOOLS
     if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
-        tools, tool_choice = decode_tools(_tool_fields(body), limits, len(data))
+        given = ToolFields(**{name: getattr(body, name) for name in ToolFields.__struct_fields__})
+        tools, tool_choice = decode_tools(given, limits, len(data))
     chat = read_chat(
         body.messages,
         limits,
@@ -228,16 +229,6 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
         **fields,
-    )
-
-
-def _tool_fields(body: ChatCompletionRequest) -> ToolFields:
-    return ToolFields(
-        tools=body.tools,
-        tool_choice=body.tool_choice,
-        parallel_tool_calls=body.parallel_tool_calls,
-        functions=body.functions,
-        function_call=body.function_call,
     )
 
 
@@ -297,7 +288,7 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
         content = ""
     plain: dict[str, Any] = {"role": message.role, "content": content}
     if isinstance(content, list):
-        texts = [_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]
+        texts = [part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]
         plain["content"] = [{"type": "text", "text": text} for text in texts]
     if calls:
         plain["tool_calls"] = turn_calls(calls, f"{param}.tool_calls")
@@ -313,12 +304,13 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
     return plain
 
 
-def _part_text(part: ContentPart, param: str) -> str:
-    if part.type not in ("text", "refusal"):
-        raise not_supported(param, f": its type is {part.type[:64]!r}, and this server takes text only")
+def part_text(part: ContentPart, param: str, types: Collection[str] = ("text", "refusal")) -> str:
+    """The text of a part of one of these types, at the field `param`. Raises `InvalidRequest`."""
+    if part.type not in types:
+        raise not_text(param, part.type)
     text = part.refusal if part.type == "refusal" else part.text
     if text is None:
-        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}', param=param)
+        raise missing_field(f"{param}.{'refusal' if part.type == 'refusal' else 'text'}")
     return text
 
 

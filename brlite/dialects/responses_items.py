@@ -16,9 +16,8 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_value, missing_field
-from brlite.dialects.openai_chat import ContentPart
+from brlite.dialects.openai_chat import ContentPart, part_text
 from brlite.dialects.openai_tools import flat_name
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
@@ -239,14 +238,4 @@ def _text(content: str | Sequence[ContentPart] | None, param: str) -> str:
         raise InvalidRequest(f"{param} must be a string or a list of text parts", param=param)
     if isinstance(content, str):
         return content
-    texts = []
-    for index, part in enumerate(content):
-        if part.type not in TEXT_PARTS:
-            raise not_supported(
-                f"{param}[{index}]", f": its type is {excerpt(part.type)}, and this server takes text only"
-            )
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
-            raise InvalidRequest(f"{param}[{index}] has no text", param=f"{param}[{index}].text")
-        texts.append(text)
-    return "".join(texts)
+    return "".join([part_text(part, f"{param}[{index}]", TEXT_PARTS) for index, part in enumerate(content)])
