@@ -17,8 +17,8 @@ class ResponseEncoder(Protocol):
     """Encodes the events of one call as its response: a stream, or one whole body."""
 
     def opening(self, usage: TokenUsage) -> bytes:
-        """The bytes that begin a stream. `usage` counts the tokens of the prompts."""
-        ...
+        """The bytes that begin a stream, if any. `usage` counts the tokens of the prompts."""
+        return b""
 
     def encode(self, event: Event) -> bytes:
         """The bytes of one event in a stream."""
@@ -29,8 +29,8 @@ class ResponseEncoder(Protocol):
         return self.encode(Event(choice=0, text=text))
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """The bytes that end a stream."""
-        ...
+        """The bytes that end a stream, if any."""
+        return b""
 
     def failing(self, error: BaseException) -> bytes:
         """The bytes that end a stream after an error."""

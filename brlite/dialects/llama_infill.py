@@ -205,10 +205,6 @@ class InfillEncoder(ResponseEncoder):
         self._ends_with_line = call.line_seconds is not None
         self._line_end = LineEnd(call.indent, None)
 
-    def opening(self, usage: TokenUsage) -> bytes:
-        """Nothing."""
-        return b""
-
     def encode(self, event: Event) -> bytes:
         """A chunk with the new text or tokens, if any, and at the end a chunk with the reason."""
         assert event.usage is not None  # the call has `continuous_usage`
@@ -219,10 +215,6 @@ class InfillEncoder(ResponseEncoder):
         if event.finish_reason is not None:
             chunks += frame(self._end(_answer("", [], event.usage, stop=True), event, event.warnings))
         return chunks
-
-    def closing(self, usage: TokenUsage) -> bytes:
-        """Nothing: the last chunk has `stop`."""
-        return b""
 
     def failing(self, error: BaseException) -> bytes:
         """The event that ends a stream after an error."""

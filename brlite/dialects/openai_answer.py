@@ -207,10 +207,6 @@ class OpenAIEncoder(ResponseEncoder):
         )
         return self.encode(told) + self.encode(end)
 
-    def opening(self, usage: TokenUsage) -> bytes:
-        """Nothing: the first chunk begins a stream."""
-        return b""
-
     def closing(self, usage: TokenUsage) -> bytes:
         """The end of a stream: the usage, if the client wants it, and `[DONE]`."""
         if not self._call.include_usage:
