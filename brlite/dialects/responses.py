@@ -127,8 +127,9 @@ def _generation(
 ) -> ResponseGeneration:
     more = take_undecoded(body, undecoded, OWN_PARAMETERS) if undecoded else NOTHING_MORE
     warnings, include = dict.fromkeys(more.warnings), _include(body)
-    if body.stream_options is not None and body.stream_options.include_obfuscation:
-        raise not_supported("stream_options.include_obfuscation")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if body.stream_options is not None and getattr(body.stream_options, name):
+            raise not_supported(f"stream_options.{name}")
     conversation = _conversation(body, limits, stored)
     tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
     warnings |= conversation.warnings | dict.fromkeys(tools.warnings)
@@ -217,18 +218,24 @@ def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredRe
 
 def _structured(body: ResponsesRequest) -> StructuredOutput | None:
     wanted = None if body.text is None else body.text.format
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return None
-    if wanted.type == "json_object":
-        return StructuredOutput(json_object=True, param="text.format")
-    if wanted.type != "json_schema":
+    if wanted.type not in FORMATS:
         raise InvalidRequest(
             f"text.format.type must be one of {', '.join(FORMATS)}, got {excerpt(wanted.type)}",
             param="text.format.type",
         )
     schema = "null" if isinstance(wanted.schema, UnsetType) else bytes(wanted.schema).decode()
-    if schema == "null":
+    if wanted.type == "json_schema" and schema == "null":
         raise missing_field("text.format.schema")
+    if wanted.type != "json_schema" and schema != "null":
+        raise InvalidRequest(
+            f"text.format.schema cannot be given with the type {wanted.type}", param="text.format.schema"
+        )
+    if wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return StructuredOutput(json_object=True, param="text.format")
     return StructuredOutput(json_schema=schema, param="text.format")
 
 

@@ -146,6 +146,8 @@ async def test_without_a_store_nothing_is_kept(serve: Start) -> None:
         ({"input": "x", "include": ["frob"]}, "include[0]"),
         ({"input": "x", "background": True, "store": False}, "background"),
         ({"input": "x", "text": {"format": {"type": "frob"}}}, "text.format.type"),
+        ({"input": "x", "text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),
+        ({"input": "x", "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"input": "x", "temperature": -1}, "temperature"),
     ],
 )
