@@ -54,20 +54,10 @@ def create_app(
     unknown. On loopback without keys, only local host names and `server.allowed_hosts` are allowed. Else only
     `server.allowed_hosts` restricts host names.
     """
-    owned = models if isinstance(models, Config) else None
-    if owned is not None and config is not None:
-        raise TypeError("create_app(config) takes no second config")
-    config = owned or config or Config()
-    if not isinstance(models, ModelTable):
-        config = override(config, {}, source="Config")  # one that was made in Python is checked like a file
-    if isinstance(models, Config):
-        check_supported(config)
-        models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
-    elif isinstance(models, EngineLoop):
-        models = ModelTable([ServedModel(config.model[0], models)], config.proxy)
+    config, table = _config_and_table(models, config)
     app = web.Application()
     app[CONFIG] = config
-    app[MODELS] = models
+    app[MODELS] = table
     app[RUNNING] = set()
     app[STORE] = make_response_store(config.limits.max_stored_bytes)
     app[ANSWERS] = IdempotentAnswers(config.limits)
@@ -90,9 +80,23 @@ def create_app(
         quiet_paths=PROBES | METRICS_PATHS if config.server.access_log else None,
     )
     _add_forwarding(app, Forwarder(config), config)
-    if owned is not None:
+    if isinstance(models, Config):
         app.cleanup_ctx.append(_load_models)
     return app
+
+
+def _config_and_table(models: EngineLoop | ModelTable | Config, config: Config | None) -> tuple[Config, ModelTable]:
+    """The config and the table of the arguments of `create_app`. Raises `ConfigError` for a config that is wrong."""
+    if isinstance(models, Config) and config is not None:
+        raise TypeError("create_app(config) takes no second config")
+    config = models if isinstance(models, Config) else config or Config()
+    if isinstance(models, ModelTable):
+        return config, models
+    config = override(config, {}, source="Config")  # one that was made in Python is checked like a file
+    if isinstance(models, EngineLoop):
+        return config, ModelTable([ServedModel(config.model[0], models)], config.proxy)
+    check_supported(config)
+    return config, ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
 
 
 async def _load_models(app: web.Application) -> AsyncIterator[None]:
