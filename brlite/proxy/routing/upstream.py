@@ -31,7 +31,6 @@ class Upstream:
     """
 
     __slots__ = (
-        "_address",
         "_limits",
         "breaker",
         "config",
@@ -60,13 +59,11 @@ class Upstream:
         self._limits = _limits(proxy)
         self.name = config.name or config.url
         self.weight = config.weight
-        self._address = address
         own_headers = f"Host: {address.host_header}\r\n"
         if (key := _key(config, environ)) is not None:
             scheme = "Bearer " if config.api_key_header.lower() == "authorization" else ""
             own_headers += f"{config.api_key_header}: {scheme}{key}\r\n"
         self.own_headers = own_headers.encode("latin-1")  # the header lines that every request to it has
-        self.known_head_lines = {path: self.head_lines(path) for path in FORWARDED_PATHS}  # without a query
         self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
         self.pool = ConnectionPool(
             address,
@@ -74,6 +71,7 @@ class Upstream:
             max_idle=proxy.max_idle_connections,
             idle_seconds=proxy.idle_connection_seconds,
         )
+        self.known_head_lines = {path: self.head_lines(path) for path in FORWARDED_PATHS}  # without a query
         self.heads = Heads(read_answer)
         self.is_healthy = True
         self.lost_since: float | None = None  # the loop's time since which it is out, except by an orderly shutdown
@@ -107,7 +105,7 @@ class Upstream:
 
     def head_lines(self, path: bytes, method: bytes = b"POST") -> bytes:
         """The request line, and the upstream's own header lines, for a client's request to `path`."""
-        target = self._address.path(path.decode("latin-1")).encode("latin-1")
+        target = self.pool.address.path(path.decode("latin-1")).encode("latin-1")
         return b"%b %b HTTP/1.1\r\n%b" % (method, target, self.own_headers)
 
     def lacks(self, model: str, now: float) -> bool:
