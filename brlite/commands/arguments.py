@@ -52,10 +52,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--engine", type=word, metavar="NAME", help="engine: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum length of an answer in tokens")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T", help="sampling temperature; 0 always takes the most probable token"
-    )
+    add_sampling(parser, max_tokens=None)
     parser.set_defaults(logs_from="warning")
 
 

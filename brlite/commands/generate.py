@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from brlite.commands.given_config import given_config, given_sampling
+from brlite.commands.given_config import ask_for, given_config, given_sampling
 from brlite.config.options import Config
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest
@@ -96,9 +96,8 @@ class Answers:
 
 def read_lines(source: str) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, each with its number from 1. Raises `ConfigError` if they cannot be read."""
-    if source == "-" and sys.stdin.isatty():
-        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
-        print(f"brlite: reading prompts from the terminal, one a line; {end} ends them", file=sys.stderr, flush=True)
+    if source == "-":
+        ask_for("prompts")
     try:
         text = decode_text(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
     except (OSError, TextError) as error:

@@ -134,13 +134,7 @@ def overrides(args: argparse.Namespace) -> Mapping[str, object]:
     file = getattr(args, "api_key_file", None)
     if file == "-":
         if getattr(args, "keys_read", None) is None:
-            if sys.stdin.isatty():
-                end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
-                print(
-                    f"brlite: reading API keys from the terminal, one a line; {end} ends them",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            ask_for("API keys")
             text = sys.stdin.read(MAX_KEYS_LENGTH + 1)
             if len(text) > MAX_KEYS_LENGTH:
                 raise ConfigError(f"--api-key-file -: allowed on standard input are {MAX_KEYS_LENGTH} characters")
@@ -149,6 +143,14 @@ def overrides(args: argparse.Namespace) -> Mapping[str, object]:
     else:
         given["keys.file"] = file
     return {field: value for field, value in given.items() if value is not None}
+
+
+def ask_for(what: str) -> None:
+    """Tell a user at the terminal that lines are read from it, and how they end."""
+    if sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        text = f"brlite: reading {what} from the terminal, one a line; {end} ends them"
+        print(text, file=sys.stderr, flush=True)
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -218,9 +218,11 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
         say("\n".join(heading))
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
-        runs = [] if task.before is None else [_compare_saved(task.before, expected, say)]
+        runs: list[RunReport] = []
+        if (before := task.before) is not None:
+            runs.append(_report(SAVED_RUN, dict(before.answers), [expected], [f"of {before.heading}"], say))
         if task.save is not None:
-            texts = tuple(task.texts or PROMPTS) if task.before is None else task.before.texts
+            texts = tuple(task.texts or PROMPTS) if before is None else before.texts
             answers = list(expected.items())
             saved = SavedAnswers(
                 heading=heading[0], max_tokens=max_tokens, texts=texts, prompts=prompts, answers=answers
@@ -276,7 +278,6 @@ class _Replay:
         jobs = random.Random(way.name).sample(self._together, len(self._together))
         fresh = self._engine(engine, way)
         rounds = [_complete(fresh, backend, jobs) for _ in range(way.num_rounds)]
-        entries = [entry for found in rounds for answer in found.values() for entry in answer]
         stats, notes = fresh.stats, []
         if stats.prefix_cache_hits:
             notes.append(f"{stats.prefix_cache_hits} prompt tokens from the cache")
@@ -284,16 +285,7 @@ class _Replay:
             notes.append(f"{stats.preemptions} preemptions")
         if stats.draft_tokens:
             notes.append(f"{stats.draft_tokens} guesses, {stats.accepted_tokens} of them right")
-        differences = (_first_difference(way.name, expected, found) for found in rounds)
-        report = RunReport(
-            name=way.name,
-            num_tokens=len(entries),
-            num_logprobs=sum(1 + len(entry.top) for entry in entries),
-            notes=tuple(notes),
-            difference=next(filter(None, differences), None),
-        )
-        say(_line(report))
-        return report
+        return _report(way.name, expected, rounds, notes, say)
 
     def _engine(self, engine: Engine, way: Way) -> Engine:
         """A new engine for this way, with nothing cached, within the backend's limits."""
@@ -313,22 +305,20 @@ class _Replay:
         return Engine(info, engine.tokenizer, config, LIMITS)
 
 
-def _compare_saved(before: SavedAnswers, answers: Answers, say: Say) -> RunReport:
-    """Compare each completion alone with the one that was saved."""
+def _report(name: str, expected: Answers, rounds: Sequence[Answers], notes: Sequence[str], say: Say) -> RunReport:
+    """The report of a run that was made in `rounds`, which is printed as a line."""
+    entries = [entry for found in rounds for answer in found.values() for entry in answer]
+    differences = (_first_difference(name, expected, found) for found in rounds)
     report = RunReport(
-        name=SAVED_RUN,
-        num_tokens=sum(map(len, answers.values())),
-        num_logprobs=sum(1 + len(entry.top) for answer in answers.values() for entry in answer),
-        notes=(f"of {before.heading}",),
-        difference=_first_difference(SAVED_RUN, dict(before.answers), answers),
+        name=name,
+        num_tokens=len(entries),
+        num_logprobs=sum(1 + len(entry.top) for entry in entries),
+        notes=tuple(notes),
+        difference=next(filter(None, differences), None),
     )
-    say(_line(report))
-    return report
-
-
-def _line(report: RunReport) -> str:
     what = "DIFFERENT" if report.difference else "equal"
-    return f"  {report.name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(report.notes)}".rstrip()
+    say(f"  {name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(notes)}".rstrip())
+    return report
 
 
 def _save(path: Path, saved: SavedAnswers, say: Say) -> None:
