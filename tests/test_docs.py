@@ -23,7 +23,6 @@ from brlite.commands.command_line import OTHERS, CommandParser
 from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, Config, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
-from brlite.config.render import option_tables
 from brlite.config.warnings import config_warnings
 from brlite.dialects import openai_chat
 from brlite.dialects.errors import STATUSES
@@ -150,10 +149,11 @@ def test_the_toy_serves_as_its_example_says() -> None:
     assert (status, [model["id"] for model in json.loads(text)["data"]]) == (200, ["my-model"])
 
 
-def test_the_page_of_options_is_the_one_that_is_printed() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
+def test_the_page_and_the_file_of_options_are_those_that_are_printed() -> None:
+    printed = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
 
-    assert PAGES["configuration"] == page["render"](), "run: python docs/configuration.py"
+    assert PAGES["configuration"] == printed["render"](), "run: python docs/configuration.py"
+    assert (ROOT / "brlite.toml").read_text(encoding="utf-8") == printed["default_toml"](), "run the same"
 
 
 def test_the_metrics_that_pages_and_alerts_name_exist() -> None:
@@ -314,7 +314,8 @@ def test_the_options_of_the_page_for_people_from_other_servers_exist() -> None:
     COMMANDS["serve"][0](parser)
     ours = set(parser._option_string_actions)
     theirs = {flag for row in rows for cell in row[1:3] for flag in re.findall(r"`(--?[\w-]+)", cell)}
-    tables = {table.name: {option.name for option in table.options} for table in option_tables()}
+    printed = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
+    tables = {table.name: {option.name for option in table.options} for table in printed["option_tables"]()}
     named = [
         (table, option)
         for row in rows

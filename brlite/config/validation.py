@@ -66,11 +66,8 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     if fault.unknown is not None:
         from difflib import get_close_matches
 
-        from brlite.config.render import option_tables
-
         allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
-        tables = option_tables() if kind is Config else []
-        homes = [table.heading for table in tables if fault.unknown in [option.name for option in table.options]]
+        homes = _tables_with(fault.unknown) if kind is Config else []
         matches = get_close_matches(fault.unknown, allowed, 1)
         near = f"it belongs to {' or '.join(homes)}; " if homes else f"did you mean {matches[0]}? " if matches else ""
         field, shown = join_path(path, fault.unknown), show(value.get(fault.unknown))
@@ -85,6 +82,18 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     if path and isinstance(value, dict) and isinstance(bare(type_here), inspect.VarTupleType):
         hint = f"; its header is [[{path}]]"
     return f"{path or 'the file'} = {shown}: {_allowed(type_here)}{hint}"
+
+
+def _tables_with(option: str) -> list[str]:
+    """The headings of the tables of a config that have this option."""
+    config: Any = inspect.type_info(Config)
+    headings = []
+    for table in config.fields:
+        kind: Any = bare(table.type)
+        is_list = isinstance(kind, inspect.VarTupleType)
+        if option in [field.name for field in (kind.item_type if is_list else kind).fields]:
+            headings.append(f"[[{table.name}]]" if is_list else f"[{table.name}]")
+    return headings
 
 
 def _allowed(kind: inspect.Type) -> str:
