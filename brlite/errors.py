@@ -1,34 +1,13 @@
 """The one exception tree. Errors say what was wrong, what is allowed and which field; they know nothing of HTTP.
 
 BrliteError
-├── ConfigError            a config file or a command line is wrong
-│   ├── MissingExtra           a package is needed that only an extra of brlite installs
-│   └── CannotListen           an address is in use or not there
-├── ModelError             a model folder, file or download is missing, broken or unsupported
-│   └── ModelUnreachable       a hub cannot be reached, or a download broke off
-├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
-├── EngineError            a step failed; the requests that were in it end with this
-│   ├── BackendLost            what computed a model is gone; nothing can be computed any more
-│   └── RankGone               a rank cannot go on, because another one is gone
-└── RequestError           a request is refused; `param` names the field
-    ├── InvalidRequest         a field is missing, ill-typed or out of range
-    │   └── PromptTooLong      the prompt does not fit `build_seq`
-    ├── Unauthorized           no key, or a wrong one
-    ├── Forbidden              the key may not use this model
-    ├── NotFound               unknown path
-    │   └── ModelNotFound      the model is not served here
-    ├── MethodNotAllowed
-    ├── RequestTimeout         the client was too slow to send its request
-    ├── BodyTooLarge
-    ├── UnsupportedMediaType
-    ├── QueueFull              too many requests wait already
-    ├── QueueTimeout           the request waited longer than allowed
-    ├── RateLimited            the key has used up what it may use for now
-    ├── NotReady               the model is loading, or the server is stopping
-    ├── LoopDetected           the request has come back to a server that forwarded it
-    └── UpstreamError          the server that the request was forwarded to failed
-        ├── UpstreamUnavailable    none that serves the model can be reached
-        └── UpstreamTimeout        it did not answer in time
+├── ConfigError: MissingExtra, CannotListen
+├── ModelError: ModelUnreachable
+├── NativeUnavailable
+├── EngineError: BackendLost, RankGone
+└── RequestError: InvalidRequest (PromptTooLong), Unauthorized, Forbidden (OperatorKeyRequired),
+    NotFound (ModelNotFound), MethodNotAllowed, RequestTimeout, BodyTooLarge, UnsupportedMediaType, QueueFull,
+    QueueTimeout, RateLimited, NotReady, LoopDetected, UpstreamError (UpstreamUnavailable, UpstreamTimeout)
 
 The HTTP status of each stands in one table, `brlite/dialects/errors.py`.
 """
@@ -142,7 +121,7 @@ class MethodNotAllowed(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """The client was too slow to send its request."""
+    """The client was too slow to send its request, or the request took longer than its own `timeout`."""
 
 
 class BodyTooLarge(RequestError):
