@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Generic, TypeVar
@@ -279,13 +279,6 @@ class Heads(Generic[H]):
     def __init__(self, read: Callable[[bytes], H]) -> None:
         self._read = read
         self._known: dict[bytes, H] = {}
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """The cached heads."""
-        return iter(self._known)
 
     def read(self, head: bytes) -> tuple[H, int | None]:
         """Read a head up to its empty line. Returns it without the Content-Length, and the Content-Length."""
