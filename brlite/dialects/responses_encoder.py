@@ -376,10 +376,14 @@ def response_id_of(item_id: str) -> str:
     return f"{ID_PREFIX}{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
-def encode_error(error: BaseException) -> bytes:
-    """The event that ends a stream after an error before its first event."""
-    shown = _shown_error(error)
-    event = ErrorEvent(code=error_code(error), message=shown["message"], param=getattr(error, "param", None))
+def encode_error(error: BaseException, sequence_number: int = 0) -> bytes:
+    """The event that ends a stream after an error. `sequence_number` is that of the stream's next event."""
+    event = ErrorEvent(
+        sequence_number=sequence_number,
+        code=error_code(error),
+        message=error_message(error),
+        param=getattr(error, "param", None),
+    )
     return frame(encode_json(event), "error")
 
 

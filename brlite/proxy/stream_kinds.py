@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import enum
 
-import msgspec
-
-from brlite.dialects import anthropic_encoder, openai_answer
-from brlite.dialects.sse import frame
+from brlite.dialects import anthropic_encoder, openai_answer, responses_encoder
 from brlite.errors import RequestError
 
 
@@ -49,6 +46,5 @@ def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> 
     if kind is StreamKind.MESSAGES:
         return anthropic_encoder.encode_error(error)
     if kind is StreamKind.RESPONSES:
-        fields = {"type": "error", "code": "server_error", "message": str(error), "param": None}
-        return frame(msgspec.json.encode({**fields, "sequence_number": sequence_number}), "error")
+        return responses_encoder.encode_error(error, sequence_number)
     return openai_answer.encode_error(error)
