@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
-from brlite.dialects.fields import NOTHING_MORE, Undecoded
+from brlite.dialects.fields import NOTHING_MORE
 from brlite.dialects.generation import Generation, Infill, Prompt, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
@@ -85,16 +85,12 @@ _FIELD_NAMES = {"prompt_logprobs": "logprobs"}
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
-    """Decode the body. Raises `InvalidRequest`, naming the field."""
-    body, undecoded = _DECODER.decode(data)
-    return generation(body, limits, take_undecoded(body, undecoded) if undecoded else NOTHING_MORE)
-
-
-def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = NOTHING_MORE) -> Generation:
-    """The `Generation` of a decoded body. `more` are the fields of the JSON that the struct lacks.
+    """Decode the body. Raises `InvalidRequest`, naming the field.
 
     With `echo`, `logprobs` covers the prompt too, and `max_tokens` may be 0.
     """
+    body, undecoded = _DECODER.decode(data)
+    more = take_undecoded(body, undecoded) if undecoded else NOTHING_MORE
     prompts: tuple[Prompt, ...] = read_prompts(
         "prompt", body.prompt, limits, "max_prompts", body.add_special_tokens is not False
     )

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.openai_completions import CompletionRequest, generation
+from brlite.dialects.openai import sampling_params
+from brlite.dialects.openai_completions import CompletionRequest
 from brlite.errors import InvalidRequest
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body
@@ -156,7 +157,7 @@ def test_a_long_list_is_refused_before_anything_walks_it(field: str) -> None:
     body = CompletionRequest(model="fake", prompt="x", **{field: Endless()})
 
     with pytest.raises(InvalidRequest) as caught:
-        generation(body, LimitsConfig())
+        sampling_params(body, LimitsConfig(), {})
 
     assert caught.value.param == field
 
