@@ -76,7 +76,8 @@ class ChatTemplate:
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> str:
         """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or exceeds its limits."""
-        # Behind the first character of a control token's text it keeps that text from being marked as a client's.
+        # Calls that are written as text have marks, which may be control tokens. With the seal behind its first
+        # character a mark is not taken for a client's text. The seal is removed from the result.
         seal = "" if self.capabilities.knows_tools and self.capabilities.says_calls else f"{secrets.randbits(64):020}"
         turns = prepare_turns(turns, extras, self.capabilities, seal=seal)
         variables: dict[str, Any] = dict(extras.variables)

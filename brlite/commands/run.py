@@ -93,6 +93,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> 
             time.sleep(POLL_SECONDS)
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = next(
-        (line.removeprefix(SERVER_ERROR) for line in lines if line.startswith(SERVER_ERROR)), (lines or ["no word"])[-1]
+        (line.removeprefix(SERVER_ERROR) for line in lines if line.startswith(SERVER_ERROR)),
+        (lines or ["it printed nothing"])[-1],
     )
     raise ModelError(f"the server ended with status {server.returncode}: {shown(said)}")
