@@ -186,20 +186,15 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     field_names = {"prompt": "messages", "logprobs": "top_logprobs", **more.field_names}
-    max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:  # OpenAI's newer name of `max_tokens`
-        if body.max_tokens not in (None, body.max_completion_tokens):
-            raise InvalidRequest(
-                "max_tokens and max_completion_tokens mean the same and differ; give one", param="max_completion_tokens"
-            )
-        field_names["max_tokens"], max_tokens = "max_completion_tokens", body.max_completion_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        _take_max_completion_tokens(body)
+        field_names["max_tokens"] = "max_completion_tokens"
     params = sampling_params(
         body,
         limits,
         field_names,
-        max_tokens=max_tokens,
-        logprobs=logprobs,
+        max_tokens=body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         structured=structured_output(body),
         **more.sampling,
     )
@@ -230,6 +225,14 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         shows_reasoning=body.include_reasoning is not False,
         **fields,
     )
+
+
+def _take_max_completion_tokens(body: ChatCompletionRequest) -> None:
+    if body.max_tokens not in (None, body.max_completion_tokens):
+        raise InvalidRequest(
+            "max_completion_tokens is another name of max_tokens; give one of them", param="max_completion_tokens"
+        )
+    body.max_tokens = body.max_completion_tokens
 
 
 def _text_of(turn: dict[str, Any]) -> str:
