@@ -82,7 +82,7 @@ class UpstreamClient:
         self._session = aiohttp.ClientSession(
             connector=connector,
             headers={**own_headers, "Accept-Encoding": "identity", "User-Agent": "brlite"},
-            timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has a limit that covers everything
+            timeout=aiohttp.ClientTimeout(total=None),  # `ask` has a limit that covers everything
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
@@ -93,12 +93,12 @@ class UpstreamClient:
 
     async def status(self, path: str) -> int:
         """The status of `GET path`. Raises `UpstreamError`."""
-        status, _ = await self._ask(path)
+        status, _ = await self.ask(path)
         return status
 
     async def read(self, path: str, max_bytes: int) -> bytes:
         """The body of `GET path`. Raises `UpstreamError` for another status than 200 (`WrongKey`), or a longer body."""
-        status, body = await self._ask(path, max_bytes)
+        status, body = await self.ask(path, max_bytes)
         if status in WRONG_KEY:
             raise WrongKey(f"answered {status} to GET {path}: it needs another key")
         if status != 200:
@@ -107,7 +107,7 @@ class UpstreamClient:
             raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
         return body
 
-    async def _ask(self, path: str, max_bytes: int | None = None) -> tuple[int, bytes]:
+    async def ask(self, path: str, max_bytes: int | None = None) -> tuple[int, bytes]:
         """The status and, of a 200, the body, read until it is longer than `max_bytes`; None reads none."""
 
         async def get() -> tuple[int, bytes]:

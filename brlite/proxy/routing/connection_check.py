@@ -74,12 +74,12 @@ async def _dial(upstream: Upstream, config: ProxyConfig) -> Dialled:
 
 async def _ask_models(client: UpstreamClient, upstream: Upstream) -> list[Finding]:
     try:
-        status = await client.status(MODELS_PATH)
+        status, body = await client.ask(MODELS_PATH, MAX_LIST_BYTES)
         if status != 200:
             note = ", it wants another key" if status in WRONG_KEY else ", so its models are not known"
             return [Finding(status not in WRONG_KEY, f"{MODELS_PATH} answers {status}{note}")]
         names = [upstream.config.rename.get(model, model) for model in upstream.config.models]
-        listed = read_list(await client.read(MODELS_PATH, MAX_LIST_BYTES), names).models
+        listed = read_list(body, names).models
     except UpstreamError as error:
         return [Finding(False, str(error))]
     findings = []
