@@ -71,7 +71,7 @@ def _envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
     status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
         raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
-    lines = b"Content-Type: application/json; charset=utf-8\r\n"
+    lines = b"Content-Type: application/json\r\n"
     if retry_after := head.fields.get(b"retry-after"):
         lines += b"Retry-After: %b\r\n" % retry_after
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects.errors import is_anthropic
 from brlite.errors import InvalidRequest, RequestError
 from brlite.http.access_log import log_line
 from brlite.http.access_log import logger as access_logger
@@ -24,7 +25,7 @@ from brlite.http.cors import Cors
 from brlite.http.errors import OWN_HEADERS, error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
-from brlite.http.request_id import client_request_id, request_ids
+from brlite.http.request_id import ANTHROPIC_HEADER, client_request_id, request_ids
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import Inbound, read_inbound
@@ -403,8 +404,11 @@ class ForwardingCycle:
         self._write_head(status, lines, body)
 
     def refuse(self, error: RequestError) -> None:
-        headers = {"Content-Type": "application/json; charset=utf-8", **error_headers(error)}
-        body = error_body(error, self._head.target.decode("latin-1"), self.request_id)
+        path = self._head.target.decode("latin-1")
+        headers = {"Content-Type": "application/json", **error_headers(error)}
+        if is_anthropic(path):
+            headers[ANTHROPIC_HEADER] = self.request_id
+        body = error_body(error, path, self.request_id)
         self.answer(status_of(error).http, _lines(headers), body)
 
     def cut(self) -> None:

@@ -70,6 +70,19 @@ async def test_of_an_upstreams_headers_the_listed_ones_and_the_configs_come_back
     assert (got.fields[b"server"], got.fields[b"x-content-type-options"]) == (b"brlite", b"nosniff")
 
 
+@pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/v1/messages"])
+async def test_a_refusal_has_the_same_headers_on_both_ways(path: bytes) -> None:
+    gone = UpstreamConfig(url=f"http://127.0.0.1:{free_port()}", models=("m",), health_path="")
+
+    async with run_proxy(gone) as running:
+        fast, slow = [await ask(running.port, b"X-Request-Id: a", path=each) for each in (path, b"http://proxy" + path)]
+
+    own = [{name: value for name, value in each.fields.items() if name != b"date"} for each in (fast, slow)]
+    assert (fast.status, fast.body) == (slow.status, slow.body)
+    assert own[0] == own[1]
+    assert fast.fields.get(b"request-id") == (b"a" if path == b"/v1/messages" else None)
+
+
 @pytest.mark.parametrize("status", [b"401 Unauthorized", b"403 Forbidden"])
 @pytest.mark.parametrize("is_text", [False, True])
 async def test_an_upstream_that_refuses_our_access_is_a_502_in_our_words(
