@@ -344,7 +344,7 @@ def test_turns_and_results_without_text_are_empty() -> None:
 
 
 def test_a_stored_prompt_is_refused_in_words_of_this_api() -> None:
-    with pytest.raises(InvalidRequest, match="no prompts are stored here") as refusal:
+    with pytest.raises(InvalidRequest, match="; use input or /v1/completions") as refusal:
         decode(b'{"input": "hi", "prompt": {"id": "pmpt_1"}}', LIMITS)
 
     assert refusal.value.param == "prompt"

@@ -116,13 +116,6 @@ async def test_a_field_of_another_endpoint_is_known(client: Client) -> None:
     ]
 
 
-async def test_a_list_that_is_too_long_is_named_as_the_client_names_it(client: Client) -> None:
-    status, answer = await client.post(CHAT, chat_body(stop_words=["a"] * 17))
-
-    assert (status, answer["error"]["param"]) == (400, "stop_words")
-    assert answer["error"]["message"].startswith("stop_words must have at most 16 entries")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "other"),
     [
@@ -250,7 +243,7 @@ def test_every_other_name_is_tried_above() -> None:
         ({"n_predict": -2}, "n_predict"),
         ({"repeat_penalty": 0}, "repeat_penalty"),
         ({"stop_words": 5}, "stop_words"),
-        ({"stop_words": ["x"] * 17}, "stop"),
+        ({"stop_words": ["x"] * 17}, "stop_words"),
         ({"repeat_last_n": -2}, "repeat_last_n"),
         ({"typical_p": 0}, "typical_p"),
         ({"xtc_probability": 2}, "xtc_probability"),

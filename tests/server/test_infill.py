@@ -162,7 +162,7 @@ async def test_the_answer_ends_at_a_token_that_begins_another_file(make_client: 
         ({"lora": [{"id": 0, "scale": 0.5}]}, "lora"),
         ({"n_predict": -2}, "n_predict"),
         ({"stop": ["a"] * 1000}, "stop"),
-        ({"stop_words": ["a"] * 1000}, "stop"),
+        ({"stop_words": ["a"] * 1000}, "stop_words"),
         ({"input_prefix": "a" * 10000}, "input_prefix"),
         ({"input_extra": [{"text": "a" * 10000}]}, "input_prefix"),
         ({"input_extra": [{"text": ""}] * 5}, "input_extra"),
