@@ -26,6 +26,7 @@ from brlite.config.type_errors import (
     join_path,
     read_problem,
     remove_at,
+    type_info,
     types_at,
     value_at,
 )
@@ -86,7 +87,7 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
 
 def _tables_with(option: str) -> list[str]:
     """The headings of the tables of a config that have this option."""
-    config: Any = inspect.type_info(Config)
+    config: Any = type_info(Config)
     headings = []
     for table in config.fields:
         kind: Any = bare(table.type)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from brlite.config.type_errors import type_info
 from brlite.dialects.json_body import BodyDecoder, decode_fields, decode_json, decode_value
 from brlite.errors import InvalidRequest
 
@@ -131,6 +132,15 @@ def test_a_bad_field_is_named(body: bytes, param: str | None, code: str | None, 
 
     assert (error.param, error.code) == (param, code)
     assert message in str(error)
+
+
+def test_the_types_of_a_body_are_read_for_the_first_error_alone() -> None:
+    refusal(b'{"messages":[{"role":"robot"}]}')
+    num_read = type_info.cache_info().misses
+
+    refusal(b'{"messages":[{"role":"robot"}]}')
+
+    assert type_info.cache_info().misses == num_read
 
 
 @pytest.mark.parametrize(
