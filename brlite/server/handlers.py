@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from aiohttp import hdrs, web
@@ -236,15 +237,23 @@ NOT_BUILT = (
     *("/v1/classify", "/embedding"),
     *("/completion", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
 )
+# Each slash fits one place of a pattern only, and a run of them is bounded. A path that fits in many ways would take
+# exponential time, before any key is checked.
+_ANY_V1 = "/{v1:/{0,9}(?:v1/{1,9})*}"
 
 
 def spellings(path: str, end: str = "/*") -> str:
     """A route pattern for the spellings of a path: doubled and trailing slashes, with and without `/v1`."""
     first, *others = path.removeprefix("/v1").strip("/").split("/")
     inner = "".join(f"{{s{index}:/+}}{part}" for index, part in enumerate(others))
-    # Each slash fits one place of the pattern only, and a run of them is bounded. A path that fits in many ways would
-    # take exponential time, before any key is checked.
-    return f"/{{v1:/{{0,9}}(?:v1/{{1,9}})*}}{first}{inner}{{end:{end}}}"
+    return f"{_ANY_V1}{first}{inner}{{end:{end}}}"
+
+
+def spellings_below(paths: Iterable[str]) -> str:
+    """One pattern for the spellings of all these paths and of what is below them: a route for each would be 50 more."""
+    inner = (path.removeprefix("/v1").strip("/").replace("/", "/+") for path in paths)
+    names = "|".join(re.sub(r"{\w+}", "[^/]+", path) for path in inner)
+    return f"{_ANY_V1}{{path:(?:{names})(?:/.*)?}}"
 
 
 ROUTES = [
@@ -259,7 +268,7 @@ ROUTES = [
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     *(web.delete(spellings(path), handler) for path, handler in _DELETES.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
-    *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
+    web.route("*", spellings_below(NOT_BUILT), not_built, expect_handler=leave_body),
 ]
 # The probes need no key and are answered even at the connection limit. The documentation needs no key, since browsers
 # send none. Neither the documentation nor `HEAD /` shows this server's models.
