@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from brlite.grammar.matcher import Grammar
 from tests.fakes import EOS, ByteTokenizer
@@ -44,14 +46,20 @@ class Written(NamedTuple):
     token_ids: list[int]
 
 
+@cache
+def bias_of(tokenizer: Any) -> npt.NDArray[np.float64]:
+    is_closing = [
+        tokenizer.token_text(i)[:1] in CLOSING and i not in range(256, 260) for i in range(tokenizer.vocab_size)
+    ]
+    bias = np.where(is_closing, 3.0, 0.0)
+    bias[EOS] = 6.0
+    return bias
+
+
 def write(grammar: Grammar, tokenizer: Any, *, temperature: float, seed: int, max_tokens: int = 250) -> Written:
     """One answer, greedy where the temperature is 0."""
     rng = np.random.default_rng(seed)
-    vocab_size = tokenizer.vocab_size
-    bias = np.array(
-        [3.0 if tokenizer.token_text(i)[:1] in CLOSING and i not in range(256, 260) else 0.0 for i in range(vocab_size)]
-    )
-    bias[EOS] = 6.0
+    vocab_size, bias = tokenizer.vocab_size, bias_of(tokenizer)
     matcher, token_ids = grammar.matcher(), list[int]()
     while not matcher.is_complete and len(token_ids) < max_tokens:
         words = bytearray(-(-vocab_size // 32) * 4)

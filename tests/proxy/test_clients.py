@@ -15,6 +15,7 @@ from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Step, Then
 from tests.proxy.scripts import EVENTS, GOOD_PLAIN, GOOD_STREAM, JSON_HEAD, PLAIN, TOKENS, chunks, event, length, sse
+from tests.rows import all_rows
 
 BODY = b'{"model":"m","stream":false}'
 CHAT = b"POST /v1/chat/completions HTTP/1.1\r\n"
@@ -166,22 +167,26 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("way", ["fast_path", "aiohttp"])
-async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, name, way) -> None:
+async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, way) -> None:
     served = await serve(limits=LimitsConfig(header_seconds=2, body_seconds=2))
-    data = MALFORMED[name]
-    if way == "aiohttp":
-        data = data.replace(b"\r\n", b"\r\n" + UPGRADE, 1) if b"Connection: close" not in data else data
-    client = await served.connect()
 
-    client.send(data)
-    answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+    async def ask(name: str, data: bytes) -> None:
+        if way == "aiohttp":
+            data = data.replace(b"\r\n", b"\r\n" + UPGRADE, 1) if b"Connection: close" not in data else data
+        client = await served.connect()
 
-    assert 400 <= answer.status < 500 or answer.status in (501, 505)
-    assert isinstance(answer.error["message"], str)
-    assert await asyncio.wait_for(client.is_closed(), PATIENCE_SECONDS)
-    assert served.upstream.num_connections == 0
+        client.send(data)
+        with row(name):
+            answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+
+            assert 400 <= answer.status < 500 or answer.status in (501, 505)
+            assert isinstance(answer.error["message"], str)
+            assert await asyncio.wait_for(client.is_closed(), PATIENCE_SECONDS)
+            assert served.upstream.num_connections == 0
+
+    with all_rows() as row:
+        await asyncio.gather(*(ask(name, data) for name, data in MALFORMED.items()))
 
 
 @pytest.mark.parametrize("way", ["fast_path", "aiohttp"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import socket
 
 import pytest
@@ -16,6 +17,7 @@ from tests.proxy.proxies import Proxy, no_descriptors, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Call, ScriptedUpstream, Step, Then
 from tests.proxy.scripts import GOOD_PLAIN, HELD_BYTES, PLAIN, UPSTREAM_ERROR, answer, event, sse
+from tests.rows import all_rows
 
 HTML = b"<html><head><title>413</title><style>b {}</style></head><body>Too <b>large</b> &amp; wide</body></html>"
 QUICK_TO_EJECT = ProxyConfig(eject_failures=1, eject_seconds=100, held_bytes=HELD_BYTES)
@@ -70,8 +72,6 @@ def test_what_fails_for_want_of_something_here_is_not_the_upstreams_fault(error:
     assert is_own_fault(error) is is_own
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("is_stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("status", [400, 404, 408, 413, 418, 422, 429, 499, *ABOUT_THE_REQUEST])
 @pytest.mark.parametrize(
     ("kind", "page", "words"),
@@ -84,19 +84,22 @@ def test_what_fails_for_want_of_something_here_is_not_the_upstreams_fault(error:
     ids=["HTML", "text", "bad JSON", "nothing"],
 )
 async def test_an_answer_about_the_request_keeps_its_status_whatever_its_form(
-    way: tuple[bytes, ...], is_stream: bool, status: int, kind: bytes, page: bytes, words: str | None
+    status: int, kind: bytes, page: bytes, words: str | None
 ) -> None:
     step = Step(answer(b"%d Whatever" % status, page, kind, b"Retry-After: 7"))
     async with ScriptedUpstream(step, step) as upstream, run_proxy(config(upstream), proxy=QUICK_TO_EJECT) as proxy:
-        got = await ask(proxy, *way, stream=is_stream)
+        with all_rows() as row:
+            for way, is_stream in itertools.product(WAYS, (False, True)):
+                with row(way, is_stream):
+                    got = await ask(proxy, *WAYS[way], stream=is_stream)
 
-        assert (got.status, got.fields[b"retry-after"]) == (status, b"7")
-        assert got.fields[b"content-type"].startswith(b"application/json")
-        assert str(got.error["message"]).startswith(f"The upstream answered {status}: {words or ''}")
-        assert len(str(got.error["message"])) > len("The upstream answered 400: ")
-        assert got.error["code"] == "upstream_error"
-        assert is_closed(proxy)
-        assert only(proxy).outcomes["failed"] == 0
+                    assert (got.status, got.fields[b"retry-after"]) == (status, b"7")
+                    assert got.fields[b"content-type"].startswith(b"application/json")
+                    assert str(got.error["message"]).startswith(f"The upstream answered {status}: {words or ''}")
+                    assert len(str(got.error["message"])) > len("The upstream answered 400: ")
+                    assert got.error["code"] == "upstream_error"
+                    assert is_closed(proxy)
+                    assert only(proxy).outcomes["failed"] == 0
 
 
 async def test_an_answer_about_the_request_that_is_json_arrives_as_it_is() -> None:

@@ -18,8 +18,8 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
+from tests.api_clients import openai_client
 from tests.fakes import ByteTokenizer, FakeBackend
-from tests.limits import PATIENCE_SECONDS
 
 MODEL = "fake"
 
@@ -116,8 +116,6 @@ async def client(make_client: Callable[..., Awaitable[Client]]) -> Client:
 async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's client of the fake model, whose steps wait for `client.backend.gate`."""
     client.backend.gate = threading.Event()
-    async with openai.AsyncOpenAI(
-        base_url=f"{client.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
-    ) as api:
+    async with openai_client(client.url) as api:
         yield api
     client.backend.gate.set()  # else the end of the test waits for the step

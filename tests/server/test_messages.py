@@ -37,6 +37,7 @@ from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.server.chat_replies import template_extras
 from brlite.server.generate import end_all
+from tests.api_clients import NO_CERTIFICATES
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 
@@ -90,7 +91,11 @@ async def serve(apps: list[web.Application]) -> AsyncIterator[Serve]:
             server = HttpServer(apps[-1], "127.0.0.1", 0, config.limits, grace_seconds=0.2)
             await stack.enter_async_context(server)
             client = anthropic.AsyncAnthropic(
-                base_url=f"http://127.0.0.1:{server.port}", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
+                base_url=server.url,
+                api_key="none",
+                max_retries=0,
+                timeout=PATIENCE_SECONDS,
+                http_client=anthropic.DefaultAsyncHttpxClient(verify=NO_CERTIFICATES),
             )
             return await stack.enter_async_context(client)
 

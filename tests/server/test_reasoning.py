@@ -37,9 +37,9 @@ Make = Callable[..., Awaitable[Client]]
 class TemplateTokenizer(ByteTokenizer):
     """A byte a token, with a real chat template."""
 
-    def __init__(self, template: str) -> None:
+    def __init__(self, template: str, chat_format: ChatTemplate) -> None:
         super().__init__()
-        self.chat_format: Any = ChatTemplate(template, source="test", special_tokens={})
+        self.chat_format: Any = chat_format
         self.chat_template_text = template
 
     def render_chat(
@@ -52,8 +52,23 @@ class TemplateTokenizer(ByteTokenizer):
     ) -> str:
         return self.chat_format.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
 
-    def close(self) -> None:
-        self.chat_format.close()
+
+TokenizerOf = Callable[[str], TemplateTokenizer]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of() -> Iterator[TokenizerOf]:
+    """`tokenizer_of(template)`: a template's process serves all tests of this file."""
+    formats: dict[str, ChatTemplate] = {}
+
+    def make(template: str) -> TemplateTokenizer:
+        if template not in formats:
+            formats[template] = ChatTemplate(template, source="test", special_tokens={})
+        return TemplateTokenizer(template, formats[template])
+
+    yield make
+    for chat_format in formats.values():
+        chat_format.close()
 
 
 def scripted(reply: str) -> Callable[[Sequence[int], int], int]:
@@ -76,25 +91,21 @@ def opened(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[0, 7], ids=["without drafts", "with drafts"])
 def make(
-    request: pytest.FixtureRequest, make_client: Make, opened: str
-) -> Iterator[Callable[[str], Awaitable[Client]]]:
+    request: pytest.FixtureRequest, make_client: Make, tokenizer_of: TokenizerOf, opened: str
+) -> Callable[[str], Awaitable[Client]]:
     """`await make(reply)` serves a model that thinks and says this."""
-    tokenizers: list[TemplateTokenizer] = []
 
     async def start(reply: str) -> Client:
         opening = "" if opened == "by the template" else "<think>"
-        tokenizers.append(TemplateTokenizer(TEMPLATES[opened]))
         return await make_client(
-            tokenizer=tokenizers[-1],
+            tokenizer=tokenizer_of(TEMPLATES[opened]),
             next_token=scripted(opening + reply),
             max_draft_tokens=request.param,
             num_blocks=256,
             max_model_len=1024,
         )
 
-    yield start
-    for tokenizer in tokenizers:
-        tokenizer.close()
+    return start
 
 
 async def ask(client: Client, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -192,8 +203,8 @@ async def test_what_is_wrong_beside_tools_is_told_by_its_field(make: Callable[[s
     assert "f: at #/properties/a/not" in tool_error["error"]["message"]
 
 
-async def test_without_thinking_the_answer_begins_at_once(make_client: Make) -> None:
-    tokenizer = TemplateTokenizer(TEMPLATES["by the template"])
+async def test_without_thinking_the_answer_begins_at_once(make_client: Make, tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of(TEMPLATES["by the template"])
     client = await make_client(
         tokenizer=tokenizer, next_token=lambda context, seed: EOS, num_blocks=256, max_model_len=1024
     )
@@ -225,7 +236,9 @@ HARMONY = TURNS + "{# <|channel|> <|message|> #}{% if add_generation_prompt %}as
 MESSAGES = "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant"
 
 
-async def test_messages_of_harmony_before_a_call_and_before_an_answer(make_client: Make) -> None:
+async def test_messages_of_harmony_before_a_call_and_before_an_answer(
+    make_client: Make, tokenizer_of: TokenizerOf
+) -> None:
     call = MESSAGES + "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
     answer = f"{MESSAGES}<|channel|>final<|message|>{ANSWER}"
     ends = []
@@ -236,7 +249,7 @@ async def test_messages_of_harmony_before_a_call_and_before_an_answer(make_clien
         (answer, {"response_format": FORMAT}),
         (answer, {"response_format": FORMAT, "tools": [NOW]}),
     ):
-        tokenizer = TemplateTokenizer(HARMONY)
+        tokenizer = tokenizer_of(HARMONY)
         client = await make_client(
             tokenizer=tokenizer, next_token=scripted(reply), num_blocks=256, max_model_len=1024, max_draft_tokens=7
         )
@@ -248,8 +261,10 @@ async def test_messages_of_harmony_before_a_call_and_before_an_answer(make_clien
     assert ends == [("tool_calls", None)] * 2 + [("stop", ANSWER)] * 2
 
 
-async def test_the_prompt_of_a_chat_with_tools_is_counted_with_them(make_client: Make) -> None:
-    tokenizer = TemplateTokenizer("{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + TURNS)
+async def test_the_prompt_of_a_chat_with_tools_is_counted_with_them(
+    make_client: Make, tokenizer_of: TokenizerOf
+) -> None:
+    tokenizer = tokenizer_of("{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + TURNS)
     client = await make_client(tokenizer=tokenizer, max_model_len=1024)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}]}
 
@@ -285,8 +300,10 @@ HOSTILE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_lists_of_tools_are_refused_and_the_server_goes_on(make_client: Make, name: str) -> None:
-    tokenizer = TemplateTokenizer(TEMPLATES["by the model"])
+async def test_hostile_lists_of_tools_are_refused_and_the_server_goes_on(
+    make_client: Make, tokenizer_of: TokenizerOf, name: str
+) -> None:
+    tokenizer = tokenizer_of(TEMPLATES["by the model"])
     client = await make_client(tokenizer=tokenizer, next_token=scripted("Hi."), num_blocks=256, max_model_len=1024)
     body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}], "temperature": 0, "tools": HOSTILE[name]}
 

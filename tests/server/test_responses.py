@@ -25,6 +25,7 @@ from brlite.dialects.responses_stored import FinishedResponse
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.server.response_store import TenantResponses, make_response_store
+from tests.api_clients import openai_client
 from tests.limits import PATIENCE_SECONDS
 
 TOOLS: list[Any] = [{"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}]
@@ -55,11 +56,7 @@ async def serve() -> AsyncIterator[Start]:
             engine = await stack.enter_async_context(AsyncEngine.from_config(config))
             server = HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2)
             await stack.enter_async_context(server)
-            url = f"http://127.0.0.1:{server.port}/v1"
-            clients = [
-                openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE_SECONDS)
-                for key in keys or ("none",)
-            ]
+            clients = [openai_client(server.url, key) for key in keys or ("none",)]
             return [await stack.enter_async_context(client) for client in clients]
 
         yield start

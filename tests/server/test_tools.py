@@ -15,7 +15,7 @@ from brlite.chat.tool_calls import PARSERS
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
-from tests.limits import PATIENCE_SECONDS
+from tests.api_clients import openai_client
 
 WEATHER = {
     "type": "function",
@@ -49,10 +49,7 @@ async def serve() -> AsyncIterator[Callable[..., Awaitable[openai.AsyncOpenAI]]]
             engine = await stack.enter_async_context(AsyncEngine.from_config(config))
             server = HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2)
             await stack.enter_async_context(server)
-            client = openai.AsyncOpenAI(
-                base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
-            )
-            return await stack.enter_async_context(client)
+            return await stack.enter_async_context(openai_client(server.url))
 
         yield start
 
