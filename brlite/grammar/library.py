@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from brlite.config.options import GrammarConfig
 from brlite.grammar.answer_grammar import AnswerWriter, read_structural_tag
@@ -26,11 +27,15 @@ from brlite.tokenizer import Tokenizer
 NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
 # Without it llguidance 1.9.1 never returns from computing the forced tokens of /a+/ /a+/, which its lexer cannot split.
 NO_FORCING = '%llguidance {"no_forcing": true}\n'
+GBNF_OPTIONS = "%llguidance {}\n"  # at the head of a converted grammar
+# Finding the forced tokens of 250,000 characters takes 0.9 s, once for each `MAX_FORCED` tokens, and holds the GIL.
+MAX_LITERAL = 32_768  # characters of one text of a grammar; with a longer one, none of its tokens are forced
 # Of a long forced text only the beginning is encoded: 200,000 characters took 0.3 s, once for each `MAX_FORCED` tokens.
 MAX_ENCODED = 2048  # characters
 NUM_UNSURE = 16  # tokens at the end of a text that was cut, which may be others in the whole text
 MAX_LEAVES_TRIED = 500  # subschemas that are compiled alone to find the place of an error
 _BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # limit of llguidance's initial lexer: enough for long enums
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SPECIAL_IN_PATTERNS = re.compile(r"[\\^$.|?*+()\[\]{}]")
 
 
@@ -87,7 +92,7 @@ class Library:
             inner = self._compiled(text, num_bytes)
 
         if text is not None:
-            first_mask = self._first_mask(self._guided(inner, is_json=is_json))
+            first_mask = self._first_mask(self._guided(inner, wish, is_json=is_json))
         if calls is not None or wish.reasoning is not None:
             writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern)
             written = writer.write(wish.reasoning, calls, text)
@@ -95,14 +100,14 @@ class Library:
             if inner.is_error():
                 self._refuse_parts(written.schemas, inner.get_error(), overrides)
             self._check_warnings(written.schemas, inner.get_grammar_warnings())
-            first_mask = self._first_mask(self._guided(inner, is_json=is_json))
-        return Grammar(lambda: self._guided(inner, is_json=is_json or calls is not None), first_mask)
+            first_mask = self._first_mask(self._guided(inner, wish, is_json=is_json))
+        return Grammar(lambda: self._guided(inner, wish, is_json=is_json or calls is not None), first_mask)
 
-    def _guided(self, inner: llguidance.LLMatcher, *, is_json: bool) -> GuidedMatcher:
+    def _guided(self, inner: llguidance.LLMatcher, wish: StructuredOutput, *, is_json: bool) -> GuidedMatcher:
         return GuidedMatcher(
             inner.deep_copy(),
             self._token_bytes,
-            has_forced_tokens=self._tokenizer.encodes_in_process,
+            has_forced_tokens=self._tokenizer.encodes_in_process and _longest_literal(wish) <= MAX_LITERAL,
             number_tokens=self._number_tokens if is_json else None,
         )
 
@@ -205,10 +210,13 @@ class Library:
             if "%llguidance" in re.sub(r"%llguidance\s*\{\s*\}", "", text):
                 raise PatternRefused("the grammar sets options of llguidance; allowed is %llguidance {}")
             return llguidance.LLMatcher.grammar_from_lark(NO_FORCING + text)
+        # Not by `grammar_from`: it first searches for Lark's notation by an expression that takes quadratic time, and
+        # holds the GIL. 200,000 line feeds took minutes in which the server answered nothing.
         try:
-            return llguidance.grammar_from("gbnf", text)
-        except ValueError as error:
-            raise PatternRefused(_first_line(str(error))) from None
+            lark = gbnf_to_lark(text)
+        except Exception as error:  # it raises any exception for a malformed grammar
+            raise PatternRefused(_first_line(f"cannot be converted from GBNF: {error}")) from None
+        return llguidance.LLMatcher.grammar_from_lark(lark.replace(GBNF_OPTIONS, NO_FORCING, 1))
 
 
 class _TokenSource:
@@ -228,6 +236,15 @@ class _TokenSource:
         decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         token_ids = self._tokenizer.encode_continuation(decoded[:MAX_ENCODED])
         return token_ids if len(decoded) <= MAX_ENCODED else token_ids[: max(1, len(token_ids) - NUM_UNSURE)]
+
+
+def _longest_literal(wish: StructuredOutput) -> int:
+    """The characters of the longest text in schemas, choices and calls."""
+    parts = wish.calls.parts if wish.calls is not None else ()
+    schemas = [wish.json_schema, wish.structural_tag, *(part.schema for part in parts)]
+    texts = [text for schema in schemas for text in _JSON_STRING.findall(schema or "")]
+    texts += [*wish.choice, *(text for part in parts for text in (part.begin, part.end))]
+    return max(map(len, texts), default=0)
 
 
 def _refused(label: str, pointer: str, reason: str) -> SchemaRefused | PatternRefused:

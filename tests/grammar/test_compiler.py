@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from brlite.config.options import GrammarConfig
@@ -399,3 +400,23 @@ def test_of_a_long_forced_text_only_the_beginning_is_encoded_at_once():
 
     assert json.loads(tokenizer.decode(token_ids)) == text
     assert tokenizer.longest <= MAX_ENCODED
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        StructuredOutput(choice=("the answer " * 5000,)),
+        StructuredOutput(json_schema=json.dumps({"const": "the answer " * 5000})),
+        StructuredOutput(grammar='root ::= "' + "the answer " * 5000 + '"'),
+    ],
+)
+def test_tokens_of_a_very_long_text_are_masked_and_not_forced(wish: StructuredOutput):
+    tokenizer = LongTokens()
+    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size, GrammarConfig()).compile(wish).matcher()
+    words = bytearray(-(-tokenizer.vocab_size // 32) * 4)
+
+    matcher.fill_masks(memoryview(words), ())
+
+    allowed = np.flatnonzero(np.unpackbits(np.frombuffer(words, np.uint8), bitorder="little"))
+    assert list(matcher.forced) == []
+    assert {tokenizer.token_text(int(token_id))[:1] for token_id in allowed} <= {"t", '"'}

@@ -20,15 +20,23 @@ from brlite.chat.control_tokens import ControlToken, ControlTokens
 from brlite.chat.template import ChatTemplate
 from brlite.checkpoint.traced_code import parameter_names
 from brlite.dialects.errors import error_body
+from brlite.config.options import GrammarConfig
 from brlite.errors import Unauthorized
+from brlite.grammar.compiler import GrammarCompiler
 from brlite.proxy.usage import estimate_prompt
 from brlite.proxy.wire.heads import read_answer, read_request
 from brlite.server.handlers import ROUTES
+from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer.pre_tokenizers import ends_soon
+from tests.grammar.answers import LongTokens
 
 REQUEST, ANSWER, END = b"GET / HTTP/1.1\r\nHost: a", b"HTTP/1.1 200 OK\r\nA: a", b"b\r\n\r\n"
 TEMPLATE = "{# " + "split('</think>' " * 100_000 + "#}"
 TEKKEN = ControlTokens({text: ControlToken(0) for text in ("[INST]", "<s>", *(f"<SPECIAL_{n}>" for n in range(1000)))})
+
+def compiled(grammar):
+    tokenizer = LongTokens()
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size, GrammarConfig()).compile(StructuredOutput(grammar=grammar))
 
 def resolve(path):
     app = web.Application()
@@ -44,6 +52,8 @@ READS = {
     "a body of almost base64": "[estimate_prompt(b'/v1/completions', (b'a' * 4095 + b' ') * 256) for _ in range(40)]",
     "a chat beside a thousand control tokens": "[list(TEKKEN.split('<' * 10**6)) for _ in range(10)]",
     "a template": "ChatTemplate(TEMPLATE, source='here', special_tokens={}).close()",
+    "a grammar of line feeds": r"""compiled('root ::= "a"' + '\n' * 250_000)""",
+    "a grammar of spaces and line feeds": r"""compiled('root ::= "a"\n' + ' \n' * 125_000 + 'b ::= "c"')""",
     "the code of a traced module": r"parameter_names('\n  __parameters__ = [' * 100_000)",
     "the expression of a tokenizer": r"ends_soon('[' + r'\p{L}' * 1000 + '(')",
 }
