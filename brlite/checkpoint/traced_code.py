@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 PARAMETERS = "\n  __parameters__ = ["
+MAX_PARSED_CHARACTERS = 2**20  # of one class: Python's parser takes up to 400 bytes for each
 QUOTED = re.compile(r'"([^"\\]*)"')
 
 
@@ -39,6 +40,8 @@ def parameter_names(text: str) -> frozenset[str]:
 
 def graph_names(text: str) -> GraphNames | None:
     """The names in a module's `forward`; None if `text` has no `forward` that can be parsed."""
+    if len(text) > MAX_PARSED_CHARACTERS:
+        return None
     try:
         nodes = ast.walk(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

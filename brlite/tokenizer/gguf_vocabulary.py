@@ -93,11 +93,11 @@ def _build_with_ends(vocabulary: _Vocabulary) -> Backend:
     backend = _build(vocabulary)
     adds_bos = vocabulary.flag("add_bos_token", vocabulary.kind == "llama" or vocabulary.splitting().adds_bos)
     adds_eos = vocabulary.flag("add_eos_token", False)
-    add_bos_eos(
-        backend,
-        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
-        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
-    )
+    ends = {name: vocabulary.token_id(name) if adds else None for name, adds in (("bos", adds_bos), ("eos", adds_eos))}
+    for name, token_id in ends.items():
+        if token_id is not None and backend.id_to_token(token_id) is None:
+            raise vocabulary.error(f"tokenizer.ggml.{name}_token_id", "is of a text that a later token has, too")
+    add_bos_eos(backend, bos_token_id=ends["bos"], eos_token_id=ends["eos"])
     return backend
 
 

@@ -191,6 +191,7 @@ def test_a_folder_with_two_gguf_files_is_refused(write_gguf: WriteGguf, byte_lev
         ({"tokens": ["a"]}, "tokenizer.ggml.token_type has [0-9]+ entries, not 1"),
         ({"tokens": "a"}, "tokenizer.ggml.tokens must be of type list, got str"),
         ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000; the vocabulary has the ids 0 to"),
+        ({"tokens": "TWICE", "bos_token_id": 0, "add_bos_token": True}, "bos_token_id is of a text that a later token"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be of type bool, got int"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
         ({"model": "llama", "scores": [0.5]}, "tokenizer.ggml.scores has 1 entries, not"),
@@ -200,6 +201,8 @@ def test_a_folder_with_two_gguf_files_is_refused(write_gguf: WriteGguf, byte_lev
 def test_a_vocabulary_that_cannot_be_right_is_refused_by_its_key(
     write_gguf: WriteGguf, byte_level_keys: Mapping[str, Any], changes: dict[str, Any], message: str
 ) -> None:
+    if changes.get("tokens") == "TWICE":
+        changes = {**changes, "tokens": [*byte_level_keys["tokens"][:-1], byte_level_keys["tokens"][0]]}
     file = write_gguf(**{**byte_level_keys, **changes})
 
     with pytest.raises(ModelError, match=message) as caught:
