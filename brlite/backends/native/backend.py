@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -45,8 +46,6 @@ from brlite.engine.outputs import TokenLogprob
 from brlite.errors import EngineError, RankGone
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.process.machine import describe_cpu
-
-SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
 
 
 class NativeBackend:
@@ -194,8 +193,8 @@ class NativeBackend:
             num_spans=len(rows.spans),
             num_draws=num_draws,
             num_threads=self._num_threads,
-            token_ids=rows.token_ids.ctypes.data,
-            spans=rows.spans.ctypes.data,
+            token_ids=rows.token_ids,
+            spans=ctypes.addressof(rows.spans),
             draws=draws,
             drawn=drawn,
         )
@@ -212,20 +211,21 @@ class _Rows:
     """A batch as the arrays that the library reads: tokens by row, spans, block tables."""
 
     def __init__(self, seqs: Sequence[ScheduledSeq | RankSeq]) -> None:
-        token_ids: list[int] = []
-        tables: list[int] = []
-        spans = []
+        token_ids, tables = array("i"), array("i")
+        offsets: list[int] = []
         self.first_rows: list[int] = []
         for seq in seqs:
             self.first_rows.append(len(token_ids))
-            spans.append((seq.start, len(token_ids), len(seq.token_ids), 0, 4 * len(tables)))
-            token_ids += seq.token_ids
-            tables += seq.block_table
+            offsets.append(len(tables) * tables.itemsize)
+            token_ids.extend(seq.token_ids)
+            tables.extend(seq.block_table)
+        self._kept = token_ids, tables  # what the addresses point to
         self.num_rows = len(token_ids)
-        self.token_ids = np.array(token_ids, np.int32)
-        self._tables = np.array(tables, np.int32)
-        self.spans = np.array(spans, SPAN)
-        self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
+        self.token_ids, address = (each.buffer_info()[0] for each in self._kept)
+        runs = zip(seqs, self.first_rows, offsets, strict=True)
+        self.spans = (abi.NativeSpan * len(seqs))(
+            *(abi.NativeSpan(seq.start, first, len(seq.token_ids), 0, address + offset) for seq, first, offset in runs)
+        )
 
 
 class _Poolings:

@@ -19,8 +19,6 @@ from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undraw
 from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
-_DRAW = np.dtype(abi.Draw)
-_DRAWN = np.dtype(abi.Drawn)
 _MAX_TEMPERATURE = 1e37  # as in sample.h; larger values would become infinity as a C float
 _MAX_KEPT = 1024
 _INT32_BYTES = 4
@@ -66,7 +64,7 @@ class NativeDraws:
                 entry = self._kept[id(params)] = _Settings.of(params, self._vocab_size)
             settings.append(entry)
         packed_targets = [
-            bytes(abi.Draw(target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
+            bytes(abi.Draw(row=target.row, target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
             for target in targets
         ]
         packed = b"".join([entry.packed for entry in settings] + packed_targets)
@@ -84,44 +82,49 @@ class StepDraws:
         settings: Sequence[_Settings],
     ) -> None:
         self._drawings, self._targets, self._settings = drawings, targets, settings
-        self._draws = np.frombuffer(packed, dtype=_DRAW)
-        self._drawn = np.zeros(len(self._draws), dtype=_DRAWN)
-        if not len(self._draws):
+        self.num_draws = len(drawings) + len(targets)
+        # ctypes, not numpy: with few rows numpy's calls take longer than a stream's other work in a step.
+        self._draws = (abi.Draw * self.num_draws).from_buffer(packed)
+        self._drawn = (abi.Drawn * self.num_draws)()
+        self._banned: list[npt.NDArray[np.int32]] = []
+        for draw, drawing, entry in zip(self._draws, drawings, settings, strict=False):
+            draw.row = drawing.row
+            if not entry.is_greedy:
+                draw.uniform = uniform(drawing.sampling.seed, drawing.position)
+            sampling = drawing.sampling
+            if (
+                sampling.banned_token_ids
+                or sampling.costs
+                or entry.is_penalised
+                or drawing.mask
+                or drawing.logits is not None
+            ):
+                self._point_to_edits(draw, drawing, entry)
+        num_top = max((draw.num_logprobs for draw in self._draws), default=0)
+        if num_top <= 0:
             return
-        self._draws["row"] = [drawing.row for drawing in drawings] + [target.row for target in targets]
-        self._draws["uniform"][: len(drawings)] = [
-            0.0 if entry.is_greedy else uniform(drawing.sampling.seed, drawing.position)
-            for entry, drawing in zip(settings, drawings, strict=True)
-        ]
-        self._point_to_edits(packed)
-        num_top = int(self._draws["num_logprobs"].max())
-        if num_top > 0:
-            shape = len(self._draws), num_top
-            self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-            offsets = np.arange(len(self._draws), dtype=np.uint64) * np.uint64(num_top * _INT32_BYTES)
-            self._drawn["top_ids"] = offsets + np.uint64(self._top_ids.ctypes.data)
-            self._drawn["top_logprobs"] = offsets + np.uint64(self._top_logprobs.ctypes.data)
-
-    @property
-    def num_draws(self) -> int:
-        return len(self._draws)
+        shape = self.num_draws, num_top
+        self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        ids, logprobs = self._top_ids.ctypes.data, self._top_logprobs.ctypes.data
+        for offset, drawn in enumerate(self._drawn):
+            drawn.top_ids = ids + offset * num_top * _INT32_BYTES
+            drawn.top_logprobs = logprobs + offset * num_top * _INT32_BYTES
 
     @property
     def draws_address(self) -> int:
-        return self._draws.ctypes.data
+        return ctypes.addressof(self._draws)
 
     @property
     def drawn_address(self) -> int:
-        return self._drawn.ctypes.data
+        return ctypes.addressof(self._drawn)
 
     def tokens(self) -> list[SampledToken | Undrawn]:
         """The token drawn for each drawing."""
-        token_ids = self._drawn["token"][: len(self._drawings)].tolist()
         return [
             _UNDRAWN[token_id]
-            if token_id < 0
-            else SampledToken(token_id, self._logprob(i, token_id) if entry.is_reported else None)
-            for i, (token_id, entry) in enumerate(zip(token_ids, self._settings, strict=True))
+            if (token_id := drawn.token) < 0
+            else SampledToken(token_id, None if entry.num_top < 0 else self._logprob(i, token_id))
+            for i, (drawn, entry) in enumerate(zip(self._drawn, self._settings, strict=False))
         ]
 
     def target_logprobs(self) -> list[TokenLogprob]:
@@ -131,34 +134,31 @@ class StepDraws:
 
     def _logprob(self, index: int, token_id: int) -> TokenLogprob:
         found = self._drawn[index]
-        num_top = int(self._draws["num_logprobs"][index]) if found["token"] >= 0 else 0
+        num_top = self._draws[index].num_logprobs if found.token >= 0 else 0
         if num_top == 0:
-            return TokenLogprob(token_id, float(found["logprob"]))
+            return TokenLogprob(token_id, found.logprob)
         ids, logprobs = self._top_ids[index, :num_top].tolist(), self._top_logprobs[index, :num_top].tolist()
-        return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
+        return TokenLogprob(token_id, found.logprob, tuple(zip(ids, logprobs, strict=True)))
 
-    def _point_to_edits(self, packed: bytearray) -> None:
+    def _point_to_edits(self, draw: abi.Draw, drawing: Drawing, entry: _Settings) -> None:
         """Set the pointers to what changes with each step, where there is any: bans, masks, counts, costs, logits."""
-        self._banned: list[npt.NDArray[np.int32]] = []
-        for i, ((_, sampling, _, mask, logits), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
-            is_copied = logits is not None
-            if not (sampling.banned_token_ids or entry.is_penalised or mask or sampling.costs or is_copied):
-                continue
-            draw = abi.Draw.from_buffer(packed, i * _DRAW.itemsize)
-            if logits is not None:
-                draw.logits, draw.target, draw.num_logprobs = logits.ctypes.data, 0, min(draw.num_logprobs, 0)
-                continue
-            if mask:
-                draw.mask, draw.is_mask_filled = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in mask)
+        _, sampling, _, mask, logits = drawing
+        if logits is not None:
+            draw.logits, draw.target, draw.num_logprobs = logits.ctypes.data, 0, min(draw.num_logprobs, 0)
+            return
+        if mask:
+            draw.mask, draw.is_mask_filled = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in mask)
+        if sampling.banned_token_ids:
             banned = np.array(sampling.banned_token_ids, dtype=np.int32)
             self._banned.append(banned)
             draw.num_banned, draw.banned_ids = len(banned), banned.ctypes.data
+        if sampling.costs:
             draw.num_costs = len(sampling.cost_token_ids) // _INT32_BYTES
             draw.cost_ids, draw.costs = _address(sampling.cost_token_ids), _address(sampling.costs)
-            if entry.is_penalised:
-                draw.num_counted = len(sampling.counted_token_ids) // _INT32_BYTES
-                draw.counted_ids = _address(sampling.counted_token_ids)
-                draw.output_counts = _address(sampling.output_counts)
+        if entry.is_penalised:
+            draw.num_counted = len(sampling.counted_token_ids) // _INT32_BYTES
+            draw.counted_ids = _address(sampling.counted_token_ids)
+            draw.output_counts = _address(sampling.output_counts)
 
 
 class _Settings(NamedTuple):
@@ -168,7 +168,7 @@ class _Settings(NamedTuple):
     params: SamplingParams
     is_greedy: bool
     is_penalised: bool
-    is_reported: bool
+    num_top: int  # -1: no logprobs
     bias_ids: npt.NDArray[np.int32]
     biases: npt.NDArray[np.float32]
     allowed: npt.NDArray[np.int32] | None
@@ -178,19 +178,19 @@ class _Settings(NamedTuple):
         bias_ids = np.array(list(params.logit_bias), dtype=np.int32)
         biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
         allowed = allowed_words(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
+        num_top = -1 if params.logprobs is None else min(params.logprobs, vocab_size)
         draw = abi.Draw(
             target=-1,
             temperature=0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
             top_k=vocab_size if params.top_k == -1 else min(params.top_k, vocab_size),
-            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
+            num_logprobs=num_top,
             num_biases=len(bias_ids),
             bias_ids=bias_ids.ctypes.data,
             biases=biases.ctypes.data,
             allowed=None if allowed is None else allowed.ctypes.data,
             **{name: getattr(params, name) for name in abi.DRAW_PARAMETERS},
         )
-        has_logprobs = params.logprobs is not None
-        return cls(bytes(draw), params, params.is_greedy, params.has_penalties, has_logprobs, bias_ids, biases, allowed)
+        return cls(bytes(draw), params, params.is_greedy, params.has_penalties, num_top, bias_ids, biases, allowed)
 
 
 def _address(data: bytes) -> int | None:
