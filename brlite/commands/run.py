@@ -20,6 +20,7 @@ from brlite.checkpoint.progress import progress_bar
 from brlite.commands.chat import chat_with_server
 from brlite.commands.given_config import given_sampling
 from brlite.config.options import DEFAULT_MODEL, ServerConfig
+from brlite.config.validation import engine_override
 from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import shown
 from brlite.process.children import ChildGroup, child_environment, python_module
@@ -33,22 +34,19 @@ SERVER_ERROR = "brlite: error: "
 def run(args: argparse.Namespace) -> int:
     """Download the model if necessary, start `brlite serve`, and chat until the end of input."""
     given = given_sampling(args)
-    if args.engine in (None, "auto", "native", "torch") and not (args.name is not None and Path(args.name).exists()):
+    is_path = args.name is not None and Path(args.name).exists()
+    if not is_path and engine_override(args.engine).get("engine.name") is None:
         # Not in the server: this process has a terminal for the progress, and the hub's token in its environment.
         with progress_bar() as show:
             locate_model(args.name or DEFAULT_MODEL, None, show)
     port = args.port or _free_port()
-    options = {"--model": args.name} | {
+    # The server starts in an empty folder, since a config in this one would change what it serves.
+    options = {"--model": Path(args.name).absolute() if is_path else args.name} | {
         f"--{name}": getattr(args, name) for name in ("context", "device", "threads", "engine")
     }
     flags = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
     with TemporaryDirectory(prefix="brlite-run-") as folder, ChildGroup() as group:
         log = Path(folder) / "log"
-        # The server starts in an empty folder, since a config in this one would change what it serves. So paths must be
-        # absolute.
-        flags = [
-            str(Path(word).absolute()) if Path(word).exists() and not word.startswith("-") else word for word in flags
-        ]
         command = [*python_module("brlite"), "serve", *flags, "--host", HOST, "--port", str(port)]
         with log.open("wb") as stderr:
             server = group.start(command, env=child_environment(), stdout=subprocess.DEVNULL, stderr=stderr, cwd=folder)

@@ -269,10 +269,13 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("flag", "value"), [("port", "99999"), ("device", "no device")])
 def test_run_says_in_a_line_why_the_server_ended(flag: str, value: str, tmp_path: Path) -> None:
-    command = [BRLITE, "run", "toy", "--engine", "toy", f"--{flag}={value}"]
+    (tmp_path / value).touch()  # the value is no path, whatever files there are
+    command = [BRLITE, "run", "toy", f"--{flag}={value}"]
+    settings = {**os.environ, "BRLITE_ENGINE": "toy"}
 
-    ended = subprocess.run(command, input="", capture_output=True, text=True, check=False, cwd=tmp_path)
+    ended = subprocess.run(command, input="", capture_output=True, text=True, check=False, cwd=tmp_path, env=settings)
 
     assert ended.returncode == 2
     assert flag in ended.stderr
+    assert str(tmp_path) not in ended.stderr
     assert ended.stderr.count("\n") == 1
