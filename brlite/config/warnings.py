@@ -6,7 +6,6 @@ does not use the network.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from brlite.config.address import is_loopback_address, parse_address
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
+from brlite.process.children import read_secret
 from brlite.process.machine import OWN_DESCRIPTORS, descriptor_limit, find_cpus
 
 GIB = 2**30
@@ -84,7 +84,7 @@ def metrics_notes(config: Config) -> list[str]:
 
 def _has_key(config: Config) -> bool:
     keys = config.keys
-    return bool(keys.keys or keys.file or config.key or os.environ.get(keys.env))
+    return bool(keys.keys or keys.file or config.key or read_secret(keys.env))
 
 
 def _server(config: Config) -> Warnings:

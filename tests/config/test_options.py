@@ -274,6 +274,12 @@ def test_a_key_quiets_the_warning_about_a_public_address(keys, monkeypatch):
     assert config_warnings(Config(server=ServerConfig(host="0.0.0.0"), **keys)) == []
 
 
+def test_a_variable_of_spaces_is_no_key(monkeypatch):
+    monkeypatch.setenv("BRLITE_API_KEY", "  ")
+
+    assert "no API key is set" in config_warnings(Config(server=ServerConfig(host="0.0.0.0")))[0]
+
+
 def test_an_invalid_value_of_a_required_field_is_one_problem_and_not_a_missing_field_as_well():
     problems = find_problems({"server": {"port": "x"}, "upstream": [{"url": 1, "models": ["m"]}]})
 
