@@ -19,13 +19,14 @@ import msgspec
 
 from brlite.config.diff import Change, diff
 from brlite.config.options import Config
+from brlite.config.proxy_files import upstream_configs
 from brlite.config.warnings import config_warnings
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.cache import expand_home
 from brlite.http.keys import ApiKeys
 from brlite.process.waiting import on_daemon_thread, within
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.routing.route_table import RouteTable, upstream_configs
+from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.served_model import ModelTable
 
 logger = logging.getLogger(__name__)

@@ -78,6 +78,28 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     return make_config(msgspec.to_builtins(merged), source=source)
 
 
+def upstream_configs(config: Config) -> list[UpstreamConfig]:
+    """The upstreams of a config: its own, and those in `proxy.all_models` whose models are not served here.
+
+    URLs that are placeholders are left out; `warnings.py` warns of them.
+    """
+    here = {spec.name for spec in config.model}
+    configs = [
+        # A model that is served here needs no second hop.
+        msgspec.structs.replace(each, models=tuple(model for model in each.models if model not in here))
+        for each in config.upstream
+    ]
+    models_by_url: dict[str, list[str]] = {}
+    for url, model in config.proxy.all_models.items():
+        if model not in here and parse_address(url) is not None:
+            models_by_url.setdefault(url, []).append(model)
+    urls = {each.url for each in configs}
+    configs += [
+        UpstreamConfig(url=url, models=tuple(models)) for url, models in models_by_url.items() if url not in urls
+    ]
+    return [each for each in configs if each.models]
+
+
 def _agreed(entries: Iterable[_Entry]) -> list[_Entry]:
     """The entries without duplicates. Raises `ConfigError` if two entries name different models for one address."""
     seen: dict[Address | str, _Entry] = {}

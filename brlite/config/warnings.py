@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from brlite.config.address import is_loopback_address, parse_address
 from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.config.proxy_files import upstream_configs
 from brlite.errors import ConfigError
 from brlite.process.children import read_secret
 from brlite.process.machine import OWN_DESCRIPTORS, descriptor_limit, find_cpus
@@ -219,8 +220,7 @@ def _local_models(config: Config) -> set[str]:
 
 def _forwarded_models(config: Config) -> set[str]:
     """The models whose requests are forwarded."""
-    listed = {model for url, model in config.proxy.all_models.items() if parse_address(url) is not None}
-    return listed.union(*(upstream.models for upstream in config.upstream)) - _local_models(config)
+    return {model for upstream in upstream_configs(config) for model in upstream.models}
 
 
 def _weights(spec: ModelSpec) -> Warnings:

@@ -82,6 +82,10 @@ def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
             ),
             "proxy.aliases.x: far has no upstream",
         ),
+        (
+            forwarding(all_models={"http://10.0.0.1": "other", "http://a": "here"}, aliases={"x": "other"}),
+            "proxy.aliases.x: other has no upstream",
+        ),
         (forwarding(fallbacks={"here": ("far",)}), "proxy.fallbacks.here: has no effect"),
         (forwarding(fallbacks={"far": ("here",)}), "proxy.fallbacks.far: here has no upstream"),
         (forwarding(fallbacks={"far": ("far",)}), "proxy.fallbacks.far: names itself"),

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
-from brlite.config.address import parse_address
-from brlite.config.options import Config, UpstreamConfig
+from brlite.config.options import Config
+from brlite.config.proxy_files import upstream_configs
 from brlite.proxy.routing.balancer import Balancer
 from brlite.proxy.routing.concurrency import ConcurrencyLimit
 from brlite.proxy.routing.upstream import Upstream
@@ -105,25 +105,3 @@ class RouteTable:
     def names(self) -> Iterable[tuple[str, Route]]:
         """Every name that a request may use, with its route."""
         return self._by_name.items()
-
-
-def upstream_configs(config: Config) -> list[UpstreamConfig]:
-    """The upstreams of a config: its own, and those in `proxy.all_models` whose models are not served here.
-
-    URLs that are placeholders are left out; `config/warnings.py` warns of them.
-    """
-    here = {spec.name for spec in config.model}
-    configs = [
-        # A model that is served here needs no second hop.
-        msgspec.structs.replace(each, models=tuple(model for model in each.models if model not in here))
-        for each in config.upstream
-    ]
-    models_by_url: dict[str, list[str]] = {}
-    for url, model in config.proxy.all_models.items():
-        if model not in here and parse_address(url) is not None:
-            models_by_url.setdefault(url, []).append(model)
-    urls = {each.url for each in configs}
-    configs += [
-        UpstreamConfig(url=url, models=tuple(models)) for url, models in models_by_url.items() if url not in urls
-    ]
-    return [each for each in configs if each.models]
