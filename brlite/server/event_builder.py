@@ -63,12 +63,13 @@ class EventBuilder:
         The last event of a request has its warnings: every clamped value and every ignored field.
         """
         self.count(prompt_index, output)
+        if output.prompt_logprobs is not None:  # the engine sends them once; every choice of the prompt repeats them
+            self._prompt_logprobs[prompt_index] = output.prompt_logprobs
         call = self._call
         usage = self.usage() if call.continuous_usage else None
-        first_choice = prompt_index * call.params.n
         events: list[Event] = []
         for completion in output.outputs:
-            choice = first_choice + completion.index
+            choice = self._choice(prompt_index, completion)
             is_last = output.finished and completion is output.outputs[-1]
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
@@ -103,13 +104,16 @@ class EventBuilder:
                 self._num_completion += len(completion.token_ids)
                 if self._replies is None:
                     continue
-                choice = prompt_index * self._call.params.n + completion.index
+                choice = self._choice(prompt_index, completion)
                 if choice not in self._counters:
                     self._counters[choice] = self._replies.token_counter()
                 counter = self._counters[choice]
                 if counter is not None:
                     for token_id in completion.token_ids:
                         counter.feed(self._tokenizer.token_bytes(token_id))
+
+    def _choice(self, prompt_index: int, completion: CompletionOutput) -> int:
+        return prompt_index * self._call.params.n + completion.index
 
     def usage(self) -> TokenUsage:
         """The tokens used so far."""
@@ -143,9 +147,7 @@ class EventBuilder:
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
     ) -> list[Event]:
         """Add the token ids and prompt logprobs that the call requests to new events. Without events, keep the ids."""
-        if output.prompt_logprobs is not None:
-            self._prompt_logprobs[prompt_index] = output.prompt_logprobs
-        choice = prompt_index * self._call.params.n + completion.index
+        choice = self._choice(prompt_index, completion)
         untold = self._untold_token_ids.pop(choice, []) + completion.token_ids
         if not events:
             self._untold_token_ids[choice] = untold
@@ -198,9 +200,7 @@ class EventBuilder:
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
     ) -> tuple[str, list[Token] | None]:
         """The text and tokens of a delta. The first delta of a choice contains the echoed prompt."""
-        call, choice = self._call, prompt_index * self._call.params.n + completion.index
-        if output.prompt_logprobs is not None:  # the engine sends them once; every choice of the prompt repeats them
-            self._prompt_logprobs[prompt_index] = output.prompt_logprobs
+        call, choice = self._call, self._choice(prompt_index, completion)
         prompt, is_echoed = "", call.echo and choice not in self._echoed_choices
         if is_echoed:
             self._echoed_choices.add(choice)
