@@ -185,6 +185,7 @@ class ModelManager:
                 await self._measure(model)
                 await self._load(model)
         self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
+        self._keeping.add_done_callback(self._on_stopped)
 
     async def failure(self) -> BrliteError:
         """Return the error for which the server has to exit, once there is one."""
@@ -237,6 +238,12 @@ class ModelManager:
                 seconds = None if action.until == math.inf else action.until - self._clock()
                 with suppress(asyncio.TimeoutError):
                     await within(seconds, self._changed.wait())
+
+    def _on_stopped(self, task: asyncio.Task[None]) -> None:
+        """The task that loads and unloads models has ended. If it failed, the server has to exit."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("the model manager failed", exc_info=error)
+            self._fail(f"the model manager failed: {error}")
 
     def _managed(self, model: ServedModel) -> ManagedModel:
         return ManagedModel(

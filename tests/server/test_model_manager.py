@@ -597,6 +597,18 @@ async def test_the_clock_itself_unloads_what_is_idle(eventually: Eventually) -> 
     assert loader.backends["a"].is_closed
 
 
+async def test_an_unexpected_error_of_the_manager_is_a_failure_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ModelTable([ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=0.05))])
+    loader = FakeLoader({})
+    monkeypatch.setattr(loader, "release_memory", lambda: 1 // 0)
+
+    async with ModelManager(models, loader, EngineConfig()) as manager:
+        await manager.start()
+        error = await asyncio.wait_for(manager.failure(), PATIENCE_SECONDS)
+
+    assert "division" in str(error)
+
+
 async def test_a_request_that_comes_while_its_model_is_unloaded_waits_for_the_next_load(
     make_house: MakeHouse, eventually: Eventually
 ) -> None:
