@@ -1,7 +1,7 @@
 """What rounding costs: each precision's perplexity, KL divergence to float32 and agreement with it, over one text.
 
     python bench/quality.py             # all precisions beside llama.cpp's Q8_0 and Q4_1: some minutes
-    python bench/quality.py --short     # 64 tokens, no llama.cpp: for CI
+    python bench/quality.py --short     # 32 tokens, two precisions, no llama.cpp: for CI
 
 Every precision starts from the same file. The reference computes in float32 with the file's own numbers; bf16 and int8
 round them to bfloat16 first, and auto keeps what is quantized. The text is read with the model's own tokenizer in
@@ -40,7 +40,7 @@ from brlite.tokenizer import load_tokenizer
 ROWS_AT_A_TIME = 64
 KV_DTYPES: dict[str, KVDtype] = {"a_bf16_w_int8_kv_int8": "int8"}
 PEERS = ("q8_0", "q4_1")
-SHORT = {"tokens": 64, "window": 64, "peers": []}
+SHORT = {"tokens": 32, "window": 32, "peers": [], "precisions": ["auto", "a_bf16_w_int8_kv_int8"]}
 
 Logits = Callable[[list[int]], np.ndarray]
 
@@ -216,7 +216,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of the text; 0: all")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens that see each other (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
-    parser.add_argument("--short", action="store_true", help="64 tokens, no llama.cpp")
+    parser.add_argument("--short", action="store_true", help="32 tokens, two precisions, no llama.cpp")
     args = parser.parse_args(argv)
     if args.short:
         vars(args).update(SHORT)

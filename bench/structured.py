@@ -1,7 +1,7 @@
 """What structured output costs, and what it gains.
 
     python bench/structured.py            # the default model, 32 rows, 9 rounds: some three minutes
-    python bench/structured.py --short    # a round of 8 rows, for CI
+    python bench/structured.py --short    # a round of 8 rows, 10 tokens each, for CI
 
 Two questions, each with both sides in turns, so that a busy machine slows both; medians of the rounds are compared:
 
@@ -60,7 +60,7 @@ def main() -> None:
     engine, backend = build_engine(config)
     print(f"{spec.name} {spec.precision} on {backend.info.device}; medians of {args.rounds} rounds")
     try:
-        bench = Bench(engine, backend)
+        bench = Bench(engine, backend, num_tokens=10 if args.short else 40)
         steps_free, steps_guided = [], []
         json_rates, text_rates = [], []
         for _ in range(args.rounds + 1):  # the first is not counted
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--short", action="store_true", help="a round of 8 rows")
+    parser.add_argument("--short", action="store_true", help="a round of 8 rows, 10 tokens each")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.short else 9)
     args.rows = args.rows or (8 if args.short else 32)
@@ -94,16 +94,17 @@ def parse_args() -> argparse.Namespace:
 class Bench:
     """Steps an engine by hand, as its loop does: masks on a thread of their own."""
 
-    def __init__(self, engine: Engine, backend: Backend) -> None:
+    def __init__(self, engine: Engine, backend: Backend, *, num_tokens: int) -> None:
         self._engine = engine
         self._backend = backend
+        self._num_tokens = num_tokens
         self._ids = itertools.count()
         self._masks = ThreadPoolExecutor(1)
 
     def step_milliseconds(self, num_rows: int, wish: StructuredOutput | None) -> float:
         """The median time of steps in which all rows draw one token, the deciding included."""
         for row in range(num_rows):
-            self._submit(wish, max_tokens=40, temperature=1.0, seed=row, ignore_eos=True)
+            self._submit(wish, max_tokens=self._num_tokens, temperature=1.0, seed=row, ignore_eos=True)
         return median(
             seconds * 1e3 for seconds, num_tokens, num_seqs in self._run() if num_tokens == num_seqs == num_rows
         )
@@ -111,7 +112,7 @@ class Bench:
     def tokens_per_second(self, wish: StructuredOutput | None) -> float:
         """Of one stream, without its first step, which computes the prompt."""
         outputs: list[RequestOutput] = []
-        self._submit(wish, outputs, max_tokens=60, temperature=0.0)
+        self._submit(wish, outputs, max_tokens=self._num_tokens * 3 // 2, temperature=0.0)
         steps = list(self._run())[1:]
         return (sum(len(output.outputs[0].token_ids) for output in outputs) - 1) / sum(step[0] for step in steps)
 

@@ -80,11 +80,14 @@ def machine(args: argparse.Namespace) -> Iterator[Finding]:
 def families(args: argparse.Namespace) -> Iterator[Finding]:
     """Each tiny model in one precision, or in all. A device that is lost ends the process, and so the rest."""
     names = SHORT_CONFIGS if args.short else tuple(tiny_models.TINY_CONFIGS)
-    for precision in [args.precision] if args.precision else get_args(PrecisionName):
-        for name in names:
-            with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
-                path = tiny_models.write_model(Path(scratch) / "model", tiny_models.TINY_CONFIGS[name])
-                yield _guarded(f"{name} {precision}", lambda path=path, p=precision: _compare_tiny(path, p, args))
+    precisions = [args.precision] if args.precision else get_args(PrecisionName)
+    pairs = (
+        zip(itertools.cycle(precisions), names, strict=False) if args.short else itertools.product(precisions, names)
+    )
+    for precision, name in pairs:
+        with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
+            path = tiny_models.write_model(Path(scratch) / "model", tiny_models.TINY_CONFIGS[name])
+            yield _guarded(f"{name} {precision}", lambda path=path, p=precision: _compare_tiny(path, p, args))
 
 
 def codes(args: argparse.Namespace) -> Iterator[Finding]:

@@ -224,9 +224,12 @@ def assert_same_draws(
 
 def assert_same_logprobs(ours: TokenLogprob, theirs: TokenLogprob) -> None:
     assert ours.token_id == theirs.token_id
-    assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5, rel=1e-6)
     assert [token_id for token_id, _ in ours.top] == [token_id for token_id, _ in theirs.top]
-    assert [logprob for _, logprob in ours.top] == pytest.approx([x for _, x in theirs.top], abs=1e-5, rel=1e-6)
+    pairs = [
+        (ours.logprob, theirs.logprob),
+        *((one[1], other[1]) for one, other in zip(ours.top, theirs.top, strict=True)),
+    ]
+    assert all(math.isclose(one, other, abs_tol=1e-5, rel_tol=1e-6) for one, other in pairs), pairs
 
 
 # Drawing
