@@ -9,13 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from pytest_asyncio import is_async_test
 
 from brlite.backends.native.library import NativeLibrary, load_library
 from tests.extras import HAS_TORCH, is_left_out, num_tests
@@ -35,14 +34,6 @@ signal.signal(
 )  # a shell's job in the background ignores it, as its children do
 
 
-if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # which the commands use, and which differs at the edges
-
-    def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-        import uvloop
-
-        return {"uvloop": uvloop.new_event_loop}
-
-
 left_out: list[Path] = []
 
 
@@ -59,10 +50,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "BRLITE_TEST_LOOP" in os.environ:  # all others would do the same again: their loop is of their own making
-        others = [item for item in items if not is_async_test(item)]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if is_async_test(item)]
     if not HAS_TORCH:
         for item in items:
             if needs_torch(item):

@@ -1,7 +1,8 @@
-"""The official client for the tests of this folder, and a check of the states in all of them."""
+"""The loops and the official client for the tests of this folder, and a check of the states in all of them."""
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,9 +10,10 @@ from contextlib import AsyncExitStack
 
 import openai
 import pytest
+import uvloop
 
 from brlite.proxy import attempt, exchange, fast_path
-from tests.limits import PATIENCE_SECONDS
+from tests.api_clients import openai_client
 
 
 def read_table(kind: type[enum.Enum]) -> dict[enum.Enum, set[enum.Enum]]:
@@ -26,6 +28,21 @@ def read_table(kind: type[enum.Enum]) -> dict[enum.Enum, set[enum.Enum]]:
 
 
 TRANSITIONS = read_table(attempt.AttemptState) | read_table(exchange.ExchangeState) | read_table(fast_path.PathState)
+
+MakeLoop = Callable[[], asyncio.AbstractEventLoop]
+# What breaks, hangs, leaves, is refused or cannot be found: there the two loops differ, in errors and in the order of
+# calls. The other files run on one of them.
+OF_CONNECTIONS = {
+    *("test_broken_upstreams", "test_clients", "test_silent_upstreams", "test_unfinished_bodies", "test_what_passes"),
+    *("test_wrong_or_silent", "test_response_downstream", "test_resolving", "test_reachable", "test_tls"),
+    *("test_client", "test_connection_check", "test_connections", "test_health"),
+}
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, MakeLoop]:
+    """uvloop, which the commands use; for connections asyncio's own as well, which programs that embed brlite have."""
+    loops: dict[str, MakeLoop] = {"uvloop": uvloop.new_event_loop}
+    return loops | ({"asyncio": asyncio.new_event_loop} if item.path.stem in OF_CONNECTIONS else {})
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +74,7 @@ async def connect() -> AsyncIterator[Callable[..., openai.AsyncOpenAI]]:
     async with AsyncExitStack() as stack:
 
         def make(url: str, api_key: str = "none") -> openai.AsyncOpenAI:
-            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_SECONDS)
+            client = openai_client(url, api_key)
             stack.push_async_callback(client.close)
             return client
 
