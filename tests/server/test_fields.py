@@ -685,10 +685,11 @@ async def test_an_image_is_refused_as_an_image(client: Client) -> None:
     assert "its type is 'image_url', and this server takes text only" in answer["error"]["message"]
 
 
-async def test_bad_words_are_not_in_the_answer(make_client: MakeClient) -> None:
+@pytest.mark.parametrize("bad_words", [["yz"], "yz"])
+async def test_bad_words_are_not_in_the_answer(make_client: MakeClient, bad_words: list[str] | str) -> None:
     client = await make_client(next_token=lambda context, seed: b"xyz"[len(context) % 3])
 
-    _, answer = await client.post(COMPLETION, completion_body("xyz", bad_words=["yz"], n=2))
+    _, answer = await client.post(COMPLETION, completion_body("xyz", bad_words=bad_words, n=2))
 
     assert [choice["text"] for choice in answer["choices"]] == ["xyaxyaxy"] * 2
 

@@ -36,7 +36,7 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"allowed_token_ids": [5] * 1025}, "allowed_token_ids"),
         ({"bad_words": ["x"] * 65}, "bad_words"),
         ({"bad_words": ["x" * 129]}, "bad_words"),
-        ({"bad_words": "x"}, "bad_words"),
+        ({"bad_words": [5]}, "bad_words"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"n": 0}, "n"),
