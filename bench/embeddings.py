@@ -69,16 +69,13 @@ def _start(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]:
         folder=folder,
         tables=subject.chosen(args),
     )
-    started = []
+    launches = []
     for name in args.servers:
         launcher = launchers.find_launcher(name)
         assert launcher is not None  # the choices are such names
         launch = launcher(settings)
-        if name != "brlite":
-            launch = launchers.with_embeddings(launch)
-        started.append(stack.enter_context(servers.start(launch, folder, args.start_timeout)))
-        started[-1].pause()
-    return started
+        launches.append(launch if name == "brlite" else launchers.with_embeddings(launch))
+    return servers.start_paused(launches, folder, args.start_timeout, stack)
 
 
 def _rate(server: servers.Server, args: argparse.Namespace, number: int) -> float:

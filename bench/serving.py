@@ -80,13 +80,7 @@ def _servers(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
     settings = _settings(args, folder)
     launches = [launcher(settings) for name in names if (launcher := launchers.find_launcher(name)) is not None]
-    started = []
-    for launch in launches:
-        print(f"starting {launch.name} {launch.version} …", file=sys.stderr)
-        server = stack.enter_context(servers.start(launch, folder, args.start_timeout))
-        server.pause()
-        started.append(server)
-    return started + running
+    return servers.start_paused(launches, folder, args.start_timeout, stack) + running
 
 
 def _running(spec: str, args: argparse.Namespace) -> servers.Server:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from measuring.load import Target
@@ -153,6 +153,16 @@ def start(launch: Launch, folder: Path, timeout_seconds: float) -> Iterator[Serv
         yield server
     finally:
         _end(process)
+
+
+def start_paused(launches: Sequence[Launch], folder: Path, timeout_seconds: float, stack: ExitStack) -> list[Server]:
+    """All of them, each stopped once it is ready, so that none takes time from the one that is measured."""
+    started = []
+    for launch in launches:
+        print(f"starting {launch.name} {launch.version} …", file=sys.stderr)
+        started.append(stack.enter_context(start(launch, folder, timeout_seconds)))
+        started[-1].pause()
+    return started
 
 
 def free_port() -> int:
