@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from brlite.tokenizer.token_bytes import TokenBytes
 
 
+KEPT_TEXTS = 16_384  # of tokens, in 3 MB; a vocabulary's 150,000 would take 25 MB
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
@@ -93,7 +94,7 @@ class Tokenizer:
         self._encoder = encoder
         self._bytes = token_bytes.table
         # Gives the text of a token; None if its bytes end inside a character. Most tokens come again and again.
-        self.whole_text = cache(partial(_whole_text, token_bytes.table))
+        self.whole_text = lru_cache(KEPT_TEXTS)(partial(_whole_text, token_bytes.table))
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_format
         self.infill = infill
