@@ -16,7 +16,7 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.config.validation import engine_override, override
 from brlite.config.warnings import check_supported, config_warnings
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, ModelError
 from brlite.llm import LLM, build_engine
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
@@ -147,6 +147,28 @@ def test_an_engine_whose_tokenizer_is_too_large_for_it_is_refused_and_closed(tmp
         build_engine(config)
 
     assert engine.is_closed
+
+
+def test_the_tokenizer_of_an_engine_that_does_not_open_is_closed(monkeypatch) -> None:
+    closed = []
+
+    class Closable:
+        def close(self) -> None:
+            closed.append(type(self).__name__)
+
+    class NoCard(Closable):
+        def tokenizer(self) -> Closable:
+            return Closable()
+
+        def open(self, spec: ModelSpec, config: EngineConfig) -> Capabilities:
+            raise ConfigError("there is no card")
+
+    monkeypatch.setattr(discovery, "make_engine", lambda name: NoCard())
+
+    with pytest.raises(ConfigError, match="there is no card"):
+        build_engine(Config(engine=EngineConfig(name="none"), model=(ModelSpec(name="m"),)))
+
+    assert closed == ["NoCard", "Closable"]
 
 
 def test_a_missing_model_folder_is_said_before_the_engine_opens(tmp_path) -> None:

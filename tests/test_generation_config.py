@@ -14,7 +14,7 @@ import pytest
 from brlite.checkpoint.generation_config import read_recommended_sampling
 from brlite.config.options import Config, ModelSpec
 from brlite.errors import ModelError
-from brlite.llm import LLM, AsyncEngine
+from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.sampling_params import SamplingParams
 from tests.fakes import reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body, make_client  # noqa: F401  # a fixture
@@ -45,9 +45,14 @@ def test_only_sampling_values_are_read_and_null_is_none(folder: Path) -> None:
 
 def test_a_broken_file_is_a_fault_of_the_model(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
+    stages: list[str] = []
 
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         read_recommended_sampling(folder)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        build_engine(config(folder, {}), on_progress=lambda stage, fraction: stages.append(stage))
+
+    assert stages == []  # it is found before minutes of reading weights
 
 
 @pytest.mark.torch

@@ -52,27 +52,29 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     spec = spec or config.model[0]
     factories = load_factories(config.engine.logits_processors)  # first: a model takes minutes to load
     load = _load_builtin if config.engine.name is None else _load_from_contract
-    tokenizer, backend, path, scoring_head, draft_backend = load(config, spec, on_progress or ignore_progress)
-    defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
-    for note in backend.info.notes:
-        logger.warning("model %s: %s", spec.name, note)
-    engine = Engine(
-        backend.info,
-        tokenizer,
-        config.engine,
-        config.limits,
-        grammar=config.grammar,
-        sampling_defaults=defaults,
-        scoring_head=scoring_head,
-        draft_backend=draft_backend,
-        logits_processors=factories,
-    )
-    if backend.info.can_run_ahead and config.engine.speculation == "auto" and not engine.may_guess:
+    with ExitStack() as unless_loaded:
+        parts = load(config, spec, on_progress or ignore_progress, unless_loaded)
+        info = parts.backend.info
+        for note in info.notes:
+            logger.warning("model %s: %s", spec.name, note)
+        engine = Engine(
+            info,
+            parts.tokenizer,
+            config.engine,
+            config.limits,
+            grammar=config.grammar,
+            sampling_defaults=parts.sampling_defaults,
+            scoring_head=parts.scoring_head,
+            draft_backend=parts.draft_backend,
+            logits_processors=factories,
+        )
+        unless_loaded.pop_all()
+    if info.can_run_ahead and config.engine.speculation == "auto" and not engine.may_guess:
         logger.info(
             'model %s: only tokens that a grammar forces are drafted; engine.speculation = "on" guesses text, too',
             spec.name,
         )
-    return Assembly(engine, backend)
+    return Assembly(engine, parts.backend)
 
 
 def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
@@ -107,17 +109,17 @@ def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str
 
 
 class ModelParts(NamedTuple):
-    """The parts of a model. `path` is the path of its files, None if the engine has its own tokenizer."""
+    """The parts of a model. `sampling_defaults` are those of its files; an engine with its own tokenizer has none."""
 
     tokenizer: Tokenizer
     backend: Backend
-    path: Path | None
+    sampling_defaults: dict[str, Any]
     scoring_head: ScoringHead | None = None
     draft_backend: Backend | None = None
 
 
-def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """Load a model with one of brlite's own backends."""
+def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress, unless_loaded: ExitStack) -> ModelParts:
+    """Load a model with one of brlite's own backends. `unless_loaded` gets what closes the parts."""
     from brlite.backends.choose import load_backend
     from brlite.backends.draft import check_draft, load_draft
     from brlite.backends.sizes import settle_context
@@ -130,22 +132,23 @@ def _load_builtin(config: Config, spec: ModelSpec, report: OnProgress) -> ModelP
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
     checkpoint = open_checkpoint(path, spec.model_file)
-    with ExitStack() as unless_loaded:
-        spec = settle_context(checkpoint, spec, config.engine)
-        spec = settle_pooling(path, checkpoint.config, spec)
-        # Find errors in the files before reading weights and importing torch.
-        model = check_model(checkpoint, spec)
-        report("reading the tokenizer", 0.0)
-        tokenizer = _load_tokenizer(path, spec, config.limits)
-        unless_loaded.callback(tokenizer.close)
-        _check_vocabulary(tokenizer, model.config.vocab_size, path)
-        check_draft(spec, config.engine, tokenizer)
-        scoring_head = make_scoring_head(checkpoint, model, spec, tokenizer)
-        backend = load_backend(checkpoint, model, spec, config.engine, report)
-        unless_loaded.callback(backend.close)
-        draft_backend = load_draft(spec, config.engine, backend.info, report)
-        unless_loaded.pop_all()
-        return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
+    spec = settle_context(checkpoint, spec, config.engine)
+    spec = settle_pooling(path, checkpoint.config, spec)
+    # Find errors in the files before reading weights and importing torch.
+    model = check_model(checkpoint, spec)
+    defaults = _sampling_defaults(path, spec, model.config.vocab_size)
+    report("reading the tokenizer", 0.0)
+    tokenizer = _load_tokenizer(path, spec, config.limits)
+    unless_loaded.callback(tokenizer.close)
+    _check_vocabulary(tokenizer, model.config.vocab_size, path)
+    check_draft(spec, config.engine, tokenizer)
+    scoring_head = make_scoring_head(checkpoint, model, spec, tokenizer)
+    backend = load_backend(checkpoint, model, spec, config.engine, report)
+    unless_loaded.callback(backend.close)
+    draft_backend = load_draft(spec, config.engine, backend.info, report)
+    if draft_backend is not None:
+        unless_loaded.callback(draft_backend.close)
+    return ModelParts(tokenizer, backend, defaults, scoring_head, draft_backend)
 
 
 def make_scoring_head(
@@ -191,7 +194,7 @@ def refuse_scoring(spec: ModelSpec, engine_name: str) -> None:
         raise ConfigError(f"classifier_from_token and score_template are not for the engine {engine_name}")
 
 
-def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
+def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress, unless_loaded: ExitStack) -> ModelParts:
     """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
@@ -200,24 +203,24 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     assert config.engine.name is not None  # checked by build_engine
     refuse_scoring(spec, config.engine.name)
     spec = with_static_context(spec)
-    engine = make_engine(config.engine.name)
+    engine, path = make_engine(config.engine.name), None
     if isinstance(engine, BringsTokenizer):
         if spec.chat_template is not None:
             logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
-        report(f"opening engine {config.engine.name}", 0.0)
-        return ModelParts(engine.tokenizer(), SlotBackend(engine, spec, config.engine), None)
-    from brlite.checkpoint.fetch import default_sources, locate_model
+        tokenizer = engine.tokenizer()
+    else:
+        from brlite.checkpoint.fetch import default_sources, locate_model
 
-    path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
-    tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
+        path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
+        tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
+    unless_loaded.callback(tokenizer.close)
     report(f"opening engine {config.engine.name}", 0.0)
     backend = SlotBackend(engine, spec, config.engine)
-    try:
-        _check_vocabulary(tokenizer, backend.info.vocab_size, path)
-    except ModelError:
-        backend.close()
-        raise
-    return ModelParts(tokenizer, backend, path)
+    unless_loaded.callback(backend.close)
+    if path is None:
+        return ModelParts(tokenizer, backend, {})
+    _check_vocabulary(tokenizer, backend.info.vocab_size, path)
+    return ModelParts(tokenizer, backend, _sampling_defaults(path, spec, backend.info.vocab_size))
 
 
 def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:

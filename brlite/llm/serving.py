@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import Config, ModelSpec
@@ -33,10 +33,13 @@ class AsyncEngine(EngineLoop):
 
         def build() -> Assembly:
             assembly = build_engine(config, spec, on_progress)
-            # Now: reading a large vocabulary later would block all streams.
-            if config.grammar.preload and assembly.engine.tokenizer.vocab_size > SMALL_VOCABULARY:
-                (on_progress or ignore_progress)("reading the vocabulary for grammars", 0.0)
-                assembly.engine.compiler.prepare()
+            with ExitStack() as unless_prepared:
+                unless_prepared.callback(assembly.close)
+                # Now: reading a large vocabulary later would block all streams.
+                if config.grammar.preload and assembly.engine.tokenizer.vocab_size > SMALL_VOCABULARY:
+                    (on_progress or ignore_progress)("reading the vocabulary for grammars", 0.0)
+                    assembly.engine.compiler.prepare()
+                unless_prepared.pop_all()
             return assembly
 
         def close_unwanted(done: Future[Assembly]) -> None:
