@@ -33,7 +33,7 @@ from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, find_targets, settle_precision
 from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
-from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts
+from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts, num_cache_blocks
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
@@ -310,8 +310,7 @@ def _find_cache(config: ModelConfig, spec: ModelSpec, block_size: int, room: Cal
     card it takes all the memory that is left.
     """
     if spec.build_seq:
-        blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-        return CacheSize(spec.build_seq, "set by build_seq", blocks)
+        return CacheSize(spec.build_seq, "set by build_seq", num_cache_blocks(spec, block_size))
     own, reason = config.max_context, "the model's own"
     if own > MOST_CONTEXT:
         own, reason = MOST_CONTEXT, f"of the model's {own}; build_seq or --context may ask for more"

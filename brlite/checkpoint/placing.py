@@ -20,7 +20,7 @@ from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
 from brlite.models.precision import INT4_FORMS, PRECISIONS, MatrixForm, Precision, name_of
-from brlite.models.shards import LANES, Shard, rank_parameters, shard_slices
+from brlite.models.shards import LANES, Shard, rank_parameters, shard_config, shard_slices
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +44,11 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     def config(self) -> ModelConfig:
         """The config of the whole model, also with a shard."""
         return self.model.config
+
+    @property
+    def rank_config(self) -> ModelConfig:
+        """The config of the shard's part; without a shard that of the whole model."""
+        return self.config if self.shard is None else shard_config(self.config, self.shard)
 
     @property
     def precision(self) -> Precision:
@@ -100,6 +105,11 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
             num_placed += math.prod(target.shape)
             plan.report(num_placed / total)
         del tensor  # its bytes may be in memory: free them before the next one is read
+
+
+def num_cache_blocks(spec: ModelSpec, block_size: int) -> int:
+    """The blocks of the KV cache: as configured, else enough for `build_batch` sequences of full length."""
+    return spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
 
 
 def held_parameters(model: CheckedModel, shard: Shard | None) -> Mapping[str, Parameter]:

@@ -33,11 +33,11 @@ from brlite.backends.torch.device import (
 from brlite.backends.torch.draws import can_draw, draw
 from brlite.backends.torch.graph_memory import most_rows
 from brlite.backends.torch.kv_cache import KVCache
-from brlite.backends.torch.loading import MemoryNeeds, held_forms, load_model, num_cache_blocks
+from brlite.backends.torch.loading import MemoryNeeds, held_forms, load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.backends.torch.steps import ComputedStep, LastDraws, StepLimits, Steps
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.placing import LoadPlan, num_cache_blocks
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
     BackendInfo,
@@ -122,7 +122,7 @@ class TorchBackend:
         with needs.explained("the KV cache", "lower build_batch, build_seq or num_blocks"):
             cache = KVCache(
                 decoder.config,
-                num_blocks=num_cache_blocks(plan),
+                num_blocks=num_cache_blocks(spec, engine.block_size),
                 block_size=engine.block_size,
                 dtype=cache_dtype(plan.precision, engine.dtype),
                 device=device,

@@ -5,7 +5,6 @@ All names and shapes are checked before any data is read (`checked_model.py`). P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,12 +17,12 @@ from brlite.backends.torch.packing import can_pack, pack_linears
 from brlite.backends.torch.parallel import Group, shard_parameters
 from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
 from brlite.backends.torch.quantize import ROWS_AT_A_TIME, quantize_linears_, store_codes_, store_rows_
-from brlite.checkpoint.placing import LoadPlan, placing
+from brlite.checkpoint.placing import LoadPlan, num_cache_blocks, placing
 from brlite.errors import ConfigError
-from brlite.models.config import ModelConfig, cache_dtype, kv_bytes_per_token
+from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.models.network import weight_bytes
 from brlite.models.precision import MatrixForm
-from brlite.models.shards import shard_config, shard_slices
+from brlite.models.shards import shard_slices
 from brlite.process.machine import find_memory, show_bytes
 
 PLAIN = DeviceRules()
@@ -41,14 +40,13 @@ class MemoryNeeds(NamedTuple):
     @classmethod
     def of(cls, plan: LoadPlan, dtype: torch.dtype, device: torch.device, rules: DeviceRules) -> MemoryNeeds:
         """The needs of the plan's model, or of its shard; measures what is free now."""
-        config = rank_config(plan)
-        per_token = kv_bytes_per_token(config, cache_dtype(plan.precision, plan.engine.dtype))
-        cache = num_cache_blocks(plan) * plan.engine.block_size * per_token
+        block_size = plan.engine.block_size
+        per_token = kv_bytes_per_token(plan.rank_config, cache_dtype(plan.precision, plan.engine.dtype))
+        cache = num_cache_blocks(plan.spec, block_size) * block_size * per_token
+        weights = weight_bytes(plan.rank_config, dtype.itemsize, held_forms(plan, rules))
         card, host = device_memory(device), find_memory()
         free, total = (host.available, host.total) if card is None else (card.free, card.total)
-        return cls(
-            describe_device(device), weight_bytes(config, dtype.itemsize, held_forms(plan, rules)), cache, free, total
-        )
+        return cls(describe_device(device), weights, cache, free, total)
 
     @contextmanager
     def explained(self, stage: str, remedy: str) -> Iterator[None]:
@@ -67,17 +65,6 @@ class MemoryNeeds(NamedTuple):
             ) from error
 
 
-def num_cache_blocks(plan: LoadPlan) -> int:
-    """The blocks of the KV cache: as configured, else enough for `build_batch` sequences of full length."""
-    spec = plan.spec
-    return spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / plan.engine.block_size)
-
-
-def rank_config(plan: LoadPlan) -> ModelConfig:
-    """The config of the plan's model, or of its shard."""
-    return plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
-
-
 def held_forms(plan: LoadPlan, rules: DeviceRules) -> Mapping[str, MatrixForm]:
     """The forms in which a device with these rules holds the plan's matrices. It widens those that are not listed."""
     return plan.card_forms if rules.keeps_forms(plan.precision) else NO_FORMS
@@ -91,7 +78,7 @@ def load_model(
     `rules` choose the form of the matrices. With a shard these are one rank's parameters, and `group` connects the
     ranks.
     """
-    config = rank_config(plan)
+    config = plan.rank_config
     forms = held_forms(plan, rules)
     parameters = allocate_parameters(config, dtype, device, forms)
     if plan.shard is not None:
