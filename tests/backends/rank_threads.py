@@ -10,9 +10,9 @@ import msgspec
 
 from brlite.backends.distributed.backend import RankModel
 from brlite.backends.distributed.messages import RankBatch
+from brlite.backends.distributed.parallel import load_native_rank
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.rank import NativeRank
-from brlite.backends.native.step_rows import SharedSizes, create_shared_file
+from brlite.backends.native.step_rows import create_shared_file
 from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, StepResult
@@ -26,16 +26,17 @@ class RankThreads:
     """A `Backend`: rank 0 on the caller's thread, the others on threads of their own, each given the batch's bytes."""
 
     def __init__(self, ranks: list[RankModel]) -> None:
-        self.info = ranks[0].info
+        self.info = ranks[0].backend.info
         self._ranks = ranks
         self._pool = ThreadPoolExecutor(len(ranks))
 
     def execute(self, batch: Batch) -> StepResult:
         sent = msgspec.msgpack.encode(batch)
         following = [
-            self._pool.submit(rank.follow, msgspec.msgpack.decode(sent, type=RankBatch)) for rank in self._ranks[1:]
+            self._pool.submit(rank.backend.follow, msgspec.msgpack.decode(sent, type=RankBatch))
+            for rank in self._ranks[1:]
         ]
-        result = self._ranks[0].execute(batch)
+        result = self._ranks[0].backend.execute(batch)
         for done in following:
             done.result()
         return result
@@ -63,11 +64,11 @@ def load_native_ranks(
     engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS)
     checkpoint = checkpoint or make_checkpoint(name)
     plan = make_plan(checkpoint, spec, engine)
-    file = create_shared_file(library.functions, SharedSizes.of(plan))
+    file = create_shared_file(library.functions, plan)
     try:
         return RankThreads(
             [
-                NativeRank.load(library, msgspec.structs.replace(plan, shard=Shard(rank, size, sums=False)), file)
+                load_native_rank(library, msgspec.structs.replace(plan, shard=Shard(rank, size, sums=False)), file)
                 for rank in range(size)
             ]
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from brlite.backends.distributed.messages import Join, Joined, Loaded, RankBatch, Setup, compute_message
 from brlite.backends.distributed.processes import CAUSE_SECONDS, OnLost, Ranks
 from brlite.backends.guard import BackendGuard
-from brlite.engine.backend import BackendInfo, Batch, StepResult
+from brlite.engine.backend import BackendInfo, Batch, StepResult, close_all
 from brlite.errors import BackendLost, RankGone
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,23 @@ logger = logging.getLogger(__name__)
 Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]  # of rank 0 and of the others → of all together
 
 
-class RankModel(Protocol):
-    """One rank's part of a model, loaded. On rank 0 it is a `Backend`; other ranks `follow` it."""
+class RankBackend(Protocol):
+    """Computes one rank's part of a model. On rank 0 it is a `Backend`; on other ranks it follows that one."""
 
     @property
     def info(self) -> BackendInfo: ...
+
+    def execute(self, batch: Batch) -> StepResult: ...
+
+    def follow(self, work: RankBatch) -> None:
+        """Do this rank's part of a step that rank 0 executes."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RankConnection(Protocol):
+    """Connects a rank with the others for the data that they exchange in a step."""
 
     def open(self, host: str) -> str:
         """On rank 0: open the place for exchanging data, at this address. Returns what `join` needs to find it."""
@@ -35,17 +47,21 @@ class RankModel(Protocol):
         """Connect to the other ranks. Returns when all have joined."""
         ...
 
-    def execute(self, batch: Batch) -> StepResult: ...
-
-    def follow(self, work: RankBatch) -> None:
-        """Do this rank's part of a step that rank 0 executes."""
-        ...
-
     def abort(self) -> None:
         """Another rank is lost: make a step that waits for it, on another thread, raise soon."""
         ...
 
     def close(self) -> None: ...
+
+
+class RankModel(NamedTuple):
+    """One rank's part of a model, loaded."""
+
+    backend: RankBackend
+    connection: RankConnection
+
+    def close(self) -> None:
+        close_all([self.backend, self.connection])
 
 
 class ParallelBackend:
@@ -82,11 +98,11 @@ class ParallelBackend:
             ranks.tell_each(setup)
             model = load()
             loaded = ranks.hear(Loaded)
-            place = model.open(host)
+            place = model.connection.open(host)
             ranks.tell(Join(place))
-            model.join(place)
+            model.connection.join(place)
             ranks.hear(Joined)
-            return cls(model, ranks, describe(model.info, loaded))
+            return cls(model, ranks, describe(model.backend.info, loaded))
         except BaseException as error:
             loss = ranks.find_loss() if isinstance(error, RankGone) else None
             ranks.close(at_once=True)
@@ -112,7 +128,7 @@ class ParallelBackend:
             self._is_between_steps.clear()
             try:
                 self._ranks.tell(compute_message(batch))
-                return self._model.execute(batch)
+                return self._model.backend.execute(batch)
             except Exception as error:
                 reason = BackendLost(f"a step failed on rank 0: {error}")
                 if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
@@ -152,4 +168,4 @@ class ParallelBackend:
 
     def _end_others(self) -> None:
         self._ranks.kill()
-        self._model.abort()
+        self._model.connection.abort()

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ from brlite.backends.distributed.backend import ParallelBackend, RankModel
 from brlite.backends.distributed.launcher import await_ranks, find_place
 from brlite.backends.distributed.messages import Loaded, Setup
 from brlite.backends.distributed.processes import start_local
-from brlite.backends.native.step_rows import SharedSizes, create_shared_file
+from brlite.backends.native.step_rows import SharedRows, create_shared_file
+from brlite.backends.torch.device import select_device
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.fetch import locate_model
@@ -56,10 +58,8 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
         return Setup(rank, *_as_rank_sees(_found(plan), engine, spec.devices[rank], size), kind)
 
     def load() -> RankModel:
-        from brlite.backends.torch.rank import TorchRank
-
         device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
-        return TorchRank.load(_rank_plan(plan, Shard(0, size), *_as_rank_sees(spec, engine, device, num_here)))
+        return load_torch_rank(_rank_plan(plan, Shard(0, size), *_as_rank_sees(spec, engine, device, num_here)))
 
     describe = partial(_describe, plan.config)
     return ParallelBackend.assemble(ranks, setup, load, describe, place.host if place else LOOPBACK)
@@ -71,13 +71,12 @@ def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend
     if size > num_cores:
         logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
     seen = _as_rank_sees(_found(plan), plan.engine, 0, size)
-    memory = create_shared_file(library.functions, SharedSizes.of(plan))
+    memory = create_shared_file(library.functions, plan)
 
     def load() -> RankModel:
-        from brlite.backends.native.rank import NativeRank
-
         shard = Shard(0, size, sums=False)
-        return NativeRank.load(library, _rank_plan(plan, shard, *seen, _rank_file(plan.packed_file, shard)), memory)
+        rank_plan = _rank_plan(plan, shard, *seen, _rank_file(plan.packed_file, shard))
+        return load_native_rank(library, rank_plan, memory)
 
     try:
         return ParallelBackend.assemble(
@@ -109,13 +108,36 @@ def load_rank(setup: Setup) -> RankModel:
         packed_file=Path(setup.packed_file) if setup.packed_file else None,
     )
     if setup.memory is None:
-        from brlite.backends.torch.rank import TorchRank
-
-        return TorchRank.load(plan)
+        return load_torch_rank(plan)
     from brlite.backends.native.library import load_library
-    from brlite.backends.native.rank import NativeRank
 
-    return NativeRank.load(load_library(), plan, setup.memory)
+    return load_native_rank(load_library(), plan, setup.memory)
+
+
+def load_torch_rank(plan: LoadPlan) -> RankModel:
+    """Read the weights of the plan's shard and allocate its cache, on the first of the spec's devices.
+
+    After `o` and `down` the ranks' products are summed, so the results of one rank and of several differ by rounding.
+    """
+    from brlite.backends.torch.backend import TorchBackend
+    from brlite.backends.torch.group import TorchGroup
+
+    assert plan.shard is not None
+    group = TorchGroup(plan.shard, select_device(plan.engine.device, plan.spec.devices[0]))
+    return RankModel(TorchBackend.load(plan, group), group)
+
+
+def load_native_rank(library: NativeLibrary, plan: LoadPlan, file: int) -> RankModel:
+    """The same in native code. `file` is a descriptor of the memory that the ranks share.
+
+    No sum is split among ranks, so results have the same bits for any number of ranks.
+    """
+    from brlite.backends.native.backend import NativeBackend
+
+    with ExitStack() as opened:
+        shared = SharedRows(library.functions, plan, file)
+        opened.callback(shared.close)
+        return RankModel(NativeBackend(library, plan, shared=shared, opened=opened), shared)
 
 
 def _rank_plan(

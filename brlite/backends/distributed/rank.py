@@ -42,11 +42,12 @@ def run(channel: Channel) -> int:
     watch.start()
     try:
         model = load_rank(_receive(channel, Setup))
-        channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
-        model.join(_receive(channel, Join).place)
+        info = model.backend.info
+        channel.send(Loaded(info.weight_bytes, info.kv_bytes, info.fingerprint))
+        model.connection.join(_receive(channel, Join).place)
         channel.send(Joined())
         while isinstance(message := channel.receive(), Compute):
-            model.follow(read_work(message))
+            model.backend.follow(read_work(message))
         model.close()  # not after an error: leaving a broken process group may take for ever
     except ChannelClosed:
         return EXIT_LOST

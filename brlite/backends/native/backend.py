@@ -26,7 +26,7 @@ from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.packer import LoadedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache
-from brlite.backends.native.step_rows import SharedRows
+from brlite.backends.native.step_rows import SharedRows, StepBuffers
 from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.host import NativeSampler
 from brlite.backends.sampling.logits_processors import sample_processed
@@ -82,11 +82,11 @@ class NativeBackend:
             self._threads = AdaptiveThreads(plan.num_threads) if is_adaptive else None
             self._last_time = (ctypes.c_double * 2)()
             self._num_threads = plan.num_threads
-            compiled = NativePlan(library, plan, loaded.weights, cache, shared)
-            opened.callback(compiled.close)
-            self._engine: int = (
-                library.brlite_create(ctypes.addressof(compiled.struct), native.isa, plan.num_threads) or 0
-            )
+            buffers = StepBuffers(library, plan, shared)
+            opened.callback(buffers.close)
+            self._plan = NativePlan(plan, loaded.weights, cache, buffers)  # kept: the library reads its arrays
+            struct = ctypes.addressof(self._plan.struct)
+            self._engine: int = library.brlite_create(struct, native.isa, plan.num_threads) or 0
             if not self._engine:
                 raise EngineError(f"no memory or threads for a native step on {plan.num_threads} threads")
             opened.callback(library.brlite_destroy, self._engine)

@@ -13,13 +13,13 @@ from typing import Any
 from brlite.backends.native import abi
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packer import PackedWeights
-from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows, max_rows
-from brlite.checkpoint.placing import LoadPlan
+from brlite.backends.native.step_rows import Rows, StepBuffers, max_rows
+from brlite.checkpoint.placing import LoadPlan, num_cache_blocks
 from brlite.errors import ConfigError
-from brlite.models.config import FLOAT32_BYTES, ModelConfig
+from brlite.models.config import FLOAT32_BYTES
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
-from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, shard_config, vocabulary_range
+from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, vocabulary_range
 
 
 class PagedCache:
@@ -27,13 +27,10 @@ class PagedCache:
 
     def __init__(self, library: ctypes.CDLL, plan: LoadPlan) -> None:
         """Allocate it. Raises `ConfigError` if there is not enough memory."""
-        config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
+        config = plan.rank_config
         self.format = abi.INT8 if plan.precision.kv == "int8" else abi.BF16
         self.pages_per_block = math.ceil(plan.engine.block_size / abi.LANES)
-        tokens_per_block = self.pages_per_block * abi.LANES
-        self.num_blocks = plan.spec.num_blocks or plan.spec.build_batch * math.ceil(
-            plan.spec.build_seq / tokens_per_block
-        )
+        self.num_blocks = num_cache_blocks(plan.spec, self.pages_per_block * abi.LANES)
         page_bytes: int = library.brlite_page_bytes(self.format, config.head_dim)
         self._layer_bytes: int = self.num_blocks * self.pages_per_block * config.num_kv_heads * page_bytes
         try:
@@ -50,31 +47,23 @@ class PagedCache:
 
 
 class NativePlan:
-    """A `struct brlite_plan` with all that it points to. `close` releases the buffers, not weights and cache.
+    """A `struct brlite_plan`, which points to weights, cache and buffers. With shared rows it is the plan of a shard.
 
-    With `shared` rows it is the plan of the load plan's shard. Activations are int8, with one scale for 32 inputs, if
-    the precision says so; the weights must then be int8 or 4 bits.
+    Activations are int8, with one scale for 32 inputs, if the precision says so; the weights must then be int8 or 4
+    bits.
     """
 
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        plan: LoadPlan,
-        weights: PackedWeights,
-        cache: PagedCache,
-        shared: SharedRows | None = None,
-    ) -> None:
+    def __init__(self, plan: LoadPlan, weights: PackedWeights, cache: PagedCache, buffers: StepBuffers) -> None:
         shard = plan.shard or Shard(0, 1, sums=False)
         config = self.config = plan.config  # the whole model's
-        self._own = shard_config(config, shard) if plan.shard else config
+        self._own = plan.rank_config
         self._heads, _ = head_ranges(config, shard)
         self._mlp, self._hidden = mlp_range(config, shard), hidden_range(config, shard)
         self._vocabulary = vocabulary_range(config, shard)
-        self._shared = shared
         self._weights = weights
         self._has_int8_rows = plan.precision.has_int8_activations
         self._cache = cache
-        self._buffers = _Buffers(library, config, self._own, max_rows(plan), shared)
+        self._buffers = buffers
         self._rope = pair_tables(config.rope, plan.spec.build_seq)
         network = build_network(config)
         body, (head,) = list(self._compile(network.body)), self._multiply(network.head)
@@ -88,14 +77,11 @@ class NativePlan:
             attention=self._attention(plan.spec.build_seq),
             norm=self._norm(network.norm),
             head=head,
-            logits=self._buffers.logits.address,
-            meeting=shared.meeting if shared else None,
+            logits=buffers.logits.address,
+            meeting=buffers.shared.meeting if buffers.shared else None,
             num_ranks=shard.size,
             rank=shard.rank,
         )
-
-    def close(self) -> None:
-        self._buffers.close()
 
     def _compile(self, operations: Iterable[Operation]) -> Iterator[abi.NativeOperation]:
         """One native operation normalises, rotates and stores heads. A native norm also quantizes its output."""
@@ -147,10 +133,10 @@ class NativePlan:
     def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
         """Ranks exchange silu(gate) * up before it is quantized, since a quantized row has one scale."""
         buffers = self._buffers
-        if self._shared is None:
+        if buffers.shared is None:
             yield self._activate(abi.SILU, buffers.gate_up, size)
             return
-        product = self._shared.product
+        product = buffers.shared.product
         yield abi.NativeOperation(
             kind=abi.GATE,
             num_inputs=len(self._mlp),
@@ -201,7 +187,7 @@ class NativePlan:
 
     @property
     def _meets(self) -> bool:
-        return self._shared is not None
+        return self._buffers.shared is not None
 
     @property
     def _format(self) -> int:
@@ -226,29 +212,3 @@ class NativePlan:
             cos=self._rope.cos.ctypes.data,
             sin=self._rope.sin.ctypes.data,
         )
-
-
-class _Buffers:
-    """The buffers between operations. With ranks some of them are shared."""
-
-    def __init__(
-        self, library: ctypes.CDLL, config: ModelConfig, own: ModelConfig, max_rows: int, shared: SharedRows | None
-    ) -> None:
-        self._library = library
-        self._owned: list[OwnRows] = []
-        self.qkv = self._own(max_rows, own.q_size + 2 * own.kv_size)
-        self.gate_up = self._own(max_rows, 2 * own.intermediate_size)
-        if shared is not None:
-            self.hidden, self.attended, self.logits = shared.hidden, shared.attended, shared.logits
-            return
-        self.hidden = self._own(max_rows, config.hidden_size)
-        self.attended = self._own(max_rows, config.q_size)
-        self.logits = self._own(abi.HEAD_ROWS, config.vocab_size)
-
-    def close(self) -> None:
-        for rows in self._owned:
-            rows.close()
-
-    def _own(self, num_rows: int, size: int) -> Rows:
-        self._owned.append(OwnRows(self._library, num_rows, size))
-        return self._owned[-1].rows

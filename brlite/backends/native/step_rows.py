@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -45,41 +46,38 @@ def max_rows(plan: LoadPlan) -> int:
     return max(plan.engine.step_tokens(), plan.spec.build_batch)
 
 
-class SharedSizes(NamedTuple):
-    """Lengths of the shared rows: residual stream, output of attention, hidden layer of the MLP, logits."""
-
-    max_rows: int
-    hidden: int
-    attended: int
-    product: int
-    logits: int
-
-    @classmethod
-    def of(cls, plan: LoadPlan) -> SharedSizes:
-        config = plan.config
-        return cls(max_rows(plan), config.hidden_size, config.q_size, config.intermediate_size, config.vocab_size)
-
-    def num_bytes(self) -> dict[str, int]:
-        """Bytes of each buffer, in their order in memory."""
-        rows = {"hidden": self.max_rows, "attended": self.max_rows, "product": self.max_rows, "logits": abi.HEAD_ROWS}
-        return {name: _num_bytes(num_rows, getattr(self, name)) for name, num_rows in rows.items()}
+def shared_sizes(plan: LoadPlan) -> list[tuple[int, int]]:
+    """The number of the shared rows and their length: residual stream, output of attention, hidden layer of the MLP,
+    logits. In their order in memory."""
+    config, num_rows = plan.config, max_rows(plan)
+    lengths = (config.hidden_size, config.q_size, config.intermediate_size)
+    return [*((num_rows, length) for length in lengths), (abi.HEAD_ROWS, config.vocab_size)]
 
 
 class SharedRows:
-    """One rank's mapping of the shared rows, until `close`. `meeting` is the address of the ranks' barrier."""
+    """A rank's mapping of the rows that the ranks of a plan share, until `close`. Connects it with the other ranks.
 
-    def __init__(self, library: ctypes.CDLL, sizes: SharedSizes, file: int) -> None:
+    `meeting` is the address of the ranks' barrier.
+    """
+
+    def __init__(self, library: ctypes.CDLL, plan: LoadPlan, file: int) -> None:
         self._library = library
-        self._mapping = mmap.mmap(file, shared_bytes(library, sizes))
+        self._mapping = mmap.mmap(file, shared_bytes(library, plan))
         self.meeting = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
         address = self.meeting + aligned(int(library.brlite_meeting_bytes()))
-        found: dict[str, Rows] = {}
-        for name, num_bytes in sizes.num_bytes().items():
-            found[name] = Rows(address, padded(getattr(sizes, name)))
-            address += num_bytes
-        self.hidden, self.attended, self.product, self.logits = found.values()
+        found: list[Rows] = []
+        for num_rows, length in shared_sizes(plan):
+            found.append(Rows(address, padded(length)))
+            address += _num_bytes(num_rows, length)
+        self.hidden, self.attended, self.product, self.logits = found
 
-    def end_meeting(self) -> None:
+    def open(self, host: str) -> str:
+        return ""
+
+    def join(self, place: str) -> None:
+        """Nothing to do: ranks wait for each other in memory that is already mapped."""
+
+    def abort(self) -> None:
         """End all waiting, after a rank was lost. Any thread may call it until `close`."""
         self._library.brlite_end_meeting(self.meeting)
 
@@ -88,23 +86,36 @@ class SharedRows:
         self._mapping.close()
 
 
-class OwnRows:
-    """Rows of this process alone.
+class StepBuffers:
+    """The buffers between operations, until `close`. With `shared` rows some of them are those.
 
-    One more vector follows the last row: SILU reads it if the intermediate size is not a multiple of 32.
+    One more vector follows the last row of each: SILU reads it if the intermediate size is not a multiple of 32.
     """
 
-    def __init__(self, library: ctypes.CDLL, num_rows: int, size: int) -> None:
-        self._memory = NativeMemory(library, _num_bytes(num_rows, size), "memory for a step")
-        self.rows = Rows(self._memory.address, padded(size))
+    def __init__(self, library: ctypes.CDLL, plan: LoadPlan, shared: SharedRows | None) -> None:
+        self.shared = shared
+        config, num_rows = plan.rank_config, max_rows(plan)
+        with ExitStack() as opened:
+
+            def allocate(num_rows: int, length: int) -> Rows:
+                memory = NativeMemory(library, _num_bytes(num_rows, length), "memory for a step")
+                opened.callback(memory.close)
+                return Rows(memory.address, padded(length))
+
+            self.qkv = allocate(num_rows, config.q_size + 2 * config.kv_size)
+            self.gate_up = allocate(num_rows, 2 * config.intermediate_size)
+            self.hidden = shared.hidden if shared else allocate(num_rows, config.hidden_size)
+            self.attended = shared.attended if shared else allocate(num_rows, config.q_size)
+            self.logits = shared.logits if shared else allocate(abi.HEAD_ROWS, config.vocab_size)
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        self._memory.close()
+        self._opened.close()
 
 
-def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
-    """An unnamed file that ranks share. Returns a descriptor that the caller closes."""
-    num_bytes = shared_bytes(library, sizes)
+def create_shared_file(library: ctypes.CDLL, plan: LoadPlan) -> int:
+    """An unnamed file that the ranks of a plan share. Returns a descriptor that the caller closes."""
+    num_bytes = shared_bytes(library, plan)
     if hasattr(os, "memfd_create"):  # Linux: a container's /dev/shm may be too small for it
         file = os.memfd_create("brlite-ranks")
     else:
@@ -119,9 +130,9 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     return file
 
 
-def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
+def shared_bytes(library: ctypes.CDLL, plan: LoadPlan) -> int:
     """Bytes of the shared memory."""
-    return aligned(int(library.brlite_meeting_bytes())) + sum(sizes.num_bytes().values())
+    return aligned(int(library.brlite_meeting_bytes())) + sum(_num_bytes(*size) for size in shared_sizes(plan))
 
 
 def _num_bytes(num_rows: int, size: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from brlite.backends.distributed.backend import ParallelBackend
+from brlite.backends.distributed.backend import ParallelBackend, RankModel
 from brlite.backends.distributed.messages import Channel, Failed, Join, Joined, Loaded, Setup
 from brlite.backends.distributed.processes import Member, Ranks
 from brlite.engine.backend import Batch, StepResult
@@ -21,7 +21,7 @@ CONSEQUENCE = Failed("another rank went in the midst of a step", is_foreseen=Tru
 
 
 class Rank0(FakeBackend):
-    """A `RankModel` whose steps and whose joining do what a test wants."""
+    """A rank's backend and its connection, whose steps and whose joining do what a test wants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Scene:
 
     def lose(self) -> str:
         """What a step says that fails, which must be what the next one says, and what is told, once."""
-        backend = ParallelBackend(self.model, self.ranks, self.model.info)
+        backend = ParallelBackend(RankModel(self.model, self.model), self.ranks, self.model.info)
         backend.watch(self.note)
         errors = []
         for _ in range(2):
@@ -142,7 +142,8 @@ def assemble(scene: Scene) -> ParallelBackend:
     def setup(rank: int) -> Setup:
         return Join("a setup")  # type: ignore[return-value]  # nobody reads it here
 
-    return ParallelBackend.assemble(scene.ranks, setup, lambda: scene.model, lambda own, others: own, "127.0.0.1")
+    model = RankModel(scene.model, scene.model)
+    return ParallelBackend.assemble(scene.ranks, setup, lambda: model, lambda own, others: own, "127.0.0.1")
 
 
 def test_a_rank_that_went_before_it_was_sent_its_setup_is_named(scene: Scene) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from brlite.backends.choose import load_backend
+from brlite.backends.distributed import parallel
 from brlite.backends.distributed.backend import ParallelBackend
 from brlite.backends.distributed.messages import Joined, Loaded, Setup
 from brlite.backends.distributed.processes import start_local
@@ -153,12 +154,10 @@ def test_a_rank_that_is_killed_while_it_loads_is_told_of(model: Path) -> None:
 
 
 def test_what_rank_0_refuses_ends_the_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from brlite.backends.native.rank import NativeRank
-
-    def fail(*args: Any, **fields: Any) -> None:
+    def fail(*args: Any) -> None:
         raise ConfigError("the KV cache takes 9 TiB, which is not there")
 
-    monkeypatch.setattr(NativeRank, "load", fail)
+    monkeypatch.setattr(parallel, "load_native_rank", fail)
 
     with pytest.raises(ConfigError, match="9 TiB"):
         load(model)
