@@ -495,8 +495,8 @@ def test_a_rerankers_gguf_file_gives_the_scores_of_the_model_card(tmp_path: Path
             {"tokenizer.chat_template.rerank": "{query}"},
             "score_template model: it must hold {query} and then {document}",
         ),
-        ({".pooling_type": [1, 2]}, "qwen3.pooling_type must be of type int, got "),
-        ({".attention.causal": "no"}, "qwen3.attention.causal must be of type bool, got 'no'"),
+        ({".pooling_type": [1, 2]}, "qwen3.pooling_type must be an integer from 1 to 2147483647, got "),
+        ({".attention.causal": "no"}, "qwen3.attention.causal must be true or false, got 'no'"),
         ({".attention.causal": False}, "its files ask for attention in both directions: scores would be wrong"),
     ],
 )

@@ -342,6 +342,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda folder: gguf_extra(folder, "rope_freqs.weight", np.full(8, 3, np.float32)),
         "rope_freqs.weight",
     ),
+    "gguf: rope without a factor": (
+        lambda folder: gguf_extra(folder, "rope_freqs.weight", np.full(8, 1e-4, np.float32)),
+        "rope_scaling.factor",
+    ),
     "gguf: infinite rope": (
         lambda folder: gguf_extra(folder, "rope_freqs.weight", np.full(8, np.inf, np.float32)),
         "finite divisors",
