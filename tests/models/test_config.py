@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -318,6 +319,19 @@ def test_a_number_that_nothing_can_be_computed_with_is_refused_in_one_line(key: 
         read({**LLAMA, **change})
 
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must be another"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta must be another with yarn, got 1.0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor must be above low_freq_factor (4)"),
+    ],
+)
+def test_rope_scaling_that_would_divide_by_zero_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(words)):
+        read({**LLAMA, **change})
 
 
 def test_rope_parameters_of_each_kind_of_layer_are_refused() -> None:

@@ -12,7 +12,7 @@ from brlite.errors import ModelError
 from brlite.models.config import ModelConfig
 from brlite.models.families import llama
 from brlite.models.families.family import Family, WeightNames
-from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes
+from brlite.models.families.hf_config import ConfigReader, read_sizes
 
 WEIGHT_NAMES: WeightNames = {**llama.WEIGHT_NAMES, "qkv": "model.layers.{}.self_attn.W_pack"}
 ALIBI_HIDDEN_SIZE = 5120  # of both 13B models, whose configs have no key for ALiBi
@@ -25,7 +25,6 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(
             "model config: Baichuan 13B has ALiBi in place of rotary positions, which is not supported; Baichuan2 7B is"
         )
-    check_supported(reader)
     if reader.flag("tie_word_embeddings", False):
         raise reader.error("tie_word_embeddings", "false: the head is scaled, the embedding is not", True)
     return ModelConfig(**read_sizes(reader))

@@ -108,7 +108,11 @@ def check_supported(reader: ConfigReader) -> None:
 
 
 def read_sizes(reader: ConfigReader) -> dict[str, Any]:
-    """The fields of `ModelConfig` whose keys are the same in every family. The network's sizes have no defaults."""
+    """The fields of `ModelConfig` whose keys are the same in most families. The network's sizes have no defaults.
+
+    Raises `ModelError` as `check_supported` does, too.
+    """
+    check_supported(reader)
     num_heads = reader.positive_int("num_attention_heads")
     return {
         "vocab_size": reader.positive_int("vocab_size"),
@@ -134,18 +138,19 @@ def read_head_dim(reader: ConfigReader) -> int:
     return hidden // heads
 
 
-def read_sliding_layers(reader: ConfigReader, *, first: int = 0) -> tuple[int, ...]:
-    """The layers with a sliding window: by `layer_types`, or without it all from layer `first` on."""
+def read_window(reader: ConfigReader, default: int | None = None, *, first: int = 0) -> dict[str, Any]:
+    """The fields of a `ModelConfig` with a sliding window, in the layers of `layer_types`, or all from `first` on."""
+    window = {"sliding_window": reader.positive_int("sliding_window", default)}
     num_layers = reader.positive_int("num_hidden_layers", most=MAX_LAYERS)
     if "layer_types" not in reader:
-        return tuple(range(first, num_layers))
+        return {**window, "sliding_layers": tuple(range(first, num_layers))}
     kinds = reader.texts("layer_types")
     if len(kinds) != num_layers:
         raise reader.error("layer_types", f"a list of {num_layers} entries", f"{len(kinds)} entries")
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise reader.error("layer_types", "a list of full_attention and sliding_attention", kind)
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+    return {**window, "sliding_layers": tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")}
 
 
 def read_rope(reader: ConfigReader) -> RopeConfig:
@@ -165,18 +170,27 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     if kind not in SCALING_READERS:
         raise parameters.error("rope_type", f"one of {', '.join(SCALING_READERS)}", kind)
+    rotary_dim = int(read_head_dim(reader) * fraction)
+    # With these the scaled frequencies would be divided by zero.
+    if kind == "dynamic" and rotary_dim == 2:
+        raise parameters.error("rope_type", "another with heads of one pair", kind)
+    if kind == "yarn" and theta == 1:
+        raise reader.error("rope_theta", "another with yarn", theta)
     return RopeConfig(
         theta=theta,
-        rotary_dim=int(read_head_dim(reader) * fraction),
+        rotary_dim=rotary_dim,
         scaling=SCALING_READERS[kind](parameters, reader.positive_int("max_position_embeddings")),
     )
 
 
 def _read_llama3(parameters: ConfigReader, positions: int) -> Llama3Scaling:
+    low, high = (parameters.positive_number(f"{end}_freq_factor") for end in ("low", "high"))
+    if not low < high:
+        raise parameters.error("high_freq_factor", f"above low_freq_factor ({low:g})", high)
     return Llama3Scaling(
         factor=parameters.positive_number("factor"),
-        low_freq_factor=parameters.positive_number("low_freq_factor"),
-        high_freq_factor=parameters.positive_number("high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_positions=parameters.positive_int("original_max_position_embeddings", positions),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightNames
-from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes
+from brlite.models.families.hf_config import ConfigReader, read_sizes
 
 CLASS_DEFAULTS = {"max_position_embeddings": 2048}
 WEIGHT_NAMES: WeightNames = {
@@ -27,7 +27,6 @@ WEIGHT_NAMES: WeightNames = {
 
 def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = CLASS_DEFAULTS) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=class_defaults)
-    check_supported(reader)
     attention_bias = reader.flag("attention_bias", False)
     return ModelConfig(
         **read_sizes(reader),

@@ -8,7 +8,7 @@ from typing import Any
 from brlite.models.config import ModelConfig
 from brlite.models.families import llama
 from brlite.models.families.family import Family, WeightNames
-from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
+from brlite.models.families.hf_config import ConfigReader, read_sizes, read_window
 
 WEIGHT_NAMES: WeightNames = {
     **llama.WEIGHT_NAMES,
@@ -20,13 +20,7 @@ CLASS_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
-    check_supported(reader)
-    has_window = "sliding_window" in reader
-    return ModelConfig(
-        **read_sizes(reader),
-        sliding_window=reader.positive_int("sliding_window") if has_window else None,
-        sliding_layers=read_sliding_layers(reader) if has_window else (),
-    )
+    return ModelConfig(**read_sizes(reader), **(read_window(reader) if "sliding_window" in reader else {}))
 
 
 PHI3 = Family("phi3", "Phi3ForCausalLM", read_config, WEIGHT_NAMES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family
-from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
+from brlite.models.families.hf_config import ConfigReader, read_sizes, read_window
 from brlite.models.families.llama import WEIGHT_NAMES
 
 DEFAULT_WINDOW = 4096
@@ -17,18 +17,13 @@ CLASS_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = CLASS_DEFAULTS) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=class_defaults)
-    check_supported(reader)
     # Every config of this family has a window; it is used only if `use_sliding_window` is true.
     has_window = reader.flag("use_sliding_window", False) and values.get("sliding_window", DEFAULT_WINDOW) is not None
     num_full = values.get("max_window_layers", DEFAULT_FULL_LAYERS)  # the lowest layers, which have no window; may be 0
     if has_window and (type(num_full) is not int or num_full < 0):
         raise reader.error("max_window_layers", "an integer of at least 0", num_full)
-    return ModelConfig(
-        **read_sizes(reader),
-        qkv_bias=True,
-        sliding_window=reader.positive_int("sliding_window", DEFAULT_WINDOW) if has_window else None,
-        sliding_layers=read_sliding_layers(reader, first=num_full) if has_window else (),
-    )
+    window = read_window(reader, DEFAULT_WINDOW, first=num_full) if has_window else {}
+    return ModelConfig(**read_sizes(reader), **window, qkv_bias=True)
 
 
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_config, WEIGHT_NAMES)
