@@ -14,7 +14,7 @@ from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
 from brlite.backends.torch.device import computes_on_cpu, require_torch, rules_for, select_device
 from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.bundle import BundleCheckpoint, bundled_weights
+from brlite.checkpoint.bundle import BundleCheckpoint, packed_name
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.placing import LoadPlan, describe_precision
 from brlite.checkpoint.progress import OnProgress
@@ -115,7 +115,8 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
 
         return load_native_ranks(library, msgspec.structs.replace(plan, packed_file=packed_file))
     if not spec.serialize_file and isinstance(plan.checkpoint, BundleCheckpoint):
-        packed_file = bundled_weights(plan.checkpoint.path, spec.precision) or packed_file
+        bundled = plan.checkpoint.path / packed_name(plan.precision)
+        packed_file = bundled if bundled.is_file() else packed_file
     from brlite.backends.native.backend import NativeBackend
 
     with ExitStack() as opened:  # the backend closes it

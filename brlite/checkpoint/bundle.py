@@ -25,7 +25,7 @@ from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, PrecisionName, PrecisionOption
+from brlite.models.precision import WEIGHTS_NAMES, Precision, PrecisionName
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
@@ -104,20 +104,9 @@ def precision_made_for(checkpoint: Checkpoint) -> PrecisionName | None:
     return checkpoint.manifest.precision if isinstance(checkpoint, BundleCheckpoint) else None
 
 
-def packed_name(precision: PrecisionOption) -> str:
+def packed_name(precision: Precision) -> str:
     """The name of a bundle's file of packed weights. All precisions with int8 weights share one."""
-    return f"packed.{WEIGHTS_NAMES[PRECISIONS[precision].weights]}{PACKED_SUFFIX}"
-
-
-def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
-    """A bundle's file of packed weights for a precision; None if it has none, or `folder` is no bundle.
-
-    `auto` is the precision that the bundle was made for.
-    """
-    if not (folder / MANIFEST_FILE).is_file():
-        return None
-    file = folder / packed_name(read_manifest(folder).precision if precision == "auto" else precision)
-    return file if file.is_file() else None
+    return f"packed.{WEIGHTS_NAMES[precision.weights]}{PACKED_SUFFIX}"
 
 
 def _read(file: Path) -> Manifest:

@@ -51,7 +51,7 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
-from brlite.models.precision import WEIGHTS_NAMES, Precision
+from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, Precision
 from brlite.process.machine import physical_cores
 
 SHARD_BYTES = 2 * 10**9
@@ -106,7 +106,7 @@ def find_finished(plan: BundlePlan) -> Manifest | None:
     manifest = read_manifest(plan.folder)
     records = {name: record_of(content) for name, content in _side_files(plan).items()}
     is_same = _essence(manifest) == _essence(plan.draft) and records.items() <= manifest.files.items()
-    packed = set() if plan.packing is None else {packed_name(plan.draft.precision)}
+    packed = set() if plan.packing is None else {packed_name(PRECISIONS[plan.draft.precision])}
     has_all = packed | {shard.file_name for shard in plan.shards} <= manifest.files.keys()
     try:
         are_whole = all((plan.folder / name).stat().st_size == each.num_bytes for name, each in manifest.files.items())
@@ -213,7 +213,7 @@ class _Bundling:
 
     def _write_weights(self) -> Rounding | None:
         """Write the missing shards and, in the same pass, the packed file if it is wanted and missing."""
-        packing, name = self._plan.packing, packed_name(self._plan.draft.precision)
+        packing, name = self._plan.packing, packed_name(PRECISIONS[self._plan.draft.precision])
         needs_packed_file = packing is not None and name not in self._files
         if not needs_packed_file and all(shard.file_name in self._files for shard in self._plan.shards):
             return None

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from brlite.backends.native.library import NativeLibrary
-from brlite.checkpoint.bundle import MANIFEST_FILE, bundled_weights
+from brlite.checkpoint.bundle import MANIFEST_FILE, packed_name
 from brlite.commands.cli import main
+from brlite.models.precision import PRECISIONS
 from tests.bundles import INT8, make_bundle
 from tests.checkpoint.model_files import write_gguf
 from tests.quantized_folders import awq, write_folder
@@ -85,8 +86,7 @@ def test_a_bundle_tells_its_manifest(bundle: Path, capsys: pytest.CaptureFixture
 
 
 def test_packed_weights_tell_of_what_they_are(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = bundled_weights(bundle, INT8)
-    assert image is not None
+    image = bundle / packed_name(PRECISIONS[INT8])
 
     found = inspect(image, capsys)
 

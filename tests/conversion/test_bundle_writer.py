@@ -30,7 +30,7 @@ from brlite.checkpoint.bundle import (
     MANIFEST_FILE,
     PROGRESS_FILE,
     BundleCheckpoint,
-    bundled_weights,
+    packed_name,
     read_manifest,
     read_progress,
 )
@@ -39,7 +39,7 @@ from brlite.checkpoint.new_file import read_record
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
 from brlite.errors import ModelError
-from brlite.models.precision import PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
 from tests.backends.native_models import MODELS, random_ids
 from tests.bundles import INT8, make_bundle, plan_bundle
 from tests.limits import PATIENCE_SECONDS
@@ -95,8 +95,7 @@ def test_a_bundle_has_the_bits_of_its_source(name: str, tmp_path: Path, native_l
 
     make_bundle(source, bundle, native_library.functions)
 
-    image = bundled_weights(bundle, INT8)
-    assert image is not None
+    image = bundle / packed_name(PRECISIONS[INT8])
     expected = native_logits(native_library, source, INT8, None)
     assert np.array_equal(native_logits(native_library, bundle, INT8, image), expected)
     assert np.array_equal(native_logits(native_library, bundle, INT8, None), expected)
@@ -120,8 +119,7 @@ def test_its_image_is_byte_for_byte_the_one_that_loading_would_write(
     written = tmp_path / "written"
     load_weights(library, make_plan(checkpoint, spec, packed_file=written)).weights.close()
 
-    image = bundled_weights(tmp_path / "bundle", precision)
-    assert image is not None
+    image = tmp_path / "bundle" / packed_name(PRECISIONS[precision])
     assert image.read_bytes() == written.read_bytes()
 
 
@@ -145,16 +143,14 @@ def test_a_bundle_stays_itself_when_it_is_copied(tmp_path: Path, library: ctypes
 
     copy = Path(shutil.copytree(tmp_path / "bundle", tmp_path / "copy", copy_function=shutil.copyfile))
 
-    image = bundled_weights(copy, INT8)
-    assert image is not None
+    image = copy / packed_name(PRECISIONS[INT8])
     checkpoint = open_checkpoint(copy)
     assert checkpoint.identity == read_packed_file_key(image).identity
 
 
 def test_a_damaged_image_is_made_anew_from_the_shards(tmp_path: Path, native_library: NativeLibrary) -> None:
     make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", native_library.functions)
-    image = bundled_weights(tmp_path / "bundle", INT8)
-    assert image is not None
+    image = tmp_path / "bundle" / packed_name(PRECISIONS[INT8])
     whole = image.read_bytes()
     image.write_bytes(whole[:-100] + bytes(100))
 
@@ -167,7 +163,7 @@ def test_a_damaged_image_is_made_anew_from_the_shards(tmp_path: Path, native_lib
 def test_without_native_kernels_a_bundle_has_no_image(tmp_path: Path) -> None:
     make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", None)
 
-    assert bundled_weights(tmp_path / "bundle", INT8) is None
+    assert not (tmp_path / "bundle" / packed_name(PRECISIONS[INT8])).exists()
     checkpoint = open_checkpoint(tmp_path / "bundle")
     assert checkpoint.shapes().keys() == TensorCheckpoint.tiny().shapes().keys()
 
@@ -179,8 +175,8 @@ def test_another_precision_adds_to_a_bundle(tmp_path: Path, library: ctypes.CDLL
 
     manifest = make_bundle(source, bundle, library, "bf16")
 
-    assert bundled_weights(bundle, INT8) is not None
-    assert bundled_weights(bundle, "bf16") is not None
+    assert (bundle / packed_name(PRECISIONS[INT8])).is_file()
+    assert (bundle / packed_name(PRECISIONS["bf16"])).is_file()
     assert {"packed.bf16.brlite", "packed.a_bf16_w_int8.brlite"} <= manifest.files.keys()
     assert {file.name: file.stat().st_ino for file in bundle.glob("model-*")} == before
 

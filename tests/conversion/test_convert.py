@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from brlite.backends.native.packed_file import read_packed_file_key
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.bundle import MANIFEST_FILE, PROGRESS_FILE, bundled_weights, read_manifest
+from brlite.checkpoint.bundle import MANIFEST_FILE, PROGRESS_FILE, packed_name, read_manifest
 from brlite.commands.cli import main, model_convert
 from brlite.config.load import load_config
 from brlite.config.warnings import config_warnings
@@ -28,6 +28,7 @@ from brlite.conversion.safetensors_writer import PlannedTensor, shard_header
 from brlite.errors import ConfigError
 from brlite.llm import LLM
 from brlite.models.families.llama import LLAMA as FAMILY
+from brlite.models.precision import PRECISIONS
 from brlite.sampling_params import SamplingParams
 from tests.config.test_manual_json import FIXTURES
 from tests.limits import PATIENCE_SECONDS
@@ -285,8 +286,7 @@ def test_a_real_model_from_gguf_says_the_same(
     assert (tmp_path / "someone--tiny" / "tokenizer.json").is_file()
     assert not (tmp_path / "someone--tiny" / "vocabulary.gguf").exists()
     checkpoint = open_checkpoint(tmp_path / "someone--tiny")
-    image = bundled_weights(checkpoint.path, "a_bf16_w_int8")
-    assert image is not None
+    image = checkpoint.path / packed_name(PRECISIONS["a_bf16_w_int8"])
     assert checkpoint.identity == read_packed_file_key(image).identity
 
 
@@ -424,7 +424,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(source: Path, t
     left = {file.name: file.stat().st_size for file in (tmp_path / "tiny").iterdir()}
     assert left.keys() <= {PROGRESS_FILE, "model-00001-of-00001.safetensors"}
     assert main(["convert", *order]) == 0
-    assert bundled_weights(tmp_path / "tiny", "bf16") is not None
+    assert (tmp_path / "tiny" / packed_name(PRECISIONS["bf16"])).is_file()
 
 
 MEASURED = """
