@@ -10,6 +10,12 @@ from brlite.engine.backend import PoolingInput, SeqResult
 NOT_FINITE = "the model produced hidden states that are not finite"
 
 
+def add_states(pooling: PoolingInput, states: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The sum [H] of a run's hidden states [N, H], added to that of earlier runs."""
+    total = states.sum(axis=0, dtype=np.float64)
+    return total + np.frombuffer(pooling.total, np.float64) if pooling.total else total
+
+
 def pooled_result(seq_id: int, pooling: PoolingInput, total: npt.NDArray[np.float64]) -> SeqResult:
     """The result of a run: its `total` [H], or at the prompt's end the embedding, which is cut, then normalized."""
     if pooling.params is None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import Batch
+from brlite.engine.backend import Batch, ScheduledSeq
 from brlite.errors import RankGone
 
 LENGTH_BYTES = 4
@@ -106,6 +106,12 @@ class RankBatch(msgspec.Struct, frozen=True, array_like=True):
     """The fields of a `Batch` that a rank decodes."""
 
     seqs: list[RankSeq]
+
+
+def drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
+    """The rows after which a run draws: its last real token's, and each guess's in case all before it are right."""
+    end = first_row + len(seq.token_ids)
+    return range(end - seq.num_draws, end)
 
 
 _WORK = msgspec.msgpack.Decoder(RankBatch)

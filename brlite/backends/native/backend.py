@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.distributed.messages import RankBatch, RankSeq, drawing_rows
 from brlite.backends.guard import BackendGuard
 from brlite.backends.native import abi
 from brlite.backends.native.abi import LANES
@@ -106,7 +106,7 @@ class NativeBackend:
                     logits = np.empty(self._vocab_size, np.float32)
                 drawings += [
                     Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i), logits)
-                    for i, row in enumerate(_drawing_rows(seq, first))
+                    for i, row in enumerate(drawing_rows(seq, first))
                 ]
             targets += [
                 DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
@@ -145,7 +145,7 @@ class NativeBackend:
         """Compute this rank's part of a step that rank 0 executes: everything but the draws."""
         rows = _Rows(work.seqs)
         first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
-        drawn = [row for seq, first in first_rows for row in _drawing_rows(seq, first)]
+        drawn = [row for seq, first in first_rows for row in drawing_rows(seq, first)]
         targets = [first + i for seq, first in first_rows for i in range(len(seq.prompt_targets))]
         draws = (abi.Draw * (len(drawn) + len(targets)))()
         for row, draw in zip((*drawn, *targets), draws, strict=True):
@@ -240,12 +240,6 @@ class _Poolings:
                 total[:] = np.frombuffer(seq.pooling.total, np.float64)
             struct.first_row = first + len(seq.token_ids) - seq.pooling.num_tokens
             struct.num_rows, struct.total = seq.pooling.num_tokens, total.ctypes.data
-
-
-def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
-    """The rows after which a sequence draws: its last real token, and each draft token in case all before it match."""
-    end = first_row + len(seq.token_ids)
-    return range(end - seq.num_draws, end)
 
 
 def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported: Iterator[TokenLogprob]) -> SeqResult:

@@ -42,10 +42,9 @@ class NativeMemory:
         if not self.address:
             raise ConfigError(f"{purpose} takes {num_bytes / 2**30:.1f} GiB, which is not there")
 
-    def bytes(self, offset: int = 0, num_bytes: int | None = None) -> npt.NDArray[np.uint8]:
-        """A view of some of the memory; not to be used after `close`."""
-        size = self.num_bytes - offset if num_bytes is None else num_bytes
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address + offset))
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """A view of the memory; not to be used after `close`."""
+        return np.ctypeslib.as_array((ctypes.c_uint8 * self.num_bytes).from_address(self.address))
 
     def close(self) -> None:
         """Release the memory. May be called twice."""

@@ -19,7 +19,7 @@ from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
 from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, PluginEngine, PluginRow
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
-from brlite.backends.pooling import pooled_result
+from brlite.backends.pooling import add_states, pooled_result
 from brlite.backends.sampling.host import choose_sampler
 from brlite.backends.sampling.logits_processors import sample_processed
 from brlite.config.options import EngineConfig, ModelSpec
@@ -216,10 +216,8 @@ class SlotBackend:
         if isinstance(token, Undrawn):
             return SeqResult.undrawn(seq.seq_id, token)
         if seq.pooling is not None:
-            total = np.stack(work.hidden[-seq.pooling.num_tokens :]).sum(axis=0, dtype=np.float64)
-            if seq.pooling.total:
-                total = total + np.frombuffer(seq.pooling.total, np.float64)
-            return pooled_result(seq.seq_id, seq.pooling, total)
+            states = np.stack(work.hidden[-seq.pooling.num_tokens :])
+            return pooled_result(seq.seq_id, seq.pooling, add_states(seq.pooling, states))
         if seq.prompt_targets:
             logits = np.stack(work.logits[: len(seq.prompt_targets)])
             prompt_logprobs = self._sampler.token_logprobs(logits, seq.prompt_targets, seq.num_prompt_logprobs)

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.distributed.messages import RankBatch, RankSeq, drawing_rows
 from brlite.backends.guard import BackendGuard
-from brlite.backends.pooling import pooled_result
+from brlite.backends.pooling import add_states, pooled_result
 from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.device import (
@@ -161,7 +161,7 @@ class TorchBackend:
                 is_processed = batch.processors is not None and seq.seq_id in batch.processors
                 if seq.sampling and not is_processed and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
                     places[seq.seq_id] = len(rows)
-                    rows += _drawing_rows(seq, first)
+                    rows += drawing_rows(seq, first)
                     inputs += _draw_inputs(seq, seq.sampling)
             drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)  # fetched too: that waits for the step
             if rows:
@@ -211,7 +211,7 @@ class TorchBackend:
         with self._guard.step(), torch.inference_mode():
             step = self._steps.forward(work.seqs)
             first_rows = list(zip(work.seqs, step.first_rows, strict=True))
-            drawn = [row for seq, first in first_rows for row in _drawing_rows(seq, first)]
+            drawn = [row for seq, first in first_rows for row in drawing_rows(seq, first)]
             for rows in (drawn, *(rows for seq, first in first_rows for rows in self._target_rows(seq, first))):
                 if rows:
                     self._logits(step, rows)
@@ -242,7 +242,7 @@ class TorchBackend:
         for seq, first in zip(batch.seqs, step.first_rows, strict=True):
             if seq.sampling is not None and seq.seq_id not in is_drawn:
                 seqs.append(seq)
-                rows += _drawing_rows(seq, first)
+                rows += drawing_rows(seq, first)
                 inputs += _draw_inputs(seq, seq.sampling)
                 masks += [batch.mask_of(seq.seq_id, draw) for draw in range(seq.num_draws)]
         if not rows:
@@ -274,11 +274,7 @@ class TorchBackend:
     def _pool(self, pooling: PoolingInput, step: ComputedStep, end: int) -> npt.NDArray[np.float64]:
         """The sum of the hidden states before row `end`. It is taken on the host: some cards have no float64."""
         wanted = list(range(end - pooling.num_tokens, end))
-        rows: npt.NDArray[np.float32] = self._steps.normed(step, wanted).cpu().numpy()
-        total: npt.NDArray[np.float64] = rows.sum(axis=0, dtype=np.float64)
-        if pooling.total:
-            total += np.frombuffer(pooling.total, np.float64)
-        return total
+        return add_states(pooling, self._steps.normed(step, wanted).cpu().numpy())
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
         """The rows of `prompt_targets`, in pieces that have at most `MAX_LOGITS` logits each."""
@@ -306,12 +302,6 @@ def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, La
     if before is None or max(sources) < 0:
         return msgspec.structs.replace(batch, seqs=seqs), None
     return msgspec.structs.replace(batch, seqs=seqs), LastDraws(before.drawn, sources)
-
-
-def _drawing_rows(seq: ScheduledSeq | RankSeq, first: int) -> range:
-    """The rows of a run whose logits are drawn from: its last `num_draws` ones. `first` is its first row."""
-    end = first + len(seq.token_ids)
-    return range(end - seq.num_draws, end)
 
 
 def _draw_inputs(seq: ScheduledSeq, sampling: SamplingInput) -> list[SamplingInput]:
