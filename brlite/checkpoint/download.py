@@ -16,11 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from brlite.checkpoint.folder import CONFIG_FILE, find_weights, read_config
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights
 from brlite.checkpoint.gguf_config import ROPE_FREQS, hugging_face_config
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from brlite.checkpoint.hub import REACH_VARIABLE, Hub, RepositoryListing
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, get, read_some, tried_again
+from brlite.checkpoint.model_file import read_json_object
 from brlite.checkpoint.model_name import ModelName, choose_files
 from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import read_quantization, without_quantization
@@ -126,9 +127,7 @@ class Download:
         if config_file is None:
             raise ModelError(f"the repository has no {CONFIG_FILE}")
         self._fetch([config_file])
-        with temporary_folder(self._repository.folder, ".config") as folder:
-            (folder / CONFIG_FILE).symlink_to(self._repository.blob(config_file.key).resolve())
-            config = read_config(folder)
+        config = read_json_object(self._repository.blob(config_file.key))
         read_quantization(config)
         find_family(config).read_config(without_quantization(config))
 

@@ -51,13 +51,12 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, wait_seconds: f
 
 def decode_text(data: bytes) -> str:
     """UTF-8 as text, without its mark, with LF at the end of each line. Raises `TextError`."""
-    try:
-        text = data.removeprefix(BYTE_ORDER_MARK).decode()
-    except UnicodeDecodeError as error:
-        raise TextError(other_encoding(data) or f"byte {error.start} is not UTF-8") from None
     if other := other_encoding(data):
         raise TextError(other)
-    return text.replace("\r\n", "\n")
+    try:
+        return data.removeprefix(BYTE_ORDER_MARK).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"byte {error.start} is not UTF-8") from None
 
 
 def other_encoding(data: bytes) -> str | None:
