@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +98,8 @@ class Transfer:
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         """Fetch all. Raises `ModelError` if a file cannot be fetched or its hash is wrong. Keeps unfinished files."""
-        parts = [_PartFile(each, self._segment_bytes) for each in wanted]
-        try:
+        with ExitStack() as opened:
+            parts = [opened.enter_context(closing(_PartFile(each, self._segment_bytes))) for each in wanted]
             self._total_bytes = sum(part.num_bytes for part in parts)
             self._done_bytes = sum(sum(part.counts) for part in parts)
             self._on_progress(self._sized_stage(), self._done_bytes / max(1, self._total_bytes))
@@ -117,9 +117,6 @@ class Transfer:
             for part in parts:
                 part.publish(self._on_progress)
             self._on_progress(self._sized_stage(), 1.0)
-        finally:
-            for part in parts:
-                part.close()
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None and not self._is_over.is_set():
@@ -203,23 +200,23 @@ class _PartFile:
         self._lock = threading.Lock()
         self._is_closed = False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._handle = os.open(self._path, flags, 0o666)
-        self._counts_handle = os.open(self._counts_path, flags, 0o666)
-        # Resume what an earlier download left, if its counts are of this file in these segments; else begin anew.
-        table = struct.Struct(f"<{2 + num_segments}Q")
-        head = (self.num_bytes, segment_bytes)
-        kept = os.pread(self._counts_handle, table.size + 1, 0)
-        numbers = table.unpack(kept) if len(kept) == table.size else ()
-        if numbers[:2] == head and os.fstat(self._handle).st_size == self.num_bytes:
-            lengths = [end - begin for begin, end in map(self.span, range(num_segments))]
-            self.counts = list(map(min, numbers[2:], lengths))
-        else:
-            self.counts = [0] * num_segments
-            os.ftruncate(self._handle, 0)
-            os.ftruncate(self._handle, self.num_bytes)
-            os.ftruncate(self._counts_handle, 0)
-            os.pwrite(self._counts_handle, table.pack(*head, *self.counts), 0)
+        with ExitStack() as opened:
+            self._handle, self._counts_handle = (_open(path, opened) for path in (self._path, self._counts_path))
+            # Resume what an earlier download left, if its counts are of this file in these segments; else begin anew.
+            table = struct.Struct(f"<{2 + num_segments}Q")
+            head = (self.num_bytes, segment_bytes)
+            kept = os.pread(self._counts_handle, table.size + 1, 0)
+            numbers = table.unpack(kept) if len(kept) == table.size else ()
+            if numbers[:2] == head and os.fstat(self._handle).st_size == self.num_bytes:
+                lengths = [end - begin for begin, end in map(self.span, range(num_segments))]
+                self.counts = list(map(min, numbers[2:], lengths))
+            else:
+                self.counts = [0] * num_segments
+                os.ftruncate(self._handle, 0)
+                os.ftruncate(self._handle, self.num_bytes)
+                os.ftruncate(self._counts_handle, 0)
+                os.pwrite(self._counts_handle, table.pack(*head, *self.counts), 0)
+            self._opened = opened.pop_all()
 
     def span(self, segment: int) -> tuple[int, int]:
         begin = segment * self._segment_bytes
@@ -272,5 +269,11 @@ class _PartFile:
         """Close the files. A thread that still waits for the network writes nothing afterwards."""
         with self._lock:
             self._is_closed = True
-            os.close(self._handle)
-            os.close(self._counts_handle)
+            self._opened.close()
+
+
+def _open(path: Path, opened: ExitStack) -> int:
+    """Open a file to read and write, which `opened` closes. It is made if it is not there."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    opened.callback(os.close, handle)
+    return handle

@@ -220,6 +220,17 @@ def test_a_file_of_another_hash_is_refused_and_not_kept(hub: LocalHuggingFace) -
         find_cached(hub, NAME)
 
 
+def test_files_that_cannot_be_opened_leave_no_descriptor_open(hub: LocalHuggingFace, tmp_path: Path) -> None:
+    (tmp_path / f"second{PART_SUFFIX}{COUNTS_SUFFIX}").mkdir()
+    wanted = [Wanted(HubFile("config.json", 4), tmp_path / name) for name in ("first", "second")]
+    before = os.listdir("/proc/self/fd")
+
+    with pytest.raises(IsADirectoryError):
+        Transfer(opener(hub), "test", ignore_progress).fetch(wanted)
+
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_small_file_is_checked_by_gits_hash(hub: LocalHuggingFace, tmp_path: Path) -> None:
     content = hub.server.files["config.json"]
     file = HubFile("config.json", len(content), None, "0" * 40)
