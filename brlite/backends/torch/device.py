@@ -233,13 +233,6 @@ def shared_memory(device: torch.device) -> int:
     return max(0, getattr(properties, "shared_memory_per_multiprocessor", 0) - 1024)  # a block's own 1 KiB
 
 
-def host_device() -> torch.device:
-    """The CPU, the reference for other devices."""
-    import torch
-
-    return torch.device("cpu")
-
-
 def rules_for(device: torch.device) -> DeviceRules:
     """The rules of this kind of device."""
     return RULES[device.type]

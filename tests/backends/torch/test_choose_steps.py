@@ -12,7 +12,7 @@ import torch
 from brlite.backends.torch import choose_steps as module
 from brlite.backends.torch.choose_steps import choose_steps, find_obstacle
 from brlite.backends.torch.decoder import Decoder
-from brlite.backends.torch.device import RULES, host_device
+from brlite.backends.torch.device import RULES
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import SharedParameters
 from brlite.backends.torch.parameters import allocate_parameters
@@ -26,8 +26,8 @@ from brlite.models.config import KVDtype, ModelConfig
 def make_model(
     config: ModelConfig = PLAIN_CONFIG, dtype: torch.dtype = torch.bfloat16, kv_dtype: KVDtype = "bfloat16"
 ) -> tuple[Decoder, KVCache]:
-    parameters = allocate_parameters(config, dtype, host_device())
-    cache = KVCache(config, num_blocks=2, block_size=4, dtype=kv_dtype, device=host_device())
+    parameters = allocate_parameters(config, dtype, torch.device("cpu"))
+    cache = KVCache(config, num_blocks=2, block_size=4, dtype=kv_dtype, device=torch.device("cpu"))
     return Decoder(config, parameters, max_length=8), cache
 
 

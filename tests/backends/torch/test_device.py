@@ -18,7 +18,6 @@ from brlite.backends.torch.device import (
     computes_on_cpu,
     describe_device,
     device_memory,
-    host_device,
     make_current,
     prepare_environment,
     rules_for,
@@ -133,7 +132,7 @@ def test_without_biren_cards_the_environment_is_left_alone(tmp_path: Path) -> No
 
 
 def test_the_cpu_is_trusted_and_has_rules_of_its_own() -> None:
-    rules = rules_for(host_device())
+    rules = rules_for(torch.device("cpu"))
 
     assert rules.packs_matrices
     assert not rules.is_probed

@@ -12,7 +12,7 @@ import torch
 
 from brlite.backends.torch import probe
 from brlite.backends.torch.choose_steps import choose_steps
-from brlite.backends.torch.device import DeviceRules, host_device
+from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
 from brlite.backends.torch.probe import ProbedModel, ProbeReport, draws_right, probe_device, shrunk
@@ -25,7 +25,7 @@ from brlite.models.registry import find_family
 from tests.models.test_config import PUBLISHED
 from tests.tiny_models import TINY_CONFIGS
 
-CPU = host_device()
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"])
