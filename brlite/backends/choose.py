@@ -12,7 +12,7 @@ import msgspec
 
 from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
-from brlite.backends.torch.device import computes_on_cpu, require_torch, rules_for, select_device
+from brlite.backends.torch.device import TORCH_USE, computes_on_cpu, require_torch, rules_for, select_device
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, packed_name
 from brlite.checkpoint.checked_model import CheckedModel
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TORCH_USE = "computing without native kernels"
 UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
 FALLBACK_NOTE = "torch computes, which is several times slower than native kernels: {reason}"
 

@@ -138,8 +138,7 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
         return sizes_at(path, spec, engine)
     if spec.name != DEFAULT_MODEL:
         return None
-    model = describe_model(DEFAULT_MODEL_CONFIG, spec, DEFAULT_MODEL_FORMATS)
-    return _with_draft(partial(measure, model, spec, engine), spec, engine)
+    return _measure_with_draft(describe_model(DEFAULT_MODEL_CONFIG, spec, DEFAULT_MODEL_FORMATS), spec, engine)
 
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
@@ -153,12 +152,12 @@ def measure_checkpoint(checkpoint: Checkpoint, spec: ModelSpec, engine: EngineCo
     formats, made_for = checkpoint.formats(), precision_made_for(checkpoint)
     with naming(checkpoint.path):
         model = describe_model(checkpoint.config, spec, formats, made_for)
-    return _with_draft(partial(measure, model, spec, engine), spec, engine)
+    return _measure_with_draft(model, spec, engine)
 
 
-def _with_draft(measure_served: Callable[..., Sizes], spec: ModelSpec, engine: EngineConfig) -> Sizes:
+def _measure_with_draft(model: CheckedModel, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes with those of the draft model, whose memory on a card the served model's KV cache leaves free."""
-    sizes = measure_served()
+    sizes = measure(model, spec, engine)
     if spec.draft is None or engine.speculation == "off":
         return sizes
     checkpoint = open_checkpoint(find_draft(spec.draft))
@@ -169,7 +168,7 @@ def _with_draft(measure_served: Callable[..., Sizes], spec: ModelSpec, engine: E
 
     draft = measure_draft()
     if sizes.is_filled:
-        sizes = measure_served(reserved=draft.num_bytes)
+        sizes = measure(model, spec, engine, reserved=draft.num_bytes)
         draft = measure_draft()
     return msgspec.structs.replace(sizes, draft=draft)
 

@@ -103,9 +103,9 @@ class QuantizedMatrix(ABC):
                 raise ModelError(f"{part} of {excerpt(name)} has shape {found}; its layout wants {wanted}")
         self.format = self.find_format()
 
-    @abstractmethod
     def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Outputs and inputs of a matrix whose codes are a tensor of this shape."""
+        return rows, columns
 
     @abstractmethod
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
@@ -292,9 +292,6 @@ class Int8Matrix(QuantizedMatrix):
     def __init__(self, name: str, quantization: Quantization, entries: Mapping[str, TensorEntry]) -> None:
         super().__init__(name, msgspec.structs.replace(quantization, num_bits=8), entries)
 
-    def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return rows, columns
-
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
         return dict.fromkeys(("weight_scale", "weight_zero_point"), _row_shapes(outputs, self.num_groups))
 
@@ -311,9 +308,6 @@ class Fp8Matrix(QuantizedMatrix):
 
     tensors: ClassVar[PartTypes] = {"weight": ("F8_E4M3",), "weight_scale": FLOATS, "weight_scale_inv": FLOATS}
     code_values = E4M3_VALUES
-
-    def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        return rows, columns
 
     def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
         blocks = (math.ceil(outputs / self.quantization.block_rows), self.num_groups)

@@ -89,7 +89,7 @@ def run(request: ConversionRequest) -> int:
             packing = plan_packing(load_library().functions, model, PRECISIONS[request.precision])
         except NativeUnavailable as error:
             obstacle = str(error)
-    plan = _plan(request, checkpoint, model, packing)
+    plan = _plan(request, name, checkpoint, model, packing)
     check_folder(plan)
     finished = find_finished(plan)
     tokenizer = load_tokenizer(request.model_dir)
@@ -162,9 +162,8 @@ def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfi
 
 
 def _plan(
-    request: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None
+    request: ConversionRequest, name: str, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None
 ) -> BundlePlan:
-    name = model_name(request.model_name)
     names = None if request.traced is None else TracedArchive(request.traced).graph_names()
     draft = Manifest(
         format=FORMAT,

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
+from brlite.backends.sampling.reference import MAX_TEMPERATURE
 from brlite.backends.sampling.rows import Logits, allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
-_MAX_TEMPERATURE = 1e37  # as in sample.h; larger values would become infinity as a C float
 _MAX_KEPT = 1024
 _INT32_BYTES = 4
 _UNDRAWN = {-1: Undrawn.NOT_FINITE, -2: Undrawn.NOTHING_ALLOWED}  # as in sample.h
@@ -181,7 +181,7 @@ class _Settings(NamedTuple):
         num_top = -1 if params.logprobs is None else min(params.logprobs, vocab_size)
         draw = abi.Draw(
             target=-1,
-            temperature=0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
+            temperature=0.0 if params.is_greedy else min(params.temperature, MAX_TEMPERATURE),
             top_k=vocab_size if params.top_k == -1 else min(params.top_k, vocab_size),
             num_logprobs=num_top,
             num_biases=len(bias_ids),

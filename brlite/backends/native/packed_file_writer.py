@@ -20,9 +20,9 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
-from brlite.backends.native.packer import ROWS_AT_A_TIME
+from brlite.backends.native.packer import ROWS_AT_A_TIME, read_vector
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
-from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import StoredTensor, to_bfloat16
 from brlite.models.families.family import WeightTarget
 
 
@@ -59,10 +59,7 @@ class PackedFileWriter:
         (packed,) = self._layout.tensors[target.parameter]
         start, stop = target.start, target.start + target.shape[0]
         if packed.form == "vector":
-            values = tensor.float32()
-            if packed.is_rounded:
-                values = from_bfloat16(to_bfloat16(values, keeps_subnormal=False))
-            self._write(packed.offset + 4 * start, values)
+            self._write(packed.offset + 4 * start, read_vector(packed, tensor))
             return
         # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
         bounds = [start, *range((start // ROWS_AT_A_TIME + 1) * ROWS_AT_A_TIME, stop, ROWS_AT_A_TIME), stop]

@@ -24,7 +24,7 @@ from brlite.backends.native.packed_file import (
     write_packed_file,
 )
 from brlite.checkpoint.placing import LoadPlan, held_parameters, matrix_parts, placing
-from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import Float32, StoredTensor, from_bfloat16, to_bfloat16
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
 from brlite.models.families.family import WeightTarget
@@ -122,10 +122,7 @@ class Packer:
         start = target.start - packed.first_row
         if packed.form == "vector":
             vector = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.float32)
-            values = tensor.float32()
-            if packed.is_rounded:
-                values = from_bfloat16(to_bfloat16(values, keeps_subnormal=False))
-            vector[start : start + num_rows] = values
+            vector[start : start + num_rows] = read_vector(packed, tensor)
         elif num_rows <= ROWS_AT_A_TIME:
             self._put_rows(packed, start, tensor)
         else:
@@ -157,6 +154,12 @@ class Packer:
             table = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.uint16)
             rows = table.reshape(-1, packed.num_inputs)
             rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
+
+
+def read_vector(packed: PackedTensor, tensor: StoredTensor) -> Float32:
+    """The numbers of a vector: those of a bias rounded to bfloat16."""
+    values = tensor.float32()
+    return from_bfloat16(to_bfloat16(values, keeps_subnormal=False)) if packed.is_rounded else values
 
 
 class LoadedWeights(NamedTuple):

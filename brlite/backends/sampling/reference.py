@@ -34,7 +34,7 @@ from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undraw
 from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import GREEDY_BELOW
 
-MAX_TEMPERATURE = 1e37  # near the largest float32; every distribution is flat at far lower ones
+MAX_TEMPERATURE = 1e37  # near the largest float32, also in sample.h; every distribution is flat at far lower ones
 MIN_TEMPERATURE = GREEDY_BELOW  # the least dynamic temperature
 MAX_SIGMAS = 1e30  # the largest `top_n_sigma`; it keeps every token
 MAX_PENALTY = 1e30  # larger magnitudes of penalties are cut to this, so that products stay finite in float64

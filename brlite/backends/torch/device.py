@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TORCH_USE = "computing without native kernels"
 KINDS = ("cpu", "cuda", "supa", "xpu", "mps")  # the last two only by name: brlite was never run on such a device
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
 NODES = Path("/dev")
@@ -147,7 +148,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
     """
     prepare_environment()
     if name == "auto":
-        require_torch("computing without native kernels")
+        require_torch(TORCH_USE)
         if has_biren_cards() and not _num_devices("supa"):
             _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
         name = next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
@@ -157,7 +158,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
-    require_torch(f"device {name}" if kind != "cpu" else "computing without native kernels")
+    require_torch(f"device {name}" if kind != "cpu" else TORCH_USE)
     import torch
 
     if kind == "cpu":
