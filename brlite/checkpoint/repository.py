@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brlite.checkpoint.new_file import write_whole
@@ -20,6 +20,7 @@ from brlite.process.machine import show_bytes
 
 FOLDER_PREFIX = "models--"
 PART_SUFFIX = ".brlite-part"
+PART_SUFFIXES = (PART_SUFFIX, ".incomplete")  # the second is of Hugging Face's library
 COUNTS_SUFFIX = ".counts"  # of the file beside a part that counts the bytes of each segment
 MAIN = "main"
 CHOICES = "brlite-choices"
@@ -112,10 +113,10 @@ class Repository:
 
     def has_parts(self) -> bool:
         """Whether a download was interrupted, or is under way."""
-        blobs = self.folder / "blobs"
-        return blobs.is_dir() and any(
-            path.name.endswith((PART_SUFFIX, ".incomplete")) and path.stat().st_size for path in blobs.iterdir()
-        )
+        with suppress(FileNotFoundError):  # there is no folder, or a part has got its name since it was listed
+            parts = (path for path in (self.folder / "blobs").iterdir() if path.name.endswith(PART_SUFFIXES))
+            return any(path.stat().st_size for path in parts)
+        return False
 
     def remove(self) -> None:
         """Remove it. Raises `ModelError` if the system refuses, or while another process downloads it."""
