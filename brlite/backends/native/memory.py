@@ -40,7 +40,7 @@ class NativeMemory:
             logger.warning("%s: %s, but %s are free%s; the system may end this process", purpose, needed, free, limit)
         self.address: int = library.brlite_allocate(max(1, num_bytes)) or 0
         if not self.address:
-            raise ConfigError(f"{purpose} takes {num_bytes / 2**30:.1f} GiB, which is not there")
+            raise ConfigError(f"{purpose} takes {show_bytes(num_bytes)}, which is not there")
 
     def bytes(self) -> npt.NDArray[np.uint8]:
         """A view of the memory; not to be used after `close`."""

@@ -20,6 +20,7 @@ from brlite.backends.native.layout import padded
 from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.placing import LoadPlan
 from brlite.errors import ConfigError
+from brlite.process.machine import show_bytes
 
 
 class Rows(NamedTuple):
@@ -126,7 +127,7 @@ def create_shared_file(library: ctypes.CDLL, plan: LoadPlan) -> int:
         os.posix_fallocate(file, 0, num_bytes)
     except OSError as error:
         os.close(file)
-        raise ConfigError(f"ranks share {num_bytes / 2**20:.0f} MiB of memory: {error.strerror}") from error
+        raise ConfigError(f"ranks share {show_bytes(num_bytes)} of memory: {error.strerror}") from error
     return file
 
 
