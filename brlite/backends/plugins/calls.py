@@ -1,4 +1,5 @@
-"""Splits a step into calls of the engine: rows that it cannot compute together go into separate calls.
+"""Splits a step into calls of the engine: rows that it cannot compute together go into separate calls. And checks the
+arrays that it returns.
 
 Pure functions of rows and capabilities; computes nothing.
 """
@@ -32,6 +33,14 @@ def with_every_slot(rows: Sequence[PluginRow], capabilities: Capabilities) -> li
         return list(rows)
     by_slot = {row.slot: row for row in rows}
     return [by_slot.get(slot) or PluginRow(slot, 0, NO_TOKENS) for slot in range(capabilities.max_seqs)]
+
+
+def find_fault(array: object, dtype: str, shape: tuple[int, int]) -> str | None:
+    """What an engine returned in place of an array of this type and shape; None if it is one."""
+    if not isinstance(array, np.ndarray):
+        return f"{type(array).__name__}; promised are {dtype} {shape}"
+    is_right = array.shape == shape and array.dtype == dtype
+    return None if is_right else f"{array.dtype} {array.shape}; promised are {dtype} {shape}"
 
 
 def chunks(token_ids: TokenIds, capabilities: Capabilities) -> list[TokenIds]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.backends.guard import BackendGuard
-from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
+from brlite.backends.plugins.calls import chunks, find_fault, plan_calls, with_every_slot
 from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, PluginEngine, PluginRow
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
@@ -175,10 +175,8 @@ class SlotBackend:
 
     def _checked(self, array: object, what: str, dtype: str, shape: tuple[int, int]) -> Logits:
         """The engine's array as float32. Raises `EngineError` for another type or shape than the engine promised."""
-        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
-            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            name = self._capabilities.name
-            raise EngineError(f"engine {name} gave {found} for {what}; promised are {dtype} {shape}")
+        if (fault := find_fault(array, dtype, shape)) is not None:
+            raise EngineError(f"engine {self._capabilities.name}: {what} are {fault}")
         return np.ascontiguousarray(array, np.float32)
 
     def _release(self, number: int, *, is_certain: bool = False) -> None:

@@ -319,7 +319,7 @@ def test_logits_of_another_form_than_promised_are_an_error(serve: Any, caplog: p
     service.run()
 
     assert request_id in service.errors
-    assert "gave float32 (3, 259) for logits; promised are float32 (3, 260)" in caplog.text
+    assert "logits are float32 (3, 259); promised are float32 (3, 260)" in caplog.text
 
 
 def test_a_step_draws_what_its_masks_allow(serve: Any) -> None:

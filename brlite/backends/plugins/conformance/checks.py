@@ -13,13 +13,12 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from brlite.backends.plugins.calls import with_every_slot
+from brlite.backends.plugins.calls import find_fault, with_every_slot
 from brlite.backends.plugins.conformance.engine_under_test import (
     CheckFailed,
     EngineUnderTest,
     Logit,
     NotApplicable,
-    check_form,
 )
 from brlite.backends.plugins.contract import GivesHiddenStates, PluginRow, TokenIds
 
@@ -67,7 +66,9 @@ def run_check(subject: EngineUnderTest, name: str, check: Check) -> Outcome:
 def logits_have_their_form(subject: EngineUnderTest) -> str:
     for length in (1, SHORT):
         rows = with_every_slot([subject.row(0, _one_row(subject, length))], subject.capabilities)
-        check_form(subject.engine.step(rows), len(rows), subject.capabilities)
+        shape = (len(rows), subject.capabilities.vocab_size)
+        if fault := find_fault(subject.engine.step(rows), subject.capabilities.logits_dtype, shape):
+            raise CheckFailed(f"logits are {fault}")
         subject.release(0)
     return f"{subject.capabilities.logits_dtype} [rows, {subject.capabilities.vocab_size}]"
 
@@ -114,8 +115,8 @@ def hidden_states_are_those_of_the_last_token(subject: EngineUnderTest) -> str:
         subject.clear()
         _in_pieces(subject, prompt, sizes)
         states.append(engine.hidden_states([0]))
-        if states[-1].shape != shape or states[-1].dtype != np.float32:
-            raise CheckFailed(f"hidden states are {states[-1].dtype} {states[-1].shape}; promised are float32 {shape}")
+        if fault := find_fault(states[-1], "float32", shape):
+            raise CheckFailed(f"hidden states are {fault}")
     subject.same("the whole prompt and its pieces", states[1][0], states[0][0])
     subject.clear()
     _fresh(subject, prompt[:-1])

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
 from brlite.backends.plugins.contract import (
     Capabilities,
-    Logits,
     PluginEngine,
     PluginRow,
     RowRefused,
@@ -140,17 +139,6 @@ class EngineUnderTest:
             raise ConfigError(f"build_seq is {capabilities.max_model_len}; checking an engine takes {MIN_MODEL_LEN}")
         self.lengths = [0] * capabilities.max_seqs
         return capabilities
-
-
-def check_form(logits: Logits, num_rows: int, capabilities: Capabilities) -> None:
-    """Fail unless the logits have the promised type and shape."""
-    shape, dtype = (num_rows, capabilities.vocab_size), capabilities.logits_dtype
-    if not isinstance(logits, np.ndarray):
-        raise CheckFailed(f"logits are a {type(logits).__name__}, not a numpy array")
-    if logits.shape != shape:
-        raise CheckFailed(f"logits have shape {list(logits.shape)}; promised is {list(shape)}")
-    if logits.dtype != dtype:
-        raise CheckFailed(f"logits are {logits.dtype}; promised is {dtype}")
 
 
 def _difference(found: Logit, expected: Logit) -> float:
