@@ -40,7 +40,7 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, wait_seconds: f
     try:
         handle = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return _read_all(handle, max_bytes, time.monotonic() + wait_seconds, wait_seconds)
+            return _read_all(handle, max_bytes, wait_seconds)
         finally:
             os.close(handle)
     except OSError as error:
@@ -70,8 +70,8 @@ def other_encoding(data: bytes) -> str | None:
     return None
 
 
-def _read_all(handle: int, max_bytes: int, deadline: float, wait_seconds: float) -> bytes:
-    kind = os.fstat(handle).st_mode
+def _read_all(handle: int, max_bytes: int, wait_seconds: float) -> bytes:
+    kind, deadline = os.fstat(handle).st_mode, time.monotonic() + wait_seconds
     if stat.S_ISDIR(kind):
         raise TextError("it is a directory")
     poll = select.poll()
