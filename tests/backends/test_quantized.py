@@ -117,12 +117,12 @@ def test_int8_activations_have_a_scale_for_each_32_inputs(
         [pooled] = backend.execute(Batch([ScheduledSeq(0, 0, token_ids, table, pooling=PoolingInput(1))])).seqs
         logits = backend.logits(token_ids)[-1]
     loaded = load_weights(library, make_plan(checkpoint, ModelSpec(name=mix, build_seq=64)))
-    with closing(loaded.weights):
-        parameters = loaded.weights.layout.tensors
+    with closing(loaded):
+        parameters = loaded.layout.tensors
         [head] = parameters.get("head.weight") or parameters["embedding"]
         weights = np.empty((head.num_outputs, head.num_inputs), np.float32)
         for row, values in enumerate(weights):
-            address = loaded.weights.part_address(head)
+            address = loaded.part_address(head)
             library.brlite_unpack_row(head.format, address, row, head.num_inputs, values.ctypes.data)
 
     groups = np.frombuffer(pooled.hidden_total, np.float64).astype(np.float32).reshape(-1, 32)
@@ -140,17 +140,17 @@ def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, nativ
     checkpoint = open_checkpoint(model_path(folder, mix))
     plan = make_plan(checkpoint, ModelSpec(name=mix, build_seq=64))
     loaded = load_weights(library, plan)
-    with closing(loaded.weights):
+    with closing(loaded):
         for name, values in read_tensors(checkpoint).items():
             target, stored_as = plan.model.targets[name], checkpoint.formats()[name]
             if stored_as not in KEPT_FORMS:
                 continue
-            parts = loaded.weights.layout.tensors[target.parameter]
+            parts = loaded.layout.tensors[target.parameter]
             part = next(part for part in reversed(parts) if part.first_row <= target.start)
             out = np.empty(values.shape, np.float32)
             for row in range(len(values)):
                 library.brlite_unpack_row(
-                    *(part.format, loaded.weights.part_address(part), target.start - part.first_row + row),
+                    *(part.format, loaded.part_address(part), target.start - part.first_row + row),
                     *(part.num_inputs, out[row].ctypes.data),
                 )
             assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO)
@@ -160,8 +160,8 @@ def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, nativ
 def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, native_library: NativeLibrary) -> None:
     checkpoint = open_checkpoint(folder / "q4_k_m.gguf")
     loaded = load_weights(native_library.functions, make_plan(checkpoint, ModelSpec(name="m", build_seq=64)))
-    with closing(loaded.weights):
-        parts = loaded.weights.layout.tensors["layers.0.qkv.weight"]
+    with closing(loaded):
+        parts = loaded.layout.tensors["layers.0.qkv.weight"]
 
     assert [(part.format, part.first_row, part.num_outputs) for part in parts] == [
         (INT4_MIN, 0, HIDDEN + KV),
@@ -200,9 +200,9 @@ def test_packed_weights_are_mapped_at_the_next_start(
     hashes = []
     for _ in range(2):
         loaded = load_weights(native_library.functions, plan)
-        loaded.weights.close()
+        loaded.close()
         hashes.append(loaded.content_hash)
-    is_kept = (tmp_path / "m.brlite").stat().st_size > loaded.weights.layout.num_bytes
+    is_kept = (tmp_path / "m.brlite").stat().st_size > loaded.layout.num_bytes
 
     assert is_kept
     assert hashes[0] == hashes[1]

@@ -117,7 +117,7 @@ def test_its_image_is_byte_for_byte_the_one_that_loading_would_write(
     checkpoint = open_checkpoint(tmp_path / "bundle")
     spec = ModelSpec(name="tiny", precision=precision, build_seq=8)
     written = tmp_path / "written"
-    load_weights(library, make_plan(checkpoint, spec, packed_file=written)).weights.close()
+    load_weights(library, make_plan(checkpoint, spec, packed_file=written)).close()
 
     image = tmp_path / "bundle" / packed_name(PRECISIONS[precision])
     assert image.read_bytes() == written.read_bytes()

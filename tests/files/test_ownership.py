@@ -222,7 +222,7 @@ def test_packed_weights_of_a_crashed_start_are_removed_by_the_next(tmp_path, nat
 def pack(model: Path, image: Path, native_library) -> None:
     spec = ModelSpec(name="tiny", build_seq=32)
     checkpoint = open_checkpoint(model)
-    load_weights(native_library.functions, make_plan(checkpoint, spec, packed_file=image)).weights.close()
+    load_weights(native_library.functions, make_plan(checkpoint, spec, packed_file=image)).close()
 
 
 @pytest.fixture

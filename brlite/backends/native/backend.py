@@ -24,7 +24,7 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.packer import LoadedWeights, load_weights
+from brlite.backends.native.packer import PackedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows, StepBuffers
 from brlite.backends.pooling import pooled_result
@@ -66,11 +66,11 @@ class NativeBackend:
         """
         library = native.functions
         with opened or ExitStack() as opened:
-            loaded = load_weights(library, plan)
-            opened.callback(loaded.weights.close)
+            weights = load_weights(library, plan)
+            opened.callback(weights.close)
             cache = PagedCache(library, plan)
             opened.callback(cache.close)
-            self.info = _describe(native, plan, loaded, cache)
+            self.info = _describe(native, plan, weights, cache)
             self._guard = BackendGuard()
             self._library = library
             self._vocab_size = plan.config.vocab_size
@@ -84,7 +84,7 @@ class NativeBackend:
             self._num_threads = plan.num_threads
             buffers = StepBuffers(library, plan, shared)
             opened.callback(buffers.close)
-            self._plan = NativePlan(plan, loaded.weights, cache, buffers)  # kept: the library reads its arrays
+            self._plan = NativePlan(plan, weights, cache, buffers)  # kept: the library reads its arrays
             struct = ctypes.addressof(self._plan.struct)
             self._engine: int = library.brlite_create(struct, native.isa, plan.num_threads) or 0
             if not self._engine:
@@ -248,14 +248,14 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported
     return SeqResult.of_draws(seq, list(islice(drawn, seq.num_draws)), logprobs)
 
 
-def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cache: PagedCache) -> BackendInfo:
+def _describe(native: NativeLibrary, plan: LoadPlan, weights: PackedWeights, cache: PagedCache) -> BackendInfo:
     config, spec, engine = plan.config, plan.spec, plan.engine
     block_size = cache.pages_per_block * LANES
     is_raised = block_size != engine.block_size
     note = f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens"
     # Backends with equal fingerprints give equal bits on any machine and instruction set. So it is of all that results
     # depend on; dynamic rope scaling depends on the context length.
-    content = f"{loaded.content_hash} {plan.precision_name} {native.functions.brlite_kernel_version()}"
+    content = f"{weights.content_hash} {plan.precision_name} {native.functions.brlite_kernel_version()}"
     fingerprint = hashlib.blake2b(content.encode(), digest_size=8)
     fingerprint.update(msgspec.json.encode(config))
     fingerprint.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
@@ -270,7 +270,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         block_size=block_size,
         num_blocks=cache.num_blocks,
         kv_dtype="int8" if cache.format == abi.INT8 else "bfloat16",
-        weight_bytes=loaded.weights.layout.num_bytes,
+        weight_bytes=weights.layout.num_bytes,
         kv_bytes=cache.memory.num_bytes,
         sliding_window=config.common_window,
         max_draft_tokens=MAX_DRAFT_TOKENS,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,10 +39,11 @@ ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
 
 
 class PackedWeights:
-    """Weights as the kernels read them. Owns their memory until `close`."""
+    """Weights as the kernels read them. Owns their memory until `close`. `content_hash` is of their checksums."""
 
-    def __init__(self, layout: Layout, memory: NativeMemory | MappedPackedFile) -> None:
+    def __init__(self, layout: Layout, memory: NativeMemory | MappedPackedFile, sums: list[int]) -> None:
         self.layout = layout
+        self.content_hash = hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()
         self._memory = memory
 
     def address(self, name: str) -> int:
@@ -162,14 +163,7 @@ def read_vector(packed: PackedTensor, tensor: StoredTensor) -> Float32:
     return from_bfloat16(to_bfloat16(values, keeps_subnormal=False)) if packed.is_rounded else values
 
 
-class LoadedWeights(NamedTuple):
-    """Packed weights, and a hash of their content."""
-
-    weights: PackedWeights
-    content_hash: str
-
-
-def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
+def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> PackedWeights:
     """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision."""
     model, shard = plan.model, plan.shard
     layout = packed_layout(library, held_parameters(model, shard), matrix_parts(model, shard))
@@ -189,7 +183,7 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
             file = file if error.is_ours else None
         else:
             if _trusted(file, plan.checkpoint.path, mapped.status) is not None:
-                return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+                return PackedWeights(layout, mapped, mapped.checksums)
             mapped.close()
             file = None
     memory = NativeMemory(library, layout.num_bytes, "the weights")
@@ -209,7 +203,7 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     except BaseException:
         memory.close()
         raise
-    return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
+    return PackedWeights(layout, memory, sums)
 
 
 def _trusted(file: Path, model: Path, opened: os.stat_result | None = None) -> Path | None:
@@ -228,7 +222,3 @@ def _trusted(file: Path, model: Path, opened: os.stat_result | None = None) -> P
         logger.warning("%s is not used, since another user could have written it: %s", file, stranger)
         return None
     return file
-
-
-def _content_hash(sums: list[int]) -> str:
-    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

@@ -23,7 +23,7 @@ from brlite.backends.native.packed_file import (
     checksums,
     write_packed_file,
 )
-from brlite.backends.native.packer import LoadedWeights, load_weights
+from brlite.backends.native.packer import PackedWeights, load_weights
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import ModelSpec
@@ -106,7 +106,7 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
             open_image(image, library, pool, key)
 
 
-def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> LoadedWeights:
+def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> PackedWeights:
     spec = ModelSpec(name="tiny", precision=precision, build_seq=32)
     checkpoint = open_checkpoint(folder)
     return load_weights(library, make_plan(checkpoint, spec, packed_file=image, num_threads=2))
@@ -122,18 +122,18 @@ def test_a_second_load_maps_the_image_of_the_first(tmp_path: Path, library: ctyp
 
     assert image.stat().st_mtime_ns == made
     assert first.content_hash == second.content_hash
-    first.weights.close()
-    second.weights.close()
+    first.close()
+    second.close()
 
 
 def test_an_image_of_older_weights_is_made_anew(tmp_path: Path, library: ctypes.CDLL) -> None:
     folder = write_tiny_model(tmp_path / "model", "llama")
     image = tmp_path / "packed.brlite"
-    load(folder, library, "bf16", image).weights.close()
+    load(folder, library, "bf16", image).close()
     old = image.read_bytes()
     os.utime(next(folder.glob("*.safetensors")), ns=(1, 1))
 
-    load(folder, library, "bf16", image).weights.close()
+    load(folder, library, "bf16", image).close()
 
     assert image.read_bytes()[4096:] == old[4096:]
     assert image.read_bytes() != old
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_ours_is_left_alone(
     image = tmp_path / "thesis.bin"
     image.write_bytes(b"years of work")
 
-    load(folder, library, "bf16", image).weights.close()
+    load(folder, library, "bf16", image).close()
 
     assert image.read_bytes() == b"years of work"
     assert "it is not a packed file of brlite" in caplog.text
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
     folder = write_tiny_model(tmp_path / "model", "llama")
     (tmp_path / "file").write_text("")
 
-    load(folder, library, "bf16", tmp_path / "file" / "packed.brlite").weights.close()
+    load(folder, library, "bf16", tmp_path / "file" / "packed.brlite").close()
 
     assert "is not used: cannot be read: Not a directory" in caplog.text
 
