@@ -7,8 +7,7 @@ for rows that only pad a step: it is written and never read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,58 +15,39 @@ from torch import Tensor
 from brlite.models.config import KVDtype, ModelConfig
 
 
-class Pages(Protocol):
-    """Heads of many positions, addressed by slot (block · block_size + offset) or by block."""
+class Pages:
+    """Heads of many positions, addressed by slot (block · block_size + offset) or by block.
 
-    def write(self, slots: Tensor, heads: Tensor) -> None:
-        """Store `heads` [T, Hk, D] at `slots` [T]."""
-        ...
+    `values` are [blocks, block_size, Hk, D]. In int8 they have `scales` [blocks, block_size, Hk, 1], one for each token
+    and head.
+    """
 
-    def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of `blocks` [N]: [N, block_size, Hk, D] in `dtype`."""
-        ...
-
-
-class FloatPages:
-    """Pages in a floating-point type: `values` [blocks, block_size, Hk, D]."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._slots = values.flatten(0, 1)
-
-    def write(self, slots: Tensor, heads: Tensor) -> None:
-        self._slots.index_copy_(0, slots, heads.to(self.values.dtype))
-
-    def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.values.index_select(0, blocks).to(dtype)
-
-
-class Int8Pages:
-    """Pages in int8: `values` as in `FloatPages`, and `scales` [blocks, block_size, Hk, 1] for each token and head."""
-
-    def __init__(self, values: Tensor, scales: Tensor) -> None:
+    def __init__(self, values: Tensor, scales: Tensor | None = None) -> None:
         self.values = values
         self.scales = scales
         self._slots = values.flatten(0, 1)
-        self._slot_scales = scales.flatten(0, 1)
+        self._slot_scales = None if scales is None else scales.flatten(0, 1)
 
     def write(self, slots: Tensor, heads: Tensor) -> None:
-        heads = heads.float()
-        scales = heads.abs().amax(dim=-1, keepdim=True) / 127
-        quantized = (heads / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
-        # int8 cannot hold a NaN: the scale of its head is NaN instead.
-        self._slots.index_copy_(0, slots, quantized.nan_to_num_().to(torch.int8))
-        self._slot_scales.index_copy_(0, slots, scales)
+        """Store `heads` [T, Hk, D] at `slots` [T]."""
+        if self._slot_scales is not None:
+            heads = heads.float()
+            scales = heads.abs().amax(dim=-1, keepdim=True) / 127
+            levels = (heads / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
+            heads = levels.nan_to_num_()  # int8 cannot hold a NaN: the scale of its head is NaN instead
+            self._slot_scales.index_copy_(0, slots, scales)
+        self._slots.index_copy_(0, slots, heads.to(self.values.dtype))
 
     def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        return (self.values.index_select(0, blocks) * self.scales.index_select(0, blocks)).to(dtype)
+        """A copy of `blocks` [N]: [N, block_size, Hk, D] in `dtype`."""
+        found = self.values.index_select(0, blocks)
+        return (found if self.scales is None else found * self.scales.index_select(0, blocks)).to(dtype)
 
 
 TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-@dataclass(frozen=True)
-class LayerCache:
+class LayerCache(NamedTuple):
     keys: Pages
     values: Pages
 
@@ -100,5 +80,4 @@ class KVCache:
         return self._values.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     def _pages(self, layer: int, kind: int) -> Pages:
-        values = self._values[layer, kind]
-        return FloatPages(values) if self._scales is None else Int8Pages(values, self._scales[layer, kind])
+        return Pages(self._values[layer, kind], None if self._scales is None else self._scales[layer, kind])

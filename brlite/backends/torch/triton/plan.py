@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from brlite.backends.torch.device import shared_memory
-from brlite.backends.torch.kv_cache import FloatPages, Int8Pages, KVCache, Pages
+from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import Group, JoinedHead, SummedLinear
 from brlite.backends.torch.parameters import Parameters, scales_name
 from brlite.backends.torch.rope import rope_tables
@@ -125,27 +125,21 @@ class TritonDecoder:
         return matrix
 
 
-def _tensors(pages: Pages) -> tuple[Tensor, Tensor | None]:
-    assert isinstance(pages, FloatPages | Int8Pages)
-    return pages.values, pages.scales if isinstance(pages, Int8Pages) else None
-
-
 def _attend(
     operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: LaunchedStep
 ) -> Tensor:
     assert isinstance(qkv, Product)
     decoder, inputs = step.decoder, step.inputs
     config, named = decoder.config, decoder.parameters.named
-    layer = decoder.cache.layers[operation.layer]
-    keys, key_scales = _tensors(layer.keys)
-    values, value_scales = _tensors(layer.values)
+    keys, values = decoder.cache.layers[operation.layer]
+    pages = attention.LayerPages(keys.values, values.values, keys.scales, values.scales)
     num_rows, heads = inputs.num_rows, config.num_heads + 2 * config.num_kv_heads
     query = torch.empty((num_rows, config.num_heads, config.head_dim), dtype=torch.bfloat16, device=decoder.device)
     rope.store_heads_kernel[(num_rows, heads)](
         *(qkv.values, qkv.bias),
         *((named[norm.query.name], named[norm.key.name]) if norm else (None, None)),
         *(decoder.rope.cos, decoder.rope.sin, inputs.positions, inputs.slots),
-        *(query, keys, values, key_scales, value_scales),
+        *(query, *pages),
         *(num_rows, norm.epsilon if norm else 0.0),
         NUM_PARTS=len(qkv.values),
         NUM_HEADS=config.num_heads,
@@ -155,12 +149,11 @@ def _attend(
         IS_INTERLEAVED=config.rope.interleaved,
         HAS_BIAS=qkv.bias is not None,
         HAS_NORM=norm is not None,
-        IS_INT8=key_scales is not None,
+        IS_INT8=pages.key_scales is not None,
         BLOCK_DIM=triton.next_power_of_2(config.head_dim),
         num_warps=1,
         enable_fp_fusion=False,
     )
-    pages = attention.LayerPages(keys, values, key_scales, value_scales)
     return attention.attend(query, pages, inputs, decoder.shape, window=operation.window or 0)
 
 

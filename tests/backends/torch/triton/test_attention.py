@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.kv_cache import Int8Pages
+from brlite.backends.torch import kv_cache
 from brlite.backends.torch.probe import PLAIN_CONFIG
 from brlite.backends.torch.triton.attention import (
     AttentionShape,
@@ -69,7 +69,7 @@ def make_pages(shape: AttentionShape, runs: list[TokenRun], *, is_int8: bool = F
             part.flatten(0, 1)[is_unused] = torch.nan
         layer = LayerPages(keys, values, None, None)
         return Pages(layer, keys.double().flatten(0, 1), values.double().flatten(0, 1))
-    stored = [Int8Pages(torch.zeros(size, dtype=torch.int8), torch.zeros((*size[:-1], 1))) for _ in range(2)]
+    stored = [kv_cache.Pages(torch.zeros(size, dtype=torch.int8), torch.zeros((*size[:-1], 1))) for _ in range(2)]
     for page, heads in zip(stored, (keys, values), strict=True):
         page.write(torch.arange(NUM_BLOCKS * BLOCK_SIZE), heads.flatten(0, 1))
         page.scales.flatten(0, 1)[is_unused] = torch.nan

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.kv_cache import Int8Pages
+from brlite.backends.torch import kv_cache
 from brlite.backends.torch.rope import RopeTables, rope_tables, rotate_
 from brlite.backends.torch.triton.rope import store_heads_kernel
 from brlite.models.config import RopeConfig
@@ -137,7 +137,7 @@ def test_int8_heads_have_the_levels_and_scales_of_the_cache_in_torch(heads: Head
         total[:, -1] = qkv[:, :, -heads.head_dim :].sum(dim=0)
     shape = (NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, heads.head_dim)
     pages, scales = make_int8_pages(shape)
-    expected_pages = [Int8Pages(*tensors) for tensors in zip(*make_int8_pages(shape), strict=True)]
+    expected_pages = [kv_cache.Pages(*tensors) for tensors in zip(*make_int8_pages(shape), strict=True)]
     for page, rows in zip(expected_pages, expected_heads(total, heads)[1:], strict=True):
         page.write(torch.tensor(SLOTS), rows)
 
