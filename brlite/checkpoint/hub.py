@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from brlite.checkpoint.folder import find_weights
@@ -39,42 +39,20 @@ class RepositoryListing(NamedTuple):
     files: list[HubFile]
 
 
-class Hub(Protocol):
-    """A hub of models."""
+class HuggingFaceHub:
+    """huggingface.co, or the mirror that HF_ENDPOINT names."""
 
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def cache_variable(self) -> str:
-        """The environment variable that chooses the cache folder."""
-        ...
+    title = "the Hugging Face hub"
+    cache_variable = "HF_HOME"  # the environment variable that chooses the cache folder
 
     def cache(self) -> Path:
         """The folder of its repositories on this machine."""
-        ...
-
-    def address(self) -> HubAddress:
-        """Where to send requests. Raises `ModelError` in offline mode."""
-        ...
-
-    def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing: ...
-
-    def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str: ...
-
-
-class HuggingFaceHub:
-    """Implements `Hub` for huggingface.co, or the mirror that HF_ENDPOINT names."""
-
-    title = "the Hugging Face hub"
-    cache_variable = "HF_HOME"
-
-    def cache(self) -> Path:
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE)
 
     def address(self) -> HubAddress:
+        """Where to send requests. Raises `ModelError` in offline mode."""
         from huggingface_hub import constants, get_token
 
         check_online()
@@ -105,7 +83,7 @@ class HuggingFaceHub:
 
 
 class ModelScopeHub:
-    """Implements `Hub` for modelscope.cn, or for MODELSCOPE_DOMAIN. Its models are in brlite's own cache."""
+    """modelscope.cn, or MODELSCOPE_DOMAIN, as `HuggingFaceHub` is. Its models are in brlite's own cache."""
 
     title = "ModelScope"
     cache_variable = "BRLITE_CACHE"
@@ -140,6 +118,9 @@ class ModelScopeHub:
     def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str:
         query = urlencode({"Revision": name.revision or MODELSCOPE_MAIN, "FilePath": file})
         return f"{address.endpoint}/api/v1/models/{name.repository}/repo?{query}"
+
+
+Hub = HuggingFaceHub | ModelScopeHub
 
 
 def hub_of(name: ModelName) -> Hub:
