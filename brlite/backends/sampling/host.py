@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Protocol
 
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, find_library
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 SMALL_VOCABULARY = 4096  # up to here numpy takes under 0.3 ms a row, and loading the library would take longer
 
 
-class HostSampler(Protocol):
-    """Draws from logits [R, V]. A row's token depends on its own logits and input alone."""
+class ReferenceSampler:
+    """Draws from logits [R, V] with numpy. A row's token depends on its own logits and input alone."""
 
     def sample(
         self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
@@ -33,39 +32,15 @@ class HostSampler(Protocol):
 
         `masks` are complete and one a row, or empty.
         """
-        ...
-
-    def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """The logprob of each row's target, with its `num_top` best alternatives."""
-        ...
-
-
-def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = find_library) -> HostSampler:
-    """The fastest available sampler for rows of that width."""
-    if vocab_size <= SMALL_VOCABULARY:
-        return ReferenceSampler()
-    try:
-        library = find()
-    except NativeUnavailable as error:
-        logger.info("tokens are drawn by numpy: %s", error)
-        return ReferenceSampler()
-    return ReferenceSampler() if library is None else NativeSampler(library, vocab_size)
-
-
-class ReferenceSampler:
-    """A `HostSampler` that runs anywhere."""
-
-    def sample(
-        self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
-    ) -> list[SampledToken | Undrawn]:
         return reference.sample(NumpyRows(logits), inputs, masks)
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        """The logprob of each row's target, with its `num_top` best alternatives."""
         return reference.token_logprobs(NumpyRows(logits), targets, num_top)
 
 
 class NativeSampler:
-    """A `HostSampler` in native code."""
+    """The same in native code."""
 
     def __init__(self, library: NativeLibrary, vocab_size: int) -> None:
         self._library = library
@@ -93,3 +68,18 @@ class NativeSampler:
         if error:
             raise EngineError(f"the native sampler refused its rows: error {error}")
         return draws
+
+
+HostSampler = ReferenceSampler | NativeSampler
+
+
+def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = find_library) -> HostSampler:
+    """The fastest available sampler for rows of that width."""
+    if vocab_size <= SMALL_VOCABULARY:
+        return ReferenceSampler()
+    try:
+        library = find()
+    except NativeUnavailable as error:
+        logger.info("tokens are drawn by numpy: %s", error)
+        return ReferenceSampler()
+    return ReferenceSampler() if library is None else NativeSampler(library, vocab_size)
