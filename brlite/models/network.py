@@ -168,11 +168,6 @@ def list_parameters(config: ModelConfig) -> dict[str, Parameter]:
     return found
 
 
-def parameter_dtype(name: str) -> Literal["float32", "bfloat16"]:
-    """The type that every precision rounds a parameter to first: float32 for norms, bfloat16 for others."""
-    return "float32" if name.endswith("norm") else "bfloat16"
-
-
 def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(parameter.shape) for parameter in list_parameters(config).values())
 

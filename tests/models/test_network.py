@@ -53,7 +53,6 @@ def test_a_checkpoints_tensors_fill_every_parameter_once(name: str) -> None:
     for target in find_family(TINY_CONFIGS[name]).weight_targets(config).values():
         parameter = list_parameters(config)[target.parameter]
         assert target.shape[1:] == parameter.shape[1:]
-        assert (target.dtype == "float32") == (parameter.precision == "float32")
         filled[target.parameter] += range(target.start, target.start + target.shape[0])
 
     assert {name: sorted(rows) for name, rows in filled.items()} == {

@@ -93,7 +93,8 @@ def load_model(
             continue
         values = torch.from_numpy(tensor.float32())
         # Every precision starts from bfloat16 weights, held in float32 or not.
-        values = values if target.dtype == "float32" else values.to(torch.bfloat16)
+        is_exact = plan.model.parameters[target.parameter].precision == "float32"
+        values = values if is_exact else values.to(torch.bfloat16)
         store_rows_(parameters, target.parameter, target.start, values)
         del values  # before the next one is read
 

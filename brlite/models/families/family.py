@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from brlite.models.config import ModelConfig
-from brlite.models.network import list_parameters, parameter_dtype
+from brlite.models.network import list_parameters
 
 # The checkpoint's name of each parameter. A matrix that the checkpoint stores as several tensors has several names.
 # `{}` stands for the number of the layer.
@@ -25,11 +25,6 @@ class WeightTarget(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     start: int = 0
     has_unit_rows: bool = False
-
-    @property
-    def dtype(self) -> Literal["float32", "bfloat16"]:
-        """The type that the tensor's numbers are rounded to, before any quantization to int8."""
-        return parameter_dtype(self.parameter)
 
 
 class Family(msgspec.Struct, frozen=True):
