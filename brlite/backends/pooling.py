@@ -12,7 +12,7 @@ NOT_FINITE = "the model produced hidden states that are not finite"
 
 def add_states(pooling: PoolingInput, states: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """The sum [H] of a run's hidden states [N, H], added to that of earlier runs."""
-    total = states.sum(axis=0, dtype=np.float64)
+    total: npt.NDArray[np.float64] = states.sum(axis=0, dtype=np.float64)
     return total + np.frombuffer(pooling.total, np.float64) if pooling.total else total
 
 
