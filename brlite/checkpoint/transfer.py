@@ -201,7 +201,11 @@ class _PartFile:
         self._is_closed = False
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
-            self._handle, self._counts_handle = (_open(path, opened) for path in (self._path, self._counts_path))
+            handles = []
+            for path in (self._path, self._counts_path):
+                handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+                opened.callback(os.close, handles[-1])
+            self._handle, self._counts_handle = handles
             # Resume what an earlier download left, if its counts are of this file in these segments; else begin anew.
             table = struct.Struct(f"<{2 + num_segments}Q")
             head = (self.num_bytes, segment_bytes)
@@ -270,10 +274,3 @@ class _PartFile:
         with self._lock:
             self._is_closed = True
             self._opened.close()
-
-
-def _open(path: Path, opened: ExitStack) -> int:
-    """Open a file to read and write, which `opened` closes. It is made if it is not there."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    opened.callback(os.close, handle)
-    return handle

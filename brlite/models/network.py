@@ -195,13 +195,10 @@ def native_weight_bytes(parameters: Mapping[str, Parameter], parts: Mapping[str,
     for name, parameter in parameters.items():
         if len(parameter.shape) == 1:
             total += parameter.shape[0] * FLOAT32_BYTES
-        else:
-            whole = MatrixPart("bfloat16", parameter.shape[0])
-            total += sum(_matrix_bytes(part, parameter.shape[1]) for part in parts.get(name, (whole,)))
+            continue
+        num_rows, num_inputs = parameter.shape
+        num_groups = math.ceil(num_inputs / QUANTIZATION_GROUP)
+        for part in parts.get(name, (MatrixPart("bfloat16", num_rows),)):
+            is_plain = part.form == "bfloat16"
+            total += part.num_rows * (num_inputs * BFLOAT16_BYTES if is_plain else num_groups * GROUP_BYTES[part.form])
     return total
-
-
-def _matrix_bytes(part: MatrixPart, num_inputs: int) -> int:
-    if part.form == "bfloat16":
-        return part.num_rows * num_inputs * BFLOAT16_BYTES
-    return part.num_rows * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES[part.form]

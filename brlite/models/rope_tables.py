@@ -44,8 +44,9 @@ def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
             return _frequencies(theta, rope.rotary_dim)
         case LinearScaling(factor=factor):
             return frequencies / factor
-        case Llama3Scaling():
-            return _llama3(frequencies, rope.scaling)
+        case Llama3Scaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_positions=original):
+            turns = original * frequencies / (2 * math.pi)  # within the original context
+            return _blend(frequencies / factor, frequencies, (turns - low) / (high - low))
         case YarnScaling():
             return _yarn(frequencies, rope, rope.scaling)
     return frequencies
@@ -63,12 +64,6 @@ def _frequencies(theta: float, rotary_dim: int) -> Float32:
     powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64))
     frequencies: Float32 = 1 / powers.astype(np.float32)
     return frequencies
-
-
-def _llama3(frequencies: Float32, scaling: Llama3Scaling) -> Float32:
-    turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return _blend(frequencies / scaling.factor, frequencies, blend)
 
 
 def _yarn(frequencies: Float32, rope: RopeConfig, scaling: YarnScaling) -> Float32:

@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
 
@@ -36,13 +36,10 @@ from brlite.engine.backend import (
     BackendInfo,
     Batch,
     LogitsProcessors,
-    SampledToken,
     ScheduledSeq,
     SeqResult,
     StepResult,
-    Undrawn,
 )
-from brlite.engine.outputs import TokenLogprob
 from brlite.errors import EngineError, RankGone
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.process.machine import describe_cpu
@@ -132,7 +129,12 @@ class NativeBackend:
                 assert logits is not None
                 drawn[index] = sample_processed(self._host_sampler, logits, sampling, mask, processors)
             tokens, logprobs = iter(drawn), iter(draws.target_logprobs())
-            results = [_result(seq, tokens, logprobs) for seq in batch.seqs]
+            results = [
+                SeqResult.of_draws(
+                    seq, list(islice(tokens, seq.num_draws)), list(islice(logprobs, len(seq.prompt_targets)))
+                )
+                for seq in batch.seqs
+            ]
         if poolings is not None:
             totals = iter(poolings.totals)
             results = [
@@ -240,12 +242,6 @@ class _Poolings:
                 total[:] = np.frombuffer(seq.pooling.total, np.float64)
             struct.first_row = first + len(seq.token_ids) - seq.pooling.num_tokens
             struct.num_rows, struct.total = seq.pooling.num_tokens, total.ctypes.data
-
-
-def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported: Iterator[TokenLogprob]) -> SeqResult:
-    """Consume a sequence's draws from the iterators."""
-    logprobs = list(islice(reported, len(seq.prompt_targets)))
-    return SeqResult.of_draws(seq, list(islice(drawn, seq.num_draws)), logprobs)
 
 
 def _describe(native: NativeLibrary, plan: LoadPlan, weights: PackedWeights, cache: PagedCache) -> BackendInfo:

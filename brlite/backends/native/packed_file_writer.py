@@ -72,7 +72,13 @@ class PackedFileWriter:
 
     def finish(self, identity: str) -> FileRecord:
         """Write the header after all weights and publish the file. `identity` must be as long as the key's."""
-        sums = list(self._pool.map(self._checksum, range(0, self._key.num_bytes, CHUNK_BYTES)))
+
+        def checksum(first: int) -> int:
+            content = self._file.read(min(CHUNK_BYTES, self._key.num_bytes - first), self._start + first)
+            data = np.frombuffer(content, np.uint8)
+            return int(self._library.brlite_checksum(None, data.ctypes.data, len(data)))
+
+        sums = list(self._pool.map(checksum, range(0, self._key.num_bytes, CHUNK_BYTES)))
         header = packed_file_header(msgspec.structs.replace(self._key, identity=identity), sums)
         if len(header) != self._start:
             raise ValueError(f"the header has {len(header)} bytes, not the {self._start} that were planned")
@@ -106,8 +112,3 @@ class PackedFileWriter:
         data = values.reshape(-1).view(np.uint8).data
         self._file.write(data, self._start + offset)
         self._on_bytes(len(data))
-
-    def _checksum(self, first: int) -> int:
-        content = self._file.read(min(CHUNK_BYTES, self._key.num_bytes - first), self._start + first)
-        data = np.frombuffer(content, np.uint8)
-        return int(self._library.brlite_checksum(None, data.ctypes.data, len(data)))

@@ -42,7 +42,6 @@ from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
     BackendInfo,
     Batch,
-    PoolingInput,
     SampledToken,
     SamplingInput,
     ScheduledSeq,
@@ -196,14 +195,17 @@ class TorchBackend:
         for seq in batch.seqs:
             if (place := places.get(seq.seq_id)) is not None:
                 tokens[seq.seq_id] = found[place : place + seq.num_draws]
-        results = [
-            SeqResult.of_draws(
-                seq, tokens.get(seq.seq_id, ()), self._prompt_logprobs(seq, step, first) if seq.prompt_targets else []
-            )
-            if seq.pooling is None
-            else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
-            for seq, first in zip(batch.seqs, step.first_rows, strict=True)
-        ]
+        results = list[SeqResult]()
+        for seq, first in zip(batch.seqs, step.first_rows, strict=True):
+            if seq.pooling is None:
+                logprobs = self._prompt_logprobs(seq, step, first) if seq.prompt_targets else []
+                results.append(SeqResult.of_draws(seq, tokens.get(seq.seq_id, ()), logprobs))
+            else:
+                end = first + len(seq.token_ids)
+                states = self._steps.normed(step, list(range(end - seq.pooling.num_tokens, end)))
+                # The sum is taken on the host: some cards have no float64.
+                total = add_states(seq.pooling, states.cpu().numpy())
+                results.append(pooled_result(seq.seq_id, seq.pooling, total))
         return StepResult(results, num_host_draws=num_host_draws)
 
     def follow(self, work: RankBatch) -> None:
@@ -270,11 +272,6 @@ class TorchBackend:
             targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
             found += self._sampler.token_logprobs(self._logits(step, rows), targets, seq.num_prompt_logprobs)
         return found
-
-    def _pool(self, pooling: PoolingInput, step: ComputedStep, end: int) -> npt.NDArray[np.float64]:
-        """The sum of the hidden states before row `end`. It is taken on the host: some cards have no float64."""
-        wanted = list(range(end - pooling.num_tokens, end))
-        return add_states(pooling, self._steps.normed(step, wanted).cpu().numpy())
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
         """The rows of `prompt_targets`, in pieces that have at most `MAX_LOGITS` logits each."""
