@@ -91,6 +91,31 @@ def test_a_template_that_refuses_fails_or_runs_away_is_a_bad_request(template: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_reaches_nothing_of_python() -> None:
+    roads = (
+        "''.__class__",
+        "''['__class__']",
+        "''|attr('__class__')",
+        "['']|map(attribute='__class__')|first",
+        "(messages|groupby('__class__')|first)[0]",
+        "messages.index.__self__",
+        "raise_exception.__globals__",
+        "strftime_now|attr('__code__')",
+        "cycler.__init__",
+        "namespace['__init__']",
+        "joiner|attr('__init__')",
+        "lipsum.__globals__",
+        "self._TemplateReference__context",
+        "(1).__add__",
+        "'{0.__class__}'.format('')",
+        "'{a.__class__}'.format_map({'a': ''})",
+        "(['{0.__class__}']|map(attribute='format')|first)('')",
+        "('{0.__class__}'|attr('format'))('')",
+    )
+
+    assert render("".join(f"{{{{ {road} }}}}" for road in roads)) == ""
+
+
 def test_a_long_chat_is_rendered_whole() -> None:
     messages = [{"role": "user", "content": "x" * 1_000_000}]
 
