@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from aiohttp import HttpVersion11, web
@@ -58,9 +58,9 @@ class EventStream:
     comments. `async with` calls `prepare` and `close`.
     """
 
-    def __init__(self, request: web.Request, comment_seconds: float) -> None:
+    def __init__(self, request: web.Request, comment_seconds: float, headers: Mapping[str, str] | None = None) -> None:
         self._request = request
-        self._response = web.StreamResponse(headers=_HEADERS)
+        self._response = web.StreamResponse(headers={**_HEADERS, **(headers or {})})
         self._is_chunked = request.version >= HttpVersion11
         self._comment_seconds = comment_seconds
         self._comment_text: Callable[[], str] = lambda: "keep-alive"

@@ -19,7 +19,7 @@ from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
-from brlite.dialects.kept_events import STATE_BYTES, KeptEvents, decompressed_events
+from brlite.dialects.kept_events import STATE_BYTES, KeptEvents
 from brlite.errors import InvalidRequest
 from brlite.http.body import HELD
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
@@ -29,10 +29,10 @@ from brlite.server.resumable import (
     check_num_seen,
     last_event_id,
     not_resumable,
-    numbered,
 )
 
 HEADER = "Idempotency-Key"
+REPLAYED = {"Idempotent-Replayed": "true"}
 MAX_KEY_LENGTH = 255
 CLOSE_SECONDS = 1.0
 
@@ -42,25 +42,21 @@ Run = Callable[[Dialect, web.Request], Awaitable[web.StreamResponse]]
 class StoredAnswer(Struct, frozen=True):
     """`digest` is the digest of the request. Requests with the same key must have the same digest.
 
-    The `body` of a stream is compressed. An answer that is being streamed is stored without a body, for its size.
+    The `body` of a stream is its events. An answer that is being streamed is stored without a body, for its size.
     """
 
     digest: bytes
-    body: bytes = b""
-    is_stream: bool = False
+    body: bytes | KeptEvents = b""
 
-    async def response(self, num_seen: int | None) -> web.Response:
+    async def send(self, request: web.Request, num_seen: int | None, limits: LimitsConfig) -> web.StreamResponse:
         """The whole answer, or the events after the first `num_seen`. Raises `InvalidRequest` if it has fewer."""
-        body = await asyncio.to_thread(self._events, num_seen) if self.is_stream else self.body
-        content_type = "text/event-stream" if self.is_stream else "application/json"
-        return web.Response(body=body, content_type=content_type, headers={"Idempotent-Replayed": "true"})
-
-    def _events(self, num_seen: int | None) -> bytes:
-        events = decompressed_events(self.body)
-        if num_seen is None:
-            return b"".join(events)
-        check_num_seen(num_seen, len(events))
-        return numbered(events[num_seen:], num_seen)
+        if not isinstance(self.body, KeptEvents):
+            return web.Response(body=self.body, content_type="application/json", headers=REPLAYED)
+        check_num_seen(num_seen or 0, self.body.num_events)
+        stream = RecordedStream()  # events are decompressed as the client reads them
+        stream.keep(self.body)
+        stream.end()
+        return await stream.follow(request, num_seen or 0, limits, has_ids=num_seen is not None, headers=REPLAYED)
 
 
 class RunningAnswer:
@@ -115,7 +111,7 @@ class IdempotentAnswers:
                 try:
                     return await run(recorded, request)
                 finally:
-                    self._end(running, recorder.body, is_stream=True)
+                    self._end(running, recorder.body)
             stream.keep(kept)
             request[RECORDED] = stream
         task = asyncio.ensure_future(run(recorded, request))
@@ -141,7 +137,7 @@ class IdempotentAnswers:
             has_failed = task.cancelled() or task.exception() is not None
             if stream is not None:
                 stream.end()
-            self._end(running, None if has_failed else recorder.body, is_stream=stream is not None)
+            self._end(running, None if has_failed else recorder.body)
 
         task.add_done_callback(on_done)
 
@@ -163,12 +159,12 @@ class IdempotentAnswers:
                 return await stream.follow(request, num_seen, self._limits, has_ids=True)
             answer = await asyncio.shield(running.answer)
             if answer is not None:
-                return await answer.response(num_seen)
+                return await answer.send(request, num_seen, self._limits)
         stored = self.store.get(tenant, key)
         if stored is None:
             return None
         _check(stored.digest, digest)
-        return await stored.response(num_seen)
+        return await stored.send(request, num_seen, self._limits)
 
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait up to `seconds` for running requests, then cancel them."""
@@ -180,9 +176,9 @@ class IdempotentAnswers:
     def settle(self, request: web.Request, tenant: str, body: bytes) -> None:
         """Make this body the answer of a request that goes on running, if it has a key."""
         if (running := self._running.get((tenant, request.headers.get(HEADER, "")))) is not None:
-            self._end(running, body, is_stream=False)
+            self._end(running, body)
 
-    def _end(self, running: RunningAnswer, body: bytes | None, *, is_stream: bool) -> None:
+    def _end(self, running: RunningAnswer, body: bytes | KeptEvents | None) -> None:
         """Store a complete answer. `body` is None if the answer did not become complete."""
         if running.answer.done():
             return  # it was settled
@@ -192,8 +188,9 @@ class IdempotentAnswers:
         if body is None:
             self.store.pop(tenant, key)
         else:
-            answer = StoredAnswer(running.digest, body, is_stream)
-            self.store.put(tenant, key, answer, len(body) + len(key) + OBJECT_BYTES)
+            answer = StoredAnswer(running.digest, body)
+            num_bytes = body.num_bytes if isinstance(body, KeptEvents) else len(body)
+            self.store.put(tenant, key, answer, num_bytes + len(key) + OBJECT_BYTES)
         running.answer.set_result(answer)
 
 
@@ -203,8 +200,8 @@ ANSWERS = web.AppKey("answers", IdempotentAnswers)
 class RecordingEncoder(ResponseEncoder):
     """An encoder that keeps what another one encodes; `make` is its dialect's `make_encoder`.
 
-    `kept` gets the events of a stream. `body` is that of the complete answer, or the compressed events of a stream that
-    has ended without error.
+    `kept` gets the events of a stream. `body` is that of the complete answer, or `kept` if the stream has ended without
+    error.
     """
 
     _encoder: ResponseEncoder  # set by `make`, which is called once
@@ -215,7 +212,7 @@ class RecordingEncoder(ResponseEncoder):
         self._make_encoder = make_encoder
         self._kept = kept
         self._is_aborted = self._may_be_aborted = False
-        self.body: bytes | None = None
+        self.body: bytes | KeptEvents | None = None
 
     def make(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
         self._encoder = self._make_encoder(call, answer_id, model, fingerprint)
@@ -232,7 +229,7 @@ class RecordingEncoder(ResponseEncoder):
     def closing(self, usage: TokenUsage) -> bytes:
         data = self._keep(self._encoder.closing(usage))
         if self._kept is not None and not self._is_aborted:
-            self.body = self._kept.finish() or None  # empty if the store had no room for it
+            self.body = self._kept if self._kept.finish() else None  # the store may have had no room for it
         return data
 
     def failing(self, error: BaseException) -> bytes:

@@ -8,7 +8,7 @@ header a stream ends with its client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from aiohttp import hdrs, web
@@ -81,14 +81,20 @@ class RecordedStream:
         return self._has_begun
 
     async def follow(
-        self, request: web.Request, num_seen: int, limits: LimitsConfig, *, has_ids: bool
+        self,
+        request: web.Request,
+        num_seen: int,
+        limits: LimitsConfig,
+        *,
+        has_ids: bool,
+        headers: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
         """Send the events after the first `num_seen` as they come, until the last one or until the client leaves.
 
         With `has_ids` each event has its number. If a client reads so slowly that its next event is dropped meanwhile,
         its connection is cut.
         """
-        async with EventStream(request, limits.sse_comment_seconds) as stream:
+        async with EventStream(request, limits.sse_comment_seconds, headers) as stream:
             if request.method == hdrs.METH_HEAD:
                 return await stream.finish()  # its response ends with the headers
             while self.kept is None and not self._is_over:

@@ -30,6 +30,12 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession, server: HttpServer, engine: EngineLoop, backend: FakeBackend):
         self.session, self.server, self.url, self.engine, self.backend = session, server, server.url, engine, backend
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What the server holds for clients that do not read."""
+        wires = [connection._wire for connection in self.server._connections._members]  # type: ignore[attr-defined]
+        return sum(wire.get_write_buffer_size() for wire in wires)
+
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", **headers}

@@ -13,11 +13,12 @@ from aiohttp.test_utils import make_mocked_request
 
 from brlite.config.options import Config, KeysConfig, LimitsConfig
 from brlite.dialects.dialect import Dialect
+from brlite.dialects.kept_events import KeptEvents
 from brlite.dialects.openai_chat import DIALECT
 from brlite.http.body import HELD, BodyBudget, HeldBody
 from brlite.http.bounded_store import BoundedStore
 from brlite.http.keys import ApiKeys
-from brlite.server.idempotency import IdempotentAnswers
+from brlite.server.idempotency import ANSWERS, IdempotentAnswers, StoredAnswer
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -52,6 +53,25 @@ async def test_a_retry_gets_the_stored_answer(
     assert (first[1], second) == (False, (first[0], True))
     assert other != first[0]
     assert num_computed(client) == 2
+
+
+async def test_a_client_that_does_not_read_has_few_events_of_a_stored_stream_in_memory(
+    client: Client, eventually: Eventually
+) -> None:
+    body = chat_body(stream=True)
+    await send(client, CHAT, body)
+    stored, kept = client.server._app[ANSWERS].store.get("", "k"), KeptEvents()
+    assert stored is not None
+    kept.add(b"data: %b\n\n" % (b"x" * 8000) * 4000)
+    kept.finish()
+    client.server._app[ANSWERS].store.put("", "k", StoredAnswer(stored.digest, kept), 1)
+
+    headers = {"Idempotency-Key": "k"}
+    async with client.session.post(client.url + CHAT, json=body, headers=headers, read_bufsize=1024) as response:
+        await eventually(lambda: client.unsent_bytes > 0)
+
+        assert client.unsent_bytes < 10**6
+        response.close()
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
