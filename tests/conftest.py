@@ -27,7 +27,9 @@ settings.load_profile("any machine")
 
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # with it each process compiles all that it imports: 1 to 2 s
     sys.dont_write_bytecode = False
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
+# torch's threads sleep at once where they wait for each other; read when torch loads, and by the commands. Beside other
+# work, spinning is half of the processor time of small products. bench/kernels.md measures what the commands set.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read wherever Triton is imported, by torch as well: there is no card
 signal.signal(
     signal.SIGINT, signal.default_int_handler

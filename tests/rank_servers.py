@@ -22,7 +22,7 @@ from tests.processes import children
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 BRLITE = (sys.executable, "-m", "brlite")
-ENVIRONMENT = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
+ENVIRONMENT = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 
 
 class RankServer:
