@@ -380,6 +380,7 @@ class Engine:
     def _add_sequence(self, state: RequestState) -> Sequence:
         request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
         index = len(state.sequences)
+        counts = TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None
         is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
         reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
         detokenizer = Detokenizer(
@@ -400,9 +401,9 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             seed=sibling_seed(state.seed, index) if index else state.seed,
             detokenizer=detokenizer,
-            counts=TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None,
+            counts=counts,
             cache_root=state.cache_root,
-            is_plain=not (is_restricted or reports_prompt or params.has_penalties or params.dry_multiplier),
+            is_plain=not (is_restricted or reports_prompt or counts is not None or params.dry_multiplier),
             waiting_since=self._clock(),
             block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
             matcher=None if request.grammar is None else request.grammar.matcher(),

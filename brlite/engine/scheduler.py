@@ -128,7 +128,7 @@ class Scheduler:
             num_slots, num_tokens = len(seq.block_table) * block_size, len(seq.token_ids)
             if seq.is_being_drawn:
                 if not seq.ends_with_step:
-                    if _depends_on_last_draw(seq):
+                    if not seq.is_plain and _depends_on_last_draw(seq):
                         return False
                     num_tokens += 1
             elif seq.num_in_flight_tokens and seq.state.pooling == "mean":
