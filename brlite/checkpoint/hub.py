@@ -70,7 +70,10 @@ class HuggingFaceHub:
             ]
             files = [
                 HubFile(
-                    str(path), int(size or lfs.get("size") or 0), _hash(lfs.get("sha256")), None if lfs else _hash(blob)
+                    str(path),
+                    _size(size or lfs.get("size") or 0),
+                    _hash(lfs.get("sha256")),
+                    None if lfs else _hash(blob),
                 )
                 for path, size, lfs, blob in siblings
             ]
@@ -110,7 +113,7 @@ class ModelScopeHub:
             if answer.get("Code", 200) != 200:
                 raise ModelError(f"{address.title} answers: {excerpt(answer.get('Message'))}")
             entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
-            files = [HubFile(str(file["Path"]), int(file["Size"]), _hash(file.get("Sha256"))) for file in entries]
+            files = [HubFile(str(file["Path"]), _size(file["Size"]), _hash(file.get("Sha256"))) for file in entries]
         # The list names no commit. A hash of the files' names and contents serves as one.
         digest = hashlib.sha256(repr(sorted((file.name, file.key) for file in files)).encode())
         return RepositoryListing(digest.hexdigest()[:40], files)
@@ -172,6 +175,13 @@ def model_in(snapshot: Path, quantization: str | None) -> Path:
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     chosen = choose_files(names, quantization)
     return snapshot / chosen[0] if chosen[0].lower().endswith(".gguf") else snapshot
+
+
+def _size(value: Any) -> int:
+    """A size in a list. Raises `ValueError` if it is negative: it would hide the size of another file."""
+    if int(value) < 0:
+        raise ValueError(value)
+    return int(value)
 
 
 def _hash(value: Any) -> str | None:

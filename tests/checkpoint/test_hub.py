@@ -605,6 +605,7 @@ def test_a_file_outside_of_the_repository_or_with_odd_characters_is_refused_by_n
         (b"{}", "x", "unexpected JSON"),
         (b"{}", "9" * 5000, "the connection was cut"),
         (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": 1e400}]}', None, "unexpected JSON"),
+        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": -1}]}', None, "unexpected JSON"),
         (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "blobId": 5}]}', None, "unexpected JSON"),
         (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "lfs": {"sha256": [1]}}]}', None, "unexpected JSON"),
     ],
