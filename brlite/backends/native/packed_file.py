@@ -103,12 +103,13 @@ class MappedPackedFile:
                 self.status = os.fstat(file.fileno())
                 if (num_bytes := self.status.st_size - start) != key.num_bytes:
                     raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)
-                self._mapping = mmap.mmap(file.fileno(), key.num_bytes, access=mmap.ACCESS_READ, offset=start)
+                # From its beginning: an offset must be a multiple of a page, which has 64 KiB on some Arm kernels.
+                self._mapping = mmap.mmap(file.fileno(), start + key.num_bytes, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise
         except OSError as error:
             raise PackedFileError(f"cannot be read: {error.strerror}", is_ours=False) from error
-        self.address = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
+        self.address = int(np.frombuffer(self._mapping, np.uint8).ctypes.data) + start
         self.checksums = checksums(library, self.address, key.num_bytes, pool, on_fraction)
         if self.checksums != manifest.checksums:
             self.close()

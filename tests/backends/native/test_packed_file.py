@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,21 @@ def test_an_image_gives_back_the_bytes_it_was_made_of(
 
     assert found == memory.bytes().tobytes()
     assert os.listdir(image.parent) == [image.name]
+
+
+def test_an_image_is_mapped_by_a_kernel_whose_pages_have_64_kib(
+    image: Path, library: ctypes.CDLL, memory: NativeMemory, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mmap.mmap
+
+    def mapped(file: int, length: int, *, access: int, offset: int = 0) -> mmap.mmap:
+        if offset % 2**16:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(file, length, access=access, offset=offset)
+
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    with closing(open_image(image, library, pool)) as found:
+        assert ctypes.string_at(found.address, found.num_bytes) == memory.bytes().tobytes()
 
 
 def test_a_changed_byte_anywhere_is_noticed(image: Path, library: ctypes.CDLL, pool: ThreadPoolExecutor) -> None:
