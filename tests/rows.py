@@ -14,14 +14,17 @@ Row = Callable[..., AbstractContextManager[None]]
 @contextmanager
 def all_rows() -> Iterator[Row]:
     """`with all_rows() as row:`, then for each row `with row(what names it):` and its checks."""
-    failed = []
+    num_tried, failed = 0, []
 
     @contextmanager
     def row(*name: object) -> Iterator[None]:
+        nonlocal num_tried
+        num_tried += 1
         try:
             yield
         except (Exception, pytest.fail.Exception) as error:
             failed.append(f"{name}: {''.join(traceback.format_exception(error)).rstrip()}")
 
     yield row
+    assert num_tried, "no rows"
     assert not failed, f"{len(failed)} rows\n" + "\n".join(failed)

@@ -57,7 +57,7 @@ def bias_of(tokenizer: Any) -> npt.NDArray[np.float64]:
 
 
 def write(grammar: Grammar, tokenizer: Any, *, temperature: float, seed: int, max_tokens: int = 250) -> Written:
-    """One answer, greedy where the temperature is 0."""
+    """One answer. The higher the temperature, the less of its tokens are those that close something."""
     rng = np.random.default_rng(seed)
     vocab_size, bias = tokenizer.vocab_size, bias_of(tokenizer)
     matcher, token_ids = grammar.matcher(), list[int]()
@@ -67,7 +67,7 @@ def write(grammar: Grammar, tokenizer: Any, *, temperature: float, seed: int, ma
         assert matcher.error is None
         is_allowed = np.unpackbits(np.frombuffer(words, np.uint8), bitorder="little")[:vocab_size].astype(bool)
         assert is_allowed.any(), (tokenizer.decode(token_ids), "nothing is allowed")
-        logits = np.where(is_allowed, rng.gumbel(size=vocab_size) * (temperature or 1.0) + bias, -np.inf)
+        logits = np.where(is_allowed, rng.gumbel(size=vocab_size) * temperature + bias, -np.inf)
         token_id = int(logits.argmax())
         matcher.advance([token_id])
         if token_id == EOS:

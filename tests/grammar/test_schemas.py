@@ -42,7 +42,7 @@ def test_an_answer_is_valid_and_most_end_by_themselves():
         for schema in SCHEMAS:
             with row(schema):
                 grammar = COMPILER.compile(StructuredOutput(json_schema=json.dumps(schema)))
-                for temperature, seed in ((0.0, 0), (0.0, 1), (1.5, 0), (1.5, 1), (1.5, 7)):
+                for temperature, seed in ((1.0, 0), (1.0, 1), (1.5, 0), (1.5, 1), (1.5, 7)):
                     written = write(grammar, TOKENIZER, temperature=temperature, seed=seed)
                     if written.is_ended:
                         check(schema, written.text)

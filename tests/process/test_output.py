@@ -39,7 +39,8 @@ def test_a_reader_that_reads_nothing_does_not_hold_the_server(command: str) -> N
     with running(commands(port)[command], stderr=subprocess.PIPE) as process:
         wait_until_it_answers(port, "/health")
 
-        ask_for_nothing(port, num_times=2500)  # a line each, of 300 letters: more than the pipe and the queue hold
+        # A line each, of 300 letters: more than the pipe, a full queue and one that the thread has taken hold (1.1 MB).
+        ask_for_nothing(port, num_times=4000)
         lost = dropped(port)
         process.terminate()
 

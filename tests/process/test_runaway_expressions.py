@@ -19,14 +19,14 @@ from aiohttp.test_utils import make_mocked_request
 from brlite.chat.control_tokens import ControlToken, ControlTokens
 from brlite.chat.template import ChatTemplate
 from brlite.checkpoint.traced_code import parameter_names
-from brlite.dialects.errors import error_body
 from brlite.config.options import GrammarConfig
+from brlite.dialects.errors import error_body
 from brlite.errors import Unauthorized
 from brlite.grammar.compiler import GrammarCompiler
 from brlite.proxy.usage import estimate_prompt
 from brlite.proxy.wire.heads import read_answer, read_request
-from brlite.server.handlers import ROUTES
 from brlite.sampling_params import StructuredOutput
+from brlite.server.handlers import ROUTES
 from brlite.tokenizer.pre_tokenizers import ends_soon
 from tests.grammar.answers import LongTokens
 

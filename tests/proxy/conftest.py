@@ -7,6 +7,7 @@ import enum
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import openai
 import pytest
@@ -37,6 +38,8 @@ OF_CONNECTIONS = {
     *("test_wrong_or_silent", "test_response_downstream", "test_resolving", "test_reachable", "test_tls"),
     *("test_client", "test_connection_check", "test_connections", "test_health"),
 }
+
+assert {path.stem for path in Path(__file__).parent.rglob("test_*.py")} >= OF_CONNECTIONS
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, MakeLoop]:
