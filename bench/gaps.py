@@ -4,8 +4,9 @@
     python bench/gaps.py --servers brlite-int8-nospec llama.cpp-q8        # beside llama.cpp, in turns
     python bench/gaps.py --short                                          # 600 tokens, one round: for CI
 
-In a round a stream begins, and a second later a prompt comes whose answer has two tokens. Counted are the stream's gaps
-that end while the prompt is computed, and how long the prompt takes. The servers that wait are stopped meanwhile.
+In a round a stream begins, and after its first texts a prompt comes whose answer has two tokens. Counted are the
+stream's gaps that end while the prompt is computed, and how long the prompt takes. The servers that wait are stopped
+meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from peers import launchers, servers
 from brlite.errors import BrliteError
 from brlite.tokenizer import load_tokenizer
 
-HEAD_START_SECONDS = 1.0  # of the stream
+HEAD_START = 20  # texts of the stream before the prompt comes; with guesses a text may have several tokens
+LOOK_SECONDS = 0.005
 ANSWER_TOKENS = 2  # of the long prompt
 CONTEXT_STEP = 256
 REQUEST_SECONDS = 900.0
@@ -102,6 +104,8 @@ def _measure(server: servers.Server, text: str, number: int, stream_tokens: int)
         stream, prompt = asyncio.run(_both(server.target, f"Once upon a time, {number}", text, stream_tokens))
     finally:
         server.pause()
+    if not prompt.text_times:
+        raise RequestFailed("the answer to the prompt has no text")
     begin, end = prompt.sent_at, prompt.text_times[0]
     gaps = [after - before for before, after in pairwise(stream.text_times) if after > begin and before < end]
     if not gaps:
@@ -114,19 +118,23 @@ def _measure(server: servers.Server, text: str, number: int, stream_tokens: int)
 
 
 async def _both(target: load.Target, short: str, long: str, stream_tokens: int) -> tuple[load.Answer, load.Answer]:
-    async def answer(prompt: str, max_tokens: int) -> load.Answer:
-        measured = await load.run_load(
-            target, [prompt], concurrency=1, max_tokens=max_tokens, timeout_seconds=REQUEST_SECONDS
+    async def answer(prompt: str, max_tokens: int, answers: list[load.Answer]) -> load.Answer:
+        await load.run_load(
+            *(target, [prompt]), concurrency=1, max_tokens=max_tokens, timeout_seconds=REQUEST_SECONDS, answers=answers
         )
-        only = measured.answers[0]
+        (only,) = answers
         if only.error is not None:
             raise RequestFailed(only.error)
         return only
 
-    await answer("The sea is", ANSWER_TOKENS)  # warm-up
-    stream = asyncio.create_task(answer(short, stream_tokens))
-    await asyncio.sleep(HEAD_START_SECONDS)
-    prompt = await answer(long, ANSWER_TOKENS)
+    await answer("The sea is", ANSWER_TOKENS, [])  # warm-up
+    streamed: list[load.Answer] = []
+    stream = asyncio.create_task(answer(short, stream_tokens, streamed))
+    while not stream.done():
+        if streamed and len(streamed[0].text_times) >= HEAD_START:
+            break
+        await asyncio.sleep(LOOK_SECONDS)
+    prompt = await answer(long, ANSWER_TOKENS, [])
     return await stream, prompt
 
 
@@ -145,7 +153,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream-tokens", type=int, default=600, metavar="N", help="of the stream's answer (600)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
     parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
-    parser.add_argument("--short", action="store_true", help="600 tokens, one round, brlite alone")
+    parser.add_argument("--short", action="store_true", help="600 tokens, one round")
     args = parser.parse_args(argv)
     if args.short:
         vars(args).update(SHORT)

@@ -78,7 +78,9 @@ def machine(args: argparse.Namespace) -> Iterator[Finding]:
 
 
 def families(args: argparse.Namespace) -> Iterator[Finding]:
-    """Each tiny model in one precision, or in all. A device that is lost ends the process, and so the rest."""
+    """Each tiny model in one precision or in all; with `--short` each in the next one. A device that is lost ends the
+    process, and so the rest.
+    """
     names = SHORT_CONFIGS if args.short else tuple(tiny_models.TINY_CONFIGS)
     precisions = [args.precision] if args.precision else get_args(PrecisionName)
     pairs = (

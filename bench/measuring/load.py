@@ -76,12 +76,14 @@ async def run_load(
     max_tokens: int,
     timeout_seconds: float,
     probes: bool = False,
+    answers: list[Answer] | None = None,
 ) -> Load:
     """Complete every prompt once, greedily, with `concurrency` requests open at a time. Failures are in the answers.
 
     With `probes` the server is asked for `/health` all the while: how long that takes is how far its loop lags behind.
+    The answers are put into `answers` when they begin, for callers that look at them while they come.
     """
-    answers: list[Answer] = []
+    answers = [] if answers is None else answers
     lags: list[float] = []
     waiting = iter(prompts)
     # A connection for each request: llama.cpp's server closes those it keeps without a word.
