@@ -388,12 +388,15 @@ class StreamDelivery(Delivery):
             await self._changed.wait()
             self._changed.clear()
             if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
-                break
-            self._flush()
+                self._state = "over"
+            else:
+                self._flush()
+        is_whole = self._state == "sending"
         self._state = "over"  # write no outputs of other prompts after the end of the response
         if self._error is not None:
             raise self._error
-        return await self._stream.finish(self._encoder.closing(self._builder.usage()))
+        # Without its closing an encoder keeps no answer, neither for a retry nor for `previous_response_id`.
+        return await self._stream.finish(self._encoder.closing(self._builder.usage()) if is_whole else b"")
 
     async def _end_with(self, error: BrliteError) -> web.StreamResponse:
         if self._state == "waiting":

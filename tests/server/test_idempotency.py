@@ -17,6 +17,7 @@ from brlite.dialects.kept_events import KeptEvents
 from brlite.dialects.openai_chat import DIALECT
 from brlite.http.body import HELD, BodyBudget, HeldBody
 from brlite.http.bounded_store import BoundedStore
+from brlite.http.events import EventStream
 from brlite.http.keys import ApiKeys
 from brlite.server.idempotency import ANSWERS, IdempotentAnswers, StoredAnswer
 from tests.limits import PATIENCE_SECONDS
@@ -113,6 +114,18 @@ async def test_a_stream_whose_client_left_begins_anew(client: Client, eventually
     await eventually(lambda: client.engine.stats.finished["abort"] == 1)
 
     answer, is_replayed = await send(client, CHAT, body)
+
+    assert (answer.endswith(b"data: [DONE]\n\n"), is_replayed) == (True, False)
+
+
+async def test_a_stream_that_could_not_be_written_to_its_end_is_not_stored(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(EventStream, "write", lambda stream, events: False)  # as for a client that has left
+        await send(client, CHAT, chat_body(stream=True))
+
+    answer, is_replayed = await send(client, CHAT, chat_body(stream=True))
 
     assert (answer.endswith(b"data: [DONE]\n\n"), is_replayed) == (True, False)
 
