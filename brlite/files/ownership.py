@@ -42,6 +42,11 @@ def why_untrusted(path: Path, opened: os.stat_result | None = None) -> str | Non
     return None
 
 
+def forbid_others_to_write(file: Path) -> None:
+    """Take the right to write a file from its group and from others, to whom the umask may have given it."""
+    file.chmod(stat.S_IMODE(file.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
 def _has_acl(place: Path) -> bool:
     try:
         return bool(os.getxattr(place, "system.posix_acl_access"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.errors import NativeUnavailable
+from brlite.files.ownership import forbid_others_to_write
 from brlite.files.temporary import sweep, temporary_folder
 from brlite.process.children import ChildGroup, absolute_folders, child_environment
 from brlite.process.machine import physical_cores
@@ -106,6 +107,7 @@ def build_library(
             )
             _run_all(compiling, staging, started + seconds)
             _run_all([[*compiler, *LINK_FLAGS, "-o", str(library), *objects]], staging, started + seconds)
+            forbid_others_to_write(library)  # else it is not trusted
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be built: {error}") from error

@@ -26,6 +26,7 @@ import numpy as np
 from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.model_file import describe_file
 from brlite.checkpoint.new_file import NewFile
+from brlite.files.ownership import forbid_others_to_write
 
 MAGIC = b"brlite\x00\x01"
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -127,6 +128,7 @@ def write_packed_file(path: Path, key: PackedFileKey, memory: NativeMemory, sums
     with NewFile(path) as new:
         new.write(header, 0)
         new.write(memory.bytes().data, len(header))
+        forbid_others_to_write(new.temporary)  # else the next start does not trust it
         new.publish()
 
 

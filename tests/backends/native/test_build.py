@@ -13,6 +13,7 @@ import pytest
 from brlite.backends.native.build import build_library, find_compiler, fingerprint
 from brlite.backends.native.extension import _missing_compiler
 from brlite.errors import NativeUnavailable
+from brlite.files.ownership import why_untrusted
 
 WORKS = """
 inputs = [Path(name) for name in sys.argv if name.endswith((".cpp", ".o")) and name != str(target)]
@@ -63,6 +64,16 @@ def test_every_source_is_compiled_and_all_are_linked(stub, sources, target):
 
     assert target.read_text() == "<isa_generic.cpp><a.cpp><b.cpp>"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_library_is_trusted_with_any_umask(stub, sources, target):
+    umask = os.umask(0)
+    try:
+        build_library(target, stub(WORKS), sources=sources)
+    finally:
+        os.umask(umask)
+
+    assert why_untrusted(target) is None
 
 
 def test_a_compiler_that_fails_is_quoted(stub, sources, target):

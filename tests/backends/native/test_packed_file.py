@@ -29,6 +29,7 @@ from brlite.backends.native.packer import PackedWeights, load_weights
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import ModelSpec
+from brlite.files.ownership import why_untrusted
 from brlite.models.precision import PrecisionName
 from tests.load_plans import make_plan
 from tests.tiny_models import write_tiny_model
@@ -90,6 +91,19 @@ def test_an_image_is_mapped_by_a_kernel_whose_pages_have_64_kib(
     monkeypatch.setattr(mmap, "mmap", mapped)
     with closing(open_image(image, library, pool)) as found:
         assert ctypes.string_at(found.address, found.num_bytes) == memory.bytes().tobytes()
+
+
+def test_an_image_is_trusted_with_any_umask(
+    tmp_path: Path, library: ctypes.CDLL, memory: NativeMemory, pool: ThreadPoolExecutor
+) -> None:
+    path, sums = tmp_path / "folder" / "weights.brlite", checksums(library, memory.address, memory.num_bytes, pool)
+    umask = os.umask(0)
+    try:
+        write_packed_file(path, KEY, memory, sums)
+    finally:
+        os.umask(umask)
+
+    assert why_untrusted(path) is None
 
 
 def test_a_changed_byte_anywhere_is_noticed(image: Path, library: ctypes.CDLL, pool: ThreadPoolExecutor) -> None:
