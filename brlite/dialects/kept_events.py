@@ -67,6 +67,7 @@ class KeptEvents:
         if self._compressor is not None:
             self._data += self._compressor.flush()
             self._compressor = None
+            del self._grow  # it may refer to what keeps these events: a cycle, which only a full collection would free
         return not self.is_dropped
 
 

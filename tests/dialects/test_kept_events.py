@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 from brlite.dialects.kept_events import LAST_BYTES, EventReader, KeptEvents
 
@@ -55,3 +57,18 @@ def test_without_room_only_a_reader_that_keeps_up_gets_the_rest() -> None:
     assert read == events
     assert (kept.is_dropped, kept.finish(), prompt.is_late, late.is_late) == (True, False, False, True)
     assert kept.num_forgotten_bytes > 2 * LAST_BYTES  # of some 100 KB
+
+
+def test_finished_events_are_freed_with_their_last_reference() -> None:
+    def make() -> weakref.ref[KeptEvents]:
+        kept = KeptEvents()
+        kept.count_with(lambda num_bytes: kept.num_events < 8)  # it refers to the events, as that of a server does
+        kept.add(make_event())
+        kept.finish()
+        return weakref.ref(kept)
+
+    gc.disable()
+    try:
+        assert make()() is None
+    finally:
+        gc.enable()
