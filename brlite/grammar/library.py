@@ -91,8 +91,9 @@ class Library:
             text = llguidance.LLMatcher.grammar_from_regex(pattern)
             inner = self._compiled(text, num_bytes)
 
+        may_force = self._tokenizer.encodes_in_process and _longest_literal(wish) <= MAX_LITERAL
         if text is not None:
-            first_mask = self._first_mask(self._guided(inner, wish, is_json=is_json))
+            first_mask = self._first_mask(self._guided(inner, is_json=is_json, may_force=may_force))
         if calls is not None or wish.reasoning is not None:
             writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern)
             written = writer.write(wish.reasoning, calls, text)
@@ -100,14 +101,15 @@ class Library:
             if inner.is_error():
                 self._refuse_parts(written.schemas, inner.get_error(), overrides)
             self._check_warnings(written.schemas, inner.get_grammar_warnings())
-            first_mask = self._first_mask(self._guided(inner, wish, is_json=is_json))
-        return Grammar(lambda: self._guided(inner, wish, is_json=is_json or calls is not None), first_mask)
+            first_mask = self._first_mask(self._guided(inner, is_json=is_json, may_force=may_force))
+        has_json = is_json or calls is not None
+        return Grammar(lambda: self._guided(inner, is_json=has_json, may_force=may_force), first_mask)
 
-    def _guided(self, inner: llguidance.LLMatcher, wish: StructuredOutput, *, is_json: bool) -> GuidedMatcher:
+    def _guided(self, inner: llguidance.LLMatcher, *, is_json: bool, may_force: bool) -> GuidedMatcher:
         return GuidedMatcher(
             inner.deep_copy(),
             self._token_bytes,
-            has_forced_tokens=self._tokenizer.encodes_in_process and _longest_literal(wish) <= MAX_LITERAL,
+            has_forced_tokens=may_force,
             number_tokens=self._number_tokens if is_json else None,
         )
 

@@ -420,3 +420,17 @@ def test_tokens_of_a_very_long_text_are_masked_and_not_forced(wish: StructuredOu
     allowed = np.flatnonzero(np.unpackbits(np.frombuffer(words, np.uint8), bitorder="little"))
     assert list(matcher.forced) == []
     assert {tokenizer.token_text(int(token_id))[:1] for token_id in allowed} <= {"t", '"'}
+
+
+def test_a_matcher_is_made_without_reading_the_texts_of_the_wish_again():
+    grammar = COMPILER.compile(StructuredOutput(json_schema=json.dumps({"enum": ["the answer " * 1000, "no"]})))
+    called = list[str]()
+
+    sys.setprofile(lambda frame, event, function: called.append(getattr(function, "__name__", "")))
+    try:
+        grammar.matcher()
+    finally:
+        sys.setprofile(None)
+
+    assert "deep_copy" in called
+    assert "findall" not in called
