@@ -103,19 +103,19 @@ class UpstreamClient:
             raise WrongKey(f"answered {status} to GET {path}: it needs another key")
         if status != 200:
             raise UpstreamError(f"answered {status} to GET {path}")
-        if len(body) > max_bytes:
-            raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
         return body
 
     async def ask(self, path: str, max_bytes: int | None = None) -> tuple[int, bytes]:
-        """The status and, of a 200, the body, read until it is longer than `max_bytes`; None reads none."""
+        """The status and, of a 200, the body; None reads none. Raises `UpstreamError`, also for a longer body."""
 
         async def get() -> tuple[int, bytes]:
             body = bytearray()
             async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
                 if response.status == 200 and max_bytes is not None:
-                    while len(body) <= max_bytes and (part := await response.content.readany()):
+                    while part := await response.content.readany():
                         body += part
+                        if len(body) > max_bytes:
+                            raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
                 return response.status, bytes(body)
 
         # aiohttp's own time limits do not cover a body that it cannot parse: it would wait without end.

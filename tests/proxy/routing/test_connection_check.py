@@ -59,6 +59,7 @@ async def test_a_unix_socket_is_dialled_too(tmp_path: Path) -> None:
         ({"/v1/models": NEVER}, "did not answer GET /v1/models within 0.1 s"),
         ({"/v1/models": Answer(401)}, "/v1/models answers 401, it wants another key"),
         ({"/v1/models": Answer(body=b"<html>")}, "its list of models cannot be read: DecodeError"),
+        ({"/v1/models": Answer(body=b" " * 2**21)}, "answered more than 1048576 bytes to GET /v1/models"),
         ({"/v1/models": model_list({"id": "b"})}, "does not list a"),
     ],
 )
