@@ -95,6 +95,8 @@ def _config_and_table(models: EngineLoop | ModelTable | Config, config: Config |
     config = override(config, {}, source="Config")  # one that was made in Python is checked like a file
     if isinstance(models, EngineLoop):
         return config, ModelTable([ServedModel(config.model[0], models)], config.proxy)
+    if not isinstance(models, Config):
+        raise TypeError(f"create_app takes a config, an engine or a table of models, got {type(models).__name__}")
     check_supported(config)
     return config, ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -65,3 +66,10 @@ def test_a_config_that_was_made_in_python_may_have_path_objects(tmp_path: Path) 
 def test_a_second_config_is_refused() -> None:
     with pytest.raises(TypeError, match="no second config"):
         create_app(TOYS, TOYS)
+
+
+def test_what_is_neither_a_config_nor_an_engine_is_refused() -> None:
+    path: Any = "models/one"
+
+    with pytest.raises(TypeError, match="got str"):
+        create_app(path)
