@@ -27,7 +27,7 @@ _NAMES: dict[type[Any], str] = {
     inspect.StructType: "a table",
 }
 
-# Reads the types of a struct and of all structs in it: milliseconds, and a request's error is told on the event loop.
+# Cached: reading the types of a struct and of all structs in it takes milliseconds, for each refused request.
 type_info = cache(inspect.type_info)
 
 

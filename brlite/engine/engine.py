@@ -450,7 +450,7 @@ class Engine:
         state = seq.state
         if seq.wants_prompt_logprobs:
             state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == num_tokens)
-        seq.hidden_total = result.hidden_total  # for pooling: the sum so far, or the embedding
+        seq.hidden_total = result.hidden_total  # with mean pooling: the sum so far
         if not (result.tokens or result.embedding or result.error is not None):
             return
         state.prompt_done_time = now

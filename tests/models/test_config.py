@@ -324,8 +324,8 @@ def test_a_number_that_nothing_can_be_computed_with_is_refused_in_one_line(key: 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type must be another"),
-        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta must be another with yarn, got 1.0"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type must be other than dynamic"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta must be other than 1 with yarn, got 1.0"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor must be above low_freq_factor (4)"),
     ],
 )

@@ -173,9 +173,9 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     rotary_dim = int(read_head_dim(reader) * fraction)
     # With these the scaled frequencies would be divided by zero.
     if kind == "dynamic" and rotary_dim == 2:
-        raise parameters.error("rope_type", "another with heads of one pair", kind)
+        raise parameters.error("rope_type", "other than dynamic where a head has 2 rotary dimensions", kind)
     if kind == "yarn" and theta == 1:
-        raise reader.error("rope_theta", "another with yarn", theta)
+        raise reader.error("rope_theta", "other than 1 with yarn", theta)
     return RopeConfig(
         theta=theta,
         rotary_dim=rotary_dim,
