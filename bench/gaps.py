@@ -120,7 +120,12 @@ def _measure(server: servers.Server, text: str, number: int, stream_tokens: int)
 async def _both(target: load.Target, short: str, long: str, stream_tokens: int) -> tuple[load.Answer, load.Answer]:
     async def answer(prompt: str, max_tokens: int, answers: list[load.Answer]) -> load.Answer:
         await load.run_load(
-            *(target, [prompt]), concurrency=1, max_tokens=max_tokens, timeout_seconds=REQUEST_SECONDS, answers=answers
+            target,
+            [prompt],
+            concurrency=1,
+            max_tokens=max_tokens,
+            timeout_seconds=REQUEST_SECONDS,
+            answers=answers,
         )
         (only,) = answers
         if only.error is not None:
