@@ -18,7 +18,7 @@ from brlite.dialects.embeddings import (
     encode_answer,
     encode_item,
 )
-from brlite.dialects.generation import Text, refuse_warnings
+from brlite.dialects.generation import Text
 from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
@@ -28,7 +28,15 @@ from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.http.request_id import shown_request_id
-from brlite.server.generate import CONFIG, RUNNING, TIMEOUT_HEADER, admit, timed_out, timeout_seconds
+from brlite.server.generate import (
+    CONFIG,
+    RUNNING,
+    TIMEOUT_HEADER,
+    admit,
+    refuse_if_strict,
+    timed_out,
+    timeout_seconds,
+)
 from brlite.server.truncation import Truncator
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop
@@ -41,9 +49,9 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name
+        origin, warnings = origin_of(request, call)
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_pooling(call.params, engine.info)
-        origin, warnings = origin_of(request, call)
         prompts, truncations = await encode_inputs(call, engine, tenant)
         num_tokens = sum(map(len, prompts))
         with charge(request, name, num_tokens):
@@ -114,8 +122,7 @@ def origin_of(request: web.Request, call: PromptCall) -> tuple[Origin, list[str]
     key = request[API_KEY]
     priority, raised = key.allowed_priority(call.priority)
     warnings = [*call.warnings, *raised]
-    if call.is_strict or request.app[CONFIG].server.strict:
-        refuse_warnings(warnings)
+    refuse_if_strict(request, warnings, is_strict=call.is_strict)
     return Origin(key.tenant, key.weight, priority, call.cache_salt), warnings
 
 

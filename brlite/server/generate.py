@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -87,6 +87,15 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
             delivery.end_after(timeout_seconds(request, call.timeout_seconds))
         return await delivery.run(model)
+
+
+def refuse_if_strict(request: web.Request, warnings: Iterable[str], *, is_strict: bool = False) -> None:
+    """Raise `InvalidRequest` for the first warning of a strict call, or on a strict server.
+
+    Call it before the model is loaded for the warnings that are known then.
+    """
+    if is_strict or request.app[CONFIG].server.strict:
+        refuse_warnings(warnings)
 
 
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
@@ -217,6 +226,12 @@ class Delivery:
 
         Raises `RequestError` for the first refused prompt, or if the model cannot be loaded in time.
         """
+        key = self._request[API_KEY]
+        priority, raised = key.priority, tuple[str, ...]()
+        if self._call.priority is not None:
+            priority, raised = key.allowed_priority(self._call.priority)
+            if self._call.is_strict:
+                refuse_warnings(raised)
         engine = model.engine
         if engine is None or model.is_held_back:
             check_limits(self._call.params, self._limits)  # the engine checks too, but only after the load
@@ -229,12 +244,6 @@ class Delivery:
         if self._call.is_strict and made.warnings:
             refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
-        key = self._request[API_KEY]
-        priority, raised = key.priority, tuple[str, ...]()
-        if self._call.priority is not None:
-            priority, raised = key.allowed_priority(self._call.priority)
-            if self._call.is_strict:
-                refuse_warnings(raised)
         for index, request in enumerate(made.requests):
             if key.weight != 1 or priority:
                 request = msgspec.structs.replace(request, weight=key.weight, priority=priority)

@@ -31,6 +31,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name
+        origin, warnings = origin_of(request, call)
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         if engine.scoring_head is None:
             raise InvalidRequest(
@@ -40,7 +41,6 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 code="no_scoring_head",
             )
         engine.scoring_head.check_instruction(call.instruction)
-        origin, warnings = origin_of(request, call)
         prompts, truncations = await _encode_pairs(call, engine, tenant, engine.scoring_head.template)
         num_tokens = sum(map(len, prompts))
         with charge(request, name, num_tokens):

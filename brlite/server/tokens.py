@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType, structs
 from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words, refuse_warnings
+from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words
 from brlite.dialects.openai_answer import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
@@ -32,7 +32,7 @@ from brlite.sampling_params import check_token_ids
 from brlite.server.chat_replies import template_extras
 from brlite.server.engine_requests import encode, make_requests, with_model_defaults
 from brlite.server.event_builder import token_text
-from brlite.server.generate import CONFIG, json_response, loaded
+from brlite.server.generate import CONFIG, json_response, loaded, refuse_if_strict
 from brlite.server.served_model import ServedModel
 
 
@@ -40,6 +40,7 @@ async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode_tokenize(await read_body(request, limits), limits)
+    refuse_if_strict(request, call.warnings)
     async with loaded(request, call.model) as (model, engine):
         tokens, ignored = await encode(call.prompt, engine, tenant, spec=model.spec, room=None)
         texts = {}
@@ -53,16 +54,14 @@ async def tokenize(request: web.Request) -> web.Response:
     if call.has_pieces:
         pieces = {token_id: token_piece(text) for token_id, text in texts.items()}
         shown = [pieces[token_id] for token_id in tokens]
-    warnings = (*call.warnings, *ignored)
-    if request.app[CONFIG].server.strict:
-        refuse_warnings(warnings)
-    return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings or UNSET))
+    refuse_if_strict(request, ignored)
+    warnings = (*call.warnings, *ignored) or UNSET
+    return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     body, warnings = decode_detokenize(await read_body(request, request.app[CONFIG].limits))
-    if request.app[CONFIG].server.strict:
-        refuse_warnings(warnings)
+    refuse_if_strict(request, warnings)
     async with loaded(request, body.model) as (_, engine):
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
         text = await engine.prompts.decode(body.tokens, tenant=request[API_KEY].tenant)
@@ -90,12 +89,11 @@ async def apply_template(request: web.Request) -> web.Response:
     """llama.cpp's endpoint: the text of a chat of any length. It takes the fields of a chat request."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = openai_chat.decode(await read_body(request, limits), limits)
+    refuse_if_strict(request, call.warnings, is_strict=call.is_strict)
     async with loaded(request, call.model) as (model, engine):
         text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
-    warnings = (*call.warnings, *ignored)
-    if request.app[CONFIG].server.strict or call.is_strict:
-        refuse_warnings(warnings)
-    return json_response(AppliedTemplate(text, warnings or UNSET))
+    refuse_if_strict(request, ignored, is_strict=call.is_strict)
+    return json_response(AppliedTemplate(text, (*call.warnings, *ignored) or UNSET))
 
 
 async def render(dialect: Dialect, request: web.Request) -> web.Response:

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, ServerConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.errors import ConfigError, ModelError
@@ -197,9 +197,12 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             sizes: dict[str, int] | None = None,
             budget: int = 0,
             limits: dict[str, Any] | None = None,
+            is_strict: bool = False,
             prepare: Callable[[FakeLoader], None] = lambda loader: None,
         ) -> House:
-            config = Config(model=tuple(specs), limits=LimitsConfig(**(limits or {})))
+            config = Config(
+                model=tuple(specs), limits=LimitsConfig(**(limits or {})), server=ServerConfig(strict=is_strict)
+            )
             loader = FakeLoader(sizes or {})
             prepare(loader)
 
@@ -480,6 +483,39 @@ async def test_a_client_that_leaves_leaves_the_load_running(make_house: MakeHous
 
     assert not house.loader.cancelled
     assert await house.statuses() == {"a": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat_body()),
+        ("/v1/embeddings", {"input": "a"}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+        ("/v1/score", {"text_1": "a", "text_2": "b"}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [97]}),
+        ("/apply-template", chat_body()),
+    ],
+)
+async def test_what_a_strict_server_refuses_loads_no_model(
+    make_house: MakeHouse, path: str, body: dict[str, Any]
+) -> None:
+    house = await make_house(on_demand("a"), is_strict=True)
+
+    async with house.session.post(path, json={**body, "model": "a", "frob": 1}) as response:
+        answer = await response.json()
+
+    assert (response.status, answer["error"]["code"]) == (400, "strict")
+    assert not house.loader.loads
+
+
+async def test_a_priority_that_a_strict_request_may_not_have_loads_no_model(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a"))
+
+    status, answer = await house.ask("a", priority=-1, strict=True)
+
+    assert (status, answer["error"]["code"]) == (400, "strict")
+    assert not house.loader.loads
 
 
 async def test_no_more_requests_wait_than_may_queue(make_house: MakeHouse, eventually: Eventually) -> None:
