@@ -113,9 +113,10 @@ class Repository:
 
     def has_parts(self) -> bool:
         """Whether a download was interrupted, or is under way."""
-        with suppress(FileNotFoundError):  # there is no folder, or a part has got its name since it was listed
-            parts = (path for path in (self.folder / "blobs").iterdir() if path.name.endswith(PART_SUFFIXES))
-            return any(path.stat().st_size for path in parts)
+        for part in (path for suffix in PART_SUFFIXES for path in (self.folder / "blobs").glob(f"*{suffix}")):
+            with suppress(FileNotFoundError):  # it has got its name since it was listed
+                if part.stat().st_size:
+                    return True
         return False
 
     def remove(self) -> None:

@@ -98,10 +98,9 @@ def find_models() -> Iterator[CachedModel]:
             found = [(file, path) for snapshot in repository.snapshots()[:1] for file, path in _models_in(snapshot)]
             for quantization, path in found:
                 yield _describe(f"{prefix}{repository.name}{f':{quantization}' if quantization else ''}", path)
-            if repository.has_parts() or not found:
-                state = (
-                    "its download was interrupted: `brlite pull` resumes it" if repository.has_parts() else "no weights"
-                )
+            has_parts = repository.has_parts()
+            if has_parts or not found:
+                state = "its download was interrupted: `brlite pull` resumes it" if has_parts else "no weights"
                 model = CachedModel(
                     prefix + repository.name, repository.folder, repository.num_bytes(), "", "", None, None, 0.0, state
                 )

@@ -518,6 +518,18 @@ def test_an_interrupt_leaves_at_once_and_keeps_what_came(server: HubServer, tmp_
     assert repository.snapshot(None) is None
 
 
+def test_a_part_is_found_beside_those_that_got_their_names_since_they_were_listed(tmp_path: Path) -> None:
+    repository = Repository(tmp_path, "org/model")
+    repository.blob("").mkdir(parents=True)
+    for number in range(30):
+        repository.blob(f"{number}{PART_SUFFIX}").symlink_to("renamed")  # listed, but not to be found
+    without = repository.has_parts()
+
+    repository.blob(f"last{PART_SUFFIX}").write_bytes(b"x")
+
+    assert (without, repository.has_parts()) == (False, True)
+
+
 def test_the_librarys_time_limit_is_kept_and_named(server: HubServer, tmp_path: Path) -> None:
     server.failures = [(503, {"Retry-After": "30"})] * 9
 
