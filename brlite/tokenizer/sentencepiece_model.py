@@ -19,7 +19,7 @@ from brlite.tokenizer.encoder import EncoderProcess, encode_ids
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, build_backend
 from brlite.tokenizer.sentencepiece_file import SentencePieceFile, read_sentencepiece_file
 from brlite.tokenizer.token_bytes import TokenBytes
-from brlite.tokenizer.tokenizer import Encoder
+from brlite.tokenizer.tokenizer import Encoder, ids_around
 
 _SPACE = "▁"
 # Texts that a rebuilt tokenizer.model must encode as sentencepiece itself does; else it is refused.
@@ -86,10 +86,7 @@ class PieceEncoder(Encoder):
         self._words = ControlTokens({text: token for text, token in tokens.items() if is_word[text]})
         self._pieces = Backend(backend.model)  # for text that has `▁` in place of spaces
         self._prefix = _SPACE if add_space_prefix else ""
-        # The ids before and after a text that is encoded with special tokens.
-        whole, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
-        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-        self._before, self._after = whole[:start], whole[start + len(bare) :]
+        self._before, self._after = ids_around(lambda adds: backend.encode("a", add_special_tokens=adds).ids)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []

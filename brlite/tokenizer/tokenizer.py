@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -119,7 +119,12 @@ class Tokenizer:
             [part] if isinstance(part, int) else self._encoder.encode_words(part, is_first=index == 0)
             for index, part in enumerate(text.parts)
         )
-        return list(chain.from_iterable(encoded))
+        before, after = self._ids_around if add_special_tokens else ([], [])
+        return [*before, *chain.from_iterable(encoded), *after]
+
+    @cached_property
+    def _ids_around(self) -> tuple[list[int], list[int]]:
+        return ids_around(lambda adds: self._encoder.encode("a", add_special_tokens=adds))
 
     @property
     def encodes_in_process(self) -> bool:
@@ -147,7 +152,7 @@ class Tokenizer:
         if text.files:
             _check_encodable("".join(chain.from_iterable(text.files)), "files")
             prompt = self.infill.context(text.files, further) + prompt
-        adds_bos = add_special_tokens and self.bos_token_id in self._encoder.encode("", add_special_tokens=True)
+        adds_bos = add_special_tokens and self.bos_token_id in self._ids_around[0]
         return [self.bos_token_id, *prompt] if adds_bos and self.bos_token_id is not None else prompt
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -239,6 +244,13 @@ class Tokenizer:
         self._encoder.close()
         if self.chat_format is not None:
             self.chat_format.close()
+
+
+def ids_around(encode: Callable[[bool], list[int]]) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before and after a text. `encode` encodes one text, with them or without."""
+    whole, bare = encode(True), encode(False)
+    start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 def _check_encodable(text: str, param: str | None) -> None:

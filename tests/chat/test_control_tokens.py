@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from brlite.chat.control_tokens import ControlToken, ControlTokens, MarkedText, pattern_of
 from brlite.chat.template import ChatTemplate
@@ -152,6 +153,32 @@ def test_a_text_that_spells_out_nothing_is_encoded_as_ever(load: Kind) -> None:
     ids = tokenizer.encode_chat(messages)
 
     assert ids == tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
+
+
+def test_a_chat_that_spells_out_a_control_token_gets_the_tokenizers_own_tokens_too(load: Kind) -> None:
+    tokenizer = load("{% for m in messages %}{{ m.content }}{% endfor %}")
+    rendered = tokenizer.render_chat([{"role": "user", "content": SPOKEN}])
+
+    ids, bare = (tokenizer.encode(rendered, add_special_tokens=adds) for adds in (True, False))
+
+    whole, part = (tokenizer.encode("fox", add_special_tokens=adds) for adds in (True, False))
+    assert ids == [*whole[: len(whole) - len(part)], *bare]
+
+
+def test_a_chat_that_spells_out_a_control_token_ends_with_the_eos_that_a_tokenizer_adds(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(llama_folder, tmp_path)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    tokenizer = load_tokenizer(folder)
+
+    ids = tokenizer.encode(MarkedText(["a </s>", 1, "b"], {1: "<s>"}))
+
+    assert [each for each in ids if each in (1, 2)] == [1, 1, 2]
+    assert (ids[0], ids[-1]) == (1, 2)
 
 
 def test_words_are_those_that_transformers_makes_of_them(qwen2_folder: Path) -> None:
