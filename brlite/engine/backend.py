@@ -315,9 +315,9 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     backend gives a row the same bits in any batch. A step can have up to `max_draft_tokens` guesses of a sequence. A
     backend that is not batch-invariant gets only those that a grammar forces: its mask allows no other token there, so
     rounding cannot change an answer. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size`
-    of 0 no pooling. `pooling` is the model's own way to make embeddings ("none": it has none). `matryoshka_dimensions`
-    are the lengths that they may be cut to (with 0 among them: any). A model that cannot generate never draws.
-    Without `runs_logits_processors` it gets no `Batch.processors`.
+    of 0 no pooling. `pooling` is the model's own way to make embeddings (auto: of the last token; none: it has none).
+    `matryoshka_dimensions` are the lengths that they may be cut to (with 0 among them: any). A model that cannot
+    generate never draws. Without `runs_logits_processors` it gets no `Batch.processors`.
     A backend that `can_run_ahead` is a `CanRunAhead` and gets its steps by `launch`. `step_tokens` is the default limit
     of tokens in a step: so many that one read of the matrices serves many tokens. `row_costs` are for the decision
     whether guesses pay.
@@ -342,7 +342,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     is_batch_invariant: bool = False
     has_prompt_logprobs: bool = True
     hidden_size: int = 0
-    pooling: Literal["last", "mean", "none"] = "last"
+    pooling: Literal["auto", "last", "mean", "none"] = "auto"
     matryoshka_dimensions: tuple[int, ...] = ()
     can_generate: bool = True
     can_run_ahead: bool = False

@@ -271,7 +271,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, weights: PackedWeights, cac
         sliding_window=config.common_window,
         max_draft_tokens=MAX_DRAFT_TOKENS,
         hidden_size=config.hidden_size,
-        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        pooling=spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         is_batch_invariant=True,

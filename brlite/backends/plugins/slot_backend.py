@@ -258,6 +258,6 @@ def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) 
         has_prompt_logprobs=capabilities.can_chunk_prompts,
         runs_logits_processors=True,
         hidden_size=capabilities.hidden_size,
-        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        pooling=spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
     )

@@ -331,7 +331,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         kv_bytes=cache.num_bytes,
         sliding_window=config.common_window,
         hidden_size=config.hidden_size,
-        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        pooling=spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         max_draft_tokens=MAX_DRAFT_TOKENS,
