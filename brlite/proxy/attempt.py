@@ -17,7 +17,7 @@ from brlite.proxy.buffered_response import PAGES, BodyRelay, BufferedResponse, b
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.routing.breaker import Ticket
 from brlite.proxy.routing.upstream import Upstream
-from brlite.proxy.stream_kinds import kind_of
+from brlite.proxy.stream_kinds import is_resumed, kind_of
 from brlite.proxy.usage import Seen
 from brlite.proxy.wire.connections import UpstreamConnection
 from brlite.proxy.wire.framing import FramingError
@@ -115,6 +115,7 @@ class Attempt:
     """
 
     __slots__ = (
+        "_asked",
         "_buffered",
         "_config",
         "_connection",
@@ -140,6 +141,7 @@ class Attempt:
         "upstream",
     )
 
+    _asked: RequestHead
     _outbound: tuple[bytes, bytes, bytes]  # path, head, body
     _ticket: Ticket
     _dialing: asyncio.Task[UpstreamConnection]  # CONNECTING
@@ -195,6 +197,7 @@ class Attempt:
     def start(self, head: RequestHead, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
         """Send the request with these header lines and this body. With `is_fresh` it opens a new connection for it."""
         upstream, path = self.upstream, head.target
+        self._asked = head
         self._ticket = upstream.begin(self._loop.time())
         if head.method == b"POST":
             own_lines = upstream.known_head_lines.get(path) or upstream.head_lines(path)
@@ -318,6 +321,7 @@ class Attempt:
                 is_chunked=self._downstream.takes_chunks,
                 max_event_bytes=self._config.held_bytes,
                 kind=kind_of(self._outbound[0]),
+                is_resumed=is_resumed(self._asked.target, self._asked.fields),
             )
             self._begin_relay(relay, head.lines_of_stream(self._config.response_headers), None)
             self.data_received(data)  # also without data: the body may have a length of 0

@@ -6,6 +6,7 @@ After the event that completes a stream for the client's library no error may fo
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 
 from brlite.dialects import anthropic_encoder, openai_answer, responses_encoder
 from brlite.errors import RequestError
@@ -39,6 +40,11 @@ def kind_of(path: bytes) -> StreamKind:
     """The kind of a stream that answers a request for this path. A stored response may be sent as a stream, too."""
     path = path.partition(b"?")[0]
     return _KINDS.get(path) or (StreamKind.RESPONSES if path.startswith(b"/v1/responses/") else StreamKind.OTHER)
+
+
+def is_resumed(path: bytes, fields: Mapping[bytes, bytes]) -> bool:
+    """Whether the client asks for the events after one that it names."""
+    return b"last-event-id" in fields or b"starting_after=" in path
 
 
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:

@@ -144,6 +144,39 @@ async def test_a_background_stream_is_left_and_taken_up_again_at_its_upstream(
         await others.retrieve(rest[-1].response.id, stream=True)
 
 
+async def test_a_client_that_has_all_events_of_a_stored_stream_gets_none_and_no_error(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    mine = setting.clients[0].responses
+    made = [event async for event in await mine.create(model="toy", input="hello", background=True, stream=True)]
+    last = made[-1]
+
+    stream = await mine.retrieve(last.response.id, stream=True, starting_after=last.sequence_number)  # type: ignore[union-attr]  # it is response.completed
+
+    assert [event async for event in stream] == []
+    assert setting.proxy.forwarder.table.upstreams[0].outcomes["failed"] == 0
+
+
+@pytest.mark.parametrize("num_left", [0, 1, 2])
+async def test_the_end_of_a_stream_is_resumed_at_its_upstream(
+    stack: AsyncExitStack, connect: Connect, num_left: int
+) -> None:
+    setting = await behind(stack, connect, await toy(stack), keys=())
+    body = {"model": "toy", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+
+    async def ask(num_seen: int) -> list[bytes]:
+        headers = {"Idempotency-Key": "k", "Last-Event-ID": str(num_seen)}
+        async with session.post("/v1/chat/completions", json=body, headers=headers) as response:
+            return (await response.read()).split(b"\n\n")[:-1]
+
+    async with aiohttp.ClientSession(setting.url) as session:
+        events = await ask(0)
+        rest = await ask(len(events) - num_left)
+
+    assert rest == events[len(events) - num_left :]
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 async def test_one_key_does_not_reach_the_responses_of_another(
     stack: AsyncExitStack, connect: Connect, is_streamed: bool

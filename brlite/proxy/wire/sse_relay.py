@@ -65,7 +65,8 @@ class SseRelay:
 
     `error` is set when the stream is broken; all events before that were complete. `is_done` is set when the stream is
     complete. Its last event decides: a connection that ends before that event has cut the stream, a later end has not.
-    A stream of completions whose choices have all finished without `[DONE]` gets one.
+    A stream of completions whose choices have all finished without `[DONE]` gets one. A stream that is resumed may be
+    empty, or begin with `[DONE]`: the client may have the other events already.
 
     An event longer than `max_event_bytes` is relayed in parts without a check. While `is_within_event`, only the rest
     of that event may be sent to the client.
@@ -81,6 +82,7 @@ class SseRelay:
         "_held",
         "_is_at_start",
         "_is_chunked",
+        "_is_resumed",
         "_is_spoilt",
         "_kind",
         "_last_types",
@@ -97,13 +99,16 @@ class SseRelay:
         "usage_events",
     )
 
-    def __init__(self, body: Body, *, is_chunked: bool, max_event_bytes: int, kind: StreamKind) -> None:
+    def __init__(
+        self, body: Body, *, is_chunked: bool, max_event_bytes: int, kind: StreamKind, is_resumed: bool = False
+    ) -> None:
         self._body = body
         # Set if chunks can keep their framing.
         self._chunks = body if is_chunked and isinstance(body, ChunkedBody) else None
         self._is_chunked = is_chunked  # whether the client gets chunks
         self._max_event_bytes = max_event_bytes
         self._kind = kind
+        self._is_resumed = is_resumed
         self._last_types = LAST_TYPES[kind]
         self._needs_end = kind is not StreamKind.OTHER
         self._has_finished: dict[int, bool] = {}  # by choice: whether it has a finish_reason
@@ -169,7 +174,7 @@ class SseRelay:
             self._body.feed_eof()
         except FramingError as error:
             return self._break(error)
-        self._needs_end = True  # the end of a connection may be a cut
+        self._needs_end, self._is_resumed = True, False  # the end of a connection may be a cut
         return self._finish()
 
     def end_if_whole(self) -> bytes | None:
@@ -190,6 +195,11 @@ class SseRelay:
         """The bytes that end the stream for the client: an error event, unless the stream is complete."""
         event = b"" if self._saw_end else self._framed(error_event(self._kind, error, self._sequence_number))
         return event + LAST_CHUNK if self._is_chunked else event
+
+    @property
+    def _may_be_empty(self) -> bool:
+        """Whether no event has come, and none need come."""
+        return self._is_resumed and not self.num_events
 
     def _break(self, error: Exception) -> bytes:
         """End the stream: complete if its last event has arrived, else broken. Returns the bytes for the client."""
@@ -270,7 +280,7 @@ class SseRelay:
         if self._held.strip() or self.is_within_event:
             return self._break(BrokenStream("it ends in the middle of an event"))
         end = self._framed(bytes(self._held))  # line ends after the last event, such as the LF of its CR LF
-        if self._needs_end and not self._saw_end:
+        if self._needs_end and not self._saw_end and not self._may_be_empty:
             try:
                 self._check_end(is_sure=bool(self._has_finished))
             except BrokenStream as error:
@@ -282,7 +292,7 @@ class SseRelay:
 
     def _check_end(self, *, is_sure: bool) -> None:
         """Raise `BrokenStream` if a choice has not finished, or if no choice is known to have finished."""
-        if self._has_unseen:
+        if self._has_unseen or self._may_be_empty:
             return  # the long event may have contained the finish_reason
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")

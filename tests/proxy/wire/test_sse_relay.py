@@ -263,6 +263,31 @@ def test_before_its_last_event_a_stream_is_cut_however_its_connection_ends(kind,
     assert splice.error is not None or ending == "stall"
 
 
+@pytest.mark.parametrize("kind", StreamKind)
+def test_a_resumed_stream_may_have_no_event_left(kind):
+    splice = make_splice(kind=kind, is_resumed=True)
+
+    sent = splice.feed(LAST_CHUNK)
+
+    assert (sent, splice.error, splice.is_done) == (LAST_CHUNK, None, True)
+
+
+def test_a_resumed_stream_may_have_only_done_left():
+    splice = make_splice(is_resumed=True)
+
+    sent = splice.feed(chunk(DONE) + LAST_CHUNK)
+
+    assert (sent, splice.error, splice.is_done) == (chunk(DONE) + LAST_CHUNK, None, True)
+
+
+def test_a_resumed_stream_that_ends_with_its_connection_may_be_cut():
+    splice = SseRelay(CloseBody(), is_chunked=True, max_event_bytes=4096, kind=StreamKind.COMPLETIONS, is_resumed=True)
+
+    splice.feed_eof()
+
+    assert splice.error == "it ends early"
+
+
 @pytest.mark.parametrize("kind", [StreamKind.MESSAGES, StreamKind.RESPONSES])
 def test_done_is_no_end_where_the_kind_has_another(kind):
     splice = make_splice(kind=kind)
