@@ -10,6 +10,7 @@ import socket
 import pytest
 from aiohttp import web
 
+from brlite.http.connection import MAX_SLASHES
 from brlite.http.connections import MAX_SPARE, share_of
 from tests.http.conftest import RawClient
 from tests.limits import PATIENCE_SECONDS
@@ -450,3 +451,14 @@ async def test_many_slow_connections_harm_nobody(http_server, connect, hello) ->
     client.send(GET_AND_CLOSE)
 
     assert status(await client.rest()) == 200
+
+
+@pytest.mark.parametrize(("num_slashes", "expected"), [(MAX_SLASHES, 200), (MAX_SLASHES + 1, 404)])
+async def test_a_path_of_many_slashes_is_not_looked_up(http_server, connect, hello, num_slashes, expected) -> None:
+    server = await http_server({"GET /{path:.*}": hello})
+    client = await connect(server)
+
+    client.send(b"GET %b?/x HTTP/1.1\r\nHost: x\r\n\r\n" % (b"/" * num_slashes))
+    head, _ = await client.answer()
+
+    assert status(head) == expected
