@@ -63,14 +63,17 @@ class ControlMarks:
         self._begins = re.compile(f"(?={pattern}).", re.DOTALL)
         # Without letters: templates compare words such as a part's type, which a mark at the end would change.
         self._firsts = {text[0] for text in texts if not text[0].isalnum()}
-        self._any_first = re.compile(f"[{re.escape(''.join(self._firsts))}]" if self._firsts else "(?!)")
         self._texts = texts
         self._longest = max(map(len, texts))
 
     def put(self, value: Any, mark: str, *, everywhere: bool = False) -> Any:
         """`value` with the marks. `everywhere`: also where a character only might begin the text of a control token."""
         if isinstance(value, str):
-            return self._put(value, mark) if not everywhere else self._any_first.sub(rf"\g<0>{mark}", value)
+            if not everywhere:
+                return self._put(value, mark)
+            for first in self._firsts:
+                value = value.replace(first, f"{first}{mark}")
+            return value
         if isinstance(value, list):
             return [self.put(item, mark, everywhere=everywhere) for item in value]
         if isinstance(value, dict):
