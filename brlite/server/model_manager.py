@@ -219,6 +219,8 @@ class ModelManager:
             self._changed.clear()
             while self._lost:  # reload a model of load = "start"; unload any other until it is used
                 lost = self._models[self._lost.pop()]
+                if lost.name not in self._engines:
+                    continue  # it was lost as it was unloaded
                 comes_back = lost.spec.load == "start"
                 if comes_back:
                     self._restarting[lost.name] = self._clock()

@@ -167,3 +167,30 @@ async def test_a_model_of_one_process_whose_card_fails_in_a_step_is_loaded_anew_
 
     assert failed == 500
     assert await house.ask() == 200
+
+
+@pytest.mark.parametrize("num_turns", range(-4, 5))
+async def test_a_model_may_be_lost_as_it_is_unloaded(num_turns: int, eventually: Eventually) -> None:
+    model, loader = ServedModel(ModelSpec(name="a", build_seq=64)), Loader()
+    async with ModelManager([model], loader, EngineConfig()) as manager:
+        await manager.start()
+        for _ in range(4):
+            await asyncio.sleep(0)  # the manager waits for a change
+        first, second = loader.backends[0].die, model.dismiss
+        if num_turns < 0:
+            first, second = second, first
+
+        first()
+        for _ in range(abs(num_turns)):
+            await asyncio.sleep(0)
+        second()
+        await eventually(lambda: loader.backends[0].is_closed)
+        with model.in_use(max_waiting=1):
+            asked, failing = asyncio.create_task(model.loaded(PATIENCE_SECONDS)), asyncio.create_task(manager.failure())
+            await asyncio.wait([asked, failing], return_when=asyncio.FIRST_COMPLETED)
+            failures = [str(failing.result())] if failing.done() else []
+            asked.cancel()
+            failing.cancel()
+
+        assert failures == []
+        assert len(loader.backends) == 2
