@@ -14,6 +14,7 @@ from brlite.config.address import Address
 from brlite.proxy.resolving import Names, system_lookup
 from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection, is_name
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.proxies import wait_until
 
 NAME = "pods.test"
 
@@ -139,10 +140,9 @@ async def test_a_dialling_that_is_given_up_leaves_nothing_behind(pods: Pods) -> 
         await asyncio.sleep(0.05)
         dialling.cancel()
         await asyncio.wait([dialling])
-        await asyncio.sleep(0.05)
+        await wait_until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
     assert not pool.connections
-    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_names_are_looked_up_again_under_traffic_and_what_is_gone_is_closed(pods: Pods) -> None:

@@ -18,7 +18,8 @@ from tests.proxy.scripts import PLAIN, TOKENS
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
-CHECKED_OFTEN = ProxyConfig(health_seconds=0.05, health_timeout_seconds=0.2, choice="round_robin")
+CHECKED_OFTEN = ProxyConfig(health_seconds=0.05, health_timeout_seconds=PATIENCE_SECONDS, choice="round_robin")
+IMPATIENT = ProxyConfig(health_seconds=0.05, health_timeout_seconds=0.5)
 NOT_FOUND = {
     "OpenAI": {"error": {"message": "The model `m` does not exist", "code": "model_not_found", "param": None}},
     "vLLM": {"error": {"message": "The model `m` does not exist.", "type": "NotFoundError", "param": "model"}},
@@ -170,7 +171,7 @@ async def test_a_404_for_the_path_is_an_answer(caplog: pytest.LogCaptureFixture)
 async def test_who_waits_for_a_server_that_is_not_well_any_more_is_told_soon(
     is_stream: bool, health: int, eventually: Eventually
 ) -> None:
-    async with Server("m").listening() as server, run_proxy(config(server, "one"), proxy=CHECKED_OFTEN) as proxy:
+    async with Server("m").listening() as server, run_proxy(config(server, "one"), proxy=IMPATIENT) as proxy:
         server.may_answer.clear()
         request = asyncio.create_task(ask(proxy, stream=is_stream))
         await eventually(lambda: server.num_asked == 1)
