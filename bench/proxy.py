@@ -1,6 +1,6 @@
 """What a proxy costs between client and server: brlite's against nginx and two routers, in turns, in front of nothing.
 
-    python bench/proxy.py                                        # all bars: 5 rounds, some 7 minutes
+    python bench/proxy.py                                        # all goals: 5 rounds, some 7 minutes
     python bench/proxy.py --proxies brlite,nginx-tuned --works streams --rounds 3
     python bench/proxy.py --short                                # for CI: does every byte come through? a few seconds
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"proxy: error: {error}", file=sys.stderr)
         return 1
     print("\n".join(f"{name}: {value}" for name, value in {**machine, **bench.versions}.items()), end="\n\n")
-    print(report.render(cells, idles, bench.works, args.proxies[0], has_bars=not args.short))
+    print(report.render(cells, idles, bench.works, args.proxies[0], has_goals=not args.short))
     if args.json is not None:
         args.json.write_text(json.dumps(_as_json(args, machine, bench, cells, idles), indent=1) + "\n")
     return 1 if report.find_problems(cells) else 0
@@ -165,7 +165,7 @@ def _as_json(
         "machine": machine,
         "versions": bench.versions,
         "settings": {name: getattr(args, name) for name in kept},
-        "bars": [{**msgspec.to_builtins(each), "holds": each.holds} for each in verdicts],
+        "goals": [{**msgspec.to_builtins(each), "holds": each.holds} for each in verdicts],
         "idle": msgspec.to_builtins(idles),
         "cells": msgspec.to_builtins(cells),
     }

@@ -3,7 +3,7 @@
 The order is that of what is most worth knowing: whether results are right, whether bits are equal in any schedule, how
 fast steps are, where their time goes, which tiles are best, and how fast transformers is. A part that fails, hangs or
 loses the card leaves the others alone. Each part writes DIR/NAME.json and DIR/NAME.txt as it finds something;
-DIR/first.json says how each ended. The last lines compare with the bars of `bars.py`.
+DIR/first.json says how each ended. The last lines compare with the goals of `goals.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cards import bars, check, models
+from cards import check, goals, models
 from measuring import steps
 from torch.profiler import ProfilerActivity, profile
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         found.append({"part": part.name, "status": status, "seconds": round(seconds, 1), "limit": round(limit, 1)})
         print(f"{part.name}: {status} in {seconds:.0f} of {limit:.0f} s", flush=True)
         (folder / "first.json").write_text(json.dumps({"device": args.device, "parts": found}, indent=1) + "\n")
-    print("\n".join(bars.report(folder)))
+    print("\n".join(goals.report(folder)))
     return 0 if all(each["status"] == "ok" for each in found) else 1
 
 

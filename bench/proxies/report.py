@@ -1,4 +1,4 @@
-"""What the loads on the proxies show: the medians of each, ratios between them, and whether the bars are met.
+"""What the loads on the proxies show: the medians of each, ratios between them, and whether the goals are met.
 
 Renders Markdown. Knows how nothing was started or sent.
 """
@@ -52,7 +52,7 @@ class Idle(Struct, frozen=True, kw_only=True):
 How = Literal["ratio", "difference", "value"]
 
 
-class Bar(Struct, frozen=True, kw_only=True):
+class Goal(Struct, frozen=True, kw_only=True):
     """A number of brlite's that must reach `limit`: by itself, less a peer's, or divided by it."""
 
     title: str
@@ -67,12 +67,12 @@ class Bar(Struct, frozen=True, kw_only=True):
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """A bar and what was found: the median over the rounds; None if it was not measured.
+    """A goal and what was found: the median over the rounds; None if it was not measured.
 
     `by_cpu` is what a ratio of requests/s would be if each proxy had had a whole core to itself.
     """
 
-    bar: Bar
+    goal: Goal
     found: float | None
     by_cpu: float | None = None
 
@@ -80,22 +80,22 @@ class Verdict(Struct, frozen=True, kw_only=True):
     def holds(self) -> bool | None:
         if self.found is None:
             return None
-        return self.found <= self.bar.limit if self.bar.is_most else self.found >= self.bar.limit
+        return self.found <= self.goal.limit if self.goal.is_most else self.found >= self.goal.limit
 
 
 IDLE = "idle connections"
 _CPU, _RATE, _LATENCY = "cpu_us", "requests_per_second", "latency_p50_us"
 
 
-def _at_most(title: str, work: str, field: str, peer: str, limit: float) -> Bar:
-    return Bar(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit)
+def _at_most(title: str, work: str, field: str, peer: str, limit: float) -> Goal:
+    return Goal(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit)
 
 
-def _at_least(title: str, work: str, field: str, peer: str, limit: float) -> Bar:
-    return Bar(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit, is_most=False)
+def _at_least(title: str, work: str, field: str, peer: str, limit: float) -> Goal:
+    return Goal(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit, is_most=False)
 
 
-BARS = (
+GOALS = (
     _at_most("SSE, CPU per event", STREAMS, _CPU, "nginx-tuned", 1.5),
     _at_most("SSE, CPU per event", STREAMS, _CPU, "vllm-router", 0.8),
     _at_most("SSE, CPU per event", STREAMS, _CPU, "sglang-router", 0.8),
@@ -103,7 +103,7 @@ BARS = (
     _at_least("short requests/s", SHORT, _RATE, "nginx-tuned", 0.4),
     _at_least("short requests/s", SHORT, _RATE, "vllm-router", 2.5),
     _at_least("short requests/s", SHORT, _RATE, "sglang-router", 2.5),
-    Bar(
+    Goal(
         title="added latency p50",
         work=SINGLE,
         field=_LATENCY,
@@ -113,8 +113,8 @@ BARS = (
         unit=" µs",
     ),
     _at_least("large bodies, requests/s", LARGE, _RATE, "vllm-router", 3),
-    Bar(title="memory at the streams", work=STREAMS, field="memory", how="value", limit=50, unit=" MB", scale=1e6),
-    Bar(title="idle connection", work=IDLE, field="bytes", how="value", limit=20, unit=" KiB", scale=1024),
+    Goal(title="memory at the streams", work=STREAMS, field="memory", how="value", limit=50, unit=" MB", scale=1e6),
+    Goal(title="idle connection", work=IDLE, field="bytes", how="value", limit=20, unit=" KiB", scale=1024),
 )
 
 
@@ -143,32 +143,32 @@ def make_cell(proxy: str, work: Work, round_: int, findings: Findings, used: Use
 
 
 def judge(cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> list[Verdict]:
-    """Every bar for `subject`. Quotients and differences are of the same round, and the median is taken of them."""
+    """Every goal for `subject`. Quotients and differences are of the same round, and the median is taken of them."""
     return [
-        Verdict(bar=bar, found=_find(bar, cells, idles, subject), by_cpu=_find_by_cpu(bar, cells, subject))
-        for bar in BARS
+        Verdict(goal=goal, found=_find(goal, cells, idles, subject), by_cpu=_find_by_cpu(goal, cells, subject))
+        for goal in GOALS
     ]
 
 
-def _find_by_cpu(bar: Bar, cells: Sequence[Cell], subject: str) -> float | None:
-    if bar.field != _RATE:
+def _find_by_cpu(goal: Goal, cells: Sequence[Cell], subject: str) -> float | None:
+    if goal.field != _RATE:
         return None
-    cost = _find(msgspec.structs.replace(bar, field=_CPU), cells, [], subject)
+    cost = _find(msgspec.structs.replace(goal, field=_CPU), cells, [], subject)
     return None if cost is None else 1 / cost
 
 
-def _find(bar: Bar, cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> float | None:
-    if bar.work == IDLE:
-        values = [idle.bytes / bar.scale for idle in idles if idle.proxy == subject]
+def _find(goal: Goal, cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> float | None:
+    if goal.work == IDLE:
+        values = [idle.bytes / goal.scale for idle in idles if idle.proxy == subject]
         return median(values) if values else None
-    own = _by_round(cells, subject, bar.work, bar.field)
-    if bar.how == "value":
-        return median(own.values()) / bar.scale if own else None
-    peer = _by_round(cells, bar.peer, bar.work, bar.field)
+    own = _by_round(cells, subject, goal.work, goal.field)
+    if goal.how == "value":
+        return median(own.values()) / goal.scale if own else None
+    peer = _by_round(cells, goal.peer, goal.work, goal.field)
     pairs = [(own[each], peer[each]) for each in own.keys() & peer.keys()]
     if not pairs:
         return None
-    if bar.how == "difference":
+    if goal.how == "difference":
         return median(mine - theirs for mine, theirs in pairs)
     return median(mine / theirs for mine, theirs in pairs)
 
@@ -203,9 +203,9 @@ _EVENTS: tuple[tuple[str, str, _Show], ...] = (
 )
 
 
-def render(cells: Sequence[Cell], idles: Sequence[Idle], works: Sequence[Work], subject: str, has_bars: bool) -> str:
-    """The bars first, then each work's medians and what `subject` is to each of the others."""
-    parts = [_bars_table(judge(cells, idles, subject))] if has_bars else []
+def render(cells: Sequence[Cell], idles: Sequence[Idle], works: Sequence[Work], subject: str, has_goals: bool) -> str:
+    """The goals first, then each work's medians and what `subject` is to each of the others."""
+    parts = [_goals_table(judge(cells, idles, subject))] if has_goals else []
     parts += [_work_table(cells, work, subject) for work in works]
     if idles:
         parts.append(_idle_table(idles))
@@ -227,18 +227,18 @@ def find_problems(cells: Sequence[Cell]) -> list[str]:
     return problems
 
 
-def _bars_table(verdicts: Iterable[Verdict]) -> str:
+def _goals_table(verdicts: Iterable[Verdict]) -> str:
     rows = []
     for verdict in verdicts:
-        bar, found = verdict.bar, verdict.found
-        against = {"ratio": f", against {bar.peer}", "difference": f", less {bar.peer}'s", "value": ""}[bar.how]
-        wanted = f"{'≤' if bar.is_most else '≥'} {bar.limit:g}{bar.unit}"
-        shown = MISSING if found is None else f"{found:.2f}{bar.unit}"
+        goal, found = verdict.goal, verdict.found
+        against = {"ratio": f", against {goal.peer}", "difference": f", less {goal.peer}'s", "value": ""}[goal.how]
+        wanted = f"{'≤' if goal.is_most else '≥'} {goal.limit:g}{goal.unit}"
+        shown = MISSING if found is None else f"{found:.2f}{goal.unit}"
         by_cpu = "" if verdict.by_cpu is None else f"{verdict.by_cpu:.2f}x"
         rows.append(
-            [bar.title + against, shown, by_cpu, wanted, {True: "yes", False: "no", None: MISSING}[verdict.holds]]
+            [goal.title + against, shown, by_cpu, wanted, {True: "yes", False: "no", None: MISSING}[verdict.holds]]
         )
-    return _table(["bar", "found", "by CPU", "wanted", "holds"], rows)
+    return _table(["what", "found", "by CPU", "goal", "holds"], rows)
 
 
 def _work_table(cells: Sequence[Cell], work: Work, subject: str) -> str:
@@ -259,8 +259,8 @@ def _median(values: dict[int, float], show: _Show) -> str:
 
 
 def _ratio(cells: Sequence[Cell], subject: str, proxy: str, work: str, field: str) -> str:
-    bar = Bar(title="", work=work, field=field, how="ratio", peer=proxy, limit=0)
-    found = _find(bar, cells, [], subject)
+    goal = Goal(title="", work=work, field=field, how="ratio", peer=proxy, limit=0)
+    found = _find(goal, cells, [], subject)
     return MISSING if found is None or proxy == subject else f"{found:.2f}"
 
 

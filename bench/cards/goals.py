@@ -1,6 +1,6 @@
-"""The bars for one H100, and what `card.py --first` measured beside each: its last lines, and DIR/bars.json.
+"""The goals for one H100, and what `card.py --first` measured beside each: its last lines, and DIR/goals.json.
 
-A bar without a number is listed as not measured.
+A goal without a number is listed as not measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 WANTED_SCHEDULES = 10_000
 
 
-class Bar(NamedTuple):
+class Goal(NamedTuple):
     """What must be reached, at least, and how it is found in the rows of `speed.json`."""
 
     name: str
@@ -22,21 +22,21 @@ class Bar(NamedTuple):
 
 
 def report(folder: Path) -> list[str]:
-    """A line for each bar, from the parts' files in `folder`. Writes bars.json there."""
+    """A line for each goal, from the parts' files in `folder`. Writes goals.json there."""
     found = _read(folder / "speed.json")
     rows, name = found.get("rows", []), found.get("machine", {}).get("name", "this device")
-    lines, results = [f"bars for one H100, measured on {name}:"], list[dict[str, Any]]()
-    for bar in BARS:
-        value = bar.find(rows)
-        word = "not measured" if value is None else "reached" if value >= bar.least else "MISSED"
-        results.append({"bar": bar.name, "least": bar.least, "value": value, "result": word})
-        lines.append(f"{word:13} {bar.name}: {'' if value is None else f'{value:.4g}, '}at least {bar.least:g}")
+    lines, results = [f"goals for one H100, measured on {name}:"], list[dict[str, Any]]()
+    for goal in GOALS:
+        value = goal.find(rows)
+        word = "not measured" if value is None else "reached" if value >= goal.least else "MISSED"
+        results.append({"goal": goal.name, "least": goal.least, "value": value, "result": word})
+        lines.append(f"{word:13} {goal.name}: {'' if value is None else f'{value:.4g}, '}at least {goal.least:g}")
     for number, different, precision in _schedules(folder / "schedules.json"):
         word = "MISSED" if different else "reached" if number >= WANTED_SCHEDULES else "in part"
         text = f"equal bits, {precision}: {different} differences in {number} of {WANTED_SCHEDULES} schedules"
-        results.append({"bar": text, "result": word})
+        results.append({"goal": text, "result": word})
         lines.append(f"{word:13} {text}")
-    (folder / "bars.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "goals.json").write_text(json.dumps(results, indent=1) + "\n")
     return lines
 
 
@@ -58,13 +58,13 @@ def _server_share(rows: list[dict[str, Any]]) -> float | None:
     return share if 0 < share < 1.2 else None
 
 
-BARS = (
-    Bar("share of bandwidth, 1 row, bf16", 0.75, lambda rows: _value(rows, "decode 1 @ 512", "bandwidth")),
-    Bar("int8 over bf16, 1 row", 1.6, _int8_gain),
-    Bar("share of bf16 peak, prefill of 1024", 0.6, lambda rows: _value(rows, "prefill 1024", "peak")),
-    Bar("share of bf16 peak, prefill of 8192", 0.6, lambda rows: _value(rows, "prefill 8192", "peak")),
-    Bar("tokens/s, 64 rows at 2048", 2500, lambda rows: _value(rows, "decode 64 @ 2048", "tokens_per_second")),
-    Bar("server over bare engine", 0.95, _server_share),
+GOALS = (
+    Goal("share of bandwidth, 1 row, bf16", 0.75, lambda rows: _value(rows, "decode 1 @ 512", "bandwidth")),
+    Goal("int8 over bf16, 1 row", 1.6, _int8_gain),
+    Goal("share of bf16 peak, prefill of 1024", 0.6, lambda rows: _value(rows, "prefill 1024", "peak")),
+    Goal("share of bf16 peak, prefill of 8192", 0.6, lambda rows: _value(rows, "prefill 8192", "peak")),
+    Goal("tokens/s, 64 rows at 2048", 2500, lambda rows: _value(rows, "decode 64 @ 2048", "tokens_per_second")),
+    Goal("server over bare engine", 0.95, _server_share),
 )
 
 
