@@ -32,11 +32,13 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 _LONG_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _NULL = msgspec.Raw(b"null")
+_NOTHING = msgspec.Raw(b"")
 
 
 class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     finish_reason: str | msgspec.UnsetType | None = msgspec.UNSET
+    logprobs: msgspec.Raw = _NOTHING
 
 
 class _Event(msgspec.Struct, gc=False):
@@ -47,6 +49,7 @@ class _Event(msgspec.Struct, gc=False):
     usage: object = None
     message: msgspec.Raw = _NULL  # of `/v1/messages`; `message` and `response` may contain a usage
     response: msgspec.Raw = _NULL
+    logprobs: msgspec.Raw = _NOTHING
     type: object = None  # in the formats without choices
     sequence_number: object = None
 
@@ -88,6 +91,7 @@ class SseRelay:
         "_last_types",
         "_max_event_bytes",
         "_needs_end",
+        "_num_measured",
         "_saw_end",
         "_sequence_number",
         "_smallest_event",
@@ -122,6 +126,7 @@ class SseRelay:
         self._held = bytearray()  # the bytes of an incomplete event
         self.num_events = 0
         self.num_data_bytes = 0
+        self._num_measured = 0  # events of which `num_data_bytes` are
         self._smallest_event = sys.maxsize
         self.usage_events: tuple[bytes, ...] = ()  # the first and the last event with a usage
         self.error: str | None = None
@@ -131,7 +136,7 @@ class SseRelay:
     @property
     def num_text_bytes(self) -> int:
         """An estimate of the bytes of the events' texts: all events of a stream have the same fields around them."""
-        return self.num_data_bytes - self._smallest_event * self.num_events if self.num_events else 0
+        return self.num_data_bytes - self._smallest_event * self._num_measured if self._num_measured else 0
 
     @property
     def can_take_event(self) -> bool:
@@ -242,6 +247,7 @@ class SseRelay:
             rest = _EVENT_END.split(events, 1)[1]  # what follows the end of the long event
             self.is_within_event = False
             self.num_events += 1
+            self._num_measured += 1
             self._smallest_event = min(self._smallest_event, self._max_event_bytes)
             self._check(events, len(events) - len(rest))
         elif events:
@@ -325,9 +331,10 @@ class SseRelay:
                 self._check_end(is_sure=self.num_events > 0)
             self._saw_end = self._saw_end or not self._last_types
             return
+        size = len(text)
         try:
             text.isascii() or text.decode()
-            self._note(_EVENT.decode(text), text)
+            size = self._note(_EVENT.decode(text), text)
         except msgspec.ValidationError:  # not an event of a completion; it may be one of another API
             try:
                 _JSON.decode(text)
@@ -336,15 +343,20 @@ class SseRelay:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
         self.num_events += 1
-        size = len(text)
+        if size <= 0:
+            return
+        self._num_measured += 1
         self.num_data_bytes += size
         if size < self._smallest_event:
             self._smallest_event = size
 
-    def _note(self, event: _Event, text: bytes) -> None:
+    def _note(self, event: _Event, text: bytes) -> int:
+        """Note an event's fields. Returns its bytes without logprobs; 0 if it has a whole response, with its tools."""
+        size = len(text) - len(event.logprobs)
+        has_response = event.response is not _NULL and event.response != _NULL  # the default is that object itself
         if event.error is not None:
             self._has_error = True
-        if event.usage is not None or ((event.message != _NULL or event.response != _NULL) and b'"usage"' in text):
+        if event.usage is not None or ((has_response or event.message != _NULL) and b'"usage"' in text):
             self.usage_events = (*self.usage_events[:1], text)
         if event.type is not None and self._last_types:
             if isinstance(event.type, str) and event.type in self._last_types:
@@ -352,6 +364,7 @@ class SseRelay:
             if isinstance(event.sequence_number, int):
                 self._sequence_number = event.sequence_number + 1
         for choice in event.choices or ():
+            size -= len(choice.logprobs)
             reason = choice.finish_reason
             if reason is None:
                 if choice.index not in self._has_finished:
@@ -360,3 +373,4 @@ class SseRelay:
                 self._has_finished[choice.index] = True
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
+        return 0 if has_response else size

@@ -421,3 +421,28 @@ def test_the_usage_that_an_event_tells_is_kept():
     splice.feed(chunk(event("a", "stop", usage={"prompt_tokens": 3, "completion_tokens": 5})))
 
     assert [json.loads(text)["usage"] for text in splice.usage_events] == [{"prompt_tokens": 3, "completion_tokens": 5}]
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_logprobs_are_no_text(size):
+    splice = make_splice(max_event_bytes=10**6)
+    logprobs = {"content": [{"token": "x" * size, "logprob": -1.0}]}
+    texts = ["", "some", " text", ""]
+
+    for text in texts:
+        choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs if text else None}
+        splice.feed(chunk(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"))
+
+    assert splice.seen.num_text_bytes == len("".join(texts))
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_response_with_its_tools_is_no_text(size):
+    splice = make_splice(kind=StreamKind.RESPONSES, max_event_bytes=10**6)
+    deltas = [{"type": "response.output_text.delta", "delta": text, "logprobs": []} for text in ("ab", "a", "abc")]
+
+    for each in [{"type": "response.created", "response": {"tools": ["x" * size]}}, *deltas]:
+        splice.feed(chunk(b"data: " + json.dumps(each).encode() + b"\n\n"))
+
+    assert splice.seen.num_text_bytes == 1 + 0 + 2
+    assert splice.num_events == 4
