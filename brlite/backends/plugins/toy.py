@@ -170,7 +170,7 @@ def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     is_letter = np.zeros(VOCAB_SIZE, np.bool_)
     is_letter[LETTERS.start : LETTERS.stop] = True
     logits[~is_letter] += np.float32(UNLIKELY)
-    logits[next_token(context.tolist())] = CERTAINTY
+    logits[next_token(context)] = CERTAINTY
     return logits
 
 
@@ -188,7 +188,7 @@ def _noise(context: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.float32]
     return noise
 
 
-def next_token(context: Sequence[int]) -> int:
+def next_token(context: npt.NDArray[np.int32]) -> int:
     """The next byte of the user's last message, then the end token; after the end the message starts again.
 
     A context without turns, such as one of plain token ids, gets the alphabet.
@@ -197,10 +197,12 @@ def next_token(context: Sequence[int]) -> int:
     question = _last(context[: answer or 0], USER)
     if answer is None or question is None:
         return ord("a") + len(context) % 26
-    said = [token_id for token_id in context[question + 1 : answer] if token_id < END]
+    message = context[question + 1 : answer]
+    said: list[int] = message[message < END].tolist()
     return [*said, END][(len(context) - answer - 1) % (len(said) + 1)]
 
 
-def _last(context: Sequence[int], token_id: int) -> int | None:
+def _last(context: npt.NDArray[np.int32], token_id: int) -> int | None:
     """The last index of a token; None if it is not there."""
-    return next((index for index in range(len(context) - 1, -1, -1) if context[index] == token_id), None)
+    places = np.flatnonzero(context == token_id)
+    return int(places[-1]) if len(places) else None
