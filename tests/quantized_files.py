@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from tests.checkpoint.model_files import write_gguf
 from tests.tiny_models import VOCAB_SIZE
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 256, 4, 2, 64, 256, 2
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, LAYERS = 256, 4, 2, 64, 512, 2
 METADATA: dict[str, Any] = {
     ".context_length": 640,
     ".embedding_length": HIDDEN,
@@ -41,7 +41,14 @@ MIXES: dict[str, dict[str, str]] = {
     "q4_0": {"": "Q4_0", "output": "Q6_K"},
     "default": {"": "Q4_1", "token_embd": "Q8_0"},
     "q4_k_m": {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "output": "Q6_K"},
-    "mixed": {"": "Q4_0", "attn_k": "Q4_1", "ffn_up": "Q8_0", "output": "F16", "token_embd": "Q5_0"},
+    "mixed": {
+        "": "Q4_0",
+        "attn_k": "Q4_1",
+        "ffn_up": "Q8_0",
+        "ffn_down": "Q4_K",
+        "output": "F16",
+        "token_embd": "Q5_0",
+    },
     "q8_0": {"": "Q8_0", "output": "Q8_0"},
 }
 SUPER_BLOCKS = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}  # bytes, and where their numbers in half precision are

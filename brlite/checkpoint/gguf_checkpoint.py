@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from brlite.checkpoint.checkpoint import naming, weights_identity
-from brlite.checkpoint.gguf_codes import CODINGS
+from brlite.checkpoint.gguf_codes import BLOCKS, CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Format, LocatedTensors, TensorLocation
@@ -127,4 +127,5 @@ def _format(type_id: int, name: str) -> Format:
         block_bytes,
         lambda data: gguf.quants.dequantize(data, kind),
         None if coding is None else coding.decode,
+        BLOCKS[kind.name].halves if kind.name in BLOCKS else (),
     )

@@ -1,7 +1,8 @@
 """Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes are kept in memory.
 
 A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as in the
-kernels. All others, such as Q6_K with its groups of 16, are dequantized and then rounded to int8.
+kernels. `BLOCKS` lists those whose blocks native code packs as they are. All others are dequantized and then rounded to
+int8.
 """
 
 from __future__ import annotations
@@ -69,6 +70,15 @@ def _q5_0(blocks: Bytes) -> Coded:
     fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
     return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
 
+
+class Block(NamedTuple):
+    """The form of a format's matrices in native code, and where in a block its half-precision numbers begin."""
+
+    form: MatrixForm
+    halves: tuple[int, ...]
+
+
+BLOCKS: dict[str, Block] = {"Q4_K": Block("q4_k", (0, 2)), "Q6_K": Block("q6_k", (208,))}
 
 # A block's layout is defined in llama.cpp, ggml-common.h.
 CODINGS: dict[str, Coding] = {

@@ -11,7 +11,7 @@ import msgspec
 
 from brlite.checkpoint.checked_model import CheckedModel, quantized_formats
 from brlite.checkpoint.checkpoint import Checkpoint
-from brlite.checkpoint.gguf_codes import CODINGS
+from brlite.checkpoint.gguf_codes import BLOCKS, CODINGS
 from brlite.checkpoint.progress import OnProgress
 from brlite.checkpoint.quantization import FOLDER_FORMS
 from brlite.checkpoint.stored_tensor import F32, PLAIN_FORMATS, StoredTensor
@@ -72,7 +72,8 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         if not forms:
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
-        return f"{activations}_w_int4" if INT4_FORMS.intersection(forms) else f"{activations}_w_int8"
+        num_bits = 4 if INT4_FORMS.intersection(forms) else 6 if "q6_k" in forms else 8
+        return f"{activations}_w_int{num_bits}"
 
     def report(self, fraction: float, stage: str = "reading the weights") -> None:
         """Report which fraction of `stage` is done, 0 to 1, if there is a callback."""
@@ -81,8 +82,9 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NOT_QUANTIZED = F32.name
-# A quantized format → the form in memory that keeps its codes. Other formats are not listed.
-KEPT_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
+# A quantized format → the form in memory that keeps its codes, in torch and in native code. Others are not listed.
+CARD_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
+NATIVE_FORMS = CARD_FORMS | {name: block.form for name, block in BLOCKS.items()}
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
@@ -151,7 +153,7 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
             is_quantized = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
             # An embedding that is only looked up is a bfloat16 table, unless the file quantizes it.
             if parameter.precision == "weights" or is_quantized:
-                form: MatrixForm = "int8" if target.has_unit_rows else KEPT_FORMS.get(stored_as, "int8")
+                form: MatrixForm = "int8" if target.has_unit_rows else NATIVE_FORMS.get(stored_as, "int8")
                 part = MatrixPart(form, target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
@@ -168,7 +170,7 @@ def card_forms(model: CheckedModel, shard: Shard | None = None) -> dict[str, Mat
         return dict.fromkeys(matrices, "int8") if model.precision.weights == "int8" else {}
     found: dict[str, set[MatrixForm]] = {name: set() for name in matrices}
     for name, parts in held_targets(model, shard).items():
-        kept = KEPT_FORMS.get(model.formats.get(name, NOT_QUANTIZED), "int8")
+        kept = CARD_FORMS.get(model.formats.get(name, NOT_QUANTIZED), "int8")
         for part, target in parts:
             columns = None if part is None else part[1]
             if columns is not None and (columns.start % QUANTIZATION_GROUP or columns.stop % QUANTIZATION_GROUP):

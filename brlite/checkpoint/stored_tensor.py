@@ -48,7 +48,8 @@ class Format(NamedTuple):
     """How a file stores numbers: `block_elements` of them in `block_bytes`. `widen` turns bytes [..., B] into [..., N].
 
     `decode` turns rows [R, B] of a quantized format into codes and scales. It is None for formats whose codes
-    are not kept in memory.
+    are not kept in memory. `halves` are the bytes of a block at which its half-precision numbers begin; only of formats
+    whose blocks are kept.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Format(NamedTuple):
     block_bytes: int
     widen: Callable[[Bytes], Float32]
     decode: Callable[[Bytes], Coded] | None = None
+    halves: tuple[int, ...] = ()
 
 
 F32 = Format("F32", 1, 4, lambda data: data.view("<f4"))
@@ -121,13 +123,23 @@ class StoredTensor(msgspec.Struct, frozen=True):
             codes = coded.codes[:, self.columns.start : self.columns.stop]
             offsets = None if coded.offsets is None else np.ascontiguousarray(coded.offsets[:, groups])
             coded = Coded(np.ascontiguousarray(codes), np.ascontiguousarray(coded.scales[:, groups]), offsets)
-        for halves in (coded.scales, coded.offsets):
-            if halves is not None and (halves & HALF_EXPONENT == HALF_EXPONENT).any():
-                source = "" if self.file is None else f"{self.file}: "
-                raise ModelError(
-                    f"{source}{excerpt(self.name)} has a scale that is not finite, or is beyond half precision"
-                )
+        self._check_finite(coded.scales, *(() if coded.offsets is None else (coded.offsets,)))
         return coded
+
+    def blocks(self) -> Bytes:
+        """The whole rows as blocks [R, N, block_bytes], of a format that has `halves`. Raises as `coded` does."""
+        assert self.format.halves, f"{self.name} is not kept in blocks"
+        assert len(self.columns) == self.row_elements, f"{self.name} is cut within its rows"
+        blocks = self.stored(self.rows).reshape(len(self.rows), -1, self.format.block_bytes)
+        self._check_finite(*(blocks[..., at : at + 2].copy().view("<u2") for at in self.format.halves))
+        return np.ascontiguousarray(blocks)
+
+    def _check_finite(self, *scales: npt.NDArray[np.uint16]) -> None:
+        if any((halves & HALF_EXPONENT == HALF_EXPONENT).any() for halves in scales):
+            source = "" if self.file is None else f"{self.file}: "
+            raise ModelError(
+                f"{source}{excerpt(self.name)} has a scale that is not finite, or is beyond half precision"
+            )
 
     def float32(self) -> Float32:
         """The numbers in a new array that the caller may change. None is rounded.

@@ -191,7 +191,7 @@ def native_weight_bytes(parameters: Mapping[str, Parameter], parts: Mapping[str,
 
     A matrix without parts is an embedding that is only looked up, in bfloat16. A tied embedding is held once, as head.
     """
-    total = 0
+    total = 0.0
     for name, parameter in parameters.items():
         if len(parameter.shape) == 1:
             total += parameter.shape[0] * FLOAT32_BYTES
@@ -201,4 +201,4 @@ def native_weight_bytes(parameters: Mapping[str, Parameter], parts: Mapping[str,
         for part in parts.get(name, (MatrixPart("bfloat16", num_rows),)):
             is_plain = part.form == "bfloat16"
             total += part.num_rows * (num_inputs * BFLOAT16_BYTES if is_plain else num_groups * GROUP_BYTES[part.form])
-    return total
+    return int(total)

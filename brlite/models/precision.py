@@ -14,9 +14,10 @@ PrecisionName = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8", "a_int8_w_int8"]
 
 # The form of a matrix in memory. int8 is rounded by us, with scales in bfloat16. The forms after it keep the codes of
-# quantized files: 8 or 4 bits, with scales (and minimums, or zero points) in half precision.
-MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
-INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero"})
+# quantized files: 8 or 4 bits, with scales (and minimums, or zero points) in half precision. The last two keep GGML's
+# formats of these names whole. Only native code has them; torch has int4_min and int8 in their place.
+MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero", "q4_k", "q6_k"]
+INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero", "q4_k"})
 
 
 class Precision(NamedTuple):

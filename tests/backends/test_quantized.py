@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from brlite.backends.native.abi import INT4, INT4_MIN, INT4_ZERO, INT8, INT8_F16
+from brlite.backends.native.abi import INT4, INT4_MIN, INT4_ZERO, INT8_F16, Q4_K, Q6_K
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.native.packer import load_weights
 from brlite.backends.sizes import sizes_at
 from brlite.checkpoint import Checkpoint, open_checkpoint
-from brlite.checkpoint.placing import KEPT_FORMS
+from brlite.checkpoint.placing import NATIVE_FORMS
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, PoolingInput, ScheduledSeq
 from brlite.models.precision import PrecisionOption
@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_dequantized_file(quantized: Quantized) -> None:
     found = quantized.backend.logits(token_ids)
 
     # Keys and values are bfloat16, which tells least where a token sees only itself.
-    is_exact = set(quantized.checkpoint.formats().values()) <= KEPT_FORMS.keys() - {"Q4_K"} | {"F32"}
+    is_exact = set(quantized.checkpoint.formats().values()) <= NATIVE_FORMS.keys() | {"F32"}
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     if quantized.precision == "a_int8_w_int8":
         assert 0.004 < np.median(errors) < 0.04
@@ -133,9 +133,9 @@ def test_int8_activations_have_a_scale_for_each_32_inputs(
     assert np.linalg.norm(logits - expected) < 1e-6 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("mix", ["q4_0", "default", "q8_0", "mixed", *CASES])
+@pytest.mark.parametrize("mix", [*MIXES, *CASES])
 def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, native_library: NativeLibrary) -> None:
-    """Where the file's groups are 32 numbers; other formats are rounded."""
+    """Of those formats that are kept; others are rounded."""
     library = native_library.functions
     checkpoint = open_checkpoint(model_path(folder, mix))
     plan = make_plan(checkpoint, ModelSpec(name=mix, build_seq=64))
@@ -143,7 +143,7 @@ def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, nativ
     with closing(loaded):
         for name, values in read_tensors(checkpoint).items():
             target, stored_as = plan.model.targets[name], checkpoint.formats()[name]
-            if stored_as not in KEPT_FORMS:
+            if stored_as not in NATIVE_FORMS:
                 continue
             parts = loaded.layout.tensors[target.parameter]
             part = next(part for part in reversed(parts) if part.first_row <= target.start)
@@ -153,7 +153,7 @@ def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, nativ
                     *(part.format, loaded.part_address(part), target.start - part.first_row + row),
                     *(part.num_inputs, out[row].ctypes.data),
                 )
-            assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO)
+            assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K)
             assert np.array_equal(out, values), name
 
 
@@ -164,8 +164,8 @@ def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, na
         parts = loaded.layout.tensors["layers.0.qkv.weight"]
 
     assert [(part.format, part.first_row, part.num_outputs) for part in parts] == [
-        (INT4_MIN, 0, HIDDEN + KV),
-        (INT8, HIDDEN + KV, KV),
+        (Q4_K, 0, HIDDEN + KV),
+        (Q6_K, HIDDEN + KV, KV),
     ]
 
 
@@ -190,6 +190,12 @@ def test_a_precision_is_named_by_what_is_kept(
         checkpoint = open_checkpoint(model_path(folder, mix))
         with closing(load_native(native_library, mix, option, checkpoint=checkpoint)) as backend:
             assert backend.info.precision == name
+
+
+def test_six_bits_are_named_where_no_matrix_has_less(folder: Path) -> None:
+    plan = make_plan(open_checkpoint(folder / "q4_k_m.gguf"), ModelSpec(name="m", build_seq=64))
+
+    assert plan.precision_name_of({"q6_k", "int8"}) == "a_bf16_w_int6"
 
 
 def test_packed_weights_are_mapped_at_the_next_start(

@@ -15,7 +15,7 @@ from brlite.models.precision import PRECISIONS, Precision, PrecisionName, Precis
 from brlite.models.registry import find_family
 
 PLAIN = {"norm": "F32", "a": "BF16", "b": "F16"}
-MIXED = {"norm": "F32", "a": "Q4_K", "b": "Q4_K", "c": "Q6_K"}
+MIXED = {"norm": "F32", "a": "Q4_K", "b": "Q6_K", "c": "Q5_K"}
 MATRICES = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -57,12 +57,12 @@ def test_what_no_file_has_quantized_is_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("is_native", "text"),
     [
-        (True, "the file's own: Q4_K is kept, Q6_K is rounded to int8, F16 is rounded to int8 (auto)"),
-        (False, "bf16: torch widens the file's Q4_K, Q6_K (auto)"),
+        (True, "the file's own: Q4_K is kept, Q5_K is rounded to int8, Q6_K is kept, F16 is rounded to int8 (auto)"),
+        (False, "bf16: torch widens the file's Q4_K, Q5_K, Q6_K (auto)"),
     ],
 )
 def test_a_quantized_file_is_kept_and_every_change_is_said(is_native: bool, text: str) -> None:
-    model = stored_model({"": "Q4_K", "v": "Q6_K", "lm_head": "F16"})
+    model = stored_model({"": "Q4_K", "v": "Q6_K", "down": "Q5_K", "lm_head": "F16"})
 
     assert settle_precision("auto", MIXED) == Precision("stored", "bfloat16")
     assert described(model, is_native=is_native) == text

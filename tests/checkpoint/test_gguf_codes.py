@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from brlite.checkpoint.gguf_codes import CODINGS
-from brlite.checkpoint.stored_tensor import Format, LocatedTensors, TensorLocation
+from brlite.checkpoint.gguf_codes import BLOCKS, CODINGS
+from brlite.checkpoint.stored_tensor import Format, LocatedTensors, StoredTensor, TensorLocation
 from brlite.errors import ModelError
 from tests.quantized_files import SUPER_BLOCKS, quantize
 
@@ -68,12 +69,7 @@ def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int,
     stored[3, at : at + 2] = np.array([damage], "<f2").view(np.uint8)
     if name == "Q4_K":
         stored[3, 4:16] = 63  # the scales and minimums of 8 groups, which multiply it
-    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    stored_as = Format(name, block_elements, block_bytes, lambda data: data.view("<f4"), CODINGS[name].decode)
-    shape = len(stored), stored.shape[1] // block_bytes * block_elements
-    file = tmp_path / "m.gguf"
-    file.write_bytes(stored.tobytes())
-    tensors = LocatedTensors({file: [TensorLocation("w", stored_as, shape, 0)]}).tensors()
+    tensors = written(tmp_path / "m.gguf", name, stored)
     tensor = next(tensors)
 
     if damage == 65504.0 and name != "Q4_K":
@@ -84,3 +80,27 @@ def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int,
             ModelError, match=r"/m.gguf: 'w' has a scale that is not finite, or is beyond half precision$"
         ):
             tensor.coded()
+
+
+@pytest.mark.parametrize(("name", "at"), [("Q4_K", 0), ("Q4_K", 2), ("Q6_K", 208)])
+def test_blocks_are_the_files_and_a_number_that_is_not_finite_is_refused(name: str, at: int, tmp_path: Path) -> None:
+    stored = stored_rows(name)
+
+    for tensor in written(tmp_path / "m.gguf", name, stored):
+        assert np.array_equal(tensor.blocks().reshape(stored.shape), stored)
+
+    stored[3, -SUPER_BLOCKS[name][0] + at :][:2] = np.array([np.inf], "<f2").view(np.uint8)
+    for tensor in written(tmp_path / "m.gguf", name, stored):
+        with pytest.raises(ModelError, match=r"/m.gguf: 'w' has a scale that is not finite"):
+            tensor.blocks()
+
+
+def written(file: Path, name: str, stored: np.ndarray) -> Iterator[StoredTensor]:
+    """The one tensor of a file that has these rows."""
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    decode = CODINGS[name].decode if name in CODINGS else None
+    halves = BLOCKS[name].halves if name in BLOCKS else ()
+    stored_as = Format(name, block_elements, block_bytes, lambda data: data.view("<f4"), decode, halves)
+    file.write_bytes(stored.tobytes())
+    shape = len(stored), stored.shape[1] // block_bytes * block_elements
+    return LocatedTensors({file: [TensorLocation("w", stored_as, shape, 0)]}).tensors()

@@ -13,7 +13,7 @@ import pytest
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import KEPT_FORMS, describe_precision
+from brlite.checkpoint.placing import NATIVE_FORMS, describe_precision
 from brlite.checkpoint.quantization import FOLDER_FORMS, Quantization
 from brlite.checkpoint.quantized_matrix import E4M3_VALUES, Fp8Matrix, Int8Matrix
 from brlite.checkpoint.safetensors import TensorEntry
@@ -72,7 +72,7 @@ def test_codes_and_scales_are_the_numbers_exactly_where_a_form_keeps_them(name: 
     checkpoint = open_checkpoint(tmp_path / "m")
     formats = checkpoint.formats()
     for tensor in checkpoint.tensors():
-        if formats[tensor.name] in KEPT_FORMS:
+        if formats[tensor.name] in NATIVE_FORMS:
             assert np.array_equal(decoded(tensor), expected[tensor.name]), tensor.name
 
     assert formats[f"{Q_PROJ}.weight"] == CASES[name].stored_as

@@ -61,6 +61,8 @@ def open_model(path: Path) -> None:
         tensor.float32()
         if tensor.format.decode is not None:
             tensor.coded()
+        if tensor.format.halves:
+            tensor.blocks()
 
 
 def open_traced(path: Path) -> None:

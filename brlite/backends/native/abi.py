@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -22,7 +22,7 @@ HEAD_ROWS = 32
 # The index is the number in C++. Of two that a processor has, the later one is faster.
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 
-INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO = range(6)
+INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K = range(8)
 
 LOST_RANK = 8  # `brlite_run` returns this after a rank was lost
 
@@ -176,6 +176,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_packed_bytes": ((c_int32, c_int32, c_int32), c_size_t),
     "brlite_pack": ((c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p), None),
     "brlite_pack_codes": ((c_int32, *(c_void_p,) * 3, *(c_int32,) * 3, c_void_p), None),
+    "brlite_pack_blocks": ((c_int32, c_void_p, *(c_int32,) * 3, c_void_p), None),
     "brlite_unpack_row": ((c_int32, c_void_p, c_int32, c_int32, c_void_p), None),
     "brlite_page_bytes": ((c_int32, c_int32), c_size_t),
     "brlite_checksum": ((c_void_p, c_void_p, c_size_t), c_uint64),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from brlite.backends.native.layout import CODED_FORMATS, Layout, PackedTensor, packed_layout
+from brlite.backends.native.layout import BLOCK_FORMATS, CODED_FORMATS, Layout, PackedTensor, packed_layout
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import (
     MappedPackedFile,
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LAYOUT_VERSION = 2  # raised by every change that packs the same weights into other bytes
+LAYOUT_VERSION = 3  # raised by every change that packs the same weights into other bytes
 ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
 
 
@@ -138,6 +138,12 @@ class Packer:
 
     def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
         panels = self._address + packed.offset
+        if packed.format in BLOCK_FORMATS:
+            blocks = tensor.blocks()
+            self._library.brlite_pack_blocks(
+                packed.format, blocks.ctypes.data, first, len(blocks), packed.num_inputs, panels
+            )
+            return
         if packed.format in CODED_FORMATS:
             codes, scales, offsets = tensor.coded()
             self._library.brlite_pack_codes(

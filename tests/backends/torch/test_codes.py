@@ -21,7 +21,7 @@ from brlite.backends.torch.parallel import Group, JoinedHead, SummedLinear
 from brlite.backends.torch.parameters import GroupedLinear, Linear
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.checkpoint import Checkpoint, open_checkpoint
-from brlite.checkpoint.placing import KEPT_FORMS, LoadPlan, card_forms, describe_precision
+from brlite.checkpoint.placing import CARD_FORMS, LoadPlan, card_forms, describe_precision
 from brlite.config.options import ModelSpec
 from brlite.models.config import RopeConfig
 from brlite.models.network import weight_bytes
@@ -153,8 +153,8 @@ def test_what_becomes_of_each_format_is_said(folder: Path) -> None:
     said = describe_precision(model, ModelSpec(name="m"), is_native=False, keeps_forms=True)
 
     assert said == (
-        "the file's own: Q4_0 is rounded to int8 in 6 of 10 matrices, else kept, Q4_1 is rounded to int8, "
-        "Q8_0 is rounded to int8, Q5_0 is widened to bfloat16, F16 is rounded to int8 (auto)"
+        "the file's own: Q4_0 is rounded to int8 in 6 of 8 matrices, else kept, Q4_1 is rounded to int8, "
+        "Q4_K is kept, Q8_0 is rounded to int8, Q5_0 is widened to bfloat16, F16 is rounded to int8 (auto)"
     )
 
 
@@ -172,7 +172,7 @@ def test_a_card_keeps_codes_and_the_cpu_and_explicit_bf16_widen_them(folder: Pat
     assert backend.info.precision == "bf16"
 
 
-@pytest.mark.parametrize("form", sorted({*KEPT_FORMS.values()}))
+@pytest.mark.parametrize("form", sorted({*CARD_FORMS.values()}))
 def test_the_probe_has_matrices_in_the_forms_of_the_model(form: str) -> None:
     names = [f"layers.{layer}.{name}.weight" for layer in range(2) for name in ("qkv", "o", "gate_up", "down")]
     like = ProbedModel(precision=PRECISIONS["bf16"]._replace(weights="stored"), forms=dict.fromkeys(names, form))  # type: ignore[arg-type]

@@ -12,11 +12,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 12
-#define BRLITE_KERNEL_VERSION 4  // raised by every change of the kernels that changes results
+#define BRLITE_ABI_VERSION 13
+#define BRLITE_KERNEL_VERSION 5  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
-#define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers
+#define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers (Q6_K: 16)
+#define BRLITE_BLOCK 256       // inputs in a block of Q4_K and Q6_K
 #define BRLITE_CHUNK_PAGES 16  // pages in a chunk of attention: 256 tokens
 #define BRLITE_MAX_HEAD_DIM 256
 #define BRLITE_HEAD_ROWS 32  // rows of logits in memory at once
@@ -41,11 +42,13 @@ enum brlite_isa {
 
 // Number formats of weights. Activations are bfloat16 with BF16 weights. With all other formats they are int16 with one
 // scale a row, or int8 with one scale for each group of a row (`has_int8_rows`). A plan uses one of the three. In the
-// last four formats a weight is
+// formats after BF16 a weight is
 //   INT8_F16   scale * code, -128 .. 127        INT4_MIN    scale * code + minimum, 0 .. 15
 //   INT4       scale * (code - 8), 0 .. 15      INT4_ZERO   scale * (code - zero point), both 0 .. 15
-// with one scale and one minimum or zero point a group, in IEEE half precision: exactly the values that a quantized
-// file stores.
+//   Q4_K       scale * code + minimum, 0 .. 15  Q6_K        scale * (code - 32), 0 .. 63
+// with one scale and one minimum or zero point a group: exactly the values that a quantized file stores. They are in
+// IEEE half precision; those of Q4_K and Q6_K, GGML's formats of these names, are integers of a byte times a number in
+// half precision, of which each block of inputs has one.
 enum brlite_format {
     BRLITE_INT8,
     BRLITE_BF16,
@@ -53,6 +56,8 @@ enum brlite_format {
     BRLITE_INT4,
     BRLITE_INT4_MIN,
     BRLITE_INT4_ZERO,
+    BRLITE_Q4_K,
+    BRLITE_Q6_K,
     BRLITE_NUM_FORMATS,
 };
 
@@ -200,11 +205,14 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
-// Pack rows that are already quantized, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales
-// and, where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half precision. `num_inputs`
-// is a multiple of 32.
+// Pack rows that are already quantized, for INT8_F16, INT4, INT4_MIN or INT4_ZERO: codes [num_rows][num_inputs], one
+// byte each; scales and, where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half
+// precision. `num_inputs` is a multiple of 32.
 void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
                        int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
+// Pack rows [num_rows][num_inputs / 256] of GGML's blocks of Q4_K (144 bytes) or Q6_K (210 bytes).
+void brlite_pack_blocks(int32_t format, const uint8_t* blocks, int32_t first, int32_t num_rows, int32_t num_inputs,
+                        void* panels);
 // Unpack one row to float32 [num_inputs].
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out);
 // Bytes of a page: the keys and values of 16 tokens for one key/value head.

@@ -10,9 +10,9 @@
 //   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
 //
 // AVX2 and AVX-512 without VNNI multiply unsigned bytes by signed ones, and add pairs of products, in 16 bits. That is
-// exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would
-// overflow. Activations are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as
-// those with one scale a row, and as bytes. The other instruction sets have only the int16 form.
+// exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. Codes of 6 and 8 bits
+// would overflow. Activations are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied
+// as those with one scale a row, and as bytes. The other instruction sets have only the int16 form.
 #pragma once
 
 #include "multiply.h"
@@ -70,10 +70,24 @@ INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
 
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
 
+// A quad of a Q6_K group.
+INLINE Int8::Pair q6_k_quad(const uint8_t* group, int vector) {
+    const auto bits = [group](int vector, int by, int mask) INLINED {
+        return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(group + 64 * vector), by),
+                                _mm512_set1_epi8((char)mask));
+    };
+    if (vector < 3) return bits(vector, 0, 63);
+    return _mm512_or_si512(_mm512_or_si512(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
+}
+
 // The two quads of inputs `first` to `first + 7` of a panel's group.
-template <bool IS_INT4>
+template <int FORMAT>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
-    if constexpr (IS_INT4) {
+    if constexpr (FORMAT == BRLITE_Q6_K) {
+        UNROLLED for (int i = 0; i < 2; i++) quads[i] = q6_k_quad(group, first / 4 + i);
+        return;
+    }
+    if constexpr (is_int4(FORMAT)) {
         const Int8::Pair bytes = load_int4(group, first);
         quads[0] = int4_quad(bytes, false);
         quads[1] = int4_quad(bytes, true);
@@ -94,15 +108,29 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // a
                  : [quad] "v"(quad), [row] "m"(*(const int32_t (*)[1])row));
 }
 
-INLINE Int8::Sum equal_sums(int32_t value) { return _mm512_set1_epi32(value); }
-
 #elif defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
 
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
-template <bool IS_INT4>
+INLINE Int8::Pair q6_k_quad(const uint8_t* group, int vector) {
+    const auto half = [vector](const uint8_t* group) INLINED {
+        const auto bits = [group](int vector, int by, int mask) INLINED {
+            const __m256i bytes = _mm256_loadu_si256((const __m256i*)(group + 64 * vector));
+            return _mm256_and_si256(_mm256_srli_epi16(bytes, by), _mm256_set1_epi8((char)mask));
+        };
+        if (vector < 3) return bits(vector, 0, 63);
+        return _mm256_or_si256(_mm256_or_si256(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
+    };
+    return {half(group), half(group + 32)};
+}
+
+template <int FORMAT>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
-    if constexpr (IS_INT4) {
+    if constexpr (FORMAT == BRLITE_Q6_K) {
+        UNROLLED for (int i = 0; i < 2; i++) quads[i] = q6_k_quad(group, first / 4 + i);
+        return;
+    }
+    if constexpr (is_int4(FORMAT)) {
         const Int8::Pair bytes = load_int4(group, first);
         quads[0] = int4_quad(bytes, false);
         quads[1] = int4_quad(bytes, true);
@@ -126,8 +154,6 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {
                  : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quad.low), [high] "x"(quad.high));
 }
 
-INLINE Int8::Sum equal_sums(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
-
 #endif
 
 #if defined(BRLITE_HAS_VNNI)
@@ -136,21 +162,26 @@ typedef int8_t GroupedRow;
 
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, low, high); }
 
-// sums[row] = the sums of a group: of activations times codes. `groups` and `rows` are those of the first row.
+// As `sum_integers`. `rows` begin with the group of activations.
 template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
-                      long row_size) {
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
+                      const GroupOfRows& activations, int half) {
     constexpr int SUMS = sums_of_grouped_row(ROWS);
     Int8::Sum parts[SUMS][ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) {
-        parts[0][r] = is_int4(FORMAT) ? Int8::zero() : equal_sums(groups[r * row_size / BRLITE_GROUP].minus_128_sums);
+        if constexpr (is_int4(FORMAT))
+            parts[0][r] = Int8::zero();
+        else
+            parts[0][r] =
+                Int8::equal(FORMAT == BRLITE_Q6_K ? activations[r].minus_32_sums[half] : activations[r].minus_128_sums);
         UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = Int8::zero();
     }
-    UNROLLED for (int i = 0; i < BRLITE_GROUP / 8; i++) {
+    UNROLLED for (int i = 0; i < group_inputs(FORMAT) / 8; i++) {
         Int8::Pair quads[2];
-        load_quads<is_int4(FORMAT)>(quads, group, 8 * i);
-        UNROLLED for (int half = 0; half < 2; half++) UNROLLED for (int r = 0; r < ROWS; r++)
-            add_quad(parts[(2 * i + half) % SUMS][r], quads[half], rows + r * row_size + 8 * i + 4 * half);
+        load_quads<FORMAT>(quads, group, 8 * i);
+        const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + 8 * i;
+        UNROLLED for (int k = 0; k < 2; k++) UNROLLED for (int r = 0; r < ROWS; r++)
+            add_quad(parts[(2 * i + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
     }
     UNROLLED for (int r = 0; r < ROWS; r++) {
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = Int8::plus(parts[0][r], parts[i][r]);
@@ -221,14 +252,15 @@ INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int
 }
 
 template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup*,
-                      long row_size) {
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
+                      const GroupOfRows& activations, int half) {
     const int16_t* integers = (const int16_t*)rows;
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
         sum_int4_group(sums, group, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
     } else {
-        sum_integers<FORMAT>(sums, group, integers, row_bytes / (long)sizeof *integers);
+        sum_integers<FORMAT>(sums, group, integers + half * group_inputs(FORMAT), row_bytes / (long)sizeof *integers,
+                             activations, half);
     }
 }
 
@@ -244,9 +276,9 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
 }
 
 template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup*,
-                      long row_size) {
-    sum_integers<FORMAT>(sums, group, rows, row_size);
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
+                      const GroupOfRows& activations, int half) {
+    sum_integers<FORMAT>(sums, group, rows + half * group_inputs(FORMAT), row_size, activations, half);
 }
 
 #endif

@@ -360,6 +360,26 @@ INLINE Floats from_halves(const uint16_t* from) {
 #endif
 }
 
+// Signed bytes as floats. Of `read` GCC makes instructions for each lane.
+INLINE Floats from_bytes(const uint8_t* from) {
+#if defined(BRLITE_HAS_AVX512)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(BRLITE_HAS_AVX2)
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + LANES / 2))))};
+#elif defined(BRLITE_HAS_NEON)
+    const int8x16_t bytes = vld1q_s8((const int8_t*)from);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    typedef Register<int32_t, LANES / 4>::Type Quarter;
+    return floats_of(Ints{{(Quarter)vmovl_s16(vget_low_s16(low)), (Quarter)vmovl_high_s16(low)},
+                          {(Quarter)vmovl_s16(vget_low_s16(high)), (Quarter)vmovl_high_s16(high)}});
+#else
+    Ints integers;
+    read(integers, (const int8_t*)from);
+    return floats_of(integers);
+#endif
+}
+
 // IEEE half precision to float, exactly. Correct also under FlushToZero, for subnormal halves too.
 INLINE Floats from_fp16(const uint16_t* from) {
 #if defined(BRLITE_HAS_AVX512)

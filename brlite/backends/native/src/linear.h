@@ -4,6 +4,8 @@
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
 //   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 offsets, if it has them |
+//   Q4_K panel, one block of 256 inputs:  | 16 halves for the scales | 16 for the minimums | 8 groups of int4 |
+//   Q6_K panel, one block of 256 inputs:  | 16 halves for the scales | 16 groups of 16 inputs: see step.h |
 //   bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
@@ -50,10 +52,9 @@ template <int FORMAT>
 struct Scaling {
     Floats scales, offsets;
 
-    INLINED explicit Scaling(const uint8_t* group) {
-        const uint16_t* halves = (const uint16_t*)(group + code_bytes(FORMAT));
-        scales = FORMAT == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
-        if constexpr (has_offsets(FORMAT)) offsets = from_fp16(halves + LANES);
+    INLINED Scaling(const uint8_t* group, const Factors& factors) {
+        scales = scales_of(FORMAT, group + code_bytes(FORMAT), factors);
+        if constexpr (has_offsets(FORMAT)) offsets = offsets_of(FORMAT, group + code_bytes(FORMAT), factors);
     }
 
     // A sum of activations times codes, as one of activations times weights. Products are not fused with sums: the same
@@ -62,30 +63,36 @@ struct Scaling {
         if constexpr (!is_int4(FORMAT)) return sum * scales;
         if constexpr (FORMAT == BRLITE_INT4) return (sum + splat(activations.minus_8_sums)) * scales;
         const Floats offset = offsets * splat(activations.sum);
-        return FORMAT == BRLITE_INT4_MIN ? sum * scales + offset : (sum - offset) * scales;
+        return has_minimums(FORMAT) ? sum * scales + offset : (sum - offset) * scales;
     }
 };
 
 // Activations are int16, or int8 with a scale for each group. Integer sums are exact in any order. The sum of a group
-// of 4-bit codes is exact as a float, too, with and without the zero point's part.
+// of 4-bit codes is exact as a float, too, with and without the zero point's part; so is that of 16 6-bit codes.
 template <int FORMAT, int ROWS, bool HAS_INT8_ROWS>
 static void multiply_integers(const Tile& tile) {
     const uint8_t* group = tile.panel;
-    const ActivationGroup* activations = tile.activations;
+    Factors factors;
     Floats totals[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), activations++) {
+    for (int first = 0; first < tile.num_inputs; first += group_inputs(FORMAT), group += group_bytes(FORMAT)) {
+        if (has_blocks(FORMAT) && first % BRLITE_BLOCK == 0) {
+            factors.read(FORMAT, group);
+            group += block_head_bytes(FORMAT);
+        }
         if (tile.ahead) fetch<ROWS == 1>(group + tile.ahead, group_bytes(FORMAT));
+        const int index = first / BRLITE_GROUP, half = first % BRLITE_GROUP / group_inputs(FORMAT);
+        const GroupOfRows activations = {tile.activations + index, tile.row_size / BRLITE_GROUP};
+        const long start = index * BRLITE_GROUP;
         Floats sums[ROWS];
         if constexpr (HAS_INT8_ROWS)
-            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + first, activations, tile.row_size);
+            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + start, tile.row_size, activations, half);
         else
-            sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size);
-        const Scaling<FORMAT> scaling(group);
+            sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size, activations, half);
+        const Scaling<FORMAT> scaling(group, factors);
         UNROLLED for (int r = 0; r < ROWS; r++) {
-            const ActivationGroup& of_row = activations[r * tile.row_size / BRLITE_GROUP];
-            const Floats sum = scaling.scaled(sums[r], of_row);
-            totals[r] = totals[r] + (HAS_INT8_ROWS ? sum * splat(of_row.scale) : sum);
+            const Floats sum = scaling.scaled(sums[r], activations[r]);
+            totals[r] = totals[r] + (HAS_INT8_ROWS ? sum * splat(activations[r].scale) : sum);
         }
     }
     UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
@@ -117,9 +124,9 @@ typedef void (*TileKernel)(const Tile&);
 
 // By format and rows - 1.
 #define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
-static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {TILES(BRLITE_INT8),     TILES(BRLITE_BF16),
-                                                               TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
-                                                               TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO)};
+static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
+    TILES(BRLITE_INT8),     TILES(BRLITE_BF16),      TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
+    TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO), TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K)};
 #undef TILES
 #define TILE(f, rows) multiply_integers<f, (rows < MAX_GROUPED_ROWS ? rows : MAX_GROUPED_ROWS), true>
 #define TILES(f)                                                               \
@@ -127,7 +134,8 @@ static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {TILES(BRLITE_INT8
      TILE(f, 7), TILE(f, 8), TILE(f, 9), TILE(f, 10), TILE(f, 11), TILE(f, 12)}
 static const TileKernel GROUPED_KERNELS[BRLITE_NUM_FORMATS][12] = {TILES(BRLITE_INT8),     {},
                                                                    TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
-                                                                   TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO)};
+                                                                   TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO),
+                                                                   TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K)};
 #undef TILES
 #undef TILE
 

@@ -4,10 +4,10 @@
 //   row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
 //
 // A pair of inputs for all sixteen columns takes 32 bytes in int8 and 64 in bfloat16. In int4 four pairs share 64
-// bytes: each 16-bit word has one code of each pair, the first pair's in the lowest 4 bits. With instructions that
-// multiply pairs, a pair takes one instruction per row and panel. Weights, cached keys and cached values all have this
-// form, so there is one kernel for each number format. bfloat16 products are added one by one, the odd input first:
-// vdpbf16ps adds in that order, so all instruction sets give its bits.
+// bytes: each 16-bit word has one code of each pair, the first pair's in the lowest 4 bits. In Q6_K eight pairs share
+// 192 bytes (step.h). With instructions that multiply pairs, a pair takes one instruction per row and panel. Weights,
+// cached keys and cached values all have this form, so there is one kernel for each number format. bfloat16 products
+// are added one by one, the odd input first: vdpbf16ps adds in that order, so all instruction sets give its bits.
 #pragma once
 
 #include "lanes.h"
@@ -29,6 +29,7 @@ struct Int8 {
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return _mm512_setzero_si512(); }
+    INLINE Sum equal(int32_t value) { return _mm512_set1_epi32(value); }
     INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE Pair load(const uint8_t* at, int) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at)); }
     INLINE Pair load_int4(const uint8_t* at, int i) {
@@ -42,6 +43,15 @@ struct Int8 {
         return i == 3 ? _mm512_srli_epi16(words, 12) : _mm512_and_si512(words, _mm512_set1_epi16(15 << 4 * i));
     }
     INLINE Sum shifted_back(Sum sum, int i) { return _mm512_srai_epi32(sum, 4 * i); }
+    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
+        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
+        const auto words = [group](int i) INLINED { return _mm512_loadu_si512(group + 64 * i); };
+        if (vector < 3) return _mm512_and_si512(_mm512_srli_epi16(words(vector), shift), _mm512_set1_epi16(63));
+        const auto bits = [shift](__m512i words, int by, int mask) INLINED {
+            return _mm512_and_si512(_mm512_srli_epi16(words, shift + by), _mm512_set1_epi16((short)mask));
+        };
+        return _mm512_or_si512(_mm512_or_si512(bits(words(0), 6, 3), bits(words(1), 4, 12)), bits(words(2), 2, 48));
+    }
 #if defined(BRLITE_HAS_VNNI)
     typedef const Row* Broadcast;
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
@@ -112,6 +122,7 @@ struct Int8 {
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    INLINE Sum equal(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
     INLINE Sum plus(Sum a, Sum b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
     INLINE Pair load(const uint8_t* at, int) {
         return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)),
@@ -134,6 +145,19 @@ struct Int8 {
     }
     INLINE Sum shifted_back(Sum sum, int i) {
         return {_mm256_srai_epi32(sum.low, 4 * i), _mm256_srai_epi32(sum.high, 4 * i)};
+    }
+    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
+        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
+        const auto bits = [group, shift](int offset, int by, int mask) INLINED {
+            const __m256i words = _mm256_loadu_si256((const __m256i*)(group + offset));
+            return _mm256_and_si256(_mm256_srli_epi16(words, shift + by), _mm256_set1_epi16((short)mask));
+        };
+        if (vector < 3) return {bits(64 * vector, 0, 63), bits(64 * vector + 32, 0, 63)};
+        const auto joined = [bits](int offset) INLINED {
+            return _mm256_or_si256(_mm256_or_si256(bits(offset, 6, 3), bits(offset + 64, 4, 12)),
+                                   bits(offset + 128, 2, 48));
+        };
+        return {joined(0), joined(32)};
     }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
 #if defined(BRLITE_HAS_VNNI)
@@ -207,6 +231,7 @@ struct Int8 {
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return Ints{}; }
+    INLINE Sum equal(int32_t value) { return splat_int(value); }
     INLINE Sum plus(Sum a, Sum b) { return a + b; }
     INLINE Pair load(const uint8_t* at, int) {
         int8_t even[LANES], odd[LANES];
@@ -220,6 +245,16 @@ struct Int8 {
         Ints words;
         read(words, (const int32_t*)at);
         return {(words >> 4 * i) & 15, (words >> (16 + 4 * i)) & 15};
+    }
+    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
+        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
+        Ints words[3];
+        for (int i = 0; i < 3; i++) read(words[i], (const int32_t*)(group + 64 * i));
+        const auto code = [&](int at) INLINED {
+            if (vector < 3) return words[vector] >> at & 63;
+            return (words[0] >> (at + 6) & 3) | (words[1] >> (at + 4) & 12) | (words[2] >> (at + 2) & 48);
+        };
+        return {code(shift), code(16 + shift)};
     }
     INLINE Pair load_shifted_int4(const uint8_t* at, int i) { return load_int4(at, i); }  // not used: one sum
     INLINE Sum shifted_back(Sum sum, int) { return sum; }
@@ -319,6 +354,20 @@ INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* pane
             Int8::shifted_back(sums[i][r][0], i);
 }
 
+// As `add_pairs`, for one group of a Q6_K panel, whose codes are 0 to 63.
+template <int SUMS, int ROWS>
+INLINE void add_q6_k_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* group, const Int8::Row* rows,
+                           long row_stride) {
+#if defined(BRLITE_HAS_DOTPROD)
+    return add_quads<ROWS>(&sums[0][0][0], 1, Q6KPanel{group}, rows, row_stride, BRLITE_GROUP / 2);
+#endif
+    UNROLLED for (int pair = 0; pair < BRLITE_GROUP / 4; pair++) {
+        const Int8::Pair weights = Int8::load_q6_k(group, pair);
+        UNROLLED for (int r = 0; r < ROWS; r++)
+            Int8::add(sums[pair % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * pair, 0));
+    }
+}
+
 // Independent sums per row, used in turn: a multiply-add takes several cycles, and the next need not wait for its sum.
 #if defined(BRLITE_HAS_AVX512)
 constexpr int sums_of_row(int, int num_rows) { return num_rows <= 2 ? 4 : 2; }
@@ -328,14 +377,26 @@ constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && 
 constexpr int sums_of_row(int, int) { return 1; }
 #endif
 
-// sums[row] = the sum of one group of a panel: of integer activations times codes.
+// The same group of activations in some rows.
+struct GroupOfRows {
+    const ActivationGroup* first;
+    long stride;
+    INLINED const ActivationGroup& operator[](int row) const { return first[row * stride]; }
+};
+
+// sums[row] = the sum of one group of a panel: of integer activations times codes. A group of Q6_K is half a group of
+// activations, the one that `half` tells. Its sums start at -32 times the sum of these: codes are 32 too large.
 template <int FORMAT, int ROWS>
-INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size) {
+INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size,
+                         const GroupOfRows& activations, int half) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
     Int8::Sum parts[SUMS][ROWS][1];
     UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(parts[i]);
     if constexpr (is_int4(FORMAT)) {
         add_int4_pairs(parts, group, rows, row_size);
+    } else if constexpr (FORMAT == BRLITE_Q6_K) {
+        UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_32_sums[half]);
+        add_q6_k_pairs(parts, group, rows, row_size);
     } else {
         const uint8_t* panel[1] = {group};
         add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2);
@@ -344,6 +405,26 @@ INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8:
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][0] = Int8::plus(parts[0][r][0], parts[i][r][0]);
         sums[r] = Int8::floats(parts[0][r][0]);
     }
+}
+
+// What a block's groups multiply their scales and minimums by.
+struct Factors {
+    Floats scales, minimums;
+
+    INLINED void read(int format, const uint8_t* head) {
+        scales = from_fp16((const uint16_t*)head);
+        if (has_minimums(format)) minimums = from_fp16((const uint16_t*)head + LANES);
+    }
+};
+
+// The scales of a group, which are at `at`, and its minimums or zero points.
+INLINE Floats scales_of(int format, const uint8_t* at, const Factors& factors) {
+    if (has_blocks(format)) return from_bytes(at) * factors.scales;
+    return format == BRLITE_INT8 ? from_halves((const uint16_t*)at) : from_fp16((const uint16_t*)at);
+}
+INLINE Floats offsets_of(int format, const uint8_t* at, const Factors& factors) {
+    if (has_blocks(format)) return from_bytes(at + LANES) * factors.minimums;
+    return from_fp16((const uint16_t*)at + LANES);
 }
 
 // out[row][panel * 16 ..] = the sums as floats.

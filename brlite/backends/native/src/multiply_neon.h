@@ -28,6 +28,7 @@ struct Int8 {
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     static constexpr bool IS_INT8 = true;
     INLINE Sum zero() { return Ints{}; }
+    INLINE Sum equal(int32_t value) { return splat_int(value); }
     INLINE Sum plus(Sum a, Sum b) { return a + b; }
     INLINE Pair load(const uint8_t* at, int) {
         const int8x16x2_t codes = vld2q_s8((const int8_t*)at);  // even inputs, odd inputs
@@ -40,6 +41,25 @@ struct Int8 {
             return vreinterpretq_s16_u16(vandq_u16(vshlq_u16(words, vdupq_n_s16((int16_t)(-4 * i))), vdupq_n_u16(15)));
         };
         return {codes(low.val[0]), codes(high.val[0]), codes(low.val[1]), codes(high.val[1])};
+    }
+    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
+        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
+        const auto bits = [shift](uint16x8_t words, int by, int mask) INLINED {
+            return vandq_u16(vshlq_u16(words, vdupq_n_s16((int16_t)(-shift - by))), vdupq_n_u16((uint16_t)mask));
+        };
+        uint16x8_t codes[4];  // even and odd inputs of columns 0 to 7, then of columns 8 to 15
+        UNROLLED for (int half = 0; half < 2; half++) {
+            uint16x8x2_t words[3];
+            UNROLLED for (int i = 0; i < 3; i++) words[i] = vld2q_u16((const uint16_t*)(group + 64 * i + 32 * half));
+            UNROLLED for (int odd = 0; odd < 2; odd++) {
+                const uint16x8_t upper =
+                    vorrq_u16(vorrq_u16(bits(words[0].val[odd], 6, 3), bits(words[1].val[odd], 4, 12)),
+                              bits(words[2].val[odd], 2, 48));
+                codes[2 * half + odd] = vector < 3 ? bits(words[vector % 3].val[odd], 0, 63) : upper;
+            }
+        }
+        return {vreinterpretq_s16_u16(codes[0]), vreinterpretq_s16_u16(codes[2]), vreinterpretq_s16_u16(codes[1]),
+                vreinterpretq_s16_u16(codes[3])};
     }
     INLINE Pair load_shifted_int4(const uint8_t* at, int i) { return load_int4(at, i); }  // not used: one sum
     INLINE Sum shifted_back(Sum sum, int) { return sum; }
@@ -199,6 +219,27 @@ struct Int4Panel {
         return quad;
     }
     INLINED static uint8x16_t order() { return uint8x16_t{1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14}; }
+};
+
+// A group of Q6_K codes.
+struct Q6KPanel {
+    const uint8_t* group;
+
+    template <int HALF>
+    INLINED Quad quad(int first) const {
+        const int vector = first / 4 + HALF;
+        Quad quad;
+        UNROLLED for (int i = 0; i < 4; i++) {
+            const auto bits = [this, i](int vector, int by, int mask) INLINED {
+                const uint8x16_t bytes = vld1q_u8(group + 64 * vector + 16 * i);
+                return vandq_u8(vshlq_u8(bytes, vdupq_n_s8((int8_t)-by)), vdupq_n_u8((uint8_t)mask));
+            };
+            quad.quarters[i] = vreinterpretq_s8_u8(
+                vector < 3 ? bits(vector, 0, 63) : vorrq_u8(vorrq_u8(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48)));
+        }
+        return quad;
+    }
+    INLINED static uint8x16_t order() { return Int4Panel::order(); }
 };
 
 // sums[row * stride] += `num_inputs` inputs, a multiple of 8, of `rows` times those of a panel.

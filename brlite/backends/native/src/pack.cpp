@@ -93,13 +93,81 @@ void pack_row_int8(const float* weights, int num_inputs, Place to) {
     pack_group(rest, to.panel, to.column);
 }
 
-// Each word has four codes, of inputs that are 2 apart; load_int4 of multiply.h takes them apart.
+// Each word has the lower 4 bits of four bytes, of inputs that are 2 apart; load_int4 of multiply.h takes them apart.
 void place_int4(const uint8_t* codes, uint8_t* group, int column) {
     for (int first = 0; first < BRLITE_GROUP; first += 8)
         for (int i = first; i < first + 2; i++) {
-            const uint16_t word = (uint16_t)(codes[i] | codes[i + 2] << 4 | codes[i + 4] << 8 | codes[i + 6] << 12);
+            uint16_t word = 0;
+            for (int k = 0; k < 4; k++) word |= (codes[i + 2 * k] & 15) << 4 * k;
             memcpy(group + first / 2 * BRLITE_LANES + 2 * (2 * column + i % 2), &word, sizeof word);
         }
+}
+
+// The blocks of GGML's K formats are those of llama.cpp's ggml-common.h. A panel's block begins with the numbers in
+// half precision of all columns. That of the minimums is negated: a weight is scale * code + minimum.
+struct BlockOfQ4K {
+    uint16_t scale, minimum;
+    uint8_t factors[12];  // 6 bits for each of 8 scales and 8 minimums
+    uint8_t codes[128];   // 32 bytes for two groups: the first in their lower 4 bits
+};
+static_assert(sizeof(BlockOfQ4K) == 144, "as in a file");
+
+struct BlockOfQ6K {
+    uint8_t lower[128];  // 4 bits: 64 bytes for 128 inputs, the first 64 in their lower 4 bits
+    uint8_t upper[64];   // 2 bits: 32 bytes for 128 inputs, the first 32 in their lowest 2 bits, and so on
+    int8_t factors[16];
+    uint16_t scale;
+};
+static_assert(sizeof(BlockOfQ6K) == 210, "as in a file");
+
+void place_group(const BlockOfQ4K& block, int index, uint8_t* group, int column) {
+    uint8_t codes[BRLITE_GROUP];
+    for (int i = 0; i < BRLITE_GROUP; i++) codes[i] = block.codes[index / 2 * BRLITE_GROUP + i] >> 4 * (index % 2);
+    place_int4(codes, group, column);
+    const uint8_t *low = block.factors, *middle = low + 4, *high = low + 8;
+    const int k = index % 4;
+    uint8_t* factors = group + code_bytes(BRLITE_Q4_K) + column;
+    factors[0] = index < 4 ? low[k] & 63 : (high[k] & 15) | low[k] >> 6 << 4;
+    factors[BRLITE_LANES] = index < 4 ? middle[k] & 63 : high[k] >> 4 | middle[k] >> 6 << 4;
+}
+
+void place_group(const BlockOfQ6K& block, int index, uint8_t* group, int column) {
+    constexpr int SIZE = group_inputs(BRLITE_Q6_K), VECTOR_BYTES = 4 * BRLITE_LANES;
+    uint8_t vectors[4][4];  // the column's bytes: of the even inputs, then of the odd ones
+    for (int i = 0; i < SIZE; i++) {
+        const int input = index * SIZE + i, half = input / 128, quarter = input % 128 / 32;
+        const int lower = block.lower[64 * half + input % 64] >> 4 * (quarter / 2) & 15;
+        const int upper = block.upper[32 * half + input % 32] >> 2 * quarter & 3;
+        vectors[q6_k_vector(i / 2)][2 * (i % 2) + q6_k_byte(i / 2)] = (uint8_t)(lower | upper << 4);
+    }
+    for (int v = 0; v < 3; v++)
+        for (int k = 0; k < 4; k++)
+            group[v * VECTOR_BYTES + 4 * column + k] = (uint8_t)(vectors[v][k] | (vectors[3][k] >> 2 * v & 3) << 6);
+    group[code_bytes(BRLITE_Q6_K) + column] = (uint8_t)block.factors[index];
+}
+
+void place_head(const BlockOfQ4K& from, uint8_t* block, int column) {
+    const uint16_t minimum = from.minimum ^ 0x8000;
+    memcpy(block + 2 * column, &from.scale, 2);
+    memcpy(block + 2 * (BRLITE_LANES + column), &minimum, 2);
+}
+
+void place_head(const BlockOfQ6K& from, uint8_t* block, int column) { memcpy(block + 2 * column, &from.scale, 2); }
+
+// Packs a row of blocks. Of the last one, only the groups that hold inputs.
+template <int FORMAT, class Block>
+void pack_row_of_blocks(const uint8_t* blocks, int num_inputs, Place to) {
+    uint8_t* at = to.panel;
+    Block block;
+    for (int first = 0; first < num_inputs; first += group_inputs(FORMAT), at += group_bytes(FORMAT)) {
+        const int index = first % BRLITE_BLOCK / group_inputs(FORMAT);
+        if (index == 0) {
+            memcpy(&block, blocks + first / BRLITE_BLOCK * sizeof block, sizeof block);
+            place_head(block, at, to.column);
+            at += block_head_bytes(FORMAT);
+        }
+        place_group(block, index, at, to.column);
+    }
 }
 
 void place_int8(const uint8_t* codes, uint8_t* group, int column) {
@@ -144,6 +212,20 @@ void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* sca
         uint8_t* halves = group + brlite::code_bytes(format) + 2 * to.column;
         memcpy(halves, scales + i, 2);
         if (brlite::has_offsets(format)) memcpy(halves + 2 * BRLITE_LANES, offsets + i, 2);
+    }
+}
+
+void brlite_pack_blocks(int32_t format, const uint8_t* blocks, int32_t first, int32_t num_rows, int32_t num_inputs,
+                        void* panels) {
+    const bool is_q4_k = format == BRLITE_Q4_K;
+    const size_t row_bytes = (size_t)brlite::rounded(num_inputs, BRLITE_BLOCK) / BRLITE_BLOCK *
+                             (is_q4_k ? sizeof(brlite::BlockOfQ4K) : sizeof(brlite::BlockOfQ6K));
+    for (int row = 0; row < num_rows; row++, blocks += row_bytes) {
+        const brlite::Place to = brlite::place_of(format, first + row, num_inputs, panels);
+        if (is_q4_k)
+            brlite::pack_row_of_blocks<BRLITE_Q4_K, brlite::BlockOfQ4K>(blocks, num_inputs, to);
+        else
+            brlite::pack_row_of_blocks<BRLITE_Q6_K, brlite::BlockOfQ6K>(blocks, num_inputs, to);
     }
 }
 

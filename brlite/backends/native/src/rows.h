@@ -43,8 +43,8 @@ INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
         Ints low, high;
         read(low, from + i);
         read(high, from + i + LANES);
-        const float sum = sum_of(low + high);
-        to[i / BRLITE_GROUP] = {sum, -8 * sum, 0, 0.0f};
+        const float low_sum = sum_of(low), high_sum = sum_of(high), sum = low_sum + high_sum;
+        to[i / BRLITE_GROUP] = {sum, -8 * sum, 0, {-32 * (int32_t)low_sum, -32 * (int32_t)high_sum}, 0.0f};
     }
 }
 
@@ -61,9 +61,10 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
         const Ints low_codes = rounded(factor > 0 ? low * splat(factor) : nothing),
                    high_codes = rounded(factor > 0 ? high * splat(factor) : nothing);
         store_group(to + i, low_codes, high_codes);
-        const float sum = sum_of(low_codes + high_codes);
+        const int32_t low_sum = (int32_t)sum_of(low_codes), high_sum = (int32_t)sum_of(high_codes);
+        const int32_t sum = low_sum + high_sum;
         const float scale = is_finite(peak) ? peak / MAX_INT8_ACTIVATION : __builtin_nanf("");
-        *groups = {sum, -8 * sum, -128 * (int32_t)sum, scale};
+        *groups = {(float)sum, (float)(-8 * sum), -128 * sum, {-32 * low_sum, -32 * high_sum}, scale};
     }
 }
 
@@ -72,7 +73,7 @@ INLINE void write_row(const Activations& to, int format, int row, const float* v
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
     to.scales[row] = quantize_row(values, size, peak_of(values, size), integers);
-    if (is_int4(format)) sum_groups(integers, size, to.groups + row * to.row_size / BRLITE_GROUP);
+    if (needs_sums(format)) sum_groups(integers, size, to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
 // As `write_row`, for the activations that `op` writes: with `has_int8_rows` int8, with one scale for each group.
@@ -87,7 +88,13 @@ INLINE void write_input(const Activations& to, const brlite_operation& op, int r
 // The code of input `i` of a group in a column.
 INLINE int code_at(int format, const uint8_t* group, int column, int i) {
     const int lane = 2 * column + i % 2, pair = i / 2;
-    if (!is_int4(format)) return (int8_t)group[pair * 2 * LANES + lane];
+    if (code_bits(format) == 8) return (int8_t)group[pair * 2 * LANES + lane];
+    if (format == BRLITE_Q6_K) {
+        const uint8_t* byte = group + 2 * lane + q6_k_byte(pair);
+        const int vector = q6_k_vector(pair), size = 4 * LANES;
+        if (vector < 3) return byte[vector * size] & 63;
+        return byte[0] >> 6 | byte[size] >> 6 << 2 | byte[2 * size] >> 6 << 4;
+    }
     uint16_t word;
     memcpy(&word, group + pair / 4 * 4 * LANES + 2 * lane, sizeof word);
     return word >> 4 * (pair % 4) & 15;
@@ -95,15 +102,22 @@ INLINE int code_at(int format, const uint8_t* group, int column, int i) {
 
 static void unpack_integers(int format, const uint8_t* panels, int row, int num_inputs, float* out) {
     const uint8_t* group = panels + row / LANES * panel_bytes(format, num_inputs);
-    const int column = row % LANES;
-    for (int first = 0; first < num_inputs; first += BRLITE_GROUP, group += group_bytes(format)) {
-        const uint16_t* halves = (const uint16_t*)(group + code_bytes(format));
-        const Floats scales = format == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
-        const float scale = scales[column];
-        const float offset = has_offsets(format) ? from_fp16(halves + LANES)[column] : 0.0f;
-        const float minimum = format == BRLITE_INT4_MIN ? offset : 0.0f;
-        const int zero = format == BRLITE_INT4 ? 8 : format == BRLITE_INT4_ZERO ? (int)offset : 0;
-        for (int i = 0; i < smaller(BRLITE_GROUP, num_inputs - first); i++)
+    Factors factors;
+    const int column = row % LANES, size = group_inputs(format);
+    for (int first = 0; first < num_inputs; first += size, group += group_bytes(format)) {
+        if (has_blocks(format) && first % BRLITE_BLOCK == 0) {
+            factors.read(format, group);
+            group += block_head_bytes(format);
+        }
+        const uint8_t* at = group + code_bytes(format);
+        const float scale = scales_of(format, at, factors)[column];
+        const float offset = has_offsets(format) ? offsets_of(format, at, factors)[column] : 0.0f;
+        const float minimum = has_minimums(format) ? offset : 0.0f;
+        const int zero = format == BRLITE_INT4        ? 8
+                         : format == BRLITE_Q6_K      ? 32
+                         : format == BRLITE_INT4_ZERO ? (int)offset
+                                                      : 0;
+        for (int i = 0; i < smaller(size, num_inputs - first); i++)
             out[first + i] = (code_at(format, group, column, i) - zero) * scale + minimum;
     }
 }

@@ -26,7 +26,9 @@ constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1, false},     {BRLITE_INT8
                           {BRLITE_INT4_MIN, BRLITE_INT8, 1, false}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1, false},
                           {BRLITE_INT8_F16, BRLITE_INT8, 1, false}, {BRLITE_INT8, BRLITE_BF16, 1, true},
                           {BRLITE_INT8_F16, BRLITE_BF16, 2, true},  {BRLITE_INT4, BRLITE_INT8, 1, true},
-                          {BRLITE_INT4_MIN, BRLITE_BF16, 1, true},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true}};
+                          {BRLITE_INT4_MIN, BRLITE_BF16, 1, true},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true},
+                          {BRLITE_Q4_K, BRLITE_INT8, 2, false},     {BRLITE_Q6_K, BRLITE_BF16, 1, false},
+                          {BRLITE_Q4_K, BRLITE_BF16, 1, true},      {BRLITE_Q6_K, BRLITE_INT8, 2, true}};
 
 struct SomeTokens {
     int sequence;

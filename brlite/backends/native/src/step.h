@@ -25,11 +25,13 @@ struct Counter {
     }
 };
 
-// A group of integer activations: the sum of its integers, that sum times -8 and -128, and the scale of int8.
+// A group of integer activations: the sum of its integers, that sum times -8 and -128, the sums of its halves times
+// -32, and the scale of int8.
 struct ActivationGroup {
     float sum;
     float minus_8_sums;
     int32_t minus_128_sums;
+    int32_t minus_32_sums[2];
     float scale;
 };
 
@@ -39,7 +41,7 @@ struct Activations {
     void* rows;
     float* scales;
     long row_size;
-    ActivationGroup* groups;  // [rows][row_size / BRLITE_GROUP]: of int8, and of int16 for int4 matrices
+    ActivationGroup* groups;  // [rows][row_size / BRLITE_GROUP]: of int8, and of int16 for int4 and Q6_K matrices
 };
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
@@ -102,16 +104,37 @@ inline int head_size(const brlite_attention& attention) { return rounded(attenti
 
 // Whether activations of this format are int16.
 constexpr bool takes_int16(int format) { return format != BRLITE_BF16; }
-constexpr bool has_offsets(int format) { return format == BRLITE_INT4_MIN || format == BRLITE_INT4_ZERO; }
+constexpr bool has_blocks(int format) { return format == BRLITE_Q4_K || format == BRLITE_Q6_K; }
+constexpr bool has_minimums(int format) { return format == BRLITE_INT4_MIN || format == BRLITE_Q4_K; }
+constexpr bool has_offsets(int format) { return has_minimums(format) || format == BRLITE_INT4_ZERO; }
 constexpr bool is_int4(int format) { return format == BRLITE_INT4 || has_offsets(format); }
 
-// Bytes of the codes of a group in a panel. Scales follow the codes, then minimums or zero points, if any.
-constexpr long code_bytes(int format) { return BRLITE_GROUP * BRLITE_LANES / (is_int4(format) ? 2 : 1); }
-constexpr long group_bytes(int format) { return code_bytes(format) + 2 * BRLITE_LANES * (has_offsets(format) ? 2 : 1); }
+// Whether products of int16 need the sums of groups of activations.
+constexpr bool needs_sums(int format) { return is_int4(format) || format == BRLITE_Q6_K; }
+
+// Inputs that share a scale, and bytes of their codes in a panel. Scales follow the codes, then minimums or zero
+// points, if any. A block begins with its numbers in half precision, by which its groups' scales and minimums are
+// multiplied.
+constexpr int group_inputs(int format) { return format == BRLITE_Q6_K ? BRLITE_GROUP / 2 : BRLITE_GROUP; }
+constexpr int code_bits(int format) { return is_int4(format) ? 4 : format == BRLITE_Q6_K ? 6 : 8; }
+constexpr long code_bytes(int format) { return group_inputs(format) * BRLITE_LANES * code_bits(format) / 8; }
+constexpr long scale_bytes(int format) { return BRLITE_LANES * (has_offsets(format) ? 2 : 1); }
+constexpr long group_bytes(int format) {
+    return code_bytes(format) + scale_bytes(format) * (has_blocks(format) ? 1 : 2);
+}
+constexpr long block_head_bytes(int format) { return has_blocks(format) ? 2 * scale_bytes(format) : 0; }
+
+// The bytes of a Q6_K group's sixteen inputs: three vectors of 64 have a code each in the lower 6 bits of their bytes;
+// their upper 2 bits are those of a fourth. This is the vector of a pair of inputs, and the byte of each word that it
+// has.
+constexpr int q6_k_vector(int pair) { return pair / 4 * 2 + pair % 2; }
+constexpr int q6_k_byte(int pair) { return pair / 2 % 2; }
 
 inline long panel_bytes(int format, int num_inputs) {
     const long inputs = padded_inputs(num_inputs);
-    return format == BRLITE_BF16 ? inputs * BRLITE_LANES * 2 : inputs / BRLITE_GROUP * group_bytes(format);
+    if (format == BRLITE_BF16) return inputs * BRLITE_LANES * 2;
+    return inputs / group_inputs(format) * group_bytes(format) +
+           rounded(num_inputs, BRLITE_BLOCK) / BRLITE_BLOCK * block_head_bytes(format);
 }
 
 // The layout of a page of the cache: keys are a panel of 16 tokens, values are pairs of tokens by dimension. int8 pages

@@ -62,6 +62,7 @@ const float* Toy::vector(int size, float base, float spread) {
 }
 
 const void* Toy::matrix(int num_outputs, int num_inputs) {
+    if (has_blocks(weight_format_)) return matrix_of_blocks(num_outputs, num_inputs);
     if (weight_format_ != BRLITE_INT8 && weight_format_ != BRLITE_BF16)
         return quantized_matrix(num_outputs, num_inputs);
     std::vector<float> weights((size_t)num_outputs * num_inputs);
@@ -85,6 +86,21 @@ const void* Toy::quantized_matrix(int num_outputs, int num_inputs) {
     auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
     brlite_pack_codes(weight_format_, codes.data(), scales.data(), offsets.data(), 0, num_outputs,
                       rounded(num_inputs, BRLITE_GROUP), panels.data());
+    return panels.data();
+}
+
+// Any bytes, but for the numbers in half precision: from 2^-24 to 2^-6.
+const void* Toy::matrix_of_blocks(int num_outputs, int num_inputs) {
+    const size_t block_bytes = weight_format_ == BRLITE_Q4_K ? 144 : 210, first_half = block_bytes == 144 ? 0 : 208;
+    std::vector<uint8_t> blocks((size_t)num_outputs * rounded(num_inputs, BRLITE_BLOCK) / BRLITE_BLOCK * block_bytes);
+    for (uint8_t& byte : blocks) byte = (uint8_t)random_.below(256);
+    for (size_t at = first_half; at < blocks.size(); at += block_bytes)
+        for (size_t i = at; i < at + (block_bytes == 144 ? 4 : 2); i += 2) {
+            const uint16_t half = (uint16_t)random_.below(0x2400);
+            memcpy(&blocks[i], &half, sizeof half);
+        }
+    auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
+    brlite_pack_blocks(weight_format_, blocks.data(), 0, num_outputs, rounded(num_inputs, BRLITE_GROUP), panels.data());
     return panels.data();
 }
 

@@ -50,6 +50,7 @@ class Toy {
     const float* vector(int size, float base, float spread);
     const void* matrix(int num_outputs, int num_inputs);
     const void* quantized_matrix(int num_outputs, int num_inputs);
+    const void* matrix_of_blocks(int num_outputs, int num_inputs);
     const void* table(int num_rows, int size);
     brlite_operation reading(int kind, Rows& input, int num_inputs);
     brlite_operation writing(int kind, Rows& output, int num_outputs);
