@@ -71,14 +71,14 @@ def _q5_0(blocks: Bytes) -> Coded:
     return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
 
 
-class Block(NamedTuple):
+class BlockFormat(NamedTuple):
     """The form of a format's matrices in native code, and where in a block its half-precision numbers begin."""
 
     form: MatrixForm
     halves: tuple[int, ...]
 
 
-BLOCKS: dict[str, Block] = {"Q4_K": Block("q4_k", (0, 2)), "Q6_K": Block("q6_k", (208,))}
+BLOCKS: dict[str, BlockFormat] = {"Q4_K": BlockFormat("q4_k", (0, 2)), "Q6_K": BlockFormat("q6_k", (208,))}
 
 # A block's layout is defined in llama.cpp, ggml-common.h.
 CODINGS: dict[str, Coding] = {
