@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 
 import aiohttp
@@ -57,25 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]:
-    model = subject.find_model(args.model)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
-    settings = servers.Settings(
-        model=model.name,
-        path=model.path,
-        streams=args.streams,
-        context=CONTEXT,
-        threads=args.threads,
-        prefix_cache=False,
-        folder=folder,
-        tables=subject.chosen(args),
-    )
+    settings = servers.read_settings(args, stack, streams=args.streams, context=CONTEXT)
     launches = []
     for name in args.servers:
         launcher = launchers.find_launcher(name)
         assert launcher is not None  # the choices are such names
         launch = launcher(settings)
         launches.append(launch if name == "brlite" else launchers.with_embeddings(launch))
-    return servers.start_paused(launches, folder, args.start_timeout, stack)
+    return servers.start_paused(launches, settings.folder, args.start_timeout, stack)
 
 
 def _rate(server: servers.Server, args: argparse.Namespace, number: int) -> float:
@@ -109,16 +96,11 @@ async def _ask_all(server: servers.Server, texts: Sequence[str], streams: int) -
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
+    subject.add_turns(parser, short="4 in flight, one round, brlite alone")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=["brlite"], help="(brlite)")
     parser.add_argument("--streams", type=int, default=16, metavar="N", help="requests in flight (16)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
     parser.add_argument("--requests", type=int, default=16, metavar="N", help="of each stream in a round (16)")
-    parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
-    parser.add_argument("--short", action="store_true", help="4 in flight, one round, brlite alone")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
-    return args
+    return subject.parse(parser, argv, SHORT)
 
 
 if __name__ == "__main__":

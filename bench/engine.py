@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -90,7 +89,7 @@ class _RequestFailed(Exception):
 
 def _measure(args: argparse.Namespace, stack: ExitStack) -> list[Round]:
     model = subject.find_model(args.model)
-    server = None if args.engine_only else _start_server(args, model, stack)
+    server = None if args.engine_only else _start_server(args, stack)
     tables = subject.chosen(args)
     tables["engine"]["prefix_caching"] = False
     context = max(CONTEXT, 2 * args.prompt_tokens)
@@ -119,20 +118,10 @@ def _measure(args: argparse.Namespace, stack: ExitStack) -> list[Round]:
     return rounds
 
 
-def _start_server(args: argparse.Namespace, model: subject.Model, stack: ExitStack) -> servers.Server:
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
-    settings = servers.Settings(
-        model=model.name,
-        path=model.path,
-        streams=args.streams,
-        context=CONTEXT,
-        threads=args.threads,
-        prefix_cache=False,
-        folder=folder,
-        tables=subject.chosen(args),
-    )
+def _start_server(args: argparse.Namespace, stack: ExitStack) -> servers.Server:
+    settings = servers.read_settings(args, stack, streams=args.streams, context=CONTEXT)
     launch = servers.launch_brlite(subject.BRLITE, settings)
-    server = stack.enter_context(servers.start(launch, folder, args.start_timeout))
+    server = stack.enter_context(servers.start(launch, settings.folder, args.start_timeout))
     server.pause()
     return server
 
@@ -173,20 +162,15 @@ def _render(rounds: Sequence[Round], args: argparse.Namespace) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
+    subject.add_turns(parser, short="4 streams, one round")
     parser.add_argument("--streams", type=int, default=32, metavar="N", help="(32)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
     parser.add_argument("--requests", type=int, default=2, metavar="N", help="of each stream in a round (2)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens of each answer (128)")
     parser.add_argument("--engine-only", action="store_true", help="no server")
     parser.add_argument("--peer", choices=tuple(generators.PEERS), help="what else computes the same prompts")
     parser.add_argument("--prompt-tokens", type=int, default=0, metavar="N", help="0: the short prompts")
-    parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round to FILE")
-    parser.add_argument("--short", action="store_true", help="4 streams, one round")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
-    return args
+    return subject.parse(parser, argv, SHORT)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 from measuring import load, prompts, subject
@@ -77,20 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]:
-    model = subject.find_model(args.model)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
     needed = max(args.prompt_tokens + ANSWER_TOKENS, args.stream_tokens + CONTEXT_STEP)
-    settings = servers.Settings(
-        model=model.name,
-        path=model.path,
-        streams=2,
-        context=-(-needed // CONTEXT_STEP) * CONTEXT_STEP + CONTEXT_STEP,
-        threads=args.threads,
-        prefix_cache=False,
-        folder=folder,
-        tables=subject.chosen(args),
-    )
-    return servers.start_paused([launcher(settings) for launcher in args.servers], folder, args.start_timeout, stack)
+    context = -(-needed // CONTEXT_STEP) * CONTEXT_STEP + CONTEXT_STEP
+    settings = servers.read_settings(args, stack, streams=2, context=context)
+    launches = [launcher(settings) for launcher in args.servers]
+    return servers.start_paused(launches, settings.folder, args.start_timeout, stack)
 
 
 def _long_prompts(args: argparse.Namespace) -> list[str]:
@@ -153,16 +142,11 @@ def _launcher(name: str) -> Callable[[servers.Settings], servers.Launch]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
+    subject.add_turns(parser, short="600 tokens, one round")
     parser.add_argument("--servers", nargs="+", type=_launcher, default=[_launcher("brlite")], help="(brlite)")
     parser.add_argument("--prompt-tokens", type=int, default=7500, metavar="N", help="of the long prompt (7500)")
     parser.add_argument("--stream-tokens", type=int, default=600, metavar="N", help="of the stream's answer (600)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
-    parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
-    parser.add_argument("--short", action="store_true", help="600 tokens, one round")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
-    return args
+    return subject.parse(parser, argv, SHORT)
 
 
 if __name__ == "__main__":

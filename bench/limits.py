@@ -226,9 +226,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-limits", action="store_true", help="no model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--short", action="store_true", help="a few steps, for CI")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
+    args = subject.parse(parser, argv, SHORT)
     if args.cpu_time:
         if args.threads > 1:
             parser.error("--cpu-time is of one thread: leave --threads out")

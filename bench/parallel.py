@@ -133,10 +133,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="of a round (30)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rates to FILE")
     parser.add_argument("--short", action="store_true", help="one round of a few steps")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
-    return args
+    return subject.parse(parser, argv, SHORT)
 
 
 def _numbers(text: str) -> list[int]:

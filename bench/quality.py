@@ -217,9 +217,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens that see each other (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--short", action="store_true", help="32 tokens, two precisions, no llama.cpp")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
+    args = subject.parse(parser, argv, SHORT)
     known: Mapping[str, Sequence[str]] = {"precisions": names, "peers": PEERS}
     for option, allowed in known.items():
         if unknown := set(getattr(args, option)) - set(allowed):

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -77,10 +76,11 @@ def _servers(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]
     names = args.servers if args.servers is not None else [] if running else ["brlite"]
     if not names:
         return running
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
-    settings = _settings(args, folder)
+    settings = servers.read_settings(
+        args, stack, streams=max(args.concurrency), context=args.context, prefix_cache=args.prefix_cache
+    )
     launches = [launcher(settings) for name in names if (launcher := launchers.find_launcher(name)) is not None]
-    return servers.start_paused(launches, folder, args.start_timeout, stack) + running
+    return servers.start_paused(launches, settings.folder, args.start_timeout, stack) + running
 
 
 def _running(spec: str, args: argparse.Namespace) -> servers.Server:
@@ -93,20 +93,6 @@ def _running(spec: str, args: argparse.Namespace) -> servers.Server:
         headers={"Authorization": f"Bearer {key}"} if key else {},
     )
     return servers.Server(name=name if separator else url, version="", target=target, pid=args.pid)
-
-
-def _settings(args: argparse.Namespace, folder: Path) -> servers.Settings:
-    model = subject.find_model(args.model)
-    return servers.Settings(
-        model=model.name,
-        path=model.path,
-        streams=max(args.concurrency),
-        context=args.context,
-        threads=args.threads,
-        prefix_cache=args.prefix_cache,
-        folder=folder,
-        tables=subject.chosen(args),
-    )
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -236,9 +222,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_load_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     parser.add_argument("--short", action="store_true", help="a small load on brlite alone, for CI")
-    args = parser.parse_args(argv)
-    if args.short:
-        vars(args).update(SHORT)
+    args = subject.parse(parser, argv, SHORT)
     if unknown := [name for name in args.servers or () if launchers.find_launcher(name) is None]:
         parser.error(f"--servers: {', '.join(unknown)} unknown; allowed are {NAMES}")
     if args.prompts is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -61,6 +61,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "native", "torch"), help="of brlite (default: the config's)")
     parser.add_argument("--speculation", choices=tuple(SPECULATION), help="of brlite (default: the config's)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: everyone's own default")
+
+
+def add_turns(parser: argparse.ArgumentParser, short: str) -> None:
+    """What the benches have whose servers take turns. `short` tells what `--short` does."""
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
+    parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
+    parser.add_argument("--short", action="store_true", help=short)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, short: Mapping[str, object]
+) -> argparse.Namespace:
+    """The arguments, with the values of `short` if it is the short form."""
+    args = parser.parse_args(argv)
+    if args.short:
+        vars(args).update(short)
+    return args
 
 
 def chosen(args: argparse.Namespace) -> Tables:

@@ -5,12 +5,14 @@ What to start is a `Launch`: brlite's is here, the peers' are in `peers.py`. Not
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from measuring import subject
 from measuring.load import Target
 from measuring.memory import Memory, tree_memory
 from measuring.subject import Tables, variant_tables
@@ -52,6 +55,23 @@ class Settings(Struct, frozen=True, kw_only=True):
     prefix_cache: bool
     folder: Path
     tables: Tables
+
+
+def read_settings(
+    args: argparse.Namespace, stack: ExitStack, *, streams: int, context: int, prefix_cache: bool = False
+) -> Settings:
+    """The settings of a command line. The folder is removed with `stack`."""
+    model = subject.find_model(args.model)
+    return Settings(
+        model=model.name,
+        path=model.path,
+        streams=streams,
+        context=context,
+        threads=args.threads,
+        prefix_cache=prefix_cache,
+        folder=Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-"))),
+        tables=subject.chosen(args),
+    )
 
 
 class Launch(Struct, frozen=True, kw_only=True):
