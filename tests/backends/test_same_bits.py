@@ -19,7 +19,7 @@ from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import LONG_LENGTHS, Story, live_alone, make_prompts, run_schedules
 
-NUM_SCHEDULES = 26  # of each model in each precision, on one thread
+NUM_SCHEDULES = 20  # of each model in each precision, on one thread
 # Long sequences are most of the time, row by row. What works on them in chunks is attention, which does not know how
 # the weights are stored: so they come with each model in each format of the cache.
 WITH_LONG = ("bf16", "a_bf16_w_int8_kv_int8")
