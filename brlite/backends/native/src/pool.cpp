@@ -22,7 +22,8 @@ namespace {
 constexpr int SPINS = 2000;               // about 20 us
 constexpr int YIELDS = 2000;              // about 500 us if no other thread wants the core
 constexpr int WAITS_WITHOUT_YIELD = 256;  // after a core was lost
-constexpr std::chrono::microseconds LONG_YIELD(100);
+// Longer than what a server computes between two steps, shorter than the time that a program gets a core for.
+constexpr std::chrono::microseconds LONG_YIELD(1000);
 constexpr int64_t MAX_SPIN_NANOSECONDS = 100000;
 constexpr int32_t END = -1;
 
