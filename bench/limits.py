@@ -45,7 +45,7 @@ LIMIT_NAMES = {
     "int8": "int8 multiply-adds, G/s",
 }
 # By precision; for all others activations are int16.
-MULTIPLIES = {"bf16": "bf16", "a_int8_w_int8": "int8", "a_int8_w_int4": "int8"}
+MULTIPLIES = {"bf16": "bf16", "a_int8_w_int8": "int8", "a_int8_w_int6": "int8", "a_int8_w_int4": "int8"}
 SHORT = {"seconds": 0.1, "rows": [1, 4], "contexts": [64], "prefill": [16], "rounds": 1}
 
 Limits = Mapping[str, Mapping[int, float]]

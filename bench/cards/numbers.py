@@ -28,7 +28,7 @@ from brlite.backends.torch.device import compute_dtype
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import KEPT_FORMS, LoadPlan
+from brlite.checkpoint.placing import CARD_FORMS, LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.models.precision import PRECISIONS, PrecisionName
@@ -97,7 +97,7 @@ def codes(args: argparse.Namespace) -> Iterator[Finding]:
     device = torch.device(args.device)
     dtype = compute_dtype("bfloat16", device)
     names = [f"layers.{layer}.{name}.weight" for layer in range(2) for name in ("qkv", "o", "gate_up", "down")]
-    for form, kernels in itertools.product(sorted({*KEPT_FORMS.values()}), ("auto", "eager")):
+    for form, kernels in itertools.product(sorted({*CARD_FORMS.values()}), ("auto", "eager")):
         precision = PRECISIONS["bf16"]._replace(weights="stored")
         like = ProbedModel(precision=precision, forms=dict.fromkeys(names, form), kernels=kernels)
         yield _guarded(f"{form} {kernels}", lambda like=like: (True, str(probe_device(device, dtype, like)), {}))

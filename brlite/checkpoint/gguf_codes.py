@@ -1,8 +1,8 @@
 """Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes are kept in memory.
 
 A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as in the
-kernels. `BLOCKS` lists those whose blocks native code packs as they are. All others are dequantized and then rounded to
-int8.
+kernels. `BLOCKS` lists those whose blocks native code packs as they are; Q4_K is in both, for torch and for native code.
+All others are dequantized and then rounded to int8.
 """
 
 from __future__ import annotations

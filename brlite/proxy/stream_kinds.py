@@ -43,8 +43,9 @@ def kind_of(path: bytes) -> StreamKind:
 
 
 def is_resumed(path: bytes, fields: Mapping[bytes, bytes]) -> bool:
-    """Whether the client asks for the events after one that it names."""
-    return b"last-event-id" in fields or b"starting_after=" in path
+    """Whether the client asks for the events after one that it names. The number 0 names none."""
+    last = fields.get(b"last-event-id", b"").strip()
+    return last.strip(b"0") != b"" or b"starting_after=" in path.partition(b"?")[2]
 
 
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:

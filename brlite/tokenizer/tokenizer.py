@@ -247,10 +247,15 @@ class Tokenizer:
 
 
 def ids_around(encode: Callable[[bool], list[int]]) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer adds before and after a text. `encode` encodes one text, with them or without."""
+    """The ids that a tokenizer adds before and after a text. `encode` encodes one text, with them or without.
+
+    Of a text that has no ids of its own the first one counts as before it.
+    """
     whole, bare = encode(True), encode(False)
-    start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    if not bare:
+        return whole[:1], whole[1:]
+    start = next((index for index in range(len(whole)) if whole[index : index + len(bare)] == bare), None)
+    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
 
 
 def _check_encodable(text: str, param: str | None) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from brlite.errors import ModelError
 from brlite.tokenizer import load_tokenizer
-from brlite.tokenizer.tokenizer import LONG_TEXT
+from brlite.tokenizer.tokenizer import LONG_TEXT, ids_around
 from tests.tiny_models import write_byte_tokenizer
 from tests.tokenizer.conftest import train_sentencepiece, write_folder
 from tests.tokenizer.texts import TEXTS
@@ -360,3 +360,17 @@ def test_a_long_text_has_the_ids_of_the_library(tmp_path: Path) -> None:
 
     assert len(text) > LONG_TEXT
     assert load_tokenizer(tmp_path).encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "bare", "expected"),
+    [
+        ([1, 7, 8, 2], [7, 8], ([1], [2])),
+        ([7, 8], [7, 8], ([], [])),
+        ([1, 2], [], ([1], [2])),  # a vocabulary that lacks the text
+        ([], [], ([], [])),
+        ([1, 9, 2], [7], ([], [])),
+    ],
+)
+def test_the_ids_around_a_text_are_found(whole: list[int], bare: list[int], expected: object) -> None:
+    assert ids_around(lambda adds: whole if adds else bare) == expected

@@ -298,8 +298,10 @@ class SseRelay:
 
     def _check_end(self, *, is_sure: bool) -> None:
         """Raise `BrokenStream` if a choice has not finished, or if no choice is known to have finished."""
-        if self._has_unseen or self._may_be_empty:
+        if self._has_unseen:
             return  # the long event may have contained the finish_reason
+        if self._may_be_empty:
+            return  # the client may have seen all events before
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brlite.errors import UpstreamError
-from brlite.proxy.stream_kinds import StreamKind
+from brlite.proxy.stream_kinds import StreamKind, is_resumed
 from brlite.proxy.wire.framing import ChunkedBody, CloseBody
 from brlite.proxy.wire.sse_relay import COMMENT, LAST_CHUNK, SseRelay
 
@@ -261,6 +261,22 @@ def test_before_its_last_event_a_stream_is_cut_however_its_connection_ends(kind,
     assert not splice.is_done
     assert unchunked(sent + LAST_CHUNK) == events[0]
     assert splice.error is not None or ending == "stall"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "expected"),
+    [
+        (b"/v1/chat/completions", {}, False),
+        (b"/v1/chat/completions", {b"last-event-id": b"0"}, False),  # the first request for a stream with numbers
+        (b"/v1/chat/completions", {b"last-event-id": b"10"}, True),
+        (b"/v1/responses/resp_1?stream=true&starting_after=3", {}, True),
+        (b"/v1/responses/starting_after=3?stream=true", {}, False),
+    ],
+)
+def test_a_request_resumes_a_stream_by_the_event_that_it_names(
+    path: bytes, fields: dict[bytes, bytes], expected: bool
+) -> None:
+    assert is_resumed(path, fields) == expected
 
 
 @pytest.mark.parametrize("kind", StreamKind)

@@ -360,7 +360,7 @@ INLINE Floats from_halves(const uint16_t* from) {
 #endif
 }
 
-// Signed bytes as floats. Of `read` GCC makes instructions for each lane.
+// Signed bytes as floats. GCC compiles `read` to several instructions for each lane.
 INLINE Floats from_bytes(const uint8_t* from) {
 #if defined(BRLITE_HAS_AVX512)
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));

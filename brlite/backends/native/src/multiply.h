@@ -385,7 +385,8 @@ struct GroupOfRows {
 };
 
 // sums[row] = the sum of one group of a panel: of integer activations times codes. A group of Q6_K is half a group of
-// activations, the one that `half` tells. Its sums start at -32 times the sum of these: codes are 32 too large.
+// activations, its first (`half` 0) or its second. Its sums start at -32 times the sum of these: codes are 32 too
+// large.
 template <int FORMAT, int ROWS>
 INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size,
                          const GroupOfRows& activations, int half) {

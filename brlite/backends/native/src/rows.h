@@ -68,7 +68,8 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
     }
 }
 
-// Writes `values` as row `row` of the activations of a matrix. `size` is a multiple of 16, for int4 of 32.
+// Writes `values` as row `row` of the activations of a matrix. `size` is a multiple of 16, and of 32 if the format
+// needs sums.
 INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
