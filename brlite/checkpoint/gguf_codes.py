@@ -1,7 +1,7 @@
 """Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes are kept in memory.
 
 A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as in the
-kernels. `BLOCKS` lists those whose blocks native code packs as they are; Q4_K is in both, for torch and for native code.
+kernels. `BLOCKS` lists those whose blocks native code packs as they are; Q4_K is in both, as torch has its codes.
 All others are dequantized and then rounded to int8.
 """
 
