@@ -184,7 +184,7 @@ async def test_a_model_may_be_lost_as_it_is_unloaded(num_turns: int, eventually:
         for _ in range(abs(num_turns)):
             await asyncio.sleep(0)
         second()
-        await eventually(lambda: loader.backends[0].is_closed)
+        await eventually(lambda: loader.backends[0].is_closed and model.takes_requests)
         with model.in_use(max_waiting=1):
             asked, failing = asyncio.create_task(model.loaded(PATIENCE_SECONDS)), asyncio.create_task(manager.failure())
             await asyncio.wait([asked, failing], return_when=asyncio.FIRST_COMPLETED)
