@@ -315,7 +315,7 @@ OF_ONE_ENDPOINT = (
     Field("continue_final_message add_generation_prompt", (VLLM_04, VLLM), None),  # need messages
     Field("messages tools functions documents", (OPENAI, VLLM), ([],), "/v1/chat/completions"),
     Field("tool_choice function_call", (OPENAI,), ("none", "auto"), "/v1/chat/completions"),
-    Field("parallel_tool_calls include_reasoning separate_reasoning", (OPENAI, VLLM, SGLANG), None),  # need a chat
+    Field("parallel_tool_calls", (OPENAI,), None),  # needs a chat
     Field("reasoning_effort", (OPENAI,), ("medium",), "reasoning.effort output_config.effort /v1/chat/completions"),
     Field("chat_template_kwargs", (VLLM,), ({},), "/v1/chat/completions"),
     Field("prompt", (OPENAI,), ("", []), "input messages /v1/completions"),
