@@ -6,16 +6,13 @@ Uses nothing of routes, upstreams and endpoints.
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import product
 from typing import Any, TypeVar, cast
 
 import msgspec
 
-from brlite.dialects.json_body import decode_json, missing_field
-from brlite.errors import InvalidRequest
-from brlite.files.text_file import BYTE_ORDER_MARK
+from brlite.dialects.json_body import decode_fields, decode_json
 from brlite.http.api_key import ApiKey
 from brlite.proxy.wire.heads import RequestHead
 
@@ -24,10 +21,8 @@ T = TypeVar("T")
 _NULL = msgspec.Raw(b"null")
 _REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 
-# A key `model` whose value is a string or null, in any object of the body. In JSON only a key is followed by a colon.
-_MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
-_PUNCTUATION = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
-_WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any length
+# A key `model` whose value is a string, in any object of the body. In JSON only a key is followed by a colon.
+_MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 class RequestModel(msgspec.Struct, frozen=True, gc=False):
@@ -79,34 +74,16 @@ def peek(body: bytes) -> RequestModel:
 
 
 def replace_model(body: bytes, new: str) -> bytes:
-    """`body` with another model's name, every other byte unchanged. Raises as `peek` does, or if it has no model."""
-    if peek(body).model == new:
-        return body
-    value = msgspec.json.encode(new)
-    # Most often the first match is the top-level field. Checking that is cheaper than finding the field.
-    if likely := _MODEL_FIELD.search(body):
-        replaced = body[: likely.start(1)] + value + body[likely.end(1) :]
+    """The body with the name `new` for its model, else unchanged. `peek` has found another name in the body.
+
+    If another field `model` stands before it, in an inner object, the body is written anew: the values keep their
+    bytes, but spaces between them are dropped, and of a repeated field the last value is kept.
+    """
+    if first := _MODEL_FIELD.search(body):
+        replaced = body[: first.start(1)] + msgspec.json.encode(new) + body[first.end(1) :]
         if peek(replaced).model == new:
             return replaced
-    start, end = _find_model(body)
-    return body[:start] + value + body[end:]
-
-
-def _find_model(body: bytes) -> tuple[int, int]:
-    """The start and end index of the top-level `model`'s value, in a body that `peek` has accepted."""
-    text = body.decode("latin-1")  # one character a byte: an index is the same in both
-    at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
-    try:
-        while text[at] == '"':
-            name, at = _WHOLE_JSON.raw_decode(text, at)
-            start = _after_punctuation(text, at)
-            _, end = _WHOLE_JSON.raw_decode(text, start)
-            if name == "model":
-                return start, end
-            at = _after_punctuation(text, end)
-    except RecursionError:
-        raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None
-    raise missing_field("model")
+    return msgspec.json.encode({**decode_fields(body), "model": new})
 
 
 class _Model:
@@ -155,9 +132,3 @@ def _with_other_spellings(fields: type[T]) -> type[T]:
 _PLAIN = msgspec.json.Decoder(_with_other_spellings(RequestModel))
 _FIELDS = _with_other_spellings(_Fields)
 _ODD_FIELDS = _with_other_spellings(_OddFields)
-
-
-def _after_punctuation(text: str, at: int) -> int:
-    match = _PUNCTUATION.match(text, at)
-    assert match is not None  # it matches the empty string, too
-    return match.end()
