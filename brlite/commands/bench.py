@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import aiohttp
 
-from brlite.commands.chat import first_model, given_key, server_address, stream_chunks
+from brlite.commands.chat import first_model, given_key, server_address, stream_texts
 from brlite.errors import ConfigError
 
 WORDS = ("sea", "sky", "stone", "river", "light", "salt", "cloud", "grain", "iron", "wood", "glass", "fire", "snow")
@@ -110,10 +110,11 @@ async def _ask(
     body = {**body, "temperature": 0}
     async with free:
         sent = first = last = time.monotonic()
-        async with aclosing(stream_chunks(session, f"{server}/v1/completions", body)) as chunks:
-            async for choices, num_so_far in chunks:
-                num_tokens = num_so_far or num_tokens
-                if any(choice.get("text") for choice in choices):
+        url = f"{server}/v1/completions"
+        async with aclosing(stream_texts(session, url, body, lambda choice: choice.get("text"))) as pieces:
+            async for piece in pieces:
+                num_tokens = piece.num_tokens or num_tokens
+                if piece.text:
                     last = time.monotonic()
                     first = last if first == sent else first
     return TimedAnswer(sent, first, last, num_tokens)

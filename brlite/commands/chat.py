@@ -247,22 +247,25 @@ async def _ask_server(
     chosen = {name: value for name, value in msgspec.to_builtins(params).items() if name in named and value is not None}
     body = {"model": model, "messages": msgspec.to_builtins(messages), **chosen}
     num_tokens = 0
-    async with aclosing(stream_chunks(session, f"{server}/v1/chat/completions", body)) as chunks:
-        async for choices, num_so_far in chunks:
-            num_tokens = num_so_far or num_tokens
-            if text := "".join(choice.get("delta", {}).get("content") or "" for choice in choices):
-                yield Piece(text, 0)
+    url = f"{server}/v1/chat/completions"
+    texts = stream_texts(session, url, body, lambda choice: choice.get("delta", {}).get("content"))
+    async with aclosing(texts) as pieces:
+        async for piece in pieces:
+            num_tokens = piece.num_tokens or num_tokens
+            if piece.text:
+                yield Piece(piece.text, 0)
     yield Piece("", num_tokens)
 
 
-async def stream_chunks(
-    session: aiohttp.ClientSession, url: str, body: Mapping[str, object]
-) -> AsyncGenerator[tuple[list[dict[str, Any]], int], None]:
-    """Send a request for a stream. Yields the choices of each chunk, and its number of tokens where it has the usage.
+async def stream_texts(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, object], text_of: Callable[[Any], str | None]
+) -> AsyncGenerator[Piece, None]:
+    """Send a request for a stream. Yields each chunk's text, by `text_of` its choices, and the tokens of its usage.
 
     Raises `ConfigError` for an error of the server, and where another program answers.
     """
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    has_choices = False
     try:
         async with session.post(url, json=body) as response:
             if response.status != 200:
@@ -272,9 +275,13 @@ async def stream_chunks(
                     chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
                     if "error" in chunk:
                         raise ConfigError(error_message(line.removeprefix(b"data: ")))
-                    yield chunk.get("choices") or [], int((chunk.get("usage") or {}).get("completion_tokens") or 0)
+                    has_choices |= bool(chunk.get("choices"))
+                    text = "".join(text_of(choice) or "" for choice in chunk.get("choices") or [])
+                    yield Piece(text, int((chunk.get("usage") or {}).get("completion_tokens") or 0))
+        if not has_choices:
+            raise ValueError("it has no choices")
     except NOT_AN_ANSWER as error:
-        raise ConfigError(f"{url}: {one_line(error)}") from None
+        raise ConfigError(f"{url}: no answer could be read: {one_line(error)}") from None
 
 
 async def first_model(session: aiohttp.ClientSession, server: str) -> str:

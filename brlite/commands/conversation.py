@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 
 from brlite.errors import ConfigError
+from brlite.files.cache import expand_home
+from brlite.files.quoting import reason
+from brlite.files.text_file import TextError, read_bounded
 from brlite.sampling_params import SamplingParams
 
 HELP = """\
@@ -110,7 +112,7 @@ class Conversation:
             raise ConfigError(f"/set {name}: {hint}")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also for a number of 5,000 digits
             value = text
         self.params = msgspec.structs.replace(self.params, **{name: value})
         self.named.add(name)
@@ -120,21 +122,19 @@ class Conversation:
         if not file:
             raise ConfigError("/save: allowed is /save FILE")
         try:
-            Path(file).expanduser().write_bytes(
-                msgspec.json.format(msgspec.json.encode(SavedConversation(self.messages)))
-            )
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
+            expand_home(file).write_bytes(msgspec.json.format(msgspec.json.encode(SavedConversation(self.messages))))
+        except (OSError, ValueError) as error:  # a zero byte in the name, half of a character in a message
+            raise ConfigError(f"{file}: cannot be written: {reason(error)}") from None
         return f"{len(self.messages)} messages are in {file}"
 
     def _load(self, file: str) -> str:
         if not file:
             raise ConfigError("/load: allowed is /load FILE")
         try:
-            saved = msgspec.json.decode(Path(file).expanduser().read_bytes(), type=SavedConversation)
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            saved = msgspec.json.decode(read_bounded(expand_home(file)), type=SavedConversation)
+        except (OSError, TextError) as error:
+            raise ConfigError(f"{file}: cannot be read: {reason(error)}") from None
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file} holds no conversation: {error}") from None
         self.messages = saved.messages
         return f"{len(self.messages)} messages are loaded"

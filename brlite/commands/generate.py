@@ -118,12 +118,12 @@ def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
             raise InvalidRequest("prompt must be a string")
         SamplingParams(**{**given, **fields})  # raises for what is out of range, before a model is loaded
         return PromptJob(number, prompt, {**given, **fields})
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"line {number} is not JSON: {error}") from None
     except KeyError:
         raise ConfigError(f"line {number} has no prompt") from None
     except (TypeError, InvalidRequest) as error:
         raise ConfigError(f"line {number}: {error}") from None
+    except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
+        raise ConfigError(f"line {number} is not JSON: {error}") from None
 
 
 @contextmanager

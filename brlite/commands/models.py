@@ -154,7 +154,7 @@ def _describe(name: str, path: Path) -> CachedModel:
     found = map(Path, part_names(str(path))) if path.is_file() else path.rglob("*")
     files = [file for file in found if file.is_file()]
     status = [file.stat() for file in files]
-    disk_bytes, used_at = sum(each.st_size for each in status), max(each.st_atime for each in status)
+    disk_bytes, used_at = sum(each.st_size for each in status), max((each.st_atime for each in status), default=0.0)
     memory = context = problem = None
     precision = architecture = ""
     try:

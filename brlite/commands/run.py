@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +23,7 @@ from brlite.commands.chat import chat_with_server
 from brlite.commands.given_config import given_sampling
 from brlite.config.options import DEFAULT_MODEL, ServerConfig
 from brlite.config.validation import engine_override
-from brlite.errors import ConfigError, ModelError
+from brlite.errors import CannotListen, ModelError
 from brlite.files.quoting import shown
 from brlite.process.children import ChildGroup, child_environment, python_module
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         # Not in the server: this process has a terminal for the progress, and the hub's token in its environment.
         with progress_bar() as show:
             locate_model(args.name or DEFAULT_MODEL, None, show)
-    port = args.port or _free_port()
+    port = _free_port(args.port)
     # The server starts in an empty folder, since a config in this one would change what it serves.
     options = {"--model": Path(args.name).absolute() if is_path else args.name} | {
         f"--{name}": getattr(args, name) for name in ("context", "device", "threads", "engine")
@@ -63,15 +65,21 @@ def run(args: argparse.Namespace) -> int:
                 server.kill()
 
 
-def _free_port() -> int:
-    """The default port if it is free, else one that the system chooses. Another program may still take it first."""
-    for port in (ServerConfig().port, 0):
+def _free_port(given: int | None) -> int:
+    """The given port. Without one the default port if it is free, else one that the system chooses.
+
+    Raises `CannotListen` where another program has it: the chat would be with that one. It may still take it later.
+    """
+    reason = None
+    for port in (given,) if given else (ServerConfig().port, 0):
         try:
             with socket.create_server((HOST, port)) as listener:
                 return int(listener.getsockname()[1])
-        except OSError:
-            continue
-    raise ConfigError("no port could be opened on 127.0.0.1; --port chooses another one")
+        except OverflowError:
+            return port  # the server names the range
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+    raise CannotListen(f"cannot listen on {HOST}:{port}: {reason}; --port takes another one")
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -86,7 +94,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> 
                 with suppress(ValueError, AttributeError, TypeError):  # another program answers
                     for model in json.loads(error.read()).get("models", []):
                         show(str(model.get("stage", "")), float(str(model.get("progress", 0))))
-            except OSError:
+            except (OSError, HTTPException):  # the second where another program answers
                 show("starting the server", 0.0)
             time.sleep(POLL_SECONDS)
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     try:
         data: dict[str, Any] = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also for a number of 5,000 digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None

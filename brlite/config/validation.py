@@ -32,6 +32,7 @@ from brlite.config.type_errors import (
 )
 from brlite.errors import ConfigError
 from brlite.files.cache import expand_home
+from brlite.files.quoting import excerpt
 
 T = TypeVar("T")
 
@@ -54,7 +55,10 @@ def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) 
 
 def show(value: object) -> str:
     """`value` as JSON on one line, cut to a maximum length."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of 5,000 digits, or nested too deeply
+        text = excerpt(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
@@ -125,7 +129,10 @@ def find_problems(data: Mapping[str, Any]) -> list[str]:
     After each error the invalid field is removed and the check repeated. Contradictions between fields are checked only
     if all fields are valid.
     """
-    left = copy.deepcopy(dict(data))
+    try:
+        left = copy.deepcopy(dict(data))
+    except RecursionError:  # nested too deeply: `make_config` names the field
+        return []
     problems: list[str] = []
     removed = set[str]()
     while len(problems) < MAX_PROBLEMS:

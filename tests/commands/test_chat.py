@@ -6,8 +6,10 @@ import asyncio
 import io
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -15,7 +17,7 @@ from aiohttp.test_utils import TestServer
 
 from brlite.commands.chat import Piece, converse
 from brlite.commands.conversation import Conversation, Message
-from brlite.errors import EngineError
+from brlite.errors import BrliteError, ConfigError, EngineError
 from brlite.files.quoting import shown
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
@@ -64,6 +66,37 @@ async def test_what_a_model_says_cannot_steer_the_terminal(
     assert shown(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("/set seed " + "9" * 5000, "seed must be"),
+        ("/set temperature " + "[" * 100_000, "temperature must be"),
+        ("/save ~no-such-user/x", "~no-such-user/x: cannot be written"),
+        ("/load ~no-such-user/x", "~no-such-user/x: cannot be read"),
+        ("/save a\0b", "cannot be written: embedded null byte"),
+        ("/load a\0b", "cannot be read: embedded null byte"),
+        ("/load /dev/zero", "cannot be read: it is larger than"),
+        ("/load deep", "deep holds no conversation"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_command_that_cannot_be_obeyed_is_one_line(
+    command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("deep").write_text('{"messages":[],"x":' + "[" * 100_000)
+
+    with pytest.raises(BrliteError, match=re.escape(said)):
+        Conversation("system", SamplingParams()).obey(command)
+
+
+def test_half_of_a_character_cannot_be_saved(tmp_path: Path) -> None:
+    conversation = Conversation("\udcff", SamplingParams())  # a byte of the terminal that is no UTF-8
+
+    with pytest.raises(ConfigError, match="cannot be written: 'utf-8' codec can't encode"):
+        conversation.obey(f"/save {tmp_path / 'saved.json'}")
+
+
 ESCAPES = "\x1b]0;owned\x07\x9b2J\u202e"
 ERROR = json.dumps({"error": {"message": f"no{ESCAPES}\r\nbrlite: all is well"}})
 # What a server answers to `/v1/models`, and to a question: a status and a body each.
@@ -77,7 +110,13 @@ HOSTILE_SERVERS = {
     "a stream's error": ((200, '{"data": [{"id": "m"}]}'), (200, f"data: {ERROR}\n\n")),
     "a stream of no chunks": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"x": 1}\n\n')),
     "a stream of no JSON": ((200, '{"data": [{"id": "m"}]}'), (200, f"data: {{{ESCAPES}\n\n")),
-    "a stream of other shapes": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": [5]}\n\n')),
+    "choices that are numbers": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": [5]}\n\n')),
+    "choices that are a number": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": 5}\n\n')),
+    "a delta of null": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": [{"delta": null}]}\n\n')),
+    "a text that is a number": (
+        (200, '{"data": [{"id": "m"}]}'),
+        (200, 'data: {"choices": [{"delta": {"content": 5}}]}\n\n'),
+    ),
     "a line without an end": ((200, '{"data": [{"id": "m"}]}'), (200, "x" * 2**20)),
     "a chunk without an end": ((200, '{"data": [{"id": "m"}]}'), (200, "data: {" + "x" * 2**22)),
     "models, nested": ((200, "[" * 100_000), (200, "")),
@@ -108,7 +147,7 @@ async def test_what_a_server_says_cannot_steer_the_terminal(case: str, python: W
     app.add_routes([web.get("/v1/models", list_models), web.post("/v1/chat/completions", complete)])
     async with TestServer(app, host="127.0.0.1") as server:
         chat = "import sys; sys.exit(main(sys.argv[1:]))"
-        ended = await asyncio.to_thread(python.run, chat, "chat", server.make_url("/"), text="hello\n")
+        ended = await asyncio.to_thread(python.run, chat, "chat", "--url", server.make_url("/"), text="hello\n")
 
     text = ended.stdout + ended.stderr
     assert all(letter.isprintable() or letter == "\n" for letter in text)

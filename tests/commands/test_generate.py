@@ -117,6 +117,17 @@ def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
     assert target.read_text() == "earlier answers"
 
 
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "x", "seed": ' + "9" * 5000 + "}", '{"prompt": ' + "[" * 100_000, "{x"], ids=str.__len__
+)
+def test_a_line_that_is_no_json_is_named(line: str, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_text(f"fine\n{line}\n")
+
+    with pytest.raises(ConfigError, match="line 2 is not JSON: "):
+        generate.generate(Config(), str(source), "-", {})
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
 def test_answers_are_utf_8_in_any_locale(encoding: str) -> None:
     result = subprocess.run(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from brlite.commands.cli import main
+from brlite.commands.cli import EXIT_FAILED, main
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ from tests.checkpoint.hub_server import HubServer, files_of
 from tests.checkpoint.model_files import write_gguf
 from tests.commands.test_terminal import CTRL_C, ENTER, PROMPT, at_terminal
 from tests.limits import PATIENCE_SECONDS
-from tests.process.servers import BRLITE
+from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it_answers
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
 
@@ -109,6 +109,25 @@ def test_models_lists_what_is_here_with_size_and_memory(
     assert found["org/model:Q8_0"]["disk_bytes"] == len(server.files["m-Q8_0.gguf"])
     assert found["org/model"]["architecture"] == "LlamaForCausalLM"
     assert found["org/model"]["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("spoil", [lambda weights: weights.symlink_to("absent"), Path.mkdir], ids=["link", "folder"])
+def test_a_folder_without_a_file_of_its_weights_is_listed_with_its_problem_and_removed(
+    spoil: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "own" / "org--model"
+    folder.mkdir(parents=True)
+    spoil(folder / "model.safetensors")
+    monkeypatch.setenv("BRLITE_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    assert main(["models"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert main(["models", "rm", "org/model", "--yes"]) == 0
+
+    assert line.startswith("org/model  0 B")
+    assert "config.json: the file is missing" in line
+    assert not folder.exists()
 
 
 def test_models_show_knows_a_name_whatever_its_letters_and_the_nearest_one(
@@ -265,6 +284,21 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     assert "Traceback" not in terminal.seen
     asked = subprocess.run([BRLITE, "chat", "--url", f"localhost:{port}"], input="", capture_output=True, text=True)
     assert asked.returncode == 2  # nothing listens there any more
+
+
+def test_run_does_not_chat_with_the_server_that_has_its_port() -> None:
+    port = free_port()
+    with running([BRLITE, "serve", *TOY, "--port", str(port)], stderr=subprocess.DEVNULL):
+        wait_until_it_answers(port)
+
+        command = [BRLITE, "run", "other", "--engine", "toy", "--port", str(port)]
+        ended = subprocess.run(command, input="hello", capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stdout) == (EXIT_FAILED, "")
+    assert (
+        ended.stderr
+        == f"brlite: error: cannot listen on 127.0.0.1:{port}: Address already in use; --port takes another one\n"
+    )
 
 
 @pytest.mark.parametrize(("flag", "value"), [("port", "99999"), ("device", "no device")])

@@ -185,6 +185,9 @@ def test_broken_toml_names_the_line(tmp_path):
         ("config.yaml", b"", "a config file ends in .toml or .json"),
         ("binary.toml", b"a = '\xff'", "byte 5 is not UTF-8"),
         ("deep.toml", b"a = " + b"[" * 100_000, "not valid TOML: "),
+        ("dots.toml", b"a." * 3000 + b"a = 1", "a = {'a': {'a': {…}}}: no such field"),
+        ("digits.toml", b"a = " + b"9" * 5000, "not valid TOML: "),
+        ("hexadecimal.toml", b"[server]\nport = 0x" + b"f" * 5000, "server.port = a number of 6021 digits: allowed is"),
     ],
 )
 def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
@@ -197,6 +200,14 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
 
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_nested_too_deeply_to_be_copied_has_no_list_of_problems(tmp_path):
+    data = nested = {}
+    for _ in range(3000):
+        nested["a"] = nested = {}
+
+    assert find_problems(data) == []
 
 
 def test_an_override_replaces_one_field_and_leaves_the_config_alone():
