@@ -92,25 +92,14 @@ class NativeBackend:
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. After an exception the cache of other sequences is unchanged."""
         rows = _Rows(batch.seqs)
-        drawings: list[Drawing] = []
-        processed: dict[int, LogitsProcessors] = {}  # by the index of the drawing
-        targets: list[DrawTarget] = []
-        for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
-            if (sampling := seq.sampling) is not None:
-                logits = None
-                if batch.processors is not None and seq.seq_id in batch.processors:
-                    processed[len(drawings)] = batch.processors[seq.seq_id]
-                    logits = np.empty(self._vocab_size, np.float32)
-                drawings += [
-                    Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i), logits)
-                    for i, row in enumerate(drawing_rows(seq, first))
-                ]
-            targets += [
-                DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
-            ]
-        pooled = [
-            (seq, first) for seq, first in zip(batch.seqs, rows.first_rows, strict=True) if seq.pooling is not None
+        runs = list(zip(batch.seqs, rows.first_rows, strict=True))
+        drawings, processed = _drawings(batch, runs, self._vocab_size)
+        targets = [
+            DrawTarget(first + i, token_id, seq.num_prompt_logprobs)
+            for seq, first in runs
+            for i, token_id in enumerate(seq.prompt_targets)
         ]
+        pooled = [(seq, first) for seq, first in runs if seq.pooling is not None]
         poolings = _Poolings(pooled, self._hidden_size) if pooled else None
         with self._guard.step():
             draws = self._draws.lay_out(drawings, targets)
@@ -129,26 +118,23 @@ class NativeBackend:
                 assert logits is not None
                 drawn[index] = sample_processed(self._host_sampler, logits, sampling, mask, processors)
             tokens, logprobs = iter(drawn), iter(draws.target_logprobs())
-            results = [
-                SeqResult.of_draws(
-                    seq, list(islice(tokens, seq.num_draws)), list(islice(logprobs, len(seq.prompt_targets)))
-                )
-                for seq in batch.seqs
-            ]
-        if poolings is not None:
-            totals = iter(poolings.totals)
-            results = [
-                found if seq.pooling is None else pooled_result(seq.seq_id, seq.pooling, next(totals))
-                for seq, found in zip(batch.seqs, results, strict=True)
-            ]
+        totals = iter(() if poolings is None else poolings.totals)
+        results = [
+            SeqResult.of_draws(
+                seq, list(islice(tokens, seq.num_draws)), list(islice(logprobs, len(seq.prompt_targets)))
+            )
+            if seq.pooling is None
+            else pooled_result(seq.seq_id, seq.pooling, next(totals))
+            for seq in batch.seqs
+        ]
         return StepResult(results, num_threads)
 
     def follow(self, work: RankBatch) -> None:
         """Compute this rank's part of a step that rank 0 executes: everything but the draws."""
         rows = _Rows(work.seqs)
-        first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
-        drawn = [row for seq, first in first_rows for row in drawing_rows(seq, first)]
-        targets = [first + i for seq, first in first_rows for i in range(len(seq.prompt_targets))]
+        runs = list(zip(work.seqs, rows.first_rows, strict=True))
+        drawn = [row for seq, first in runs for row in drawing_rows(seq, first)]
+        targets = [first + i for seq, first in runs for i in range(len(seq.prompt_targets))]
         draws = (abi.Draw * (len(drawn) + len(targets)))()
         for row, draw in zip((*drawn, *targets), draws, strict=True):
             draw.row = row
@@ -181,14 +167,7 @@ class NativeBackend:
             self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn))
         return out
 
-    def _run(
-        self,
-        rows: _Rows,
-        num_draws: int,
-        draws: int,
-        drawn: int,
-        poolings: _Poolings | None = None,
-    ) -> None:
+    def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, poolings: _Poolings | None = None) -> None:
         """Call it only inside `guard.step`; otherwise `close` could release memory that the library reads."""
         batch = abi.NativeBatch(
             num_rows=rows.num_rows,
@@ -228,6 +207,26 @@ class _Rows:
         self.spans = (abi.NativeSpan * len(seqs))(
             *(abi.NativeSpan(seq.start, first, len(seq.token_ids), 0, address + offset) for seq, first, offset in runs)
         )
+
+
+def _drawings(
+    batch: Batch, runs: Sequence[tuple[ScheduledSeq, int]], vocab_size: int
+) -> tuple[list[Drawing], dict[int, LogitsProcessors]]:
+    """The tokens to draw after `runs`, each with its first row; by a token's index its logits processors, if any."""
+    drawings: list[Drawing] = []
+    processed: dict[int, LogitsProcessors] = {}
+    for seq, first in runs:
+        if (sampling := seq.sampling) is None:
+            continue
+        logits = None
+        if batch.processors is not None and seq.seq_id in batch.processors:
+            processed[len(drawings)] = batch.processors[seq.seq_id]
+            logits = np.empty(vocab_size, np.float32)
+        drawings += [
+            Drawing(row, sampling, sampling.position + i, batch.mask_of(seq.seq_id, i), logits)
+            for i, row in enumerate(drawing_rows(seq, first))
+        ]
+    return drawings, processed
 
 
 class _Poolings:
