@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
-from brlite.backends.native.packer import ROWS_AT_A_TIME, read_vector
+from brlite.backends.native.packer import pack_in_pieces, pack_rows, read_vector
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
-from brlite.checkpoint.stored_tensor import StoredTensor, to_bfloat16
+from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
 
 
@@ -57,18 +57,10 @@ class PackedFileWriter:
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Pack `tensor` as the rows of the parameter that `target` names, rounded to the parameter's type."""
         (packed,) = self._layout.tensors[target.parameter]
-        start, stop = target.start, target.start + target.shape[0]
         if packed.form == "vector":
-            self._write(packed.offset + 4 * start, read_vector(packed, tensor))
-            return
-        # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
-        bounds = [start, *range((start // ROWS_AT_A_TIME + 1) * ROWS_AT_A_TIME, stop, ROWS_AT_A_TIME), stop]
-        blocks = [
-            self._pool.submit(self._put_block, packed, first, tensor.part(range(first - start, last - start)))
-            for first, last in pairwise(bounds)
-        ]
-        for block in blocks:
-            block.result()
+            self._write(packed.offset + 4 * target.start, read_vector(packed, tensor))
+        else:
+            pack_in_pieces(self._pool, partial(self._put_rows, packed), target.start, tensor)
 
     def finish(self, identity: str) -> FileRecord:
         """Write the header after all weights and publish the file. `identity` must be as long as the key's."""
@@ -89,24 +81,18 @@ class PackedFileWriter:
         self._file.publish()
         return record
 
-    def _put_block(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
-        values = tensor.float32()
-        if packed.form == "table":
-            rows = to_bfloat16(values, keeps_subnormal=False)
-            self._write(packed.offset + 2 * first * packed.num_inputs, rows)
-            return
-        panel_bytes = packed.num_bytes // -(-packed.num_outputs // LANES)
-        first_panel, last = first // LANES, first + len(values)
-        panels = np.zeros((-(-last // LANES) - first_panel, panel_bytes), np.uint8)
-        begin = packed.offset + first_panel * panel_bytes
+    def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        unit = LANES if packed.form == "panels" else 1  # rows that lie together
+        unit_bytes = packed.num_bytes // -(-packed.num_outputs // unit)
+        first_unit, last = first // unit, first + tensor.shape[0]
+        units = np.zeros((-(-last // unit) - first_unit, unit_bytes), np.uint8)
+        begin = packed.offset + first_unit * unit_bytes
         # The first and last panel may already contain rows of another tensor.
-        for index in {0, len(panels) - 1} if first % LANES or last % LANES else ():
-            there = self._file.read(panel_bytes, self._start + begin + index * panel_bytes)
-            panels[index] = np.frombuffer(there, np.uint8)
-        self._library.brlite_pack(
-            packed.format, values.ctypes.data, first % LANES, len(values), packed.num_inputs, panels.ctypes.data
-        )
-        self._write(begin, panels)
+        for index in {0, len(units) - 1} if first % unit or last % unit else ():
+            there = self._file.read(unit_bytes, self._start + begin + index * unit_bytes)
+            units[index] = np.frombuffer(there, np.uint8)
+        pack_rows(self._library, packed, units, first % unit, tensor)
+        self._write(begin, units)
 
     def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
         data = values.reshape(-1).view(np.uint8).data

@@ -9,6 +9,8 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,7 @@ from brlite.backends.native.packed_file import (
     write_packed_file,
 )
 from brlite.checkpoint.placing import LoadPlan, held_parameters, matrix_parts, placing
-from brlite.checkpoint.stored_tensor import Float32, StoredTensor, from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import Bytes, Float32, StoredTensor, from_bfloat16, to_bfloat16
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
 from brlite.models.families.family import WeightTarget
@@ -112,7 +114,6 @@ class Packer:
     def __init__(self, library: ctypes.CDLL, layout: Layout, memory: NativeMemory, pool: ThreadPoolExecutor) -> None:
         self._library = library
         self._layout = layout
-        self._address = memory.address
         self._bytes = memory.bytes()
         self._pool = pool
 
@@ -120,47 +121,47 @@ class Packer:
         """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
         parts, num_rows = self._layout.tensors[target.parameter], target.shape[0]
         packed = next(part for part in reversed(parts) if part.first_row <= target.start)
-        start = target.start - packed.first_row
+        start, out = target.start - packed.first_row, self._bytes[packed.offset : packed.offset + packed.num_bytes]
         if packed.form == "vector":
-            vector = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.float32)
-            vector[start : start + num_rows] = read_vector(packed, tensor)
+            out.view(np.float32)[start : start + num_rows] = read_vector(packed, tensor)
         elif num_rows <= ROWS_AT_A_TIME:
-            self._put_rows(packed, start, tensor)
+            pack_rows(self._library, packed, out, start, tensor)
         else:
-            pieces = [
-                range(first, min(first + ROWS_AT_A_TIME, num_rows)) for first in range(0, num_rows, ROWS_AT_A_TIME)
-            ]
-            waiting = [
-                self._pool.submit(self._put_rows, packed, start + piece.start, tensor.part(piece)) for piece in pieces
-            ]
-            for done in waiting:
-                done.result()
+            pack_in_pieces(self._pool, partial(pack_rows, self._library, packed, out), start, tensor)
 
-    def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
-        panels = self._address + packed.offset
-        if packed.format in BLOCK_FORMATS:
-            blocks = tensor.blocks()
-            self._library.brlite_pack_blocks(
-                packed.format, blocks.ctypes.data, first, len(blocks), packed.num_inputs, panels
-            )
-            return
-        if packed.format in CODED_FORMATS:
-            codes, scales, offsets = tensor.coded()
-            self._library.brlite_pack_codes(
-                packed.format,
-                codes.ctypes.data,
-                scales.ctypes.data,
-                None if offsets is None else offsets.ctypes.data,
-                *(first, len(codes), packed.num_inputs, panels),
-            )
-            return
+
+def pack_in_pieces(
+    pool: ThreadPoolExecutor, pack: Callable[[int, StoredTensor], None], start: int, tensor: StoredTensor
+) -> None:
+    """Call `pack` for pieces of `tensor` on the threads of `pool`, each with its first row, counted from `start`.
+
+    Pieces begin at multiples of whole panels, so that no two threads write to one panel.
+    """
+    stop = start + tensor.shape[0]
+    bounds = [start, *range((start // ROWS_AT_A_TIME + 1) * ROWS_AT_A_TIME, stop, ROWS_AT_A_TIME), stop]
+    waiting = [
+        pool.submit(pack, first, tensor.part(range(first - start, last - start))) for first, last in pairwise(bounds)
+    ]
+    for done in waiting:
+        done.result()
+
+
+def pack_rows(library: ctypes.CDLL, packed: PackedTensor, out: Bytes, first: int, tensor: StoredTensor) -> None:
+    """Read `tensor` and pack it as the rows from `first` on of `out`, which is a matrix or whole panels of it."""
+    place = first, tensor.shape[0], packed.num_inputs, out.ctypes.data
+    if packed.form == "table":
+        rows = out.view(np.uint16).reshape(-1, packed.num_inputs)
+        rows[first : first + tensor.shape[0]] = to_bfloat16(tensor.float32(), keeps_subnormal=False)
+    elif packed.format in BLOCK_FORMATS:
+        blocks = tensor.blocks()
+        library.brlite_pack_blocks(packed.format, blocks.ctypes.data, *place)
+    elif packed.format in CODED_FORMATS:
+        codes, scales, offsets = tensor.coded()
+        offsets_address = None if offsets is None else offsets.ctypes.data
+        library.brlite_pack_codes(packed.format, codes.ctypes.data, scales.ctypes.data, offsets_address, *place)
+    else:
         values = tensor.float32()
-        if packed.form == "panels":
-            self._library.brlite_pack(packed.format, values.ctypes.data, first, len(values), packed.num_inputs, panels)
-        else:
-            table = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.uint16)
-            rows = table.reshape(-1, packed.num_inputs)
-            rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
+        library.brlite_pack(packed.format, values.ctypes.data, *place)
 
 
 def read_vector(packed: PackedTensor, tensor: StoredTensor) -> Float32:
