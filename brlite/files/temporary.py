@@ -72,7 +72,8 @@ def sweep(folder: Path, prefix: str) -> None:
 
 
 def _lock(handle: int) -> None:
+    """Lock a new file or folder. Waits for a `sweep` that holds it, which then removes it."""
     if fcntl is None:
         return
     with suppress(OSError):  # a file system without locks: `sweep` removes nothing there
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from brlite.checkpoint.new_file import NewFile, write_whole
+from brlite.files import temporary
 from brlite.files.temporary import create_temporary, sweep, temporary_folder
 
 HOLDS = """
@@ -88,6 +91,26 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
     assert one[1] != two[1]
     os.close(one[0])
     os.close(two[0])
+
+
+def test_a_file_that_is_swept_as_it_is_made_is_made_again(tmp_path, monkeypatch):
+    lock, sweeping = temporary._lock, list[threading.Thread]()
+
+    def lock_after_a_sweeper(handle: int) -> None:
+        if not sweeping:
+            path = os.readlink(f"/proc/self/fd/{handle}")
+            other = os.open(path, os.O_RDONLY)
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweeping.append(threading.Timer(0.1, lambda: (os.unlink(path), os.close(other))))
+            sweeping[0].start()
+        lock(handle)
+
+    monkeypatch.setattr(temporary, "_lock", lock_after_a_sweeper)
+    handle, path = create_temporary(tmp_path / "file")
+    sweeping[0].join()
+
+    assert path.exists()
+    os.close(handle)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
