@@ -22,7 +22,7 @@ from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
 from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS, LocatedTensors, TensorLocation
-from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_names
+from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_list
 from brlite.checkpoint.traced_pickle import Record, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
@@ -78,13 +78,13 @@ class TracedArchive:
 
     def parameters(self) -> dict[str, TensorLocation]:
         """Every parameter of the traced module by its name, and where it is in the file."""
-        known: dict[str, frozenset[str]] = {}
+        lists: dict[str, str] = {}  # by class
         found = {}
         with self._opened() as archive, self.file.open("rb") as stream:
             for name, owner, value in walk_tensors(self.module, self.file):
-                if owner.type_name not in known:
-                    known[owner.type_name] = parameter_names(self._class_text(archive, owner.type_name))
-                if name.rpartition(".")[2] in known[owner.type_name]:
+                if owner.type_name not in lists:
+                    lists[owner.type_name] = parameter_list(self._class_text(archive, owner.type_name))
+                if f'"{name.rpartition(".")[2]}"' in lists[owner.type_name]:
                     found[name] = self._locate(stream, name, value)
         return found
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 PARAMETERS = "\n  __parameters__ = ["
 MAX_PARSED_CHARACTERS = 2**20  # of one class: Python's parser takes up to 400 bytes for each
-QUOTED = re.compile(r'"([^"\\]*)"')
+OUTER_LINE = re.compile(r"^[^ \n]", re.MULTILINE)
 
 
 class GraphNames(NamedTuple):
@@ -27,15 +27,16 @@ class GraphNames(NamedTuple):
 
 def class_text(source: str, type_name: str) -> str:
     """The lines of a source file that define a class; empty if there are none."""
-    name = re.escape(type_name.rpartition(".")[2])
-    match = re.search(rf"^class {name}\(Module\):\n(?:^[ \n].*\n?|^\n)*", source, re.MULTILINE)
-    return match[0] if match else ""
+    head = f"\nclass {type_name.rpartition('.')[2]}(Module):\n"
+    begin = f"\n{source}".find(head)
+    end = OUTER_LINE.search(source, begin + len(head) - 1)
+    return source[begin : end.start() if end else None] if begin >= 0 else ""
 
 
-def parameter_names(text: str) -> frozenset[str]:
-    """The names of a class's own parameters. Other tensors are buffers, which hold no weights."""
+def parameter_list(text: str) -> str:
+    """The names of a class's own parameters, quoted. Other tensors are buffers, which hold no weights."""
     names, end, _ = text.partition(PARAMETERS)[2].partition("]")
-    return frozenset(QUOTED.findall(names)) if end else frozenset()
+    return names if end else ""
 
 
 def graph_names(text: str) -> GraphNames | None:

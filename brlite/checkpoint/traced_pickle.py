@@ -17,7 +17,8 @@ from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
 MAX_DEPTH = 64
-MAX_VISITS = 4_000_000
+MAX_VISITS = 400_000  # of attributes; a model of 100 layers has some 20,000
+MAX_NAME = 256  # characters of a tensor's or a module's name, with those of the modules around it
 MAX_OPERATIONS = 2_000_000  # 128 MB: each may leave an object of 64 bytes
 MAX_DIMENSIONS = 64
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
@@ -100,10 +101,17 @@ def walk_tensors(module: Record, file: Path) -> Iterator[tuple[str, Record, Tens
             raise ModelError(f"{file}: its modules are nested without end")
         below = []
         for name, value in record.state.items():
+            if not isinstance(value, TensorValue | Record):
+                continue
+            full_name = f"{prefix}{name}"
+            if len(full_name) > MAX_NAME:
+                raise ModelError(
+                    f"{file}: {excerpt(full_name)} has {len(full_name)} characters; allowed are {MAX_NAME}"
+                )
             if isinstance(value, TensorValue):
-                yield f"{prefix}{name}", record, value
-            elif isinstance(value, Record):
-                below.append((f"{prefix}{name}.", depth + 1, value))
+                yield full_name, record, value
+            else:
+                below.append((f"{full_name}.", depth + 1, value))
         todo += reversed(below)
 
 

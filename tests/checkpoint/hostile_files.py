@@ -16,6 +16,8 @@ from pathlib import Path
 from tests.tiny_models import write_tiny_model
 
 TENSOR_CALL = b"ctorch._utils\n_rebuild_tensor_v2\n"
+TENSOR = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00))tR"
+CLASS = b'class M(Module):\n  __parameters__ = ["w", ]\n'
 
 
 def safetensors(folder: Path, header: object, data: bytes = b"") -> Path:
@@ -56,12 +58,32 @@ def doubled(times: int) -> bytes:
     return b")q\x00" + b"h\x00\x86q\x00" * times
 
 
+def module(state: bytes) -> bytes:
+    """A pickle's operations that make a module: `state` are those of its names and values."""
+    return b"c__torch__\nM\n)\x81}(" + state + b"ub"
+
+
+def text(content: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def long_name(folder: Path) -> Path:
+    """A module with a long name, and 4000 times the same one in it."""
+    names = b"".join(text(b"%d" % number) + b"h\x01" for number in range(4000))
+    inner = module(text(b"w") + b"c__torch__\nM\n)\x81q\x01" + names)
+    return traced(folder, b"\x80\x02" + module(text(b"x" * 2**20) + inner) + b".")
+
+
+def one_class(folder: Path, code: bytes) -> Path:
+    """A module with a tensor, and the source text of its class."""
+    return traced(folder, b"\x80\x02" + module(text(b"w") + TENSOR_CALL + TENSOR) + b".", code=code)
+
+
 def many_classes(folder: Path, num_classes: int, num_members: int) -> Path:
     """A module of modules, each of a class of its own with a tensor. The last one's source file is missing."""
-    storage = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00))tR"
     parts = [
         b"X\x05\x00\x00\x00%05dc__torch__%b\nC%d\n)\x81}X\x01\x00\x00\x00w%bsb"
-        % (number, b".gone" * (number == num_classes - 1), number, TENSOR_CALL + storage)
+        % (number, b".gone" * (number == num_classes - 1), number, TENSOR_CALL + TENSOR)
         for number in range(num_classes)
     ]
     file = traced(folder, b"\x80\x02c__torch__\nM\n)\x81}(" + b"".join(parts) + b"ub.")
@@ -155,6 +177,11 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     ),
     "traced: a run of operations": lambda at: traced(at, b"\x80\x02" + b"}" * 5_000_000 + b"."),
     "traced: 2,000 classes and 10,000 members": lambda at: many_classes(at, 2000, 10_000),
+    "traced: a long name of a module": long_name,
+    "traced: 16 MiB of empty lines in a class": lambda at: one_class(at, CLASS + b"\n" * 2**24),
+    "traced: 16 MiB of names of parameters": lambda at: one_class(
+        at, CLASS[:-4] + b'"' + b'", "'.join(b"%x" % number for number in range(2 * 10**6)) + b'", ]\n'
+    ),
     "traced: a tensor of nothing but a shape": lambda at: traced(at, b"\x80\x02" + TENSOR_CALL + doubled(60) + b"R."),
 }
 

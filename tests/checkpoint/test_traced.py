@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
-from brlite.checkpoint.traced_code import GraphNames, graph_names
+from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names
 from brlite.checkpoint.traced_pickle import read_pickle
 from brlite.errors import ModelError
 from tests.load_plans import read_tensors
@@ -112,6 +112,14 @@ def test_only_a_key_that_stands_in_the_text_is_told(body: str, key: str | None) 
 @pytest.mark.parametrize("text", ["", "class A(Module):\n  pass\n", "def forward(", "(" * 5000, "\x00", "x = 1\n"])
 def test_text_without_a_graph_has_no_names(text: str) -> None:
     assert graph_names(text) is None
+
+
+def test_the_text_of_a_class_ends_where_the_next_one_begins() -> None:
+    source = "x = 1\nclass A(Module):\n  pass\n\n  y = 2\n\nclass B(Module):\n  pass\n"
+
+    assert class_text(source, "__torch__.A") == "class A(Module):\n  pass\n\n  y = 2\n\n"
+    assert class_text(source, "__torch__.B") == "class B(Module):\n  pass\n"
+    assert class_text(source, "__torch__.C") == ""
 
 
 class Executed:
