@@ -51,7 +51,7 @@ class AttemptState(enum.Enum):
 # Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 CONNECTING, SENT, BUFFERING, RELAYING, DONE = AttemptState
 
-# If a reused connection is lost within this time after a request was sent, it was closed before the request arrived.
+# If a reused connection is reset within this time after a request was sent, the request was not read.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write
 DENIALS = (401, 403)
@@ -294,12 +294,20 @@ class Attempt:
         elif self.state is not SENT:
             self._fail("The upstream's answer is broken: its connection was reset.")
         else:
-            connection = self._connection
-            is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
-            # A reset shows that the request was not read. After an orderly end (FIN) it may have been read.
-            is_stale = connection.is_used and is_early and (error is not None or not connection.has_all_arrived)
             text = "The upstream ended the connection without an answer."
-            self._owner.attempt_failed(UpstreamError(text), Ending.STALE if is_stale else Ending.BROKEN)
+            self._owner.attempt_failed(UpstreamError(text), Ending.STALE if self._is_stale(error) else Ending.BROKEN)
+
+    def _is_stale(self, error: Exception | None) -> bool:
+        """Whether a reused connection was lost before the upstream could read the request from it."""
+        connection = self._connection
+        if not connection.is_used or self.first_byte_at is not None:
+            return False
+        has_arrived = False if isinstance(error, BrokenPipeError) else connection.has_all_arrived
+        if has_arrived is False:
+            return True  # however late a busy event loop sees it
+        # An early reset shows that the request was not read. After an orderly end (FIN) it may have been read.
+        is_early = self._loop.time() - self._sent_at < STALE_SECONDS
+        return is_early and (error is not None or has_arrived is None)
 
     def _begin(self, head: AnswerHead, length: int | None, data: bytes) -> None:
         """Handle a complete head: refuse, relay, answer or buffer."""

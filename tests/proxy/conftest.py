@@ -36,7 +36,14 @@ MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 OF_CONNECTIONS = {
     *("test_broken_upstreams", "test_clients", "test_silent_upstreams", "test_unfinished_bodies", "test_what_passes"),
     *("test_wrong_or_silent", "test_response_downstream", "test_resolving", "test_reachable", "test_tls"),
-    *("test_client", "test_connection_check", "test_connections", "test_health", "test_outcomes"),
+    *(
+        "test_client",
+        "test_connection_check",
+        "test_connections",
+        "test_health",
+        "test_kept_connections",
+        "test_outcomes",
+    ),
 }
 
 assert {path.stem for path in Path(__file__).parent.rglob("test_*.py")} >= OF_CONNECTIONS

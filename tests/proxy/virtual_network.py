@@ -103,6 +103,9 @@ class _Socket:
     def setsockopt(self, level: int, option: int, value: object) -> None:
         self.is_lingering |= option == socket.SO_LINGER
 
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        return b""  # as a kernel that does not know it
+
 
 class End(asyncio.Transport):
     """One end of a connection. What is written waits here, then with the peer, until its protocol has taken it."""
