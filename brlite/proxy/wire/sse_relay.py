@@ -353,16 +353,17 @@ class SseRelay:
             self._smallest_event = size
 
     def _note(self, event: _Event, text: bytes) -> int:
-        """Note an event's fields. Returns its bytes without logprobs; 0 if it has a whole response, with its tools."""
+        """Note an event's fields. Returns its bytes without logprobs; 0 if it repeats a text, a part or a response."""
         size = len(text) - len(event.logprobs)
-        has_response = event.response is not _NULL and event.response != _NULL  # the default is that object itself
+        is_repeat = has_response = event.response is not _NULL and event.response != _NULL  # the default is that object
         if event.error is not None:
             self._has_error = True
         if event.usage is not None or ((has_response or event.message != _NULL) and b'"usage"' in text):
             self.usage_events = (*self.usage_events[:1], text)
         if event.type is not None and self._last_types:
-            if isinstance(event.type, str) and event.type in self._last_types:
-                self._saw_end = True
+            if isinstance(event.type, str):
+                self._saw_end |= event.type in self._last_types
+                is_repeat |= event.type.endswith(".done")  # of Responses, after the deltas
             if isinstance(event.sequence_number, int):
                 self._sequence_number = event.sequence_number + 1
         for choice in event.choices or ():
@@ -375,4 +376,4 @@ class SseRelay:
                 self._has_finished[choice.index] = True
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
-        return 0 if has_response else size
+        return 0 if is_repeat else size

@@ -462,3 +462,20 @@ def test_a_response_with_its_tools_is_no_text(size):
 
     assert splice.seen.num_text_bytes == 1 + 0 + 2
     assert splice.num_events == 4
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_an_event_that_repeats_a_text_is_no_more_text(size):
+    splice = make_splice(kind=StreamKind.RESPONSES, max_event_bytes=10**6)
+    part = {"type": "output_text", "text": "x" * size, "logprobs": [{"token": "x", "logprob": -1.0}] * size}
+    repeats = [
+        {"type": "response.output_text.done", "text": part["text"], "logprobs": part["logprobs"]},
+        {"type": "response.content_part.done", "part": part},
+        {"type": "response.output_item.done", "item": {"type": "message", "content": [part]}},
+    ]
+    deltas = [{"type": "response.output_text.delta", "delta": text} for text in ("a", "x" * size)]
+
+    for each in (*deltas, *repeats):
+        splice.feed(chunk(b"data: " + json.dumps(each).encode() + b"\n\n"))
+
+    assert splice.seen.num_text_bytes == size - 1
