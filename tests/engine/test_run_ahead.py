@@ -413,7 +413,7 @@ def submit_some(driver: Driver, choose: random.Random, number: int) -> None:
     prompt = choose.choice(["", "abcab"]) + "".join(choose.choices("abc", k=choose.randint(1, 12)))
     driver.submit(
         prompt,
-        max_tokens=choose.randint(1, 14),
+        max_tokens=choose.randint(more.get("min_tokens", 1), 14),
         temperature=1.0,
         seed=number,
         tenant=choose.choice(["", "other"]),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from brlite.config.options import UpstreamConfig
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client
 from tests.proxy.services import free_port
@@ -135,7 +136,7 @@ async def at_once(port: int, data: bytes) -> bytes | None:
     reading = asyncio.ensure_future(client.reader.read(2**16))
     for _ in range(3):  # by the time that others are answered, it would have come
         probe.send(b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        await asyncio.wait_for(probe.answer(), 30)
+        await asyncio.wait_for(probe.answer(), PATIENCE_SECONDS)
     for each in (client, probe):
         each.leave()
     return same(await reading) if reading.done() else reading.cancel() and None
@@ -149,7 +150,7 @@ def same(answer: bytes) -> bytes:
 async def whole(port: int, line: bytes) -> bytes:
     client = await Client.connect(port)
     client.send(line + b"\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-    answer = await asyncio.wait_for(client.reader.read(), 30)
+    answer = await asyncio.wait_for(client.reader.read(), PATIENCE_SECONDS)
     client.leave()
     return same(answer)
 
@@ -233,11 +234,11 @@ async def test_a_request_behind_an_upgrade_is_answered_or_the_connection_closed(
     for port in doors:
         client = await Client.connect(port)
         client.send(request_with % upgrade + (VERSION if pieces == 1 else b""))
-        first = await asyncio.wait_for(client.answer(), 30)
+        first = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
         if pieces == 2:
             client.send(VERSION)
         try:
-            rest = await asyncio.wait_for(client.reader.read(2**16), 30)
+            rest = await asyncio.wait_for(client.reader.read(2**16), PATIENCE_SECONDS)
         except ConnectionError:
             rest = b""
         client.leave()

@@ -77,7 +77,7 @@ async def test_comments_do_not_extend_the_upstreams_time() -> None:
         await call.wait_left()
         return "close"
 
-    async with client_of(fall_silent, idle_seconds=0.5) as client:
+    async with client_of(fall_silent, idle_seconds=2) as client:
         client.send(post({"model": "m", "stream": True}))
         await read_head(client)
         parts = []

@@ -17,6 +17,7 @@ from brlite.config.options import Config, KeysConfig, ServerConfig, UpstreamConf
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
@@ -79,7 +80,7 @@ async def test_a_cross_site_request_is_a_403_before_its_body_is_read(page: bytes
     async with ScriptedUpstream(Step(GOOD_PLAIN)) as upstream, run_proxy(config(upstream)) as proxy:
         client = await Client.connect(proxy.port)
         client.send(head + b"\r\n\r\n" + body[:1])
-        answer = await asyncio.wait_for(client.answer(), 20)
+        answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
         client.leave()
 
     assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
@@ -98,7 +99,7 @@ async def test_the_servers_own_page_and_programs_are_answered(path: bytes) -> No
             client = await Client.connect(proxy.port)
             request = post({"model": "m"}, *headers, path=path.replace(b"//127.0.0.1", b"//proxy"))
             client.send(request)
-            answers.append(await asyncio.wait_for(client.answer(), 20))
+            answers.append(await asyncio.wait_for(client.answer(), PATIENCE_SECONDS))
             client.leave()
 
     assert [answer.body for answer in answers] == [PLAIN] * 3
@@ -130,7 +131,7 @@ async def test_a_name_that_was_led_to_loopback_is_a_403(path: bytes, options: di
     async with ScriptedUpstream(Step(GOOD_PLAIN)) as upstream, served(upstream, **options) as server:
         client = await Client.connect(server.port)
         client.send(request)
-        answer = await asyncio.wait_for(client.answer(), 20)
+        answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
         client.leave()
 
     assert answer.status == status
@@ -150,7 +151,7 @@ async def test_a_mounted_application_refuses_other_sites_and_takes_any_name(head
         async with HttpServer(outer, "127.0.0.1", 0, Config().limits, 0.1) as server:
             client = await Client.connect(server.port)
             client.send(post({"model": "m"}, header, path=b"/llm/v1/chat/completions"))
-            answer = await asyncio.wait_for(client.answer(), 20)
+            answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
             client.leave()
 
     assert answer.status == status
@@ -183,7 +184,7 @@ async def test_in_a_browser_a_page_of_another_site_reaches_nothing_and_a_listed_
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            heard = await asyncio.wait_for(said, 90)
+            heard = await asyncio.wait_for(said, PATIENCE_SECONDS)
         finally:
             browser.terminate()
             await browser.wait()

@@ -12,6 +12,7 @@ from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.proxy.exchange import UPSTREAM_RETRY_SECONDS, pause_seconds
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.wire.heads import read_answer
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
@@ -26,7 +27,7 @@ async def ask(port: int, *headers: bytes, path: bytes = FAST) -> Answer:
     client = await Client.connect(port)
     try:
         client.send(post({"model": "m"}, *headers, path=path))
-        return await asyncio.wait_for(client.answer(), 20)
+        return await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
     finally:
         client.leave()
 
@@ -191,8 +192,8 @@ async def test_a_trailer_that_is_no_header_field_is_a_400_at_both_doors(trailer:
         running = await stack.enter_async_context(run_proxy(*([config(upstream)] if has_proxy else ())))
         client = await Client.connect(running.port)
         client.send(request + post({"model": "m"}))
-        got = await asyncio.wait_for(client.answer(), 20)
-        is_closed = await asyncio.wait_for(client.is_closed(), 20)
+        got = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+        is_closed = await asyncio.wait_for(client.is_closed(), PATIENCE_SECONDS)
         client.leave()
 
     assert (got.status, is_closed, upstream.requests) == (400, True, [])

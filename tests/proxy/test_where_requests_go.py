@@ -205,7 +205,7 @@ async def test_no_fallback_answers_for_a_key_that_may_not_use_it(start) -> None:
 
 
 async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -> None:
-    group = await start(ProxyConfig(max_in_flight=1, max_queued=1, max_queue_seconds=0.2), a=GOOD)
+    group = await start(ProxyConfig(max_in_flight=1, max_queued=1, max_queue_seconds=2), a=GOOD)
     may_answer = asyncio.Event()
 
     async def wait(call: Call) -> Then:

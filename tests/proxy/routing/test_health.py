@@ -303,7 +303,8 @@ async def test_checks_that_fail_for_want_of_descriptors_here_take_nobody_out(
         await eventually(lambda: len(server.asked) > 3)
         num_asked = len(server.asked)
         with no_descriptors():
-            await asyncio.sleep(20 * QUICK.health_seconds)
+            await eventually(lambda: "cannot be checked" in caplog.text)
+            await asyncio.sleep(20 * QUICK.health_seconds)  # for many more
         await eventually(lambda: len(server.asked) > num_asked + 3)
 
     assert upstream.is_healthy
