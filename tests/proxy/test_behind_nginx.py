@@ -66,6 +66,7 @@ http {
 }
 """
 MODELS = ("a", "b")
+PLACEHOLDERS = {"http://{主机IP}:{端口号}": "c", "http://host_ip:port": "d"}  # as the manual's table has them
 NUM_FOR_EACH = 6  # of one kind to one model: nginx takes turns, so each service gets three of them
 
 
@@ -138,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(folder: Path) -> Iterator[tuple[Service, Service]]:
-    with two_services(folder) as services:
+    with two_services(folder, a=PLACEHOLDERS) as services:
         yield services
 
 
@@ -280,19 +281,19 @@ async def test_services_that_send_each_other_for_a_model_end_it_at_once(tmp_path
     assert num_requests == [2 + 2, 1 + 0]  # the client's, and the same come back: from b, from a itself
 
 
-async def test_placeholders_for_an_address_are_warned_about_and_never_dialled(tmp_path: Path, connect: Connect) -> None:
-    placeholders = {"http://{主机IP}:{端口号}": "c", "http://host_ip:port": "d"}
-    with two_services(tmp_path, a=placeholders) as services:
-        client = connect(services[0].url)
+async def test_placeholders_for_an_address_are_warned_about_and_never_dialled(
+    services: tuple[Service, Service], connect: Connect
+) -> None:
+    client = connect(services[0].url)
 
-        errors = [await refusal(client, model) for model in ("c", "d")]
-        listed = {model.id for model in (await client.models.list()).data}
+    errors = [await refusal(client, model) for model in ("c", "d")]
+    listed = {model.id for model in (await client.models.list()).data}
 
     assert [(error.status_code, error.code) for error in errors] == [(404, "model_not_found")] * 2
     assert listed == set(MODELS)
     warnings = [line for line in services[0].log.splitlines() if " WARNING " in line]
     assert len(warnings) == 2
-    assert all(url in line for url, line in zip(placeholders, warnings, strict=True))
+    assert all(url in line for url, line in zip(PLACEHOLDERS, warnings, strict=True))
 
 
 async def test_the_nginx_of_the_docs_has_tls_and_forwards_a_stream_event_by_event(

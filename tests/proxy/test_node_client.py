@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,17 +79,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Node:
     return Node(tmp_path_factory.mktemp("node"))
 
 
-def start_pair(stack: ExitStack, folder: Path) -> Pair:
-    path = write_model(folder / "far", seed=1)
-    far = stack.enter_context(served(folder, "far", FAR, path=path, context=CONTEXT))
-    path = write_model(folder / "local", seed=2)
-    return Pair(stack.enter_context(served(folder, "near", NEAR, path=path, context=CONTEXT, far=far.url)), far)
-
-
 @pytest.fixture(scope="module")
 def pair(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with ExitStack() as stack:
-        yield start_pair(stack, tmp_path_factory.mktemp("pair"))
+    folder = tmp_path_factory.mktemp("pair")
+    paths = {name: write_model(folder / name, seed) for seed, name in enumerate(MODELS)}
+    with (
+        served(folder, "far", FAR, path=paths["far"], context=CONTEXT) as far,
+        served(folder, "near", NEAR, path=paths["local"], context=CONTEXT, far=far.url) as near,
+    ):
+        yield Pair(near, far)
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +134,19 @@ def test_a_key_that_is_used_up_is_a_rate_limit_error(node: Node, pair: Pair, mod
     assert {(error["error"], error["code"]) for error in refused} == {("RateLimitError", "rate_limit_exceeded")}
 
 
-def test_servers_that_are_killed_are_errors_of_the_right_class(node: Node, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        near, far = start_pair(stack, tmp_path)
-        arguments = [near.url, "free", "far", str(CONTEXT // 2)]
-        with subprocess.Popen([*node.command, *arguments], stdout=subprocess.PIPE, text=True) as asking:
-            assert asking.stdout is not None
-            assert asking.stdout.readline() == "begun\n"
-            far.kill()
-            broken = json.loads(asking.stdout.read())["longStream"]
-        without_far = node.ask(near.url, "far")["chat"]
-        local = node.ask(near.url, "local")["chat"]
-        near.kill()
-        without_near = node.ask(near.url, "local")["chat"]
+def test_servers_that_are_killed_are_errors_of_the_right_class(node: Node, pair: Pair) -> None:
+    """The last test of the file: no other can use the pair."""
+    near, far = pair
+    arguments = [near.url, "free", "far", str(CONTEXT // 2)]
+    with subprocess.Popen([*node.command, *arguments], stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        assert asking.stdout.readline() == "begun\n"
+        far.kill()
+        broken = json.loads(asking.stdout.read())["longStream"]
+    without_far = node.ask(near.url, "far")["chat"]
+    local = node.ask(near.url, "local")["chat"]
+    near.kill()
+    without_near = node.ask(near.url, "local")["chat"]
 
     assert (broken["error"], broken["code"]) == ("APIError", "upstream_error")
     assert (without_far["error"], without_far["status"]) == ("InternalServerError", 503)
