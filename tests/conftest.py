@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -12,10 +13,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from brlite.backends.native import library
 from brlite.backends.native.library import NativeLibrary, load_library
 from tests.extras import HAS_TORCH, is_left_out, num_tests
 from tests.limits import PATIENCE_SECONDS
@@ -80,6 +83,21 @@ def _no_process_is_left() -> Iterator[None]:
     if left := set(children(os.getpid())) - before - kept:
         gc.collect()  # an error that a test has caught keeps what its frames hold
         wait_gone(left)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_self_test() -> Iterator[None]:
+    """Each load of a model tests the kernels for 0.3 s. In this process it is done once for each library."""
+    test, known = library.best_isa, dict[tuple[str, str], int]()
+
+    def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:
+        key = functions._name, wanted
+        if key not in known:
+            known[key] = test(functions, wanted)
+        return known[key]
+
+    with patch.object(library, "best_isa", best_isa):
+        yield
 
 
 @pytest.fixture(scope="session")
