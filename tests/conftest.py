@@ -28,6 +28,7 @@ from tests.processes import children, wait_gone
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+gc.disable()  # until all is collected: what is imported for tests is never garbage
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # with it each process compiles all that it imports: 1 to 2 s
     sys.dont_write_bytecode = False
 # torch's threads sleep at once where they wait for each other; read when torch loads, and by the commands. Beside other
@@ -66,6 +67,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger) and logger.name.startswith("torch"):
             logger.propagate = True
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
