@@ -34,11 +34,11 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
     if is_bundle(path):
         return BundleCheckpoint(path)
     weights = find_weights(path)
-    if weights.kind == "safetensors" and (config := read_config(path)).get("quantization_config") is not None:
-        from brlite.checkpoint.quantized_checkpoint import QuantizedCheckpoint
-
-        return QuantizedCheckpoint(path, weights.files, config)
     if weights.kind == "safetensors":
+        if (config := read_config(path)).get("quantization_config") is not None:
+            from brlite.checkpoint.quantized_checkpoint import QuantizedCheckpoint
+
+            return QuantizedCheckpoint(path, weights.files, config)
         from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path, weights.files)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import wait
 from contextlib import closing
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -158,7 +159,7 @@ class Download:
             os.truncate(copy, file.num_bytes)  # a hole behind the header: the file has the size that the header is for
             ends = sorted({min(limit, file.num_bytes) for limit in HEADER_BYTES})
             for begin, end in pairwise((0, *ends)):
-                tried_again(lambda begin=begin, end=end: read(begin, end), self._retries)  # type: ignore[misc]
+                tried_again(partial(read, begin, end), self._retries)
                 try:
                     header = read_gguf_header(copy)
                 except ModelError as error:

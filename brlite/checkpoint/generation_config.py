@@ -22,10 +22,10 @@ def read_recommended_sampling(path: Path) -> dict[str, Any]:
     """
     if path.is_dir() and exists(path / GENERATION_CONFIG):
         found = read_json_object(path / GENERATION_CONFIG)
-    elif path.is_dir() and not (has_weights(path) and find_weights(path).kind == "gguf"):
-        return {}
     else:
-        file = path if path.is_file() else find_weights(path).files[0]
-        metadata = read_gguf_header(file).metadata
+        weights = None if path.is_dir() and not has_weights(path) else find_weights(path)
+        if weights is None or weights.kind != "gguf":
+            return {}
+        metadata = read_gguf_header(weights.files[0]).metadata
         found = {name: metadata.get(key) for name, key in GGUF_KEYS.items()}
     return {name: found[name] for name in GGUF_KEYS if found.get(name) is not None}

@@ -64,19 +64,12 @@ class HuggingFaceHub:
         url = f"{address.endpoint}/api/models/{name.repository}{revision}?blobs=true"
         info = get_json(address, url, name.repository)
         with _shape_checked(address):
-            siblings = [
-                (file["rfilename"], file.get("size"), file.get("lfs") or {}, file.get("blobId"))
-                for file in info["siblings"]
-            ]
-            files = [
-                HubFile(
-                    str(path),
-                    _size(size or lfs.get("size") or 0),
-                    _hash(lfs.get("sha256")),
-                    None if lfs else _hash(blob),
-                )
-                for path, size, lfs, blob in siblings
-            ]
+            files = []
+            for file in info["siblings"]:
+                lfs = file.get("lfs") or {}
+                size = _size(file.get("size") or lfs.get("size") or 0)
+                git_hash = None if lfs else _hash(file.get("blobId"))
+                files.append(HubFile(str(file["rfilename"]), size, _hash(lfs.get("sha256")), git_hash))
             if not isinstance(info["sha"], str) or not info["sha"].isalnum():
                 raise ValueError(info["sha"])
             return RepositoryListing(info["sha"], files)

@@ -82,6 +82,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NOT_QUANTIZED = F32.name
+KEPT, ROUNDED, WIDENED = "kept", "rounded to int8", "widened to bfloat16"
 # A quantized format → the form in memory that keeps its codes, in torch and in native code. Others are not listed.
 CARD_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 NATIVE_FORMS = CARD_FORMS | {name: block.form for name, block in BLOCKS.items()}
@@ -207,9 +208,6 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
             uses.append(f"{stored_as} is {' and '.join(parts)}{', else kept' if sum(changes.values()) < count else ''}")
     decided_by = "auto" if spec.precision == "auto" else f"{spec.precision}, set by precision"
     return f"the file's own: {', '.join(uses)} ({decided_by})"
-
-
-KEPT, ROUNDED, WIDENED = "kept", "rounded to int8", "widened to bfloat16"
 
 
 def _stored_matrices(model: CheckedModel, num_ranks: int, *, is_native: bool) -> dict[str, dict[str, set[str]]]:

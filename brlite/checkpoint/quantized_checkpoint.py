@@ -86,7 +86,7 @@ class QuantizedCheckpoint:
             num_rounded = 0
             for name, entry in self._entries.items():
                 if name in self._plain:
-                    location = TensorLocation(name, PLAIN_FORMATS[entry.dtype], entry.shape, entry.begin)
+                    location = TensorLocation(name, PLAIN_FORMATS[entry.dtype], entry.shape)
                     yield make_tensor(location, partial(read_bytes, streams[entry.file], entry.begin))
                 elif name in self._matrices:
                     matrix, parts = self._matrices[name]

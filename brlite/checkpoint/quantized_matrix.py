@@ -182,7 +182,7 @@ class QuantizedMatrix(ABC):
                 values = self.code_values[codes]
             return np.multiply(values, scales[rows][:, groups], out=values).reshape(-1).view(np.uint8)
 
-        return make_tensor(TensorLocation(self.name, self.format, self.shape, 0), read)
+        return make_tensor(TensorLocation(self.name, self.format, self.shape), read)
 
     def _groups(self, arrays: Mapping[str, Array], num_groups: int) -> npt.NDArray[np.int64]:
         """The group of each input."""

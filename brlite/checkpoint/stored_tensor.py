@@ -165,12 +165,12 @@ class StoredTensor(msgspec.Struct, frozen=True):
 
 
 class TensorLocation(NamedTuple):
-    """A tensor of a file: its format and shape, and where its bytes begin. `head_rows` is that of `StoredTensor`."""
+    """A tensor's format and shape, and where its bytes begin in its file. `head_rows` is that of `StoredTensor`."""
 
     name: str
     format: Format
     shape: tuple[int, ...]
-    begin: int
+    begin: int = 0
     head_rows: int = 0
 
     @property
@@ -189,7 +189,7 @@ def make_tensor(location: TensorLocation, read: ReadBytes, file: Path | None = N
 
 def tensor_in_memory(name: str, stored_as: Format, shape: tuple[int, ...], data: Bytes) -> StoredTensor:
     """The tensor whose bytes are `data` [B]."""
-    return make_tensor(TensorLocation(name, stored_as, shape, 0), lambda begin, size: data[begin : begin + size])
+    return make_tensor(TensorLocation(name, stored_as, shape), lambda begin, size: data[begin : begin + size])
 
 
 class LocatedTensors:

@@ -257,17 +257,15 @@ class _PartFile:
             digest.update(data)
             position += len(data)
             on_progress(stage, position / self.num_bytes)
-        is_right = expected is None or digest.hexdigest() == expected.lower()
-        if is_right:
-            os.fsync(self._handle)
-            self._path.replace(self._target)
-        else:
+        if expected is not None and digest.hexdigest() != expected.lower():
             self._path.unlink(missing_ok=True)
-        self._counts_path.unlink(missing_ok=True)
-        if not is_right:
+            self._counts_path.unlink(missing_ok=True)
             raise ModelError(
                 f"{self.file.name} has {digest.name} {digest.hexdigest()}, but {expected} was expected; it was removed"
             )
+        os.fsync(self._handle)
+        self._path.replace(self._target)
+        self._counts_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the files. A thread that still waits for the network writes nothing afterwards."""

@@ -103,4 +103,4 @@ def written(file: Path, name: str, stored: np.ndarray) -> Iterator[StoredTensor]
     stored_as = Format(name, block_elements, block_bytes, lambda data: data.view("<f4"), decode, halves)
     file.write_bytes(stored.tobytes())
     shape = len(stored), stored.shape[1] // block_bytes * block_elements
-    return LocatedTensors({file: [TensorLocation("w", stored_as, shape, 0)]}).tensors()
+    return LocatedTensors({file: [TensorLocation("w", stored_as, shape)]}).tensors()
