@@ -82,8 +82,8 @@ class ParallelBackend:
         self._lost: BackendLost | None = None
         self._guard = BackendGuard()
         self._lock = threading.Lock()  # the watch and a step may find a loss at the same time
-        self._heard: BackendLost | None = None  # why another rank ended
-        self._has_heard = threading.Event()
+        self._end_reason: BackendLost | None = None  # why another rank ended
+        self._has_ended = threading.Event()
         self._is_between_steps = threading.Event()
         self._is_between_steps.set()
         ranks.watch(self._note_lost)
@@ -95,13 +95,13 @@ class ParallelBackend:
         """Load the parts of all ranks, rank 0's here, and connect them. Owns `ranks`: ends them if anything fails."""
         model: RankModel | None = None
         try:
-            ranks.tell_each(setup)
+            ranks.send_each(setup)
             model = load()
-            loaded = ranks.hear(Loaded)
+            loaded = ranks.receive(Loaded)
             place = model.connection.open(host)
-            ranks.tell(Join(place))
+            ranks.send(Join(place))
             model.connection.join(place)
-            ranks.hear(Joined)
+            ranks.receive(Joined)
             return cls(model, ranks, describe(model.backend.info, loaded))
         except BaseException as error:
             loss = ranks.find_loss() if isinstance(error, RankGone) else None
@@ -127,12 +127,12 @@ class ParallelBackend:
                 raise self._lost
             self._is_between_steps.clear()
             try:
-                self._ranks.tell(compute_message(batch))
+                self._ranks.send(compute_message(batch))
                 return self._model.backend.execute(batch)
             except Exception as error:
                 reason = BackendLost(f"a step failed on rank 0: {error}")
-                if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
-                    reason = self._heard or reason
+                if isinstance(error, RankGone) and self._has_ended.wait(CAUSE_SECONDS):
+                    reason = self._end_reason or reason
                 raise self._lose(reason) from error
             finally:
                 self._is_between_steps.set()
@@ -148,8 +148,8 @@ class ParallelBackend:
 
     def _note_lost(self, error: BackendLost) -> None:
         """Another rank has ended: abort the running step. If rank 0 failed by itself, that is reported."""
-        self._heard = error
-        self._has_heard.set()
+        self._end_reason = error
+        self._has_ended.set()
         self._end_others()
         self._is_between_steps.wait(CAUSE_SECONDS)
         self._lose(error)

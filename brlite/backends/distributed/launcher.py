@@ -117,19 +117,19 @@ def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ)
     return channel
 
 
-def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
+def _admit(listener: socket.socket, missing: Collection[int], is_member: Callable[[Hello], bool]) -> Member | None:
     """Accept one connection. Returns a missing rank that proves the secret, None for any other client."""
     stream, address = listener.accept()
     channel = Channel(_kept_alive(stream))
-    impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a timeout of the socket would restart with each byte
-    impatience.start()
+    time_limit = threading.Timer(HELLO_SECONDS, channel.shut)  # a timeout of the socket would restart with each byte
+    time_limit.start()
     try:
         hello = channel.receive(MAX_HELLO_BYTES)
     except ChannelClosed:
         hello = None
-    impatience.cancel()
-    impatience.join()
-    if not isinstance(hello, Hello) or not may_come(hello):
+    time_limit.cancel()
+    time_limit.join()
+    if not isinstance(hello, Hello) or not is_member(hello):
         logger.warning("a client at %s is no rank of this model", address[0])
     elif hello.rank not in missing:
         logger.warning("a rank at %s has the number %d; missing are %s", address[0], hello.rank, sorted(missing))

@@ -57,20 +57,20 @@ class Ranks:
         self._members = tuple(members)
         self._watching: _Watch | None = None
 
-    def tell_each(self, message_for: Callable[[int], Message]) -> None:
+    def send_each(self, message_for: Callable[[int], Message]) -> None:
         """Send each rank its own message. Raises `ChannelClosed` if a rank is gone."""
         for member in self._members:
             member.channel.send(message_for(member.rank))
 
-    def tell(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Send all ranks the same message, encoded once. Raises `ChannelClosed` if a rank is gone."""
         data = frame(message)
         for member in self._members:
             member.channel.send_frame(data)
 
-    def hear(self, kind: type[M]) -> list[M]:
+    def receive(self, kind: type[M]) -> list[M]:
         """Receive one message of this kind from each rank. Raises a rank's error, or `BackendLost` if a rank ended."""
-        return [self._hear(member, kind) for member in self._members]
+        return [self._receive(member, kind) for member in self._members]
 
     def find_loss(self, beside: Member | None = None) -> BackendLost | ConfigError | None:
         """During loading: why a rank other than `beside` ends within `CAUSE_SECONDS`. None if none does."""
@@ -112,7 +112,7 @@ class Ranks:
                     member.process.wait()
             member.channel.close()
 
-    def _hear(self, member: Member, kind: type[M]) -> M:
+    def _receive(self, member: Member, kind: type[M]) -> M:
         try:
             message = member.channel.receive()
         except ChannelClosed as error:

@@ -96,7 +96,7 @@ class Gathering:
     def finish(self) -> list[object]:
         """What the ranks hear of rank 0, in their order, once all are there."""
         ranks = self._ranks.result(PATIENCE_SECONDS)
-        ranks.tell_each(lambda rank: Join(f"to rank {rank}"))
+        ranks.send_each(lambda rank: Join(f"to rank {rank}"))
         heard = [self.channels[rank].receive() for rank in sorted(self.channels)]
         for channel in self.channels.values():
             channel.close()

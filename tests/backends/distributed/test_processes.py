@@ -124,10 +124,10 @@ def test_what_a_rank_refuses_is_raised_here(model: Path, tmp_path: Path) -> None
     ranks = start_local(2)
     spec = ModelSpec(name="tiny", path=str(tmp_path / "nowhere"), build_seq=64, tensor_parallel=2, devices=(0, 1))
 
-    ranks.tell_each(lambda rank: Setup(rank, spec, EngineConfig(device="cpu"), "kind"))
+    ranks.send_each(lambda rank: Setup(rank, spec, EngineConfig(device="cpu"), "kind"))
 
     with pytest.raises(ConfigError, match=r"rank 1: .*nowhere"):
-        ranks.hear(Loaded)
+        ranks.receive(Loaded)
     ranks.close()
 
 
@@ -135,10 +135,10 @@ def test_a_rank_that_finds_another_model_is_refused(model: Path) -> None:
     ranks = start_local(2)
     spec = ModelSpec(name="tiny", path=str(model), build_seq=64, tensor_parallel=2, devices=(0, 1))
 
-    ranks.tell_each(lambda rank: Setup(rank, spec, EngineConfig(device="cpu"), "another kind"))
+    ranks.send_each(lambda rank: Setup(rank, spec, EngineConfig(device="cpu"), "another kind"))
 
     with pytest.raises(ConfigError, match="is another model than rank 0's"):
-        ranks.hear(Loaded)
+        ranks.receive(Loaded)
     ranks.close()
 
 
@@ -149,7 +149,7 @@ def test_a_rank_that_is_killed_while_it_loads_is_told_of(model: Path) -> None:
     os.kill(rank, signal.SIGKILL)
 
     with pytest.raises(BackendLost, match="rank 1 died of signal 9 while it was loading"):
-        ranks.hear(Joined)
+        ranks.receive(Joined)
     ranks.close()
 
 
