@@ -49,7 +49,8 @@ def load_backend(
     cpus, memory = find_cpus(), find_memory()
     threads = f"{engine.threads}, set by engine.threads" if engine.threads else f"{cpus.num_threads}, {cpus.decided_by}"
     limit = f", limited by {memory.decided_by}" if memory.decided_by else ""
-    logger.info("threads: %s; memory: %s free of %s%s", threads, *map(show_bytes, memory[1::-1]), limit)
+    free, total = show_bytes(memory.available), show_bytes(memory.total)
+    logger.info("threads: %s; memory: %s free of %s%s", threads, free, total, limit)
     num_threads = engine.threads or cpus.num_threads
     plan = LoadPlan(
         checkpoint=checkpoint, model=model, spec=spec, engine=engine, num_threads=num_threads, on_progress=on_progress

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from brlite.backends.guard import BackendGuard
 from brlite.backends.plugins.calls import chunks, find_fault, plan_calls, with_every_slot
@@ -22,6 +21,7 @@ from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.pooling import add_states, pooled_result
 from brlite.backends.sampling.host import choose_sampler
 from brlite.backends.sampling.logits_processors import sample_processed
+from brlite.backends.sampling.rows import Logits
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     BackendInfo,
@@ -44,8 +44,6 @@ PREFIX_NOTE = "prompts that begin alike are each computed in full: a sequence ha
 PROMPT_LOGPROBS_NOTE = "prompt_logprobs are refused: it takes prompts whole, and gives the logits of the last token"
 FEWER_NOTE = "it has {name} {has}, and the config asks for {asked}"
 
-Logits = npt.NDArray[np.float32]
-
 
 @dataclass
 class Slot:
@@ -63,7 +61,7 @@ class SlotWork:
     slot: int
     rows: list[PluginRow]
     logits: list[Logits] = field(default_factory=list)
-    hidden: list[npt.NDArray[np.float32]] = field(default_factory=list)  # only for pooling
+    hidden: list[Logits] = field(default_factory=list)  # only for pooling
     error: str | None = None
 
 

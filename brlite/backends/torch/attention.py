@@ -128,10 +128,10 @@ class StepPlanner:
         for place, row in reversed(list(enumerate(chain.from_iterable(group_rows or ())))):
             places[row] = place  # the first place of a row; its repetitions are padding
         groups, start = list[SpanGroup](), 0
-        for index, spans in enumerate(members):
-            end = start + sum(span.length for span in spans)
+        for index, alike in enumerate(members):
+            end = start + sum(span.length for span in alike)
             rows = slice(start, end) if group_rows is None else self._indices(group_rows[index])
-            filled, length = self.filled(spans, NO_SPAN), self._rounded(spans[0].length)
+            filled, length = self.filled(alike, NO_SPAN), self._rounded(alike[0].length)
             views = {window: self._view(filled, length, window) for window in self._windows}
             groups.append(SpanGroup(len(filled), length, rows, views))
             start = end

@@ -156,9 +156,9 @@ class TorchBackend:
             batch, last = _with_last_draws(batch, before)
             step = self._steps.forward(batch.seqs, last)
             places, rows, inputs = dict[int, int](), list[int](), list[SamplingInput]()  # of the device's draws
-            for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
-                is_processed = batch.processors is not None and seq.seq_id in batch.processors
-                if seq.sampling and not is_processed and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
+            for seq, first in zip(batch.seqs, step.first_rows, strict=True):
+                on_host = not self._rules.runs_ahead or seq.seq_id in (batch.processors or ())
+                if seq.sampling and not on_host and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
                     places[seq.seq_id] = len(rows)
                     rows += drawing_rows(seq, first)
                     inputs += _draw_inputs(seq, seq.sampling)
@@ -254,9 +254,10 @@ class TorchBackend:
             batch.masks.wait()
         processors, tokens = batch.processors or {}, dict[int, list[SampledToken | Undrawn]]()
         seq_ids = [seq.seq_id for seq in seqs for _ in range(seq.num_draws)]  # of each row
-        for seq_id, row, entry, mask in zip(seq_ids, logits, inputs, masks, strict=True) if processors else ():
+        for index, seq_id in enumerate(seq_ids):
             if seq_id in processors:
-                tokens[seq_id] = [self._sampler.sample_processed(row, entry, mask, processors[seq_id])]
+                row = logits[index], inputs[index], masks[index]
+                tokens[seq_id] = [self._sampler.sample_processed(*row, processors[seq_id])]
         rest = [index for index, seq_id in enumerate(seq_ids) if seq_id not in processors]
         if rest:
             logits = logits[rest] if processors else logits
