@@ -21,9 +21,9 @@ import msgspec
 
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.model_file import MAX_JSON_BYTES, exists, read_model_text
-from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors import SafetensorsCheckpoint
 from brlite.errors import ModelError
+from brlite.files.new_file import FileRecord
 from brlite.files.quoting import excerpt, reason
 from brlite.models.precision import WEIGHTS_NAMES, Precision, PrecisionName
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.progress import folder_bytes
 from brlite.errors import ModelError
+from brlite.files.new_file import write_whole
 from brlite.files.quoting import one_line, reason
 from brlite.process.machine import show_bytes
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, read_some, wait_before
-from brlite.checkpoint.new_file import write_at
 from brlite.checkpoint.progress import OnProgress, SizedStage
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX
 from brlite.errors import ModelError, ModelUnreachable
+from brlite.files.new_file import write_at
 from brlite.process.waiting import start_daemon
 
 SEGMENT_BYTES = 64 * 2**20

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.checkpoint.new_file import CHUNK_BYTES, read_record
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
+from brlite.files.new_file import CHUNK_BYTES, read_record
 from brlite.files.quoting import one_line, reason
 from brlite.files.temporary import sweep, temporary_folder
 from brlite.process.children import ChildGroup, child_environment, python_module

@@ -19,10 +19,10 @@ from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.new_file import read_record
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.commands.convert import located
 from brlite.errors import ModelError
+from brlite.files.new_file import read_record
 from brlite.files.quoting import one_line
 from brlite.models.network import num_parameters
 from brlite.models.registry import find_family

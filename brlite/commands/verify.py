@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from brlite.checkpoint.new_file import NewFile
 from brlite.commands.given_config import given_config
 from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
@@ -29,6 +28,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
 from brlite.errors import BrliteError, ConfigError, InvalidRequest
+from brlite.files.new_file import NewFile
 from brlite.llm import Assembly, build_engine
 from brlite.process.machine import physical_cores
 from brlite.sampling_params import SamplingParams

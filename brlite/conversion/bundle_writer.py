@@ -35,7 +35,6 @@ from brlite.checkpoint.bundle import (
 )
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.folder import INDEX_FILE
-from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
 from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.config.options import EngineConfig, ModelSpec
@@ -50,6 +49,7 @@ from brlite.conversion.safetensors_writer import (
     shard_index,
 )
 from brlite.errors import ModelError
+from brlite.files.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
 from brlite.files.temporary import PART_SUFFIX, sweep
 from brlite.models.precision import PRECISIONS, WEIGHTS_NAMES, Precision
 from brlite.process.machine import physical_cores

@@ -28,7 +28,6 @@ from brlite.checkpoint.checked_model import CheckedModel, check_model, quantized
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.model_file import BUNDLED_TOOL_TEMPLATE_FILE, TOOL_TEMPLATE_FILE
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
-from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.quantization import SECTION
@@ -45,6 +44,7 @@ from brlite.conversion.bundle_writer import (
 )
 from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
+from brlite.files.new_file import write_whole
 from brlite.files.quoting import MAX_EXCERPT, one_line, reason
 from brlite.models.network import num_parameters
 from brlite.models.precision import PRECISIONS, PrecisionName

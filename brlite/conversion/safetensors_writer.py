@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
 from brlite.checkpoint.safetensors import LENGTH_BYTES
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32, to_bfloat16
+from brlite.files.new_file import Buffer, FileRecord, NewFile
 
 CHUNK_ELEMENTS = 1 << 18
 OnBytes = Callable[[int], None]  # called with the number of bytes just written

@@ -1,1 +1,1 @@
-"""Files on disk: text that people write, owners, temporary names, the cache folder. Interprets no format."""
+"""Files on disk: text that people write, owners, temporary names, new files, the cache folder. Interprets no format."""

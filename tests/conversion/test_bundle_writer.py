@@ -35,10 +35,10 @@ from brlite.checkpoint.bundle import (
     read_progress,
 )
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.new_file import read_record
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
 from brlite.errors import ModelError
+from brlite.files.new_file import read_record
 from brlite.models.precision import PRECISIONS, PrecisionName
 from tests.backends.native_models import MODELS, random_ids
 from tests.bundles import INT8, make_bundle, plan_bundle

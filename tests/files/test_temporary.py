@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from brlite.checkpoint.new_file import NewFile, write_whole
 from brlite.files import temporary
+from brlite.files.new_file import NewFile, write_whole
 from brlite.files.temporary import create_temporary, sweep, temporary_folder
 
 HOLDS = """

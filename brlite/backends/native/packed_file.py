@@ -25,7 +25,7 @@ import numpy as np
 
 from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.model_file import describe_file
-from brlite.checkpoint.new_file import NewFile
+from brlite.files.new_file import NewFile
 from brlite.files.ownership import forbid_others_to_write
 
 MAGIC = b"brlite\x00\x01"

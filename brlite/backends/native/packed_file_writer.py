@@ -21,8 +21,8 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
 from brlite.backends.native.packer import pack_in_pieces, pack_rows, read_vector
-from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
 from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.files.new_file import FileRecord, NewFile, read_record
 from brlite.models.families.family import WeightTarget
 
 
