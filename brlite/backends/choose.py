@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from brlite.backends.distributed.launcher import find_place
-from brlite.backends.native.abi import MAX_HEAD_DIM
+from brlite.backends.native.abi import MAX_HEAD_DIM, MAX_SIZE
 from brlite.backends.torch.device import TORCH_USE, computes_on_cpu, require_torch, rules_for, select_device
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, packed_name
@@ -96,6 +96,11 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
         return 'native kernels compute in bfloat16, and engine.dtype is "float32"'
     if spec.tensor_parallel > 1 and find_place(os.environ) is not None:
         return "the ranks of native kernels share memory, which those that a launcher has started may not"
+    largest = max(
+        config.vocab_size, config.hidden_size, config.q_size + 2 * config.kv_size, 2 * config.intermediate_size
+    )
+    if largest > MAX_SIZE:
+        return f"native kernels want at most {MAX_SIZE} rows and columns in a matrix, not {largest}"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
         return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}"
     return None

@@ -6,8 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from brlite.backends.choose import find_obstacle
 from brlite.backends.plugins.contract import with_static_context
 from brlite.backends.sizes import sizes_at
 from brlite.backends.torch import device
@@ -16,6 +18,7 @@ from brlite.commands.cli import main
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.llm import build_engine
+from brlite.models.registry import find_family
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
 INSTALL_TORCH = "pip install 'brlite[torch]'"
@@ -45,6 +48,15 @@ def test_native_kernels_need_no_torch(model, native_library, capsys):
     assert generate(model) == 0
 
     assert '"finish_reason"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "hidden_size", "intermediate_size", "num_heads"])
+def test_native_kernels_compute_no_matrix_whose_sizes_int32_cannot_hold(size: str) -> None:
+    config = find_family(LLAMA).read_config(LLAMA)
+    large = msgspec.structs.replace(config, **{size: 2**31 - 4})
+
+    assert find_obstacle(config, ModelSpec(), EngineConfig(device="cpu")) is None
+    assert "in a matrix" in (find_obstacle(large, ModelSpec(), EngineConfig(device="cpu")) or "")
 
 
 def test_without_a_compiler_and_torch_one_line_names_both_remedies(model, monkeypatch, capsys):

@@ -17,6 +17,7 @@ ABI_VERSION = 13
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
+MAX_SIZE = 2**30  # of a matrix's rows and columns, which int32 holds, also rounded up to whole panels and groups
 HEAD_ROWS = 32
 
 # The index is the number in C++. Of two that a processor has, the later one is faster.
