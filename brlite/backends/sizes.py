@@ -301,6 +301,14 @@ class CacheSize(NamedTuple):
     is_filled: bool = False
 
 
+class CacheRoom(NamedTuple):
+    """The most tokens that the KV cache may have, and what limits them. With `is_filled` the cache gets all of them."""
+
+    num_tokens: int
+    bound: str
+    is_filled: bool = False
+
+
 def _find_cache(config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]) -> CacheSize:
     """The context and the KV cache, of which `room` is the one that memory allows.
 
@@ -319,14 +327,6 @@ def _find_cache(config: ModelConfig, spec: ModelSpec, block_size: int, room: Cal
         own, reason = context, f"of the model's {config.max_context}, limited by {bound}"
     shared = (most if is_filled else min(spec.build_batch * SHARED_TOKENS, most)) // block_size
     return CacheSize(own, reason, spec.num_blocks or max(math.ceil(own / block_size), shared), is_filled)
-
-
-class CacheRoom(NamedTuple):
-    """The most tokens that the KV cache may have, and what limits them. With `is_filled` the cache gets all of them."""
-
-    num_tokens: int
-    bound: str
-    is_filled: bool = False
 
 
 def find_cards(spec: ModelSpec, engine: EngineConfig) -> list[CardMemory]:

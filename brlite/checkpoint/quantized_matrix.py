@@ -92,7 +92,7 @@ class QuantizedMatrix(ABC):
         self.group_size = quantization.group_size or inputs
         self.num_groups = math.ceil(inputs / self.group_size)
         allowed: dict[str, list[Shape]] = {"g_idx": [(inputs,)], "weight_g_idx": [(inputs,)]}
-        allowed |= self.allowed_shapes(outputs, inputs)
+        allowed |= self.allowed_shapes(outputs)
         for part, entry in entries.items():
             if entry.dtype not in self.tensors[part]:
                 found, dtypes = excerpt(entry.dtype), " or ".join(self.tensors[part])
@@ -108,7 +108,7 @@ class QuantizedMatrix(ABC):
         return rows, columns
 
     @abstractmethod
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         """The shapes that each of the other tensors may have."""
 
     @abstractmethod
@@ -206,7 +206,7 @@ class GptqMatrix(QuantizedMatrix):
     def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns, rows * (32 // self.num_bits)
 
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         num_words = math.ceil(outputs * self.num_bits / 32)
         return {"qzeros": [(self.num_groups, num_words)], "scales": [(self.num_groups, outputs)]}
 
@@ -227,7 +227,7 @@ class AwqMatrix(QuantizedMatrix):
     def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * 8, rows
 
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         return {"qzeros": [(self.num_groups, outputs // 8)], "scales": [(self.num_groups, outputs)]}
 
     def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
@@ -259,7 +259,7 @@ class PackedMatrix(QuantizedMatrix):
     def find_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, columns * (32 // self.num_bits)
 
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         num_words = math.ceil(outputs * self.num_bits / 32)
         return {
             "weight_shape": [(2,)],
@@ -292,7 +292,7 @@ class Int8Matrix(QuantizedMatrix):
     def __init__(self, name: str, quantization: Quantization, entries: Mapping[str, TensorEntry]) -> None:
         super().__init__(name, msgspec.structs.replace(quantization, num_bits=8), entries)
 
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         return dict.fromkeys(("weight_scale", "weight_zero_point"), _row_shapes(outputs, self.num_groups))
 
     def unpack(self, arrays: Mapping[str, Array]) -> UnpackedMatrix:
@@ -309,7 +309,7 @@ class Fp8Matrix(QuantizedMatrix):
     tensors: ClassVar[PartTypes] = {"weight": ("F8_E4M3",), "weight_scale": FLOATS, "weight_scale_inv": FLOATS}
     code_values = E4M3_VALUES
 
-    def allowed_shapes(self, outputs: int, inputs: int) -> dict[str, list[Shape]]:
+    def allowed_shapes(self, outputs: int) -> dict[str, list[Shape]]:
         blocks = (math.ceil(outputs / self.quantization.block_rows), self.num_groups)
         return {part: [blocks, *_row_shapes(outputs, 1)] for part in SCALES}
 

@@ -21,7 +21,7 @@ BITS_PER_DIGIT = 3.3219
 
 def excerpt(value: object) -> str:
     """A value from a file, as Python writes it, in at most 80 characters."""
-    return _cut(_shown(value, MAX_DEPTH), MAX_EXCERPT)
+    return _cut(_repr(value, MAX_DEPTH), MAX_EXCERPT)
 
 
 def one_line(text: object, limit: int = MAX_REASON) -> str:
@@ -48,7 +48,7 @@ def shown(text: str) -> str:
     )
 
 
-def _shown(value: object, depth: int) -> str:
+def _repr(value: object, depth: int) -> str:
     if isinstance(value, str):
         return repr(str.__getitem__(value, slice(MAX_EXCERPT)))
     if isinstance(value, bytes):
@@ -64,9 +64,9 @@ def _shown(value: object, depth: int) -> str:
         return f"{left}…{right}" if value else left + right
     if isinstance(value, dict):
         pairs = islice(value.items(), MAX_ITEMS)
-        items = [f"{_shown(key, 0)}: {_shown(item, depth - 1)}" for key, item in pairs]
+        items = [f"{_repr(key, 0)}: {_repr(item, depth - 1)}" for key, item in pairs]
     else:
-        items = [_shown(item, depth - 1) for item in value[:MAX_ITEMS]]
+        items = [_repr(item, depth - 1) for item in value[:MAX_ITEMS]]
     more = [f"… {len(value)} in all"] if len(value) > MAX_ITEMS else []
     return left + ", ".join([*items, *more]) + right
 

@@ -43,10 +43,12 @@ def read_bounded(path: Path, *, max_bytes: int = MAX_TEXT_BYTES, wait_seconds: f
             return _read_all(handle, max_bytes, wait_seconds)
         finally:
             os.close(handle)
+    except TextError:
+        raise
     except OSError as error:
         raise TextError(error.strerror or type(error).__name__) from None
-    except ValueError as error:  # a zero byte in the path, or a `TextError`
-        raise error if isinstance(error, TextError) else TextError(str(error)) from None
+    except ValueError as error:  # a zero byte in the path
+        raise TextError(str(error)) from None
 
 
 def decode_text(data: bytes) -> str:

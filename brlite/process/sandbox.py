@@ -134,8 +134,8 @@ class ChildProcess:
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._process is None:
-            self._process = _start()
-            self._finalizer = weakref.finalize(self, _end, self._process, self._pid)
+            self._process = _spawn()
+            self._finalizer = weakref.finalize(self, _kill, self._process, self._pid)
             if self._is_closed:
                 raise _Failed("the model is being closed")
             paths = set()
@@ -197,7 +197,7 @@ class ChildProcess:
         self._process = self._finalizer = None
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _spawn() -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         process = subprocess.Popen(
@@ -218,7 +218,7 @@ def _start() -> subprocess.Popen[bytes]:
     return process
 
 
-def _end(process: subprocess.Popen[bytes], pid: int) -> None:
+def _kill(process: subprocess.Popen[bytes], pid: int) -> None:
     """Kill and reap a child; in a forked copy of the process that started it, do nothing."""
     if pid != os.getpid():
         return

@@ -22,7 +22,7 @@ MAX_BYTES = 2**28  # far more than any batch has; a longer frame is an error
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, first: what to load. `model_kind` is a hash by which the rank checks that it has the same model.
+    """To a rank, first: what to load. `model_hash` is a hash by which the rank checks that it has the same model.
 
     With native kernels `memory` is the descriptor of the ranks' shared file, `packed_file` the path for packed weights.
     """
@@ -30,7 +30,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     rank: int
     spec: ModelSpec
     engine: EngineConfig
-    model_kind: str
+    model_hash: str
     memory: int | None = None
     packed_file: str | None = None
 

@@ -45,7 +45,7 @@ LOOPBACK = "127.0.0.1"
 def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
     """The backend of `spec.tensor_parallel` ranks. This process is rank 0. Raises the error of any rank."""
     spec, engine = plan.spec, plan.engine
-    size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(plan.checkpoint)
+    size, place, model_hash = spec.tensor_parallel, find_place(os.environ), _model_hash(plan.checkpoint)
     if place is not None and place.size != size:
         raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE is {place.size}")
     if plan.precision.weights == "int8":
@@ -54,8 +54,8 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
 
     def setup(rank: int) -> Setup:
         if place is not None:  # the rank chooses its device and threads itself
-            return Setup(rank, spec, engine, kind)
-        return Setup(rank, *_as_rank_sees(_found(plan), engine, spec.devices[rank], size), kind)
+            return Setup(rank, spec, engine, model_hash)
+        return Setup(rank, *_as_rank_sees(_located(plan), engine, spec.devices[rank], size), model_hash)
 
     def load() -> RankModel:
         device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
@@ -67,10 +67,10 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
 
 def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend:
     """The same in native code, on this machine's cores. Each rank has its own packed file beside the plan's."""
-    size, kind, num_cores = plan.spec.tensor_parallel, _kind(plan.checkpoint), physical_cores()
+    size, model_hash, num_cores = plan.spec.tensor_parallel, _model_hash(plan.checkpoint), physical_cores()
     if size > num_cores:
         logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
-    seen = _as_rank_sees(_found(plan), plan.engine, 0, size)
+    seen = _as_rank_sees(_located(plan), plan.engine, 0, size)
     memory = create_shared_file(library.functions, plan)
 
     def load() -> RankModel:
@@ -81,7 +81,7 @@ def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend
     try:
         return ParallelBackend.assemble(
             start_local(size, (memory,)),
-            lambda rank: Setup(rank, *seen, kind, memory, _rank_file(plan.packed_file, Shard(rank, size))),
+            lambda rank: Setup(rank, *seen, model_hash, memory, _rank_file(plan.packed_file, Shard(rank, size))),
             load,
             partial(_describe, plan.config),
             LOOPBACK,
@@ -96,7 +96,7 @@ def load_rank(setup: Setup) -> RankModel:
     if place is not None:
         spec, engine = _as_rank_sees(spec, engine, place.local_rank, place.local_size)
     checkpoint = open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)
-    if _kind(checkpoint) != setup.model_kind:
+    if _model_hash(checkpoint) != setup.model_hash:
         raise ConfigError(f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ")
     plan = LoadPlan(
         checkpoint=checkpoint,
@@ -159,7 +159,7 @@ def _rank_file(packed_file: Path | None, shard: Shard) -> str | None:
     return None if packed_file is None else f"{packed_file}.rank-{shard.rank}-of-{shard.size}"
 
 
-def _found(plan: LoadPlan) -> ModelSpec:
+def _located(plan: LoadPlan) -> ModelSpec:
     """The spec with the path of the checkpoint, for other processes of this machine."""
     return msgspec.structs.replace(plan.spec, path=str(plan.checkpoint.path))
 
@@ -170,7 +170,7 @@ def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: 
     return msgspec.structs.replace(spec, devices=(device,)), msgspec.structs.replace(engine, threads=threads)
 
 
-def _kind(checkpoint: Checkpoint) -> str:
+def _model_hash(checkpoint: Checkpoint) -> str:
     """A hash of the model's config and shapes, equal for all copies of a model."""
     content = json.dumps([checkpoint.config, checkpoint.shapes()], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

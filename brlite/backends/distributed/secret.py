@@ -21,15 +21,16 @@ MIN_BYTES, MAX_BYTES = 16, 4096
 def read_secret(environment: Mapping[str, str]) -> bytes:
     """The secret from the environment or its file; b"" if none is set. Raises `ConfigError`."""
     name, secret = VARIABLE, environment.get(VARIABLE, "").encode("utf-8", "surrogateescape").strip()
-    if not secret and (path := environment.get(FILE_VARIABLE)):
+    if not secret:
+        path = environment.get(FILE_VARIABLE)
+        if not path:
+            return b""
         name = f"{FILE_VARIABLE}: {path}"
         try:
             with Path(path).open("rb") as file:
                 secret = file.read(MAX_BYTES + 1).strip()
         except OSError as error:
             raise ConfigError(f"{name}: cannot be read: {error.strerror}") from error
-    elif not secret:
-        return b""
     if not MIN_BYTES <= len(secret) <= MAX_BYTES:
         raise ConfigError(f"{name}: has {len(secret)} bytes; allowed are {MIN_BYTES} to {MAX_BYTES}")
     return secret

@@ -40,6 +40,10 @@ CARD_NODES = (BIREN_NODES, *CUDA_NODES)  # one exists if there is any card
 # Errors of a card after which it computes on: too little memory, a call of a library or a launch that was refused.
 RECOVERABLE = re.compile("out of memory|_STATUS_|invalid (configuration )?argument|no kernel image|too many resources")
 BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual sets 0: its cards are connected over PCIe
+# Backends of torch.distributed. Each of the vendor's two plugins has its own.
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
+LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
 
 
 class DeviceRules(NamedTuple):
@@ -347,12 +351,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "of unknown version"
-
-
-# Backends of torch.distributed. Each of the vendor's two plugins has its own.
-COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
-BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
-LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
 
 
 def collectives_of(device: torch.device) -> str:
