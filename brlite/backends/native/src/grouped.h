@@ -10,9 +10,10 @@
 //   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
 //
 // AVX2 and AVX-512 without VNNI multiply unsigned bytes by signed ones, and add pairs of products, in 16 bits. That is
-// exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. Codes of 6 and 8 bits
-// would overflow. Activations are stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied
-// as those with one scale a row, and as bytes. The other instruction sets have only the int16 form.
+// exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. Of 6-bit codes two quads
+// are added, at most 4 * 63 * 127 = 32004, before the sums become 32 bits long. Codes of 8 bits would overflow.
+// Activations are stored twice, since all panels can read the same ones: as int16, multiplied as those with one scale a
+// row, and as bytes. The other instruction sets have only the int16 form.
 #pragma once
 
 #include "multiply.h"
@@ -70,21 +71,11 @@ INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
 
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
 
-// A quad of a Q6_K group.
-INLINE Int8::Pair q6_k_quad(const uint8_t* group, int vector) {
-    const auto bits = [group](int vector, int by, int mask) INLINED {
-        return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(group + 64 * vector), by),
-                                _mm512_set1_epi8((char)mask));
-    };
-    if (vector < 3) return bits(vector, 0, 63);
-    return _mm512_or_si512(_mm512_or_si512(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
-}
-
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <int FORMAT>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
     if constexpr (FORMAT == BRLITE_Q6_K) {
-        UNROLLED for (int i = 0; i < 2; i++) quads[i] = q6_k_quad(group, first / 4 + i);
+        UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
     if constexpr (is_int4(FORMAT)) {
@@ -112,22 +103,10 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // a
 
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
-INLINE Int8::Pair q6_k_quad(const uint8_t* group, int vector) {
-    const auto half = [vector](const uint8_t* group) INLINED {
-        const auto bits = [group](int vector, int by, int mask) INLINED {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i*)(group + 64 * vector));
-            return _mm256_and_si256(_mm256_srli_epi16(bytes, by), _mm256_set1_epi8((char)mask));
-        };
-        if (vector < 3) return bits(vector, 0, 63);
-        return _mm256_or_si256(_mm256_or_si256(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
-    };
-    return {half(group), half(group + 32)};
-}
-
 template <int FORMAT>
 INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
     if constexpr (FORMAT == BRLITE_Q6_K) {
-        UNROLLED for (int i = 0; i < 2; i++) quads[i] = q6_k_quad(group, first / 4 + i);
+        UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
     if constexpr (is_int4(FORMAT)) {
@@ -204,23 +183,35 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
 }
 
 static_assert(BRLITE_GROUP / 2 * 15 * 127 <= INT16_MAX, "sums of int4 codes times int8 activations are exact");
+static_assert(2 * 2 * 63 * 127 <= INT16_MAX, "sums of two quads of 6-bit codes are exact");
 
 // Words: 16-bit sums, two for each column, each of the products of half a group.
 #if defined(BRLITE_HAS_AVX512)
 typedef __m512i Words;
-INLINE Words no_words() { return _mm512_setzero_si512(); }
-INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
+INLINE Words product(Int8::Pair quad, const int8_t* row) {
     int32_t inputs;
     memcpy(&inputs, row, sizeof inputs);
-    sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(quad, _mm512_set1_epi32(inputs)));
+    return _mm512_maddubs_epi16(quad, _mm512_set1_epi32(inputs));
+}
+INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
+    sum = _mm512_add_epi16(sum, product(quad, row));
 }
 INLINE Int8::Sum sum_words(Words words) { return _mm512_madd_epi16(words, _mm512_set1_epi16(1)); }
 #else
 struct Words {
     __m256i low, high;
 };
-INLINE Words no_words() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // asm fixes the order of instructions, as in `Int8::add`.
+INLINE Words product(Int8::Pair quad, const int8_t* row) {
+    Words words;
+    asm volatile(
+        "vpbroadcastd %[row], %[high]\n\t"
+        "vpmaddubsw %[high], %[low_quad], %[low]\n\t"
+        "vpmaddubsw %[high], %[high_quad], %[high]"
+        : [low] "=&x"(words.low), [high] "=&x"(words.high)
+        : [row] "m"(*(const int32_t (*)[1])row), [low_quad] "x"(quad.low), [high_quad] "x"(quad.high));
+    return words;
+}
 INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
     __m256i inputs, product;
     asm volatile(
@@ -241,14 +232,35 @@ INLINE Int8::Sum sum_words(Words words) {
 template <int ROWS>
 INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride) {
     Words words[ROWS];
-    UNROLLED for (int r = 0; r < ROWS; r++) words[r] = no_words();
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
         const Int8::Pair bytes = load_int4(group, i), lower = int4_quad(bytes, false);
-        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], lower, rows + r * row_stride + i);
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            const int8_t* inputs = rows + r * row_stride + i;
+            if (i == 0)
+                words[r] = product(lower, inputs);
+            else
+                add_quad(words[r], lower, inputs);
+        }
         const Int8::Pair upper = int4_quad(bytes, true);
         UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], upper, rows + r * row_stride + i + 4);
     }
     UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(sum_words(words[r]));
+}
+
+template <int ROWS>
+INLINE void sum_q6_k_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride,
+                           const GroupOfRows& activations, int half) {
+    Int8::Pair quads[4];
+    UNROLLED for (int i = 0; i < 4; i++) quads[i] = Int8::q6_k_codes(group, i);
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        Int8::Sum sum = Int8::equal(activations[r].minus_32_sums[half]);
+        UNROLLED for (int i = 0; i < 4; i += 2) {
+            Words words = product(quads[i], rows + r * row_stride + 4 * i);
+            add_quad(words, quads[i + 1], rows + r * row_stride + 4 * i + 4);
+            sum = Int8::plus(sum, sum_words(words));
+        }
+        sums[r] = Int8::floats(sum);
+    }
 }
 
 template <int FORMAT, int ROWS>
@@ -258,6 +270,9 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
         sum_int4_group(sums, group, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
+    } else if constexpr (FORMAT == BRLITE_Q6_K) {
+        const int8_t* bytes = (const int8_t*)(integers + BRLITE_GROUP) + half * group_inputs(FORMAT);
+        sum_q6_k_group(sums, group, bytes, row_bytes, activations, half);
     } else {
         sum_integers<FORMAT>(sums, group, integers + half * group_inputs(FORMAT), row_bytes / (long)sizeof *integers,
                              activations, half);

@@ -43,14 +43,17 @@ struct Int8 {
         return i == 3 ? _mm512_srli_epi16(words, 12) : _mm512_and_si512(words, _mm512_set1_epi16(15 << 4 * i));
     }
     INLINE Sum shifted_back(Sum sum, int i) { return _mm512_srai_epi32(sum, 4 * i); }
-    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
-        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
-        const auto words = [group](int i) INLINED { return _mm512_loadu_si512(group + 64 * i); };
-        if (vector < 3) return _mm512_and_si512(_mm512_srli_epi16(words(vector), shift), _mm512_set1_epi16(63));
-        const auto bits = [shift](__m512i words, int by, int mask) INLINED {
-            return _mm512_and_si512(_mm512_srli_epi16(words, shift + by), _mm512_set1_epi16((short)mask));
+    INLINE Pair q6_k_codes(const uint8_t* group, int vector) {
+        const auto bits = [group](int vector, int by, int mask) INLINED {
+            return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(group + 64 * vector), by),
+                                    _mm512_set1_epi8((char)mask));
         };
-        return _mm512_or_si512(_mm512_or_si512(bits(words(0), 6, 3), bits(words(1), 4, 12)), bits(words(2), 2, 48));
+        if (vector < 3) return bits(vector, 0, 63);
+        return _mm512_or_si512(_mm512_or_si512(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
+    }
+    INLINE Pair load_q6_k(const uint8_t* group, int pair) {
+        const Pair codes = q6_k_codes(group, q6_k_vector(pair));
+        return q6_k_byte(pair) ? _mm512_srli_epi16(codes, 8) : _mm512_and_si512(codes, _mm512_set1_epi16(255));
     }
 #if defined(BRLITE_HAS_VNNI)
     typedef const Row* Broadcast;
@@ -146,18 +149,22 @@ struct Int8 {
     INLINE Sum shifted_back(Sum sum, int i) {
         return {_mm256_srai_epi32(sum.low, 4 * i), _mm256_srai_epi32(sum.high, 4 * i)};
     }
+    INLINE Pair q6_k_codes(const uint8_t* group, int vector) {
+        const auto half = [vector](const uint8_t* group) INLINED {
+            const auto bits = [group](int vector, int by, int mask) INLINED {
+                const __m256i bytes = _mm256_loadu_si256((const __m256i*)(group + 64 * vector));
+                return _mm256_and_si256(_mm256_srli_epi16(bytes, by), _mm256_set1_epi8((char)mask));
+            };
+            if (vector < 3) return bits(vector, 0, 63);
+            return _mm256_or_si256(_mm256_or_si256(bits(0, 6, 3), bits(1, 4, 12)), bits(2, 2, 48));
+        };
+        return {half(group), half(group + 32)};
+    }
     INLINE Pair load_q6_k(const uint8_t* group, int pair) {
-        const int vector = q6_k_vector(pair), shift = 8 * q6_k_byte(pair);
-        const auto bits = [group, shift](int offset, int by, int mask) INLINED {
-            const __m256i words = _mm256_loadu_si256((const __m256i*)(group + offset));
-            return _mm256_and_si256(_mm256_srli_epi16(words, shift + by), _mm256_set1_epi16((short)mask));
-        };
-        if (vector < 3) return {bits(64 * vector, 0, 63), bits(64 * vector + 32, 0, 63)};
-        const auto joined = [bits](int offset) INLINED {
-            return _mm256_or_si256(_mm256_or_si256(bits(offset, 6, 3), bits(offset + 64, 4, 12)),
-                                   bits(offset + 128, 2, 48));
-        };
-        return {joined(0), joined(32)};
+        const Pair codes = q6_k_codes(group, q6_k_vector(pair));
+        if (q6_k_byte(pair)) return {_mm256_srli_epi16(codes.low, 8), _mm256_srli_epi16(codes.high, 8)};
+        const __m256i lower = _mm256_set1_epi16(255);
+        return {_mm256_and_si256(codes.low, lower), _mm256_and_si256(codes.high, lower)};
     }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
 #if defined(BRLITE_HAS_VNNI)
