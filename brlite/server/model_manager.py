@@ -277,17 +277,18 @@ class ModelManager:
         started = self._clock()
         engine = await self._loader.load(model.spec, model.loading.report)
         self._engines[model.name] = engine
-        engine.watch(lambda: self._note_lost(model.name))
+        engine.watch(lambda: self._note_lost(model, engine))
         self._restarting.pop(model.name, None)
         model.take(engine)
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
-    def _note_lost(self, name: str) -> None:
-        """Note that a model's engine has stopped. Its requests have ended."""
-        if self._config.on_rank_failure == "exit":
-            self._fail(f'model {name} is lost, and engine.on_rank_failure is "exit"')
+    def _note_lost(self, model: ServedModel, engine: EngineLoop) -> None:
+        """Note that a model's engine has stopped. Its requests have ended. Of a model that is unloaded it is no loss."""
+        is_unwanted = model.engine is not engine or (model.is_dismissed and not model.num_active)
+        if self._config.on_rank_failure == "exit" and not is_unwanted:
+            self._fail(f'model {model.name} is lost, and engine.on_rank_failure is "exit"')
         else:
-            self._lost.append(name)
+            self._lost.append(model.name)
             self._changed.set()
 
     def _fail(self, reason: str) -> None:

@@ -194,3 +194,22 @@ async def test_a_model_may_be_lost_as_it_is_unloaded(num_turns: int, eventually:
 
         assert failures == []
         assert len(loader.backends) == 2
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_model_lost_once_its_unload_has_begun_does_not_end_the_server(
+    num_turns: int, eventually: Eventually
+) -> None:
+    model, loader = ServedModel(ModelSpec(name="a", build_seq=64)), Loader()
+    async with ModelManager([model], loader, EngineConfig(on_rank_failure="exit")) as manager:
+        await manager.start()
+        for _ in range(4):
+            await asyncio.sleep(0)  # the manager waits for a change
+
+        model.dismiss()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        loader.backends[0].die()
+        await eventually(lambda: loader.backends[0].is_closed and not manager._engines)
+
+        assert manager._failure is None
