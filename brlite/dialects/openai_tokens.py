@@ -110,6 +110,16 @@ class Tokenization(Struct, frozen=True):
     names_tokens: bool
     has_pieces: bool
     warnings: tuple[str, ...]
+    is_strict: bool = False  # set on a strict server
+
+
+class Detokenization(Struct, frozen=True):
+    """Tokens whose text is wanted."""
+
+    model: str | None
+    token_ids: list[int]
+    warnings: tuple[str, ...]
+    is_strict: bool = False  # set on a strict server
 
 
 def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
@@ -151,7 +161,7 @@ def token_piece(token: TokenText) -> TokenPiece:
     return TokenPiece(token.token_id, token.text if token.text.encode() == token.data else list(token.data))
 
 
-def decode_detokenize(data: bytes) -> tuple[DetokenizeRequest, tuple[str, ...]]:
-    """The decoded body, and a warning for each unknown field. Raises `InvalidRequest`."""
+def decode_detokenize(data: bytes, limits: LimitsConfig) -> Detokenization:
+    """Decode the body. Raises `InvalidRequest`."""
     body, undecoded = _DETOKENIZE.decode(data)
-    return body, check_undecoded(undecoded, body.__struct_fields__, generates=False)
+    return Detokenization(body.model, body.tokens, check_undecoded(undecoded, body.__struct_fields__, generates=False))

@@ -86,5 +86,5 @@ class FairThread:
             error = self._closing()
         if not done.done():
             done.set_result(running.result()) if error is None else done.set_exception(error)
-        if not self._is_closed:
+        if self._tenants:
             self._start_next()

@@ -18,7 +18,7 @@ from brlite.dialects.embeddings import (
     encode_answer,
     encode_item,
 )
-from brlite.dialects.generation import Text
+from brlite.dialects.generation import Text, refuse_warnings
 from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
 from brlite.engine.admission import check_pooling
 from brlite.engine.async_engine import EngineLoop
@@ -33,7 +33,7 @@ from brlite.server.generate import (
     RUNNING,
     TIMEOUT_HEADER,
     admit,
-    refuse_if_strict,
+    decode_call,
     timed_out,
     timeout_seconds,
 )
@@ -45,7 +45,7 @@ QUICK_ITEMS = 4  # encoded between two yields to the event loop
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
     """Embed each input. If the client disconnects, the handler is cancelled and all requests are aborted."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode(await read_body(request, limits), limits)
+    call = decode_call(request, decode, await read_body(request, limits))
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name
@@ -121,9 +121,9 @@ def origin_of(request: web.Request, call: PromptCall) -> tuple[Origin, list[str]
     """The origin of a call's prompts, and its warnings. Raises `InvalidRequest` for a warning of a strict call."""
     key = request[API_KEY]
     priority, raised = key.allowed_priority(call.priority)
-    warnings = [*call.warnings, *raised]
-    refuse_if_strict(request, warnings, is_strict=call.is_strict)
-    return Origin(key.tenant, key.weight, priority, call.cache_salt), warnings
+    if call.is_strict:
+        refuse_warnings(raised)
+    return Origin(key.tenant, key.weight, priority, call.cache_salt), [*call.warnings, *raised]
 
 
 @contextmanager

@@ -9,7 +9,16 @@ import msgspec
 from brlite.chat.reply import find_reply_format
 from brlite.chat.turns import NO_EXTRAS
 from brlite.config.options import ModelSpec
-from brlite.dialects.generation import Chat, Generation, Infill, Prompt, Text, TokenIds, Truncation
+from brlite.dialects.generation import (
+    Chat,
+    Generation,
+    Infill,
+    Prompt,
+    Text,
+    TokenIds,
+    Truncation,
+    refuse_warnings,
+)
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
@@ -43,7 +52,8 @@ async def make_requests(
 ) -> EngineRequests:
     """The requests of a call. Raises `InvalidRequest`.
 
-    They share one turn of their tenant in the queue. Only the first can fail by the queue timeout.
+    They share one turn of their tenant in the queue. Only the first can fail by the queue timeout. Of a strict call
+    the first of the `warnings` is raised.
     """
     requests, warnings, truncations = list[Request](), list[str](), list[str]()
     replies = make_replies(call, engine.tokenizer, spec)
@@ -84,6 +94,8 @@ async def make_requests(
     if replies is not None:
         replies.begin(requests[0].prompt_token_ids)
         requests[0] = await _constrained(requests[0], replies, engine, warnings)
+    if call.is_strict:
+        refuse_warnings(warnings)
     return EngineRequests(requests, warnings, truncations, replies)
 
 

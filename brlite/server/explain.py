@@ -20,7 +20,7 @@ from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.sampling_params import parameters
 from brlite.server.engine_requests import make_requests, with_model_defaults
-from brlite.server.generate import CONFIG, json_response, loaded
+from brlite.server.generate import CONFIG, decode_call, json_response, loaded
 from brlite.server.responses import responses_dialect
 from brlite.server.tokens import prompt_text
 
@@ -91,7 +91,7 @@ async def explain(request: web.Request) -> web.Response:
     body = await read_body(request, limits)
     given = {name for name, raw in decode_fields(body).items() if bytes(raw) != b"null"}
     dialect = _find_dialect(request, given)
-    call = dialect.decode(body, limits)
+    call = decode_call(request, dialect.decode, body)
     async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:

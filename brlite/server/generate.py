@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -22,9 +22,11 @@ from msgspec import Struct
 
 from brlite.config.options import Config, LimitsConfig
 from brlite.dialects.dialect import Dialect, ResponseEncoder
+from brlite.dialects.embeddings import PromptCall
 from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation, in_client_words, refuse_warnings
 from brlite.dialects.openai_answer import encode_json
+from brlite.dialects.openai_tokens import Detokenization, Tokenization
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput, RequestTimes
@@ -46,6 +48,7 @@ LOADING_COMMENT_SECONDS = 1.0
 STOPPING_RETRY_SECONDS = 1
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
+AnyCall = TypeVar("AnyCall", bound=Generation | PromptCall | Tokenization | Detokenization)
 
 
 class Running(Protocol):
@@ -76,11 +79,7 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         keep_body(request, body)
         compute, tenant = partial(generate, is_first=True), request[API_KEY].tenant
         return await request.app[idempotency.ANSWERS].answer(dialect, request, body, tenant, compute)
-    call = dialect.decode(body, limits)
-    if request.app[CONFIG].server.strict:
-        call = msgspec.structs.replace(call, is_strict=True)
-    if call.is_strict and call.warnings:
-        refuse_warnings(call.warnings)
+    call = decode_call(request, dialect.decode, body)
     make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
     with admit(request, call.model) as model:
         delivery = make_delivery(request, dialect, call, call.model or model.name, limits)
@@ -89,13 +88,15 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         return await delivery.run(model)
 
 
-def refuse_if_strict(request: web.Request, warnings: Iterable[str], *, is_strict: bool = False) -> None:
-    """Raise `InvalidRequest` for the first warning of a strict call, or on a strict server.
-
-    Call it before the model is loaded for the warnings that are known then.
-    """
-    if is_strict or request.app[CONFIG].server.strict:
-        refuse_warnings(warnings)
+def decode_call(request: web.Request, decode: Callable[[bytes, LimitsConfig], AnyCall], body: bytes) -> AnyCall:
+    """The call in a body; strict on a strict server. Raises `InvalidRequest`, also for the warning of a strict call."""
+    config = request.app[CONFIG]
+    call = decode(body, config.limits)
+    if config.server.strict:
+        call = msgspec.structs.replace(call, is_strict=True)
+    if call.is_strict:
+        refuse_warnings(call.warnings)
+    return call
 
 
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
@@ -184,8 +185,7 @@ class Delivery:
         self._error: BrliteError | None = None
         self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
         self._deadline: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[Any] | None = None  # that `_deadline` cancels while the prompts are encoded
-        self._is_encoding = False
+        self._preparing: asyncio.Task[object] | None = None  # the handler's, until the engine gets the requests
         self._text_end = None if call.make_text_end is None else call.make_text_end()
         self._changed = asyncio.Event()
         self._engine: EngineLoop
@@ -203,10 +203,6 @@ class Delivery:
             return await self._end_with(in_client_words(error, self._call.field_names))
         except BrliteError as error:
             return await self._end_with(error)
-        except asyncio.CancelledError:
-            if not self._is_encoding or self._error is None:
-                raise
-            return await self._end_with(self._error)
         finally:
             self._close()
 
@@ -215,10 +211,6 @@ class Delivery:
 
     def end_after(self, seconds: float) -> None:
         """End with an error after `seconds`, unless the response is complete then. Also ends a wait for the model."""
-        self._limits = msgspec.structs.replace(
-            self._limits, max_wait_seconds=min(seconds, self._limits.max_wait_seconds)
-        )
-        self._task = asyncio.current_task()
         self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, timed_out(seconds))
 
     async def _submit(self, model: ServedModel) -> None:
@@ -233,16 +225,20 @@ class Delivery:
             if self._call.is_strict:
                 refuse_warnings(raised)
         engine = model.engine
-        if engine is None or model.is_held_back:
-            check_limits(self._call.params, self._limits)  # the engine checks too, but only after the load
-            engine = await self._wait_for(model)
-        if engine.sampling_defaults:
-            self._call = with_model_defaults(self._call, engine)
-        self._is_encoding = True
-        made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
-        self._is_encoding = False
-        if self._call.is_strict and made.warnings:
-            refuse_warnings(made.warnings)
+        self._preparing = asyncio.current_task()
+        try:
+            if engine is None or model.is_held_back:
+                check_limits(self._call.params, self._limits)  # the engine checks too, but only after the load
+                engine = await self._wait_for(model)
+            if engine.sampling_defaults:
+                self._call = with_model_defaults(self._call, engine)
+            made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
+        except asyncio.CancelledError:
+            if self._error is None:
+                raise
+            raise self._error from None
+        finally:
+            self._preparing = None
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
         for index, request in enumerate(made.requests):
             if key.weight != 1 or priority:
@@ -260,8 +256,8 @@ class Delivery:
         """End the response with this error."""
         self._error = self._error or error
         self._changed.set()
-        if self._is_encoding and self._task is not None:
-            self._task.cancel()
+        if self._preparing is not None:
+            self._preparing.cancel()
 
     def abort(self) -> None:
         """End the generation at its next step. The response has the tokens so far and the finish reason "abort"."""

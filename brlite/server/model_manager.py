@@ -283,7 +283,7 @@ class ModelManager:
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
     def _note_lost(self, model: ServedModel, engine: EngineLoop) -> None:
-        """Note that a model's engine has stopped. Its requests have ended. Of a model that is unloaded it is no loss."""
+        """Note that a model's engine has stopped and its requests have ended. While it is unloaded, that is no loss."""
         is_unwanted = model.engine is not engine or (model.is_dismissed and not model.num_active)
         if self._config.on_rank_failure == "exit" and not is_unwanted:
             self._fail(f'model {model.name} is lost, and engine.on_rank_failure is "exit"')

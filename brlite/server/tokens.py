@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType, structs
 from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words
+from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words, refuse_warnings
 from brlite.dialects.openai_answer import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
@@ -32,15 +32,14 @@ from brlite.sampling_params import check_token_ids
 from brlite.server.chat_replies import template_extras
 from brlite.server.engine_requests import encode, make_requests, with_model_defaults
 from brlite.server.event_builder import token_text
-from brlite.server.generate import CONFIG, json_response, loaded, refuse_if_strict
+from brlite.server.generate import CONFIG, decode_call, json_response, loaded
 from brlite.server.served_model import ServedModel
 
 
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_tokenize(await read_body(request, limits), limits)
-    refuse_if_strict(request, call.warnings)
+    call = decode_call(request, decode_tokenize, await read_body(request, limits))
     async with loaded(request, call.model) as (model, engine):
         tokens, ignored = await encode(call.prompt, engine, tenant, spec=model.spec, room=None)
         texts = {}
@@ -54,18 +53,18 @@ async def tokenize(request: web.Request) -> web.Response:
     if call.has_pieces:
         pieces = {token_id: token_piece(text) for token_id, text in texts.items()}
         shown = [pieces[token_id] for token_id in tokens]
-    refuse_if_strict(request, ignored)
+    if call.is_strict:
+        refuse_warnings(ignored)
     warnings = (*call.warnings, *ignored) or UNSET
     return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings))
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    body, warnings = decode_detokenize(await read_body(request, request.app[CONFIG].limits))
-    refuse_if_strict(request, warnings)
-    async with loaded(request, body.model) as (_, engine):
-        check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.prompts.decode(body.tokens, tenant=request[API_KEY].tenant)
-    return json_response(DetokenizeAnswer(text, text, warnings or UNSET))
+    call = decode_call(request, decode_detokenize, await read_body(request, request.app[CONFIG].limits))
+    async with loaded(request, call.model) as (_, engine):
+        check_token_ids(call.token_ids, engine.info.vocab_size, param="tokens")
+        text = await engine.prompts.decode(call.token_ids, tenant=request[API_KEY].tenant)
+    return json_response(DetokenizeAnswer(text, text, call.warnings or UNSET))
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
@@ -88,18 +87,18 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 async def apply_template(request: web.Request) -> web.Response:
     """llama.cpp's endpoint: the text of a chat of any length. It takes the fields of a chat request."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = openai_chat.decode(await read_body(request, limits), limits)
-    refuse_if_strict(request, call.warnings, is_strict=call.is_strict)
+    call = decode_call(request, openai_chat.decode, await read_body(request, limits))
     async with loaded(request, call.model) as (model, engine):
         text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
-    refuse_if_strict(request, ignored, is_strict=call.is_strict)
+    if call.is_strict:
+        refuse_warnings(ignored)
     return json_response(AppliedTemplate(text, (*call.warnings, *ignored) or UNSET))
 
 
 async def render(dialect: Dialect, request: web.Request) -> web.Response:
     """vLLM's endpoint: the engine's request for a chat; for completions a list with one for each prompt."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = dialect.decode(await read_body(request, limits), limits)
+    call = decode_call(request, dialect.decode, await read_body(request, limits))
     async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:

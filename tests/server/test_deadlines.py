@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 from array import array
@@ -12,13 +13,17 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config.options import Config, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.engine.async_engine import EngineLoop
+from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
+from brlite.server.generate import RUNNING, timed_out
 from brlite.server.served_model import ModelTable, ServedModel
-from tests.fakes import HIDDEN_SIZE
+from tests.fakes import HIDDEN_SIZE, FakeBackend
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.test_background import GatedTokenizer
 
 MakeClient = Callable[..., Awaitable[Client]]
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -123,7 +128,36 @@ async def test_a_timeout_ends_the_wait_for_a_model_that_is_being_loaded() -> Non
         aiohttp.ClientSession() as session,
         session.post(server.url + "/v1/chat/completions", json=chat_body(timeout=0.05)) as response,
     ):
-        assert response.status == 503
+        assert response.status == 408
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+@pytest.mark.parametrize("is_loaded_first", [True, False])
+async def test_a_timeout_in_the_turn_in_which_the_load_ends_also_ends_the_encoding(
+    eventually: Eventually, path: str, body: dict[str, Any], is_loaded_first: bool
+) -> None:
+    tokenizer, backend = GatedTokenizer(), FakeBackend()
+    tokenizer.encodes_in_process = False  # it encodes on another thread, which waits for the gate
+    model = ServedModel(ModelSpec(name="fake", load="on_demand"))
+    app = create_app(ModelTable([model]), Config(model=(model.spec,)))
+    engine = EngineLoop(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
+
+    async with (
+        engine,
+        HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server,
+        aiohttp.ClientSession(server.url) as session,
+    ):
+        asking = asyncio.create_task(session.post(path, json={**body, "timeout": 3600}))
+        await eventually(lambda: model.loading.num_waiting == 1)
+        (delivery,) = app[RUNNING]
+        events = [lambda: model.take(engine), lambda: delivery.fail(timed_out(3600))]
+        for event in events if is_loaded_first else reversed(events):
+            event()
+        response = await asyncio.wait_for(asking, PATIENCE_SECONDS)
+        tokenizer.gate.set()
+
+    assert response.status == 408
+    assert model.num_requests == 0
 
 
 @pytest.mark.parametrize(("path", "body"), ENDPOINTS)

@@ -16,6 +16,24 @@ from tests.server.conftest import Client, chat_body, completion_body
 MakeClient = Callable[..., Awaitable[Client]]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/render", "/explain"])
+@pytest.mark.parametrize("fields", [{"frob": 1}, {"max_tokens": 1000}], ids=["a field", "a clamp"])
+async def test_a_strict_call_is_refused_alike_where_it_is_only_shown(
+    make_client: MakeClient, path: str, fields: dict[str, Any]
+) -> None:
+    lenient, strict = await make_client(), await make_client(config={"server": ServerConfig(strict=True)})
+
+    warned, _ = await lenient.post(path, chat_body(**fields))
+    refusals = [
+        await lenient.post(path, chat_body(**fields, strict=True)),
+        await strict.post(path, chat_body(**fields)),
+    ]
+
+    assert warned == 200
+    assert [status for status, _ in refusals] == [400, 400]
+    assert all("strict is set" in answer["error"]["message"] for _, answer in refusals)
+
+
 async def test_the_prompt_is_shown_as_text_and_as_tokens(client: Client) -> None:
     _, explained = await client.post("/explain", chat_body("hi"))
 

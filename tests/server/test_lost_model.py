@@ -210,6 +210,6 @@ async def test_a_model_lost_once_its_unload_has_begun_does_not_end_the_server(
         for _ in range(num_turns):
             await asyncio.sleep(0)
         loader.backends[0].die()
-        await eventually(lambda: loader.backends[0].is_closed and not manager._engines)
+        await eventually(lambda: loader.backends[0].is_closed)
 
         assert manager._failure is None
