@@ -50,6 +50,8 @@ class BeamSequences:
         """Continue a request's beams once the best tokens after each of them are known.
 
         Until then, beams whose tokens are known release their place and blocks, so that two searches never deadlock.
+        The last place stays with the search: else searches would take turns, and with few blocks compute their prompts
+        again in each of them.
         The first continuation of a beam stays in its sequence. The others get the sequences of beams that are not
         continued, which share the blocks of the prompt already. If those are too few, they get new sequences, which
         find the full blocks in the prefix cache.
@@ -57,7 +59,7 @@ class BeamSequences:
         if not search.is_complete:
             for seq in state.sequences:
                 if search.has_drawn(seq.seq_id) and seq.status == "running":
-                    self._scheduler.finish(seq)
+                    self._scheduler.hand_over(seq, state.sequences)
             return
         continuations = search.advance()
         if not continuations:
@@ -87,9 +89,9 @@ class BeamSequences:
                 added.append(seq)
             beams[seq.seq_id] = hypothesis
         search.go_on(beams)
-        for seq in unused:
-            self._scheduler.finish(seq)
         self._scheduler.add_siblings(added)
+        for seq in unused:
+            self._scheduler.hand_over(seq, state.sequences)
 
     def end(self, state: RequestState, search: BeamSearch, now: float) -> None:
         """End a search and add its best answers to the request's delta. Their sequences replace those of the beams."""

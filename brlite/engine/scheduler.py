@@ -87,6 +87,14 @@ class Scheduler:
         if not seq.num_in_flight_tokens:
             self._blocks.release(seq)
 
+    def hand_over(self, seq: Sequence, siblings: list[Sequence]) -> None:
+        """End a running sequence. If no sibling runs, the first one that waits for a turn gets its place."""
+        self.finish(seq)
+        successor = next(filter(self.waiting.waits_for_turn, siblings), None)
+        if successor is not None and not any(each.status == "running" for each in siblings):
+            self.waiting.remove(successor)
+            self.waiting.put_back(successor)
+
     def promote(self, before: float) -> int:
         """Move requests that have begun, and have waited since `before`, to the first class. Returns their number.
 

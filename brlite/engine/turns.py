@@ -44,6 +44,10 @@ class TurnQueue:
         seq = self.next
         return seq is not None and seq not in self._returned
 
+    def waits_for_turn(self, seq: Sequence) -> bool:
+        """Whether a sequence is queued and was not put back."""
+        return seq.status == "waiting" and seq not in self._returned
+
     @property
     def _tenants(self) -> Tenants:
         return self._classes[self._priorities[0]] if self._priorities else OrderedDict()
@@ -89,7 +93,7 @@ class TurnQueue:
         self._num_waiting += 1
 
     def put_back(self, seq: Sequence) -> None:
-        """Queue a sequence that has had its turn and lost its blocks: it comes before all others of its class."""
+        """Queue a sequence whose turn has come already, such as one that lost its blocks: before all of its class."""
         self._returned[seq] = None
         self._returned.move_to_end(seq, last=False)
 
@@ -133,7 +137,7 @@ class TurnQueue:
 
     def change_class(self, state: RequestState, priority: int) -> None:
         """Move a request's waiting sequences to another class, and give it the next turn there."""
-        waiting = [seq for seq in state.sequences if seq.status == "waiting" and seq not in self._returned]
+        waiting = list(filter(self.waits_for_turn, state.sequences))
         for seq in waiting:
             self.remove(seq)
         state.priority = priority

@@ -16,7 +16,7 @@ from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
-from tests.engine.conftest import Driver
+from tests.engine.conftest import PATIENT, Driver
 from tests.fakes import ByteTokenizer, printable_token
 
 MakeDriver = Callable[..., Driver]
@@ -154,6 +154,38 @@ def test_beams_share_the_blocks_of_what_they_have_in_common(make_driver: MakeDri
     blocks = [{seq.block_table[0] for seq in batch.seqs} for batch in batches]
     assert all(len(first) == 1 for first in blocks)
     assert max(len(seq.token_ids) for batch in batches[1:] for seq in batch.seqs) <= driver.backend.info.block_size
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 4, 6])
+def test_searches_that_wait_for_places_or_blocks_compute_their_prompts_once(
+    make_driver: MakeDriver, max_num_seqs: int
+) -> None:
+    """The blocks are enough for one search at a time, not for two."""
+    driver = make_driver(
+        logprob=fake_logprob, budget=512, max_num_seqs=max_num_seqs, num_blocks=40, max_model_len=128, limits=PATIENT
+    )
+
+    for letter in "abcd":
+        driver.submit(letter * 100, max_tokens=12, use_beam_search=True, best_of=4)
+    batches = driver.finish()
+
+    num_computed = sum(len(seq.token_ids) for batch in batches for seq in batch.seqs)
+    assert len(driver.outputs) == 4
+    assert num_computed < 4 * (100 + 4 * 12 * driver.backend.info.block_size)
+
+
+@pytest.mark.parametrize("tenant", ["a", "b"])
+def test_a_search_of_more_beams_than_places_leaves_others_a_place(make_driver: MakeDriver, tenant: str) -> None:
+    driver = make_driver(logprob=fake_logprob, max_num_seqs=2, budget=64)
+    driver.submit("hello", max_tokens=20, use_beam_search=True, best_of=8, tenant="a")
+    for _ in range(6):
+        driver.step()
+
+    other = driver.submit("other", max_tokens=5, tenant=tenant)
+    for _ in range(6):
+        driver.step()
+
+    assert driver.finished == [other]
 
 
 def test_answers_end_at_stop_strings_and_not_before_min_tokens(make_driver: MakeDriver) -> None:
