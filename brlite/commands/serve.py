@@ -195,11 +195,13 @@ class ModelLoader:
         with _shown(report) as show:
             return await AsyncEngine.load(self._config, spec, show)
 
-    def release_memory(self) -> None:
+    def collect_garbage(self) -> None:
         # What was alive at the start may be garbage now.
         gc.unfreeze()
         gc.collect()
         gc.freeze()
+
+    def release_memory(self) -> None:
         _trim()
 
 

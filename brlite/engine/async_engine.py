@@ -70,12 +70,32 @@ class BegunStep(NamedTuple):
     launched: Future[Callable[[], StepResult]] | None
 
 
+class OwnLoop:
+    """The event loop that an engine was started in. The engine has no locks, so it is used in no other."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def check(self) -> None:
+        """Raise `RuntimeError` in any other loop. Before the start it does nothing: `submit` refuses requests then."""
+        if self.loop is None:
+            return
+        running = asyncio.get_running_loop()
+        if running is not self.loop:
+            state = "is closed" if self.loop.is_closed() else "is another one"
+            raise RuntimeError(
+                f"this engine belongs to the event loop it was started in, {self.loop!r}, which {state}; the running "
+                f"loop is {running!r}. Load an engine in each loop (each asyncio.run), or serve from one"
+            )
+
+
 class EngineLoop:
     """Serves requests from the event loop it is used in: `async with EngineLoop(engine, backend) as engine`.
 
     Owns the engine, the backend and the step thread; `close` ends every open request with `NotReady` and leaves no
     task and no thread behind. Cancelling a reader of `generate` aborts its request. It belongs to the loop in which it
-    was started: used from another one, or after that one has ended, its methods raise `RuntimeError`.
+    was started: used from another one, or after that one has ended, its methods raise `RuntimeError`. A closed engine
+    is in no reference cycle: its memory is free when it is dropped, and the garbage collector need not run.
     """
 
     def __init__(self, engine: Engine, backend: Backend) -> None:
@@ -89,6 +109,8 @@ class EngineLoop:
         self.scoring_head = engine.scoring_head
         self.running = engine.running
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
+        self._own_loop = OwnLoop()
+        self._check_loop = self._own_loop.check
         self.prompts = PromptEncoder(engine, self._check_loop)
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
         self._factories = FairThread("brlite-processors", stopping)  # likewise
@@ -100,7 +122,6 @@ class EngineLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self.is_running = False  # whether the loop that steps the engine is alive
-        self._loop: asyncio.AbstractEventLoop | None = None  # that it was started in
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._lost: BackendLost | None = None
@@ -136,12 +157,12 @@ class EngineLoop:
 
         Raises `EngineError` after `close`, and where its loop has failed.
         """
-        if self._loop is not None:
+        if self._own_loop.loop is not None:
             self._check_loop()
             if self.is_running and self._closing is None:
                 return
             raise EngineError("the engine has stopped and cannot be started again; load the model anew")
-        loop = self._loop = asyncio.get_running_loop()
+        loop = self._own_loop.loop = asyncio.get_running_loop()
         engine = weakref.ref(self)  # a backend outlives an engine that is dropped, so it must not hold it
 
         def lose(error: BackendLost) -> None:  # on the backend's thread
@@ -164,7 +185,7 @@ class EngineLoop:
         """
         if os.getpid() != self._pid:
             return
-        if self._loop is not None and self._loop.is_closed():
+        if self._own_loop.loop is not None and self._own_loop.loop.is_closed():
             self._close_without_loop()
             return
         self._check_loop()
@@ -355,18 +376,6 @@ class EngineLoop:
             "an AsyncEngine cannot be pickled or copied: it holds a loaded model; send its Config and load it there"
         )
 
-    def _check_loop(self) -> None:
-        """Raise `RuntimeError` in any loop but the one that it was started in: the engine has no locks."""
-        if self._loop is None:
-            return  # not started yet: `submit` refuses requests, other methods use no loop
-        running = asyncio.get_running_loop()
-        if running is not self._loop:
-            state = "is closed" if self._loop.is_closed() else "is another one"
-            raise RuntimeError(
-                f"this engine belongs to the event loop it was started in, {self._loop!r}, which {state}; the running "
-                f"loop is {running!r}. Load an engine in each loop (each asyncio.run), or serve from one"
-            )
-
     def _close_without_loop(self) -> None:
         """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
@@ -394,6 +403,7 @@ class EngineLoop:
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)
+            self._task = self._lost = self._on_lost = None  # a task that has ended refers to this object by its error
 
     async def _run(self) -> None:
         while True:

@@ -15,7 +15,8 @@ import secrets
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -112,11 +113,12 @@ class Engine:
         self._scheduler = Scheduler(info, config, self._blocks, draft_backend)
         self.draft_model, self.may_guess = self._scheduler.speculation.model, self._scheduler.speculation.may_guess
         self._has_model_guesses = False  # in the next step
-        self._seq_ids = itertools.count()
-        self._beams = BeamSequences(self._scheduler, info.vocab_size, self._seq_ids, self._add_sequence)
+        seq_ids = itertools.count()
+        self._add_sequence = partial(add_sequence, tokenizer, seq_ids, clock)
+        self._beams = BeamSequences(self._scheduler, info.vocab_size, seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
-        self._queue = RequestQueue(limits, info.max_num_seqs, lambda: self.stats.e2e_latency.mean(1.0))
+        self._queue = RequestQueue(limits, info.max_num_seqs, self.stats)
         self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
@@ -128,7 +130,8 @@ class Engine:
 
     def continue_stats(self, stats: EngineStats) -> None:
         """Continue the statistics of an engine that served the same model before. Call it before the first request."""
-        self.stats, self._preemptions_before = stats, stats.preemptions
+        self.stats = self._queue.stats = stats
+        self._preemptions_before = stats.preemptions
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request of plain integer ids that even an idle engine could not serve."""
@@ -377,44 +380,6 @@ class Engine:
             salt = self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
         return blake2b(salt, digest_size=DIGEST_BYTES).digest()
 
-    def _add_sequence(self, state: RequestState) -> Sequence:
-        request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
-        index = len(state.sequences)
-        counts = TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None
-        is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
-        reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            params.stop,
-            ends=state.ends,
-            max_tokens=state.max_tokens,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            min_tokens=params.min_tokens,
-            shown_token_ids=request.shown_token_ids,
-        )
-        seq = Sequence(
-            seq_id=next(self._seq_ids),
-            index=index,
-            state=state,
-            token_ids=list(prompt_token_ids),
-            num_prompt_tokens=len(prompt_token_ids),
-            seed=sibling_seed(state.seed, index) if index else state.seed,
-            detokenizer=detokenizer,
-            counts=counts,
-            cache_root=state.cache_root,
-            is_plain=not (is_restricted or reports_prompt or counts is not None or params.dry_multiplier),
-            waiting_since=self._clock(),
-            block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
-            matcher=None if request.grammar is None else request.grammar.matcher(),
-            repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
-            processors=None
-            if request.processors is None
-            else LogitsProcessors(request.processors[index], prompt_token_ids),
-        )
-        state.sequences.append(seq)
-        return seq
-
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state, reason = seq.state, None
         if result.error is not None:
@@ -522,6 +487,7 @@ class Engine:
             now, reason = self._clock(), "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
             self.stats.note_finished(state, now, reason)
             output.times = state.times(now)
+            state.sequences = []  # else a reference cycle would hold its tokens until the garbage collector runs
         self._send(state, output)
 
     def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
@@ -560,6 +526,7 @@ class Engine:
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")
+        state.sequences = []
         self._send(state, error)
 
     def _set_gauges(self) -> None:
@@ -568,3 +535,45 @@ class Engine:
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
+
+
+def add_sequence(
+    tokenizer: Tokenizer, seq_ids: Iterator[int], clock: Callable[[], float], state: RequestState
+) -> Sequence:
+    """Add a sequence of its prompt to a request, and do not queue it."""
+    request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
+    index = len(state.sequences)
+    counts = TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None
+    is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
+    reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
+    detokenizer = Detokenizer(
+        tokenizer,
+        params.stop,
+        ends=state.ends,
+        max_tokens=state.max_tokens,
+        include_stop=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        min_tokens=params.min_tokens,
+        shown_token_ids=request.shown_token_ids,
+    )
+    seq = Sequence(
+        seq_id=next(seq_ids),
+        index=index,
+        state=state,
+        token_ids=list(prompt_token_ids),
+        num_prompt_tokens=len(prompt_token_ids),
+        seed=sibling_seed(state.seed, index) if index else state.seed,
+        detokenizer=detokenizer,
+        counts=counts,
+        cache_root=state.cache_root,
+        is_plain=not (is_restricted or reports_prompt or counts is not None or params.dry_multiplier),
+        waiting_since=clock(),
+        block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
+        matcher=None if request.grammar is None else request.grammar.matcher(),
+        repetitions=state.make_repetitions(tokenizer) if params.dry_multiplier else None,
+        processors=None
+        if request.processors is None
+        else LogitsProcessors(request.processors[index], prompt_token_ids),
+    )
+    state.sequences.append(seq)
+    return seq

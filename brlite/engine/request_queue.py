@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
 
 from brlite.config.options import LimitsConfig
 from brlite.engine.request import Request, RequestState
+from brlite.engine.stats import EngineStats
 from brlite.errors import QueueFull, QueueTimeout
 
 MAX_RETRY_AFTER_SECONDS = 60
@@ -24,12 +24,11 @@ class RequestQueue(dict[str, RequestState]):
     requests but the first are exempt.
     """
 
-    def __init__(self, limits: LimitsConfig, max_num_seqs: int, mean_seconds: Callable[[], float]) -> None:
-        """`mean_seconds` is the mean time that requests have taken so far."""
+    def __init__(self, limits: LimitsConfig, max_num_seqs: int, stats: EngineStats) -> None:
         super().__init__()
+        self.stats = stats  # from which the time of a retry is estimated
         self._limits = limits
         self._max_num_seqs = max_num_seqs
-        self._mean_seconds = mean_seconds
 
     def counted(self) -> list[RequestState]:
         """The requests that count towards `max_waiting`."""
@@ -77,4 +76,4 @@ class RequestQueue(dict[str, RequestState]):
     def _retry_after_seconds(self) -> int:
         """Time until a queued request is likely to start, from the mean time of the requests that ended."""
         num_rounds = 1 + len(self.counted()) / self._max_num_seqs
-        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(self._mean_seconds() * num_rounds)))
+        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(self.stats.e2e_latency.mean(1.0) * num_rounds)))

@@ -97,5 +97,8 @@ class EngineLoader:
     async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
         return await AsyncEngine.load(self.config, spec, report)
 
-    def release_memory(self) -> None:
+    def collect_garbage(self) -> None:
         gc.collect()
+
+    def release_memory(self) -> None:
+        """Does nothing: the program that the engine runs in decides about its heap."""

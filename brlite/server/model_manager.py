@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -44,8 +45,12 @@ class Loader(Protocol):
         """Load the model and start its engine. The caller closes the engine."""
         ...
 
+    def collect_garbage(self) -> None:
+        """Free what is in reference cycles. Called after an unload if the engine still exists: it holds the loop."""
+        ...
+
     def release_memory(self) -> None:
-        """Give the system the freed memory that the process still holds. Called after a model was unloaded."""
+        """Give the system the freed memory that the process still holds. Called on a thread, after an unload."""
         ...
 
 
@@ -302,8 +307,10 @@ class ModelManager:
             await self._engines[model.name].close()
         except Exception:  # the engine is gone even if closing it failed
             logger.exception("model %s was not closed in good order", model.name)
-        del self._engines[model.name]
-        self._loader.release_memory()
+        closed = weakref.ref(self._engines.pop(model.name))
+        if closed() is not None:  # an error that ended a request refers to it, or an engine plugin
+            self._loader.collect_garbage()
+        await asyncio.to_thread(self._loader.release_memory)
         logger.info("model %s is unloaded: %s", model.name, reason)
 
     async def _measure_local(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.outputs import RequestOutput
+from brlite.engine.request import Sequence
 from brlite.errors import EngineError, InvalidRequest, NotReady, stopping
 from brlite.process.waiting import start_daemon
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
@@ -343,6 +347,28 @@ async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> N
     assert backend.is_closed
     assert asyncio.all_tasks() == tasks_before
     assert set(threading.enumerate()) == threads_before
+
+
+async def test_a_closed_engine_and_its_requests_are_freed_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        backend = FakeBackend()
+        engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+        freed = [weakref.ref(engine), weakref.ref(engine._engine), weakref.ref(engine.tokenizer)]
+        engine.watch(partial(str, engine))
+        async with engine:
+            for params in (GREEDY, SamplingParams(n=3), SamplingParams(temperature=0, use_beam_search=True, best_of=3)):
+                await collect(engine, "hello", params)
+            async for _ in engine.generate("one that is left", SamplingParams(max_tokens=30)):
+                break
+        del engine
+        sequences = [each for each in gc.get_objects() if isinstance(each, Sequence)]
+    finally:
+        gc.enable()
+
+    assert [each() for each in freed] == [None] * 3
+    assert sequences == []
 
 
 async def test_two_engines_live_in_one_loop() -> None:

@@ -52,6 +52,9 @@ class Loader:
         await engine.start()
         return engine
 
+    def collect_garbage(self) -> None:
+        """Nothing is left of a fake."""
+
     def release_memory(self) -> None:
         """Nothing is left of a fake."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 from collections import Counter
@@ -131,6 +132,9 @@ class FakeLoader:
         engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
         await engine.start()
         return engine
+
+    def collect_garbage(self) -> None:
+        """Nothing is left of a fake."""
 
     def release_memory(self) -> None:
         """Nothing is left of a fake."""
@@ -624,6 +628,30 @@ async def test_an_idle_model_is_unloaded_and_comes_back_with_its_counters(
         'brlite:model_loaded{model_name="a"} 1.0',
     ):
         assert line in metrics
+
+
+@pytest.mark.parametrize("is_in_cycle", [False, True])
+async def test_the_collector_runs_only_for_an_engine_that_a_cycle_holds(
+    make_house: MakeHouse, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, is_in_cycle: bool
+) -> None:
+    collected = list[str]()
+    house = await make_house(on_demand("a"))
+    await house.ask("a", n=2, use_beam_search=True)
+    await house.lines("a")
+    monkeypatch.setattr(house.loader, "collect_garbage", lambda: collected.append("a"))
+    gc.disable()
+    try:
+        if is_in_cycle:
+            engine: Any = house.models.find("a").engine
+            engine.itself = engine
+            del engine
+
+        house.models.find("a").dismiss()
+        await eventually(lambda: house.models.find("a").status == "unloaded" and not house.manager._engines)
+    finally:
+        gc.enable()
+
+    assert collected == ["a"] * is_in_cycle
 
 
 async def test_the_clock_itself_unloads_what_is_idle(eventually: Eventually) -> None:
