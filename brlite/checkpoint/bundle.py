@@ -33,6 +33,7 @@ PACKED_SUFFIX = ".brlite"
 FORMAT = "brlite bundle"
 FORMAT_VERSION = 1
 IDENTITY_CHARACTERS = 32
+MAX_FILE_NAME = 255
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +119,7 @@ def _read(file: Path) -> Manifest:
         found = f"{excerpt(manifest.format)} version {manifest.format_version}"
         raise ModelError(f"{file}: is {found}; this brlite reads {FORMAT!r} version {FORMAT_VERSION}")
     for name in manifest.files:
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        is_plain = Path(name).name == name and "\\" not in name and name not in ("", ".", "..")
+        if not is_plain or not name.isprintable() or len(name) > MAX_FILE_NAME:
             raise ModelError(f"{file}: {excerpt(name)} must be the name of a file beside it")
     return manifest

@@ -17,7 +17,7 @@ from brlite.checkpoint.model_file import TOOL_TEMPLATE_FILE, gguf_models, part_n
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.cache import expand_home
-from brlite.files.quoting import excerpt, one_line
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 
 HubName = Literal["huggingface", "modelscope"]
 
@@ -38,6 +38,7 @@ QUANTIZATION = re.compile(
     re.I,
 )
 MAX_CHOICES = 12
+MAX_PATH = 1024  # characters of a file's name in a repository; a split one has up to 99,999
 MAX_NAME = 200  # characters; caches have folders of that name, and a file system takes 255
 
 COMPANION_FILES = (
@@ -135,8 +136,10 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
         found = f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
         raise ModelError(f"{found}; name one as :QUANT: {choices}")
     if len(chosen) > 1:
-        shown_files = ", ".join(chosen[:MAX_CHOICES])
+        shown_files = one_line(", ".join(chosen[:MAX_CHOICES]), MAX_CHOICES * MAX_EXCERPT)
         raise ModelError(f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {shown_files}")
+    if len(chosen[0]) > MAX_PATH:
+        raise ModelError(f"{excerpt(chosen[0])} has {len(chosen[0])} characters; allowed are {MAX_PATH}")
     parts, present = part_names(chosen[0]), {*names}
     if missing := [name for name in parts if name not in present]:
         raise ModelError(f"the repository lacks {excerpt(missing[0])}, one of {len(parts)} parts")

@@ -25,7 +25,7 @@ from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS, Locat
 from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_list
 from brlite.checkpoint.traced_pickle import Record, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
-from brlite.files.quoting import excerpt, reason
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line, reason
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_CODE_BYTES = 64 * 2**20  # of source files in all; a file counts each time it is read
@@ -102,7 +102,8 @@ class TracedArchive:
         """Where a tensor's numbers are in the file, which `stream` reads. Raises `ModelError` unless all are there."""
         storage, shape = value.storage, value.shape
         if storage.dtype not in PLAIN_FORMATS:
-            raise ModelError(f"{self.file}: {excerpt(name)} is of {storage.dtype}; allowed are {ALLOWED_DTYPES}")
+            found = one_line(storage.dtype, MAX_EXCERPT)
+            raise ModelError(f"{self.file}: {excerpt(name)} is of {found}; allowed are {ALLOWED_DTYPES}")
         num_elements = math.prod(shape)
         in_order = [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
         steps = zip(shape, value.strides, in_order, strict=True)

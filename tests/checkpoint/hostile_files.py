@@ -74,9 +74,9 @@ def long_name(folder: Path) -> Path:
     return traced(folder, b"\x80\x02" + module(text(b"x" * 2**20) + inner) + b".")
 
 
-def one_class(folder: Path, code: bytes) -> Path:
+def one_class(folder: Path, code: bytes, tensor: bytes = TENSOR) -> Path:
     """A module with a tensor, and the source text of its class."""
-    return traced(folder, b"\x80\x02" + module(text(b"w") + TENSOR_CALL + TENSOR) + b".", code=code)
+    return traced(folder, b"\x80\x02" + module(text(b"w") + TENSOR_CALL + tensor) + b".", code=code)
 
 
 def many_classes(folder: Path, num_classes: int, num_members: int) -> Path:
@@ -110,6 +110,16 @@ def shard_index(folder: Path, content: object) -> Path:
     return folder
 
 
+def bundle(folder: Path, file_name: str) -> Path:
+    """A bundle whose manifest lists one file."""
+    names = ("brlite", "model", "architecture", "input_name", "output_name", "source")
+    manifest = {"format": "brlite bundle", "format_version": 1, "precision": "bf16", **dict.fromkeys(names, "")}
+    manifest |= {"num_parameters": 1, "vocab_size": 1, "files": {file_name: {"num_bytes": 1, "sha256": ""}}}
+    folder.mkdir(exist_ok=True)
+    (folder / "brlite-manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def unexpected_name(folder: Path) -> Path:
     """A tiny model with one more tensor, whose name would clear a terminal."""
     file = write_tiny_model(folder, "llama") / "model.safetensors"
@@ -139,6 +149,8 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "index: a shard name of 100,000 letters": lambda at: shard_index(at, {"weight_map": {"w": "x" * 100_000}}),
     "index: a name with a zero byte": lambda at: shard_index(at, {"weight_map": {"w": "a\0b"}}),
     "index: 100,000 shards": lambda at: shard_index(at, {"weight_map": {str(i): f"s{i}" for i in range(100_000)}}),
+    "bundle: a file whose name clears a terminal": lambda at: bundle(at, "\x1b[2J.safetensors"),
+    "bundle: a file with a name of 100,000 letters": lambda at: bundle(at, "x" * 100_000 + ".safetensors"),
     "config: rope_theta of 400 digits": lambda at: config(at, rope_theta="1" + "0" * 399),
     "config: rope_theta of 5,000 digits": lambda at: config(at, rope_theta="1" * 5_000),
     "config: a factor of 1e308": lambda at: config(
@@ -146,6 +158,9 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     ),
     "config: a factor of 1e308, dynamic": lambda at: config(at, rope_scaling={"rope_type": "dynamic", "factor": 1e308}),
     "config: 2,000,000,000 layers": lambda at: config(at, num_hidden_layers=2 * 10**9),
+    "config: a key of rope_parameters that clears a terminal": lambda at: config(
+        at, rope_parameters={"\x1b[2J" + "x" * 10**6: {}}
+    ),
     "config: an infinite eps": lambda at: config(at, rms_norm_eps="1e999"),
     "config: a deep value": lambda at: config(at, architectures=[[[["x" * 10**6]]]]),
     "config: a group of matrices whose name clears a terminal": lambda at: config(
@@ -181,6 +196,9 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "traced: 16 MiB of empty lines in a class": lambda at: one_class(at, CLASS + b"\n" * 2**24),
     "traced: 16 MiB of names of parameters": lambda at: one_class(
         at, CLASS[:-4] + b'"' + b'", "'.join(b"%x" % number for number in range(2 * 10**6)) + b'", ]\n'
+    ),
+    "traced: a type of numbers that clears a terminal": lambda at: one_class(
+        at, CLASS, TENSOR.replace(b"FloatStorage", b"\x1b[2J" + b"x" * 10**6)
     ),
     "traced: a tensor of nothing but a shape": lambda at: traced(at, b"\x80\x02" + TENSOR_CALL + doubled(60) + b"R."),
 }

@@ -117,6 +117,26 @@ def test_a_name_that_means_no_one_file_gets_the_choices_in_a_line(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["\x1b[2Ja-Q8_0.gguf", "b-Q8_0.gguf"],
+        [f"{letter * 10**6}-Q8_0.gguf" for letter in "ab"],
+    ],
+)
+def test_names_that_a_hub_lists_are_cut_and_escaped(names: list[str]) -> None:
+    with pytest.raises(ModelError) as refusal:
+        choose_files(names, "Q8_0")
+
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < 1200
+
+
+def test_a_split_file_whose_names_would_fill_the_memory_is_refused() -> None:
+    with pytest.raises(ModelError, match="has 10025 characters; allowed are 1024"):
+        choose_files([f"{'a' * 10**4}-Q8_0-00001-of-99999.gguf"], "Q8_0")
+
+
 def test_safetensors_come_with_config_and_tokenizer_and_without_code() -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     others = ["modeling_evil.py", "pytorch_model.bin", "onnx/model.safetensors", "model.fp16.safetensors"]

@@ -346,6 +346,16 @@ def test_a_config_without_an_architecture_says_so() -> None:
         find_family({"hidden_size": 64})
 
 
+def test_the_name_of_a_quantizer_is_cut_and_escaped_in_the_error() -> None:
+    config = LLAMA | {"quantization_config": {"quant_method": "\x1b[2J" + "x" * 10**6}}
+
+    with pytest.raises(ModelError, match="is read with safetensors only") as refusal:
+        find_family(config).read_config(config)
+
+    assert str(refusal.value).isprintable()
+    assert len(str(refusal.value)) < 300
+
+
 def test_rope_scaling_that_a_user_adds_to_a_new_config_counts() -> None:
     saved = {"rope_type": "default", "rope_theta": 5000.0}
 

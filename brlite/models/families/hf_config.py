@@ -83,7 +83,8 @@ class ConfigReader:
         return ConfigReader(value, prefix=f"{self._prefix}{one_line(key, MAX_EXCERPT)}.")
 
     def error(self, key: str, allowed: str, got: object) -> ModelError:
-        return ModelError(f"model config: {self._prefix}{key} must be {allowed}, got {excerpt(got)}")
+        name = f"{self._prefix}{one_line(key, MAX_EXCERPT)}"
+        return ModelError(f"model config: {name} must be {allowed}, got {excerpt(got)}")
 
     def _get(self, key: str, default: object) -> Any:
         value = self._values.get(key)
@@ -100,7 +101,7 @@ def check_supported(reader: ConfigReader) -> None:
     if activation != "silu":
         raise reader.error("hidden_act", "silu", activation)
     if "quantization_config" in reader:
-        method = reader.section("quantization_config").text("quant_method", "unknown")
+        method = one_line(reader.section("quantization_config").text("quant_method", "unknown"), MAX_EXCERPT)
         raise ModelError(
             f"model config: quantization_config ({method}) is read with safetensors only; use those, or the model's "
             "plain or GGUF weights"
