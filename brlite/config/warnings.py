@@ -18,7 +18,6 @@ from brlite.process.children import read_secret
 from brlite.process.machine import OWN_DESCRIPTORS, descriptor_limit, find_cpus
 
 GIB = 2**30
-_TOGETHER = 'the models of load = "start" need together'
 
 # RFC 6454 §6.1, as browsers write it; includes file:// and the origins of extensions.
 _ORIGIN = re.compile(
@@ -47,8 +46,9 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 
     Each model must fit alone, and all models of `load = "start"` together.
     """
-    first = [spec for spec in models if spec.load == "start"]
-    for specs, who in (*(([spec], f"the model {spec.name} needs") for spec in models), (first, _TOGETHER)):
+    groups = [([spec], f"the model {spec.name} needs") for spec in models]
+    groups.append(([spec for spec in models if spec.load == "start"], 'the models of load = "start" need together'))
+    for specs, who in groups:
         total = sum(num_bytes.get(spec.name, 0) for spec in specs)
         if 0 < engine.memory_gib * GIB < total:
             raise ConfigError(

@@ -15,7 +15,6 @@ from brlite.models.shards import LANES as LANES
 
 ABI_VERSION = 13
 
-CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
 MAX_SIZE = 2**30  # of a matrix's rows and columns, which int32 holds, also rounded up to whole panels and groups
 HEAD_ROWS = 32
