@@ -6,7 +6,7 @@ from typing import Any
 
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.checkpoint.stored_tensor import Float32
 from brlite.config.options import EngineConfig, ModelSpec
 

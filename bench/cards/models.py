@@ -20,7 +20,7 @@ import torch
 
 from brlite.backends.torch.backend import TorchBackend
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import ModelConfig

@@ -28,7 +28,7 @@ from brlite.backends.torch.device import compute_dtype
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import CARD_FORMS, LoadPlan
+from brlite.checkpoint.load_plan import CARD_FORMS, LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.models.precision import PRECISIONS, PrecisionName

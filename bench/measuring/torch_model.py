@@ -19,7 +19,7 @@ from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.quantize import store_rows_
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import LoadPlan, placing
+from brlite.checkpoint.load_plan import LoadPlan, placed_tensors
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import KVDtype
 
@@ -37,7 +37,7 @@ class TorchModel:
         rules = DeviceRules(packs_matrices=packs)
         self._decoder = load_model(plan, compute_dtype(dtype, device), device, rules)
         if dtype == "float32":  # the numbers of the file, which loading rounds to bfloat16
-            for target, tensor in placing(plan):
+            for target, tensor in placed_tensors(plan):
                 rows = torch.from_numpy(tensor.float32())
                 store_rows_(self._decoder.parameters, target.parameter, target.start, rows)
         num_blocks = math.ceil(spec.build_seq / BLOCK_SIZE)

@@ -16,7 +16,7 @@ from brlite.backends.torch.device import TORCH_USE, computes_on_cpu, require_tor
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, packed_name
 from brlite.checkpoint.checked_model import CheckedModel
-from brlite.checkpoint.placing import LoadPlan, describe_precision
+from brlite.checkpoint.load_plan import LoadPlan, describe_precision
 from brlite.checkpoint.progress import OnProgress
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend

@@ -33,7 +33,7 @@ from brlite.checkpoint.bundle import precision_made_for
 from brlite.checkpoint.checked_model import CheckedModel, check_spec, find_targets, settle_precision
 from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
-from brlite.checkpoint.placing import card_forms, describe_precision, matrix_parts, num_cache_blocks
+from brlite.checkpoint.load_plan import card_forms, describe_precision, matrix_parts, num_cache_blocks
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token

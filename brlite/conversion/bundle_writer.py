@@ -35,7 +35,7 @@ from brlite.checkpoint.bundle import (
 )
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.folder import INDEX_FILE
-from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
+from brlite.checkpoint.load_plan import LoadPlan, matrix_parts, placed_tensors
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.rounding import Rounding, sample_rounding
@@ -230,7 +230,7 @@ class _Bundling:
             packed_file = opened.enter_context(PackedFileWriter(self._folder / name, packing, pool, self._on_bytes))
             opened.callback(pool.end)  # before the file they write to is closed
             plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
-            for target, tensor in placing(plan):
+            for target, tensor in placed_tensors(plan):
                 if packing.layout.tensors[target.parameter][0].format == INT8:
                     rows = tensor.part(range(min(LANES, target.shape[0]))).float32()
                     rounding = sample_rounding(packing.library, rows, rounding)

@@ -21,7 +21,7 @@ from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.native.packer import load_weights
 from brlite.backends.sizes import sizes_at
 from brlite.checkpoint import Checkpoint, open_checkpoint
-from brlite.checkpoint.placing import NATIVE_FORMS
+from brlite.checkpoint.load_plan import NATIVE_FORMS
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, PoolingInput, ScheduledSeq
 from brlite.models.precision import PrecisionOption

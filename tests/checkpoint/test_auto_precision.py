@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from brlite.checkpoint.checked_model import CheckedModel, settle_precision
-from brlite.checkpoint.placing import describe_precision, matrix_parts
+from brlite.checkpoint.load_plan import describe_precision, matrix_parts
 from brlite.config.options import ModelSpec
 from brlite.models.network import MatrixPart, list_parameters
 from brlite.models.precision import PRECISIONS, Precision, PrecisionName, PrecisionOption

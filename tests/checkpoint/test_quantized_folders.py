@@ -13,7 +13,7 @@ import pytest
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import NATIVE_FORMS, describe_precision
+from brlite.checkpoint.load_plan import NATIVE_FORMS, describe_precision
 from brlite.checkpoint.quantization import FOLDER_FORMS, Quantization
 from brlite.checkpoint.quantized_matrix import E4M3_VALUES, Fp8Matrix, Int8Matrix
 from brlite.checkpoint.safetensors import TensorEntry

@@ -26,7 +26,7 @@ from brlite.backends.torch.device import select_device
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.fetch import locate_model
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError

@@ -30,7 +30,7 @@ from brlite.backends.native.step_rows import SharedRows, StepBuffers
 from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.host import NativeSampler
 from brlite.backends.sampling.logits_processors import sample_processed
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
     BackendInfo,

@@ -25,7 +25,7 @@ from brlite.backends.native.packed_file import (
     checksums,
     write_packed_file,
 )
-from brlite.checkpoint.placing import LoadPlan, held_parameters, matrix_parts, placing
+from brlite.checkpoint.load_plan import LoadPlan, held_parameters, matrix_parts, placed_tensors
 from brlite.checkpoint.stored_tensor import Bytes, Float32, StoredTensor, from_bfloat16, to_bfloat16
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
@@ -198,7 +198,7 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> PackedWeights:
         # Its threads end before the memory that they write to is released.
         with PackingThreads(plan.num_threads) as pool:
             packer = Packer(library, layout, memory, pool)
-            for target, tensor in placing(plan):
+            for target, tensor in placed_tensors(plan):
                 packer.put(target, tensor)
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:

@@ -14,7 +14,7 @@ from brlite.backends.native import abi
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packer import PackedWeights
 from brlite.backends.native.step_rows import Rows, StepBuffers, max_rows
-from brlite.checkpoint.placing import LoadPlan, num_cache_blocks
+from brlite.checkpoint.load_plan import LoadPlan, num_cache_blocks
 from brlite.errors import ConfigError
 from brlite.models.config import FLOAT32_BYTES
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network

@@ -18,7 +18,7 @@ import numpy as np
 from brlite.backends.native import abi
 from brlite.backends.native.layout import padded
 from brlite.backends.native.memory import NativeMemory, aligned
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.errors import ConfigError
 from brlite.process.machine import show_bytes
 

@@ -37,7 +37,7 @@ from brlite.backends.torch.loading import MemoryNeeds, held_forms, load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.backends.torch.steps import ComputedStep, LastDraws, StepLimits, Steps
-from brlite.checkpoint.placing import LoadPlan, num_cache_blocks
+from brlite.checkpoint.load_plan import LoadPlan, num_cache_blocks
 from brlite.engine.backend import (
     MAX_DRAFT_TOKENS,
     BackendInfo,

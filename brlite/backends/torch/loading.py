@@ -17,7 +17,7 @@ from brlite.backends.torch.packing import can_pack, pack_linears
 from brlite.backends.torch.parallel import Group, shard_parameters
 from brlite.backends.torch.parameters import NO_FORMS, allocate_parameters
 from brlite.backends.torch.quantize import ROWS_AT_A_TIME, quantize_linears_, store_codes_, store_rows_
-from brlite.checkpoint.placing import LoadPlan, num_cache_blocks, placing
+from brlite.checkpoint.load_plan import LoadPlan, num_cache_blocks, placed_tensors
 from brlite.errors import ConfigError
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.models.network import weight_bytes
@@ -85,7 +85,7 @@ def load_model(
         for name, held in shard_slices(plan.config, plan.shard).items():
             if sum(map(len, held.rows)) < len(parameters.named[name]):
                 parameters.named[name].zero_()  # padding of a vocabulary, and biases that only rank 0 adds
-    for target, tensor in placing(plan):
+    for target, tensor in placed_tensors(plan):
         if forms.get(target.parameter, "int8") != "int8":
             for first in range(0, target.shape[0], ROWS_AT_A_TIME):
                 rows = range(first, min(first + ROWS_AT_A_TIME, target.shape[0]))

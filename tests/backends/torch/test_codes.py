@@ -21,7 +21,7 @@ from brlite.backends.torch.parallel import Group, JoinedHead, SummedLinear
 from brlite.backends.torch.parameters import GroupedLinear, Linear
 from brlite.backends.torch.probe import ProbedModel, probe_device
 from brlite.checkpoint import Checkpoint, open_checkpoint
-from brlite.checkpoint.placing import CARD_FORMS, LoadPlan, card_forms, describe_precision
+from brlite.checkpoint.load_plan import CARD_FORMS, LoadPlan, card_forms, describe_precision
 from brlite.config.options import ModelSpec
 from brlite.models.config import RopeConfig
 from brlite.models.network import weight_bytes

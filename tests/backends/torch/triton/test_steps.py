@@ -25,7 +25,7 @@ from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, StepLimits, 
 from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.load_plan import LoadPlan
 from brlite.config.options import ModelSpec
 from brlite.errors import BackendLost
 from brlite.models.config import KVDtype, ModelConfig

@@ -1,4 +1,4 @@
-"""`LoadPlan`: what a backend loads. `placing`: a checkpoint's tensors, one at a time, each with its target."""
+"""`LoadPlan`: what a backend loads. `placed_tensors`: a checkpoint's tensors, one at a time, each with its target."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ NATIVE_FORMS = CARD_FORMS | {name: block.form for name, block in BLOCKS.items()}
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
-def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
+def placed_tensors(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
     """Yields every tensor of the checkpoint that the model uses, with its target. Its bytes have not been read yet.
 
     With a shard, yields only the parts that the rank holds, with their targets in the rank's own parameters. Reports
