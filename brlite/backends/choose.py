@@ -96,9 +96,8 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
         return 'native kernels compute in bfloat16, and engine.dtype is "float32"'
     if spec.tensor_parallel > 1 and find_place(os.environ) is not None:
         return "the ranks of native kernels share memory, which those that a launcher has started may not"
-    largest = max(
-        config.vocab_size, config.hidden_size, config.q_size + 2 * config.kv_size, 2 * config.intermediate_size
-    )
+    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    largest = max(config.vocab_size, config.hidden_size, qkv_rows, 2 * config.intermediate_size)
     if largest > MAX_SIZE:
         return f"native kernels want at most {MAX_SIZE} rows and columns in a matrix, not {largest}"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
