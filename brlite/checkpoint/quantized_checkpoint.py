@@ -24,6 +24,7 @@ from brlite.checkpoint.stored_tensor import (
     PLAIN_FORMATS,
     StoredTensor,
     TensorLocation,
+    check_unchanged,
     make_tensor,
     read_bytes,
 )
@@ -50,7 +51,7 @@ class QuantizedCheckpoint:
         headers = read_headers(files)
         self.num_bytes = sum(header.num_bytes for header in headers.values())
         self.identity = weights_identity(config, {file: header.raw for file, header in headers.items()})
-        self._files = files
+        self._written_ns = {file: file.stat().st_mtime_ns for file in files}
         entries = {entry.name: entry for header in headers.values() for entry in header.entries}
         self._entries = {name: entry for name, entry in entries.items() if not name.endswith(UNUSED_SUFFIXES)}
         self._num_unused = len(entries) - len(self._entries)
@@ -78,7 +79,7 @@ class QuantizedCheckpoint:
             logger.info("%s: %d scales of activations and caches are not used", self.path.name, self._num_unused)
         with ExitStack() as opened:
             streams: dict[Path, BufferedReader] = {}
-            for file in self._files:
+            for file in self._written_ns:
                 try:
                     streams[file] = opened.enter_context(file.open("rb"))
                 except OSError as error:
@@ -99,6 +100,8 @@ class QuantizedCheckpoint:
                         (scales,) = (arrays[part] for part in SCALES if part in arrays)
                         num_rounded += int((scales.astype(np.float16).astype(np.float32) != scales).sum())
                     del arrays  # before the next one is read
+            for file, written_ns in self._written_ns.items():
+                check_unchanged(streams[file], written_ns)
             if num_rounded:
                 note = "%s: %d scales are rounded to half precision where codes are kept"
                 logger.info(note, self.path.name, num_rounded)

@@ -197,6 +197,7 @@ class LocatedTensors:
 
     def __init__(self, files: Mapping[Path, Sequence[TensorLocation]]) -> None:
         self._files = files
+        self._written_ns = {file: file.stat().st_mtime_ns for file in files}
         self._locations = [location for locations in files.values() for location in locations]
         self.num_bytes = sum(location.num_bytes for location in self._locations)
 
@@ -207,7 +208,10 @@ class LocatedTensors:
         return {location.name: location.format.name for location in self._locations}
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Yields the tensors of one file after another. A file is open while its tensors are read."""
+        """Yields the tensors of one file after another. A file is open while its tensors are read.
+
+        Raises `ModelError` at the end of a file that was written meanwhile.
+        """
         for file, locations in self._files.items():
             try:
                 stream = file.open("rb")
@@ -216,6 +220,7 @@ class LocatedTensors:
             with stream:
                 for location in locations:
                     yield make_tensor(location, partial(read_bytes, stream, location.begin), file)
+                check_unchanged(stream, self._written_ns[file])
 
 
 def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes: int) -> Bytes:
@@ -235,6 +240,12 @@ def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes:
     except OSError as error:
         raise ModelError(f"{stream.name}: {reason(error)}") from error
     return data
+
+
+def check_unchanged(stream: BufferedReader, written_ns: int) -> None:
+    """Raise `ModelError` if the file was written after that time: its tensors may be of old and of new content."""
+    if os.fstat(stream.fileno()).st_mtime_ns != written_ns:
+        raise ModelError(f"{stream.name}: has changed since it was opened")
 
 
 def to_bfloat16(values: npt.NDArray[np.float32], *, keeps_subnormal: bool = True) -> npt.NDArray[np.uint16]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import weakref
@@ -25,6 +26,7 @@ from tests.checkpoint.model_files import (
     write_sharded_safetensors,
 )
 from tests.load_plans import read_tensors
+from tests.quantized_folders import CASES, write_folder
 from tests.tiny_models import write_tiny_model
 
 Writer = Callable[[Path, dict[str, torch.Tensor]], Path]
@@ -46,6 +48,23 @@ def test_tensors_come_back_widened_to_float32(write: Writer, tmp_path: Path) -> 
     assert read.keys() == tensors.keys()
     assert all(array.dtype == np.float32 and array.flags.carray for array in read.values())
     assert all(np.array_equal(read[name], tensor.float().numpy()) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "gguf", "quantized"])
+def test_a_file_that_is_written_while_it_is_read_is_refused(name: str, tmp_path: Path) -> None:
+    if name == "quantized":
+        write_folder(tmp_path, CASES["gptq"])
+    elif name == "gguf":
+        write_gguf(tmp_path / "model.gguf")
+    else:
+        write_safetensors(tmp_path, random_tensors())
+    (file,) = (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.gguf"))
+    checkpoint = open_checkpoint(tmp_path)
+
+    os.utime(file, ns=(1, 1))
+
+    with pytest.raises(ModelError, match=r"model\.\w+: has changed since it was opened"):
+        read_tensors(checkpoint)
 
 
 @pytest.mark.parametrize("write", [write_sharded_safetensors, write_sharded_bin])
