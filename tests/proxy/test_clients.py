@@ -547,11 +547,11 @@ async def test_a_client_that_leaves_while_its_upstream_is_dialled_leaves_nothing
 # Slow clients
 
 LONG_TOKENS = [event("x" * 16_000) for _ in range(64)]
-NUM_ROUNDS = 50
+NUM_ROUNDS = 30
 
 
 async def stream_long(call: Call) -> Then:
-    """50 MB of events."""
+    """31 MB of events."""
     await call.send(sse(b""))
     for _ in range(NUM_ROUNDS):
         for token in LONG_TOKENS:
