@@ -21,7 +21,7 @@ MAX_EXPONENT_DIGITS = 2
 MAX_TAIL = MAX_DIGITS + 4  # bytes of the answer that are kept, to find a long number at its end
 MAX_FORCED = 256  # the most forced tokens that are computed at once
 TOO_COMPLEX = "the grammar became too complex to follow"
-_LONG_NUMBER = re.compile(rb"([0-9]{%d}|[0-9][eE][-+]?[0-9]{%d})\Z" % (MAX_DIGITS, MAX_EXPONENT_DIGITS))
+_LONG_NUMBER = re.compile(rb"(?:[0-9]{%d}|[0-9][eE][-+]?([0-9]{0,%d}))\Z" % (MAX_DIGITS, MAX_EXPONENT_DIGITS))
 
 
 class Matcher(Protocol):
@@ -86,19 +86,27 @@ class NumberTokens:
     def __init__(self, token_bytes: Sequence[bytes], row_words: int) -> None:
         import numpy as np
 
-        def mask(first_bytes: bytes) -> npt.NDArray[np.int32]:
+        def mask(token_ids: Iterable[int]) -> npt.NDArray[np.int32]:
             bits = np.zeros(row_words * 32, np.bool_)
-            bits[[token_id for token_id, data in enumerate(token_bytes) if data[:1] and data[0] in first_bytes]] = True
+            bits[list(token_ids)] = True
             return np.packbits(bits, bitorder="little").view(np.int32)
 
-        self.digits = mask(b"0123456789")  # [row_words]
-        self._text = mask(b'"a')
+        def begin_with(first_bytes: bytes) -> list[int]:
+            return [token_id for token_id, data in enumerate(token_bytes) if data[:1] and data[0] in first_bytes]
+
+        self.digits = mask(begin_with(b"0123456789"))  # [row_words]
+        self._text = mask(begin_with(b'"a'))
+        # By the number of an exponent's digits so far: the tokens with which it would have too many.
+        signed = [(token_id, token_bytes[token_id]) for token_id in begin_with(b"0123456789+-")]
+        too_long = [re.compile(rb"[-+]?[0-9]{%d}" % num).match for num in range(MAX_EXPONENT_DIGITS + 1, 0, -1)]
+        self._exponents = [mask(token_id for token_id, data in signed if is_so(data)) for is_so in too_long]
 
     def bound(self, row: npt.NDArray[np.int32], tail: bytes) -> None:
-        """Remove the digits from a mask if the number at the end of `tail` has the maximum of digits."""
-        if _LONG_NUMBER.search(tail) is None or (row & self._text).any():
+        """Remove from a mask the digits that would be too many for the number at the end of `tail`."""
+        number = _LONG_NUMBER.search(tail)
+        if number is None or (row & self._text).any():
             return
-        others = row & ~self.digits
+        others = row & ~(self.digits if number[1] is None else self._exponents[len(number[1])])
         if others.any():  # else the schema allows only digits here: a constant, a bound
             row[:] = others
 

@@ -13,6 +13,8 @@ from typing import Any
 MAX_GROUP_DEPTH = 100
 _MAX_SIZE = 10**12  # larger sizes are counted as this
 _REPETITION = re.compile(r"\{(\d{1,12})(?:,(\d{0,12}))?\}")
+_OUTSIDE = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)  # of a class, which may begin with its own bracket
+_IN_CLASS = re.compile(r"\\.|.", re.DOTALL)
 _BRACED_ESCAPE = re.compile(r"\{[^}]*\}?")  # the compiler reports one that is never closed
 
 _EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
@@ -86,6 +88,22 @@ def rewritten(pattern: str) -> str:
         before = rf"\d{{1,{whole}}}" if whole else "0"
         return rf"^[+-]?{before}({fraction})?$" if fraction else rf"^[+-]?{before}$"
     return pattern
+
+
+def with_plain_classes(pattern: str) -> str:
+    """A schema's pattern with escapes where the library reads the characters of a class as operators.
+
+    ECMA 262 has no classes in classes (`[[:alpha:]]`), and no `&&`, `--` and `~~` in them.
+    """
+    written, position, is_class = list[str](), 0, False
+    while position < len(pattern):
+        part = (_IN_CLASS if is_class else _OUTSIDE).match(pattern, position)[0]  # type: ignore[index]  # it matches any
+        position += len(part)
+        if is_class and (part in "[&~" or (part == "-" and written[-1] == "-")):
+            part = f"\\{part}"
+        is_class = part != "]" if is_class else part[0] == "["
+        written.append(part)
+    return "".join(written)
 
 
 def name_pattern(schema: Mapping[str, Any]) -> str | None:

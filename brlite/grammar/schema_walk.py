@@ -16,11 +16,20 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from brlite.config.options import GrammarConfig
-from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, name_pattern, pattern_size, rewritten
+from brlite.grammar.patterns import (
+    FORMAT_PATTERNS,
+    PatternRefused,
+    name_pattern,
+    pattern_size,
+    rewritten,
+    with_plain_classes,
+)
 from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, escape
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_EXPONENT = 22  # powers of ten up to here are exact as doubles
+STEP = 1e-9  # from an exclusive bound to the inclusive one that replaces it
+MAX_STEPPED = 100_000  # such bounds are below: the library writes 15 digits
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
@@ -178,6 +187,8 @@ class _Walk:
             node.pop("if", None), node.pop("then", None), node.pop("else", None)
         if "contains" not in node:
             node.pop("minContains", None), node.pop("maxContains", None)
+        if not isinstance(node.get("items"), list):  # the library would ignore `prefixItems` beside it
+            node.pop("additionalItems", None)
         is_plain = not {"allOf", "anyOf", "oneOf", "$ref"} & node.keys()
         if is_plain and isinstance(node.get("unevaluatedProperties"), (dict, bool)):
             node.setdefault("additionalProperties", node.pop("unevaluatedProperties"))
@@ -252,9 +263,13 @@ class _Walk:
                     "are not enforced exactly",
                 )
         patterns = [*_mapping(pointer, node, "patternProperties")]
+        if any(pattern != with_plain_classes(pattern) for pattern in patterns):
+            named = {with_plain_classes(pattern): child for pattern, child in node["patternProperties"].items()}
+            node["patternProperties"] = named
         if "pattern" in node:
             if not isinstance(node["pattern"], str):
                 raise SchemaRefused(f"{pointer}/pattern", "a pattern is a string")
+            node["pattern"] = with_plain_classes(node["pattern"])
             if rewritten(node["pattern"]) != node["pattern"]:
                 node["pattern"] = rewritten(node["pattern"])
                 if node.get("format") == "email":
@@ -285,6 +300,8 @@ class _Walk:
                 if (value < 0) != is_lower:
                     raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
                 node[keyword] = -EXACT if is_lower else EXACT
+        if "number" in _type_names(node):
+            _make_inclusive(node)
 
     def _count(self, pointer: str, size: int, what: str) -> None:
         """Add to the size of the schema's automata, and refuse one that exceeds the bound."""
@@ -454,6 +471,22 @@ class _Walk:
 def _remainders(divisor: float) -> int:
     """The number of states of a divisor's automaton: one for each remainder. Powers of ten need none."""
     return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
+
+
+def _make_inclusive(node: dict[str, Any]) -> None:
+    """Replace a number's exclusive bound that is an integer by an inclusive one a little inside.
+
+    Of the bound that is nearer to 0 the library takes the integer itself if the other bound is less than 1 away.
+    """
+    for sign, keyword, exclusive, narrower in (
+        (1, "minimum", "exclusiveMinimum", max),
+        (-1, "maximum", "exclusiveMaximum", min),
+    ):
+        bound = node.get(exclusive, -sign)
+        if 0 <= sign * bound < MAX_STEPPED and bound == int(bound):
+            del node[exclusive]
+            inside = bound + sign * STEP
+            node[keyword] = narrower(node.get(keyword, inside), inside)
 
 
 def _children(node: Any) -> Iterable[Any]:

@@ -252,12 +252,60 @@ def test_what_nothing_refers_to_is_not_looked_at():
     ],
 )
 def test_dates_and_times_are_those_that_exist(format_name: str, text: str, is_taken: bool):
-    schema = json.dumps({"type": "string", "format": format_name})
-    matcher = COMPILER.compile(StructuredOutput(json_schema=schema)).matcher()
+    assert takes({"type": "string", "format": format_name}, text) == is_taken
 
-    matcher.advance([*json.dumps(text).encode()])
 
-    assert matcher.is_complete == is_taken
+def takes(schema: Any, value: Any) -> bool:
+    """Whether an answer by the schema may be this value, after which nothing follows."""
+    matcher = COMPILER.compile(StructuredOutput(json_schema=json.dumps(schema))).matcher()
+    matcher.advance([*json.dumps(value, separators=(",", ":")).encode()])
+    return matcher.is_complete
+
+
+def one(**bounds: float) -> dict[str, Any]:
+    """A list of one number: it has an end."""
+    return {"type": "array", "items": {"type": "number", **bounds}, "minItems": 1, "maxItems": 1}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "is_taken"),
+    [
+        ({"type": "string", "pattern": "^[[:alpha:]]$"}, "a", False),  # a class with "[" in it, and then "]"
+        ({"type": "string", "pattern": "^[[:alpha:]]$"}, "a]", True),
+        ({"type": "string", "pattern": r"^[^[\]]$"}, "a", True),
+        ({"type": "string", "pattern": r"^[^[\]]$"}, "[", False),
+        ({"type": "string", "pattern": "^[a&&b]$"}, "&", True),
+        ({"type": "string", "pattern": "^[+--]$"}, ",", True),  # from "+" to "-"
+        ({"type": "string", "pattern": "^[]~~&&]$"}, "&", True),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^[[]$": {}},
+                "additionalProperties": False,
+                "minProperties": 1,
+                "maxProperties": 1,
+            },
+            {"[": 1},
+            True,
+        ),
+        ({"type": "array", "prefixItems": [{"type": "integer"}], "additionalItems": True, "maxItems": 1}, ["a"], False),
+        ({"type": "array", "prefixItems": [{"type": "integer"}], "additionalItems": False, "maxItems": 1}, [1], True),
+        ({"type": "array", "items": [{"type": "integer"}], "additionalItems": False}, [1, 2], False),
+        (one(exclusiveMinimum=0, maximum=0.5), [0], False),
+        (one(exclusiveMinimum=0, maximum=0.5), [0.05], True),
+        (one(exclusiveMinimum=-0.0, exclusiveMaximum=0.1), [0], False),
+        (one(minimum=-0.5, exclusiveMaximum=0), [-0.0], False),
+        (one(exclusiveMinimum=100, maximum=100.5), [100], False),
+        (one(exclusiveMinimum=100, maximum=100.5), [100.01], True),
+        (one(exclusiveMinimum=3, exclusiveMaximum=4), [4], False),
+        (one(exclusiveMinimum=-1, exclusiveMaximum=1), [0], True),
+        (one(exclusiveMinimum=0.5, maximum=0.75), [0.5], False),
+        (one(exclusiveMinimum=0, minimum=3), [2], False),
+    ],
+    ids=str,
+)
+def test_a_schema_means_what_json_schema_says(schema: Any, value: Any, is_taken: bool):
+    assert takes(schema, value) == is_taken
 
 
 def test_rewritten_patterns_match_only_what_the_originals_match():

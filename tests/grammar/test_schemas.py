@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -90,6 +91,21 @@ def test_a_number_does_not_go_on_for_ever(schema: Any):
             matcher.advance([ord(text[-1])])
         assert len(text) <= 50
         json.loads(text + ("]" if text.startswith("[") else ""))
+
+
+@pytest.mark.parametrize(("text", "most"), [("1e", 2), ("1e-", 2), ("1E1", 1), ("1e-10", 0), ("1", 4), ('"1e', 4)])
+def test_a_token_of_several_digits_does_not_make_an_exponent_too_long(text: str, most: int):
+    """Else a number might be too large for any reader. Its `Infinity` is no JSON."""
+    schema = {"type": ["number", "string"]}
+    matcher = COMPILER.compile(StructuredOutput(json_schema=json.dumps(schema))).matcher()
+    matcher.advance([*text.encode()])
+
+    words = memoryview(bytearray(-(-TOKENIZER.vocab_size // 32) * 4))
+    matcher.fill_masks(words, ())
+
+    allowed = [id_ for id_ in range(TOKENIZER.vocab_size) if words[id_ // 8] >> id_ % 8 & 1]
+    digits = [re.match(r"[-+]?([0-9]*)", TOKENIZER.token_text(token_id))[1] for token_id in allowed]  # type: ignore[index]
+    assert max(map(len, digits)) == most
 
 
 def test_keys_come_in_the_order_of_the_schema():
