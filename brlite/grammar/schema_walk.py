@@ -263,6 +263,8 @@ class _Walk:
                     "are not enforced exactly",
                 )
         patterns = [*_mapping(pointer, node, "patternProperties")]
+        if False in node.get("patternProperties", {}).values() and node.get("additionalProperties") is not False:
+            raise SchemaRefused(f"{pointer}/patternProperties", "a pattern of no properties is not enforced")
         if any(pattern != with_plain_classes(pattern) for pattern in patterns):
             named = {with_plain_classes(pattern): child for pattern, child in node["patternProperties"].items()}
             node["patternProperties"] = named

@@ -120,6 +120,7 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
         "not",
     ),
     ({"type": "array", "items": {"type": "array", "uniqueItems": True}}, "#/items/uniqueItems", "uniqueItems"),
+    ({"type": "object", "patternProperties": {"^x-": False}}, "#/patternProperties", "of no properties"),
     ({"if": {"type": "string"}, "then": {"maxLength": 3}}, "#/if", "if"),
     ({"type": "array", "contains": {"type": "integer"}}, "#/contains", "contains"),
     ({"type": "object", "dependentRequired": {"a": ["b"]}}, "#/dependentRequired", "dependentRequired"),
