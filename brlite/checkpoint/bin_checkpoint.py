@@ -16,7 +16,15 @@ import torch
 from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, BF16, F16, F32, StoredTensor, tensor_in_memory
+from brlite.checkpoint.stored_tensor import (
+    ALLOWED_DTYPES,
+    BF16,
+    F16,
+    F32,
+    StoredTensor,
+    check_unchanged,
+    tensor_in_memory,
+)
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
@@ -29,7 +37,7 @@ class BinCheckpoint:
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
-        self._files = files
+        self._written_ns = {file: file.stat().st_mtime_ns for file in files}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, str] = {}
         tables: dict[Path, bytes] = {}  # instead of the header that this format lacks: names, types and shapes
@@ -52,11 +60,13 @@ class BinCheckpoint:
         return dict(self._formats)
 
     def tensors(self) -> Iterator[StoredTensor]:
-        for file in self._files:
+        for file, written_ns in self._written_ns.items():
             for name, tensor in load_shard(file).items():
                 data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
                 yield tensor_in_memory(name, FORMATS[tensor.dtype], tuple(tensor.shape), data)
                 del data  # a copy if the tensor was not contiguous
+            with file.open("rb") as stream:
+                check_unchanged(stream, written_ns)
 
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:
