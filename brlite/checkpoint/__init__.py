@@ -35,7 +35,9 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
         return BundleCheckpoint(path)
     weights = find_weights(path)
     if weights.kind == "safetensors":
-        if (config := read_config(path)).get("quantization_config") is not None:
+        from brlite.models.families.hf_config import QUANTIZATION
+
+        if (config := read_config(path)).get(QUANTIZATION) is not None:
             from brlite.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 
             return QuantizedCheckpoint(path, weights.files, config)

@@ -24,7 +24,6 @@ POOLING_FILE, BUNDLED_POOLING_FILE, MODULES_FILE = "1_Pooling/config.json", "poo
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # brlite normalizes by default
 SUPPORTED: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
 FLAG = "pooling_mode_"  # in versions before 5.0: a flag for each mode
-FLAG_MODES = {"lasttoken": "lasttoken", "mean_tokens": "mean"}
 GGUF_MODES = {1: "mean", 2: "CLS pooling", 3: "lasttoken", 4: "scores (rank pooling)"}
 
 
@@ -82,6 +81,6 @@ def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
             if isinstance(stated.get("pooling_mode"), str):
                 return str(stated["pooling_mode"])
             flags = [flag.removeprefix(FLAG) for flag in stated if flag.startswith(FLAG) and stated[flag] is True]
-            modes = [FLAG_MODES.get(flag, flag) for flag in flags]
+            modes = ["mean" if flag == "mean_tokens" else flag for flag in flags]
             return modes[0] if len(modes) == 1 else f"{' and '.join(modes) or 'no'} pooling"
     return "lasttoken"

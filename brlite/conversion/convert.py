@@ -30,7 +30,7 @@ from brlite.checkpoint.model_file import BUNDLED_TOOL_TEMPLATE_FILE, TOOL_TEMPLA
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
-from brlite.checkpoint.quantization import SECTION
+from brlite.checkpoint.repository import FOLDER_PREFIX
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig
 from brlite.config.options import EngineConfig, ModelSpec
@@ -46,6 +46,7 @@ from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.files.new_file import write_whole
 from brlite.files.quoting import MAX_EXCERPT, one_line, reason
+from brlite.models.families.hf_config import QUANTIZATION
 from brlite.models.network import num_parameters
 from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.models.registry import find_family
@@ -53,7 +54,6 @@ from brlite.process.machine import show_bytes
 from brlite.tokenizer import Tokenizer, load_tokenizer
 from brlite.tokenizer.gguf_vocabulary import hugging_face_files
 
-HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-72B
 INPUT_NAME, OUTPUT_NAME = "input_ids.1", "logits"
 BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
 MANUALS_MAX_SEQ = 8192
@@ -107,9 +107,10 @@ def run(request: ConversionRequest) -> int:
 
 
 def model_name(text: str) -> str:
-    """The name that requests will use. A folder name of the hub's cache is turned into the model's name."""
-    organisation, _, model = text.removeprefix(HUB_PREFIX).partition("--")
-    name = f"{organisation}/{model}" if text.startswith(HUB_PREFIX) and model else text
+    """The name that requests will use. A folder name of the hub's cache, such as
+    models--Qwen--Qwen2-72B, is turned into the model's name."""
+    organisation, _, model = text.removeprefix(FOLDER_PREFIX).partition("--")
+    name = f"{organisation}/{model}" if text.startswith(FOLDER_PREFIX) and model else text
     try:
         check_name(name)
     except ModelError as error:
@@ -133,7 +134,7 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
                     side_files[bundled_name] = file.read_bytes()
         is_gguf = weights is not None and weights.kind == "gguf"
         # The bundle's weights are not quantized, and `config` does not say that they are.
-        if is_gguf or SECTION.encode() in side_files.get(CONFIG_FILE, b""):
+        if is_gguf or QUANTIZATION.encode() in side_files.get(CONFIG_FILE, b""):
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
         if weights is not None and is_gguf and not any(name in side_files for name in TOKENIZER_FILES):
             side_files = {**hugging_face_files(weights.files[0]), **side_files}

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from brlite.errors import NativeUnavailable
 from brlite.files.ownership import forbid_others_to_write
+from brlite.files.quoting import one_line
 from brlite.files.temporary import sweep, temporary_folder
 from brlite.process.children import ChildGroup, absolute_folders, child_environment
 from brlite.process.machine import physical_cores
@@ -48,7 +49,6 @@ MAX_PROCESSES = 4
 BUILD_SECONDS = 600.0
 POLL_SECONDS = 0.02
 BUILD_PREFIX = ".build"  # of the folders in which builds run
-MAX_REASON = 300
 
 
 def fingerprint(sources: Path = SOURCES) -> str:
@@ -123,8 +123,9 @@ class _Process(NamedTuple):
         status = self.process.poll()
         if status:  # the first line that is an error, or else the first
             lines = self.said.read_text(encoding="utf-8", errors="replace").split("\n")
-            line = next((line for line in lines if "error" in line), lines[0]).strip()[:MAX_REASON]
-            raise NativeUnavailable(f"the C++ compiler failed with status {status}: {line or 'it said nothing'}")
+            line = next((line for line in lines if "error" in line), lines[0])
+            said = one_line(line) or "it said nothing"
+            raise NativeUnavailable(f"the C++ compiler failed with status {status}: {said}")
         return status is not None
 
 
