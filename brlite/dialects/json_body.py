@@ -98,10 +98,10 @@ def decode_fields(body: bytes) -> dict[str, msgspec.Raw]:
 
 
 def _reason(body: bytes, error: msgspec.DecodeError) -> str:
-    """Why bytes are not JSON. msgspec calls half a surrogate pair at the end of a string truncated data."""
+    """Why bytes are not JSON. msgspec has several texts for half a surrogate pair, by what follows it."""
     if not body:
         return "it is empty"
-    if "surrogate" in str(error) or "truncated" in str(error):
+    if any(words in str(error) for words in ("surrogate", "truncated", "hex escape", "unicode escape")):
         half = next((found for found in _ESCAPE.finditer(body) if found[1]), None)
         if half is not None and half.end() < len(body):
             escape = half[1].decode("ascii", "replace")

@@ -77,6 +77,13 @@ def test_half_of_a_surrogate_pair_is_said_with_its_place(text: bytes, escape: st
     assert f"request: {escape} at byte {place + 1} is half of a surrogate pair" in str(error)
 
 
+@pytest.mark.parametrize("rest", ['","n":1}', '\\u12","n":1}', '"}'])
+def test_half_of_a_surrogate_pair_is_found_before_other_fields(rest: str) -> None:
+    error = refusal(rb'{"messages":"\ud83d' + rest.encode())
+
+    assert r"\ud83d at byte 13 is half of a surrogate pair" in str(error)
+
+
 def test_a_body_that_is_cut_behind_half_of_a_pair_is_said_to_be_truncated() -> None:
     assert "truncated" in str(refusal(rb'{"messages":"\ud83d'))
 
