@@ -35,7 +35,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bad words": {"bad_words": ["ab", "x"]},
     "grammar": {"structured": StructuredOutput(choice=["abcabc", "abd", "xyz"])},
     "processors": {"logits_processors": [lambda output, logits: logits]},
-    "beams": {"use_beam_search": True, "best_of": 3, "temperature": 0},
+    "beams": {"use_beam_search": True, "best_of": 5, "temperature": 0},  # more than places
 }
 
 

@@ -1,4 +1,4 @@
-"""`DELETE /v1/requests/{id}`: a request ends with what it has, for its own key only."""
+"""`DELETE /v1/requests/{id}`: a request ends with what it has, for its own key only. What a client leaves behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from brlite.config.options import KeysConfig
+from brlite.http.body import BODIES
+from brlite.server.generate import MODELS, RUNNING
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body
+from tests.server.conftest import Client, chat_body, completion_body
 
 MakeClient = Callable[..., Awaitable[Client]]
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -113,3 +115,38 @@ async def test_a_client_that_leaves_behind_the_last_byte_of_its_body_is_aborted(
     await client.engine.wait_idle()
 
     assert not client.engine.stats.finished["length"]
+
+
+LEFT: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", chat_body(n=3, stream=True)),
+    ("/v1/chat/completions", chat_body(n=3, response_format={"type": "json_object"})),
+    ("/v1/completions", completion_body(["a", "b", "c"] * 3, stream=True)),
+    ("/v1/completions", completion_body(use_beam_search=True, best_of=6)),
+    ("/v1/responses", {"input": "hi", "stream": True, "max_output_tokens": 6}),
+    ("/v1/messages", {"messages": chat_body()["messages"], "stream": True, "max_tokens": 6}),
+    ("/v1/embeddings", {"input": ["hi"] * 9}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), LEFT)
+async def test_a_client_that_leaves_at_any_turn_of_the_loop_leaves_nothing(
+    client: Client, eventually: Eventually, path: str, body: dict[str, Any]
+) -> None:
+    app, host, port = client.server._app, *client.url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    stats, (model,) = client.engine.stats, app[MODELS]
+    request = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+
+    def held() -> list[int]:
+        gauges = [stats.num_running, stats.num_waiting, stats.num_used_blocks]
+        return [*gauges, len(app[RUNNING]), app[BODIES].num_bytes, model.num_requests]
+
+    for num_turns in range(0, 60, 3):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request % (path.encode(), len(data), data))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        writer.transport.abort()
+        await eventually(lambda: held() == [0] * 6)
+
+        client.engine._engine.check_integrity()
