@@ -111,11 +111,10 @@ class Attempt:
     """One request at one upstream.
 
     `deadline` is the loop's time at which `time_is_up` is to be called. `has_begun`: a part of the response was sent to
-    the client. `seen`: what was read of the response, set at the end.
+    the client.
     """
 
     __slots__ = (
-        "_asked",
         "_buffered",
         "_config",
         "_connection",
@@ -123,26 +122,27 @@ class Attempt:
         "_downstream",
         "_head",
         "_heard_at",
+        "_inbound",
         "_length",
         "_loop",
         "_outbound",
         "_owner",
         "_reader",
         "_relay",
+        "_seen",
         "_sent_at",
         "_ticket",
         "_written_at",
         "deadline",
         "first_byte_at",
         "has_begun",
-        "seen",
         "state",
         "status",
         "upstream",
     )
 
-    _asked: RequestHead
-    _outbound: tuple[bytes, bytes, bytes]  # path, head, body
+    _inbound: RequestHead  # the client's
+    _outbound: tuple[bytes, bytes]  # the head and the body for the upstream
     _ticket: Ticket
     _dialing: asyncio.Task[UpstreamConnection]  # CONNECTING
     _connection: UpstreamConnection  # from SENT on
@@ -171,7 +171,7 @@ class Attempt:
         self.status = 0  # of the response; 0: there is none yet
         self.first_byte_at: float | None = None
         self.has_begun = False
-        self.seen = NOTHING_SEEN
+        self._seen = NOTHING_SEEN
 
     @property
     def was_sent(self) -> bool:
@@ -179,9 +179,9 @@ class Attempt:
         return self._heard_at > 0
 
     @property
-    def seen_by_now(self) -> Seen:
-        """`seen`; while the response is relayed, its value so far."""
-        return self._relay.seen if self.state is RELAYING else self.seen
+    def seen(self) -> Seen:
+        """What was read of the response: while it is relayed, what has come so far; else known at the end."""
+        return self._relay.seen if self.state is RELAYING else self._seen
 
     @property
     def can_take_event(self) -> bool:
@@ -197,13 +197,13 @@ class Attempt:
     def start(self, head: RequestHead, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
         """Send the request with these header lines and this body. With `is_fresh` it opens a new connection for it."""
         upstream, path = self.upstream, head.target
-        self._asked = head
+        self._inbound = head
         self._ticket = upstream.begin(self._loop.time())
         if head.method == b"POST":
             own_lines = upstream.known_head_lines.get(path) or upstream.head_lines(path)
-            self._outbound = path, b"%b%bContent-Length: %d\r\n\r\n" % (own_lines, lines, len(body)), body
+            self._outbound = b"%b%bContent-Length: %d\r\n\r\n" % (own_lines, lines, len(body)), body
         else:
-            self._outbound = path, b"%b%b\r\n" % (upstream.head_lines(path, head.method), lines), b""
+            self._outbound = b"%b%b\r\n" % (upstream.head_lines(path, head.method), lines), b""
         connection = None if is_fresh else upstream.pool.take()
         if connection is not None:
             self._send(connection)
@@ -237,7 +237,7 @@ class Attempt:
         connection.holder = self
         self._sent_at = self._heard_at = self._loop.time()
         self.deadline = self._sent_at + self._config.first_byte_seconds
-        _, head, body = self._outbound
+        head, body = self._outbound
         if len(body) <= ONE_WRITE_BYTES:
             connection.transport.write(head + body)
         else:
@@ -328,8 +328,8 @@ class Attempt:
                 body_of_answer(head, length),
                 is_chunked=self._downstream.takes_chunks,
                 max_event_bytes=self._config.held_bytes,
-                kind=kind_of(self._outbound[0]),
-                is_resumed=is_resumed(self._asked.target, self._asked.fields),
+                kind=kind_of(self._inbound.target),
+                is_resumed=is_resumed(self._inbound.target, self._inbound.fields),
             )
             self._begin_relay(relay, head.lines_of_stream(self._config.response_headers), None)
             self.data_received(data)  # also without data: the body may have a length of 0
@@ -354,7 +354,7 @@ class Attempt:
 
     def _answer(self, payload: bytes, *, keep: bool) -> None:
         """Send a complete response to the client."""
-        envelope = check_response(self._head, payload, self._outbound[0].decode("latin-1"))
+        envelope = check_response(self._head, payload, self._inbound.target.decode("latin-1"))
         if envelope is None:
             lines = self._head.lines_for_clients(self._config.response_headers)
         else:
@@ -363,7 +363,8 @@ class Attempt:
             return
         self.has_begun = True
         self._downstream.answer(self.status, lines, payload)
-        self._complete(Seen((payload,), num_text_bytes=len(payload)), keep=keep)
+        self._seen = Seen((payload,), num_text_bytes=len(payload))
+        self._complete(keep=keep)
 
     def _begin_relay(self, relay: SseRelay | BodyRelay, lines: bytes, length: int | None) -> None:
         self.state = RELAYING
@@ -376,7 +377,7 @@ class Attempt:
         """Handle the end of a relayed response, which is complete or broken."""
         relay = self._relay
         if relay.is_done:
-            self._complete(relay.seen, keep=not (is_eof or relay.has_excess))
+            self._complete(keep=not (is_eof or relay.has_excess))
         else:
             what = "stream" if isinstance(relay, SseRelay) else "answer"
             self._fail(f"The upstream's {what} is broken: {relay.error}.")
@@ -442,16 +443,15 @@ class Attempt:
             return False
         if end:
             self._downstream.write(end)
-        self._complete(self._relay.seen, keep=False)
+        self._complete(keep=False)
         return True
 
     def _fail(self, text: str) -> None:
         self._owner.attempt_failed(UpstreamError(text), Ending.BROKEN)
 
-    def _complete(self, seen: Seen, *, keep: bool) -> None:
+    def _complete(self, *, keep: bool) -> None:
         """End the attempt after a complete response."""
         self.close(ending_of(self.status), keep=keep and self._head.keeps_alive and self._connection.has_sent_all)
-        self.seen = seen
         self._owner.attempt_completed()
 
     def close(self, ending: Ending, *, keep: bool = False) -> None:
@@ -466,8 +466,8 @@ class Attempt:
         else:
             self._connection.abort()
         if state is RELAYING:
-            self.seen = self._relay.seen
-            self.upstream.num_events += self.seen.num_events
-        elif state is BUFFERING:
-            self.seen = Seen(num_text_bytes=self._buffered.num_bytes)
+            self._seen = self._relay.seen
+            self.upstream.num_events += self._seen.num_events
+        elif state is BUFFERING and not self.has_begun:
+            self._seen = Seen(num_text_bytes=self._buffered.num_bytes)
         self.upstream.end(self._ticket, ending, now)

@@ -166,7 +166,7 @@ class BodyRelay:
         return None
 
     def comment(self) -> bytes:
-        """None: such a body has no comments."""
+        """b"": such a body has no comments."""
         return b""
 
     def error_event(self, error: RequestError) -> bytes:

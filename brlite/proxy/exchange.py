@@ -22,7 +22,7 @@ from brlite.config.options import ProxyConfig
 from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
 from brlite.http.errors import CLIENT_LEFT, status_of
 from brlite.proxy.attempt import UPSTREAM_RETRY_SECONDS, Attempt, Downstream
-from brlite.proxy.outcomes import TABLE, Ending
+from brlite.proxy.outcomes import OUTCOMES, Ending
 from brlite.proxy.request_model import Inbound, replace_model
 from brlite.proxy.routing.concurrency import Waiting
 from brlite.proxy.routing.listing import says_no_model
@@ -86,10 +86,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_asked",
         "_downstream",
         "_forwarder",
         "_queue_deadline",
+        "_requested_route",
         "_tried",
         "_waiting",
         "attempt",
@@ -109,7 +109,7 @@ class Exchange:
     ) -> None:
         self._forwarder = forwarder
         self._downstream = downstream
-        self._asked = route
+        self._requested_route = route
         self._tried: tuple[Upstream, ...] = ()  # one for each attempt
         self.request = request
         self.route = route  # or the route of the fallback that was taken
@@ -133,8 +133,8 @@ class Exchange:
 
     def log_fields(self) -> dict[str, object]:
         """The exchange's fields in the access log."""
-        fields: dict[str, object] = {"model": self._asked.model}
-        if self.route is not self._asked:
+        fields: dict[str, object] = {"model": self._requested_route.model}
+        if self.route is not self._requested_route:
             fields["fallback"] = self.route.model
         if self._tried:
             fields["upstream"] = self._tried[-1].name
@@ -241,7 +241,7 @@ class Exchange:
             attempt.close(ending)
             upstream.num_retries += 1
             self._try(upstream, is_fresh=True)
-        elif TABLE[ending].is_safe and self._may_try_another(attempt, self._forwarder.loop.time()):
+        elif OUTCOMES[ending].is_safe and self._may_try_another(attempt, self._forwarder.loop.time()):
             attempt.close(ending)
             upstream.num_retries += 1
             self._try_next()

@@ -35,10 +35,10 @@ from brlite.proxy.wire.heads import (
     END_OF_HEAD,
     Heads,
     RequestHead,
+    field_text,
     num_whole_lines_bytes,
     read_request,
     status_line,
-    text,
     without_limits,
 )
 
@@ -379,7 +379,7 @@ class ForwardingCycle:
         self.exchange: Exchange | None = None  # None: the forwarder has refused the request
         self._id = next(path.shared.ids)
         sent_id = head.fields.get(b"x-request-id")
-        self._client_id = None if sent_id is None else client_request_id(text(sent_id))
+        self._client_id = None if sent_id is None else client_request_id(field_text(sent_id))
         self.request_id = self._client_id or self._id
         self.peer = path.peer
         self.takes_chunks = not head.is_http_1_0
@@ -446,7 +446,7 @@ class ForwardingCycle:
         elif not self.takes_chunks:
             lines += b"Connection: keep-alive\r\n"  # the default of HTTP/1.0 is to close
         if path.shared.cors is not None:
-            lines += _lines(path.shared.cors.headers(text(self._head.fields.get(b"origin"))))
+            lines += _lines(path.shared.cors.headers(field_text(self._head.fields.get(b"origin"))))
         parts = (status_line(status), lines, OWN_LINES, self.request_id.encode(), body)
         if not self._transport.is_closing():
             self._transport.write(b"%b%b%bX-Request-Id: %b\r\n\r\n%b" % parts)

@@ -32,7 +32,7 @@ from brlite.proxy.wire.heads import (
 
 logger = logging.getLogger(__name__)
 
-MAX_TICK_SECONDS = 1.0
+MAX_TIMER_SECONDS = 1.0
 MISSING_SECONDS = 60.0  # an upstream that answered 404 for a model is tried again after this time
 
 
@@ -61,7 +61,7 @@ class Forwarder:
         self.via = b"1.1 " + self._via_name
         self.request_headers = (*config.proxy.request_headers, config.proxy.sticky_header)
         self._active: set[Exchange] = set()
-        self._tick: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Forwarder:
         self.loop = asyncio.get_running_loop()
@@ -127,8 +127,8 @@ class Forwarder:
             inbound.key.begin(time.monotonic(), route.model, inbound.model or "")
         exchange = Exchange(self, ForwardedRequest(inbound, lines, affinity), route, downstream)
         self._active.add(exchange)
-        if self._tick is None:
-            self._set_tick()
+        if self._timer is None:
+            self._start_timer()
         return exchange
 
     def find_stored(self, head: RequestHead, key: ApiKey) -> Route | None:
@@ -209,22 +209,22 @@ class Forwarder:
 
     def stop(self) -> None:
         """End all running exchanges with an error."""
-        if self._tick is not None:
-            self._tick.cancel()
-            self._tick = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for exchange in list(self._active):
             exchange.stop()
 
     # One timer for all exchanges: a timer for each stream would have to be reset at each of its events.
 
-    def _set_tick(self) -> None:
+    def _start_timer(self) -> None:
         config = self.config
         limits = (config.connect_seconds, config.first_byte_seconds, config.idle_seconds, config.max_queue_seconds)
         shortest = min(*limits, self._comment_seconds)
-        self._tick = self.loop.call_later(min(MAX_TICK_SECONDS, shortest / 4), self._look)
+        self._timer = self.loop.call_later(min(MAX_TIMER_SECONDS, shortest / 4), self._check_deadlines)
 
-    def _look(self) -> None:
-        self._tick = None
+    def _check_deadlines(self) -> None:
+        self._timer = None
         now = self.loop.time()
         lost = [upstream for upstream in self.table.upstreams if upstream.lost_since is not None]
         for exchange in list(self._active):
@@ -234,5 +234,5 @@ class Forwarder:
             if lost and exchange.upstream in lost:
                 exchange.upstream_is_lost(now)
             exchange.comment_if_silent(now, self._comment_seconds)
-        if self._active and self._tick is None:
-            self._set_tick()
+        if self._active and self._timer is None:
+            self._start_timer()

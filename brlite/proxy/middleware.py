@@ -171,7 +171,7 @@ class ResponseDownstream:
 
     def _headers(self, lines: bytes) -> list[tuple[str, str]]:
         has_limits = self._request[API_KEY].has_limits
-        return _headers(without_limits(lines) if has_limits else lines)
+        return _pairs(without_limits(lines) if has_limits else lines)
 
     async def _wait(self) -> None:
         await self._changed.wait()
@@ -203,6 +203,6 @@ def _head_of(request: web.Request, wire_path: bytes) -> RequestHead:
     return RequestHead(method, wire_path, fields, lines, is_http_1_0=is_http_1_0)
 
 
-def _headers(lines: bytes) -> list[tuple[str, str]]:
+def _pairs(lines: bytes) -> list[tuple[str, str]]:
     pairs = (line.partition(b":") for line in lines.split(b"\r\n") if line)
     return [(name.decode("latin-1"), value.strip().decode("latin-1")) for name, _, value in pairs]

@@ -52,7 +52,7 @@ class OutcomeRule(NamedTuple):
     is_safe: bool = False
 
 
-TABLE: dict[Ending, OutcomeRule] = {
+OUTCOMES: dict[Ending, OutcomeRule] = {
     Ending.ANSWERED: OutcomeRule("answered", None),
     Ending.SERVER_ERROR: OutcomeRule("failed", Owner.UPSTREAM),
     Ending.BUSY: OutcomeRule("refused", None, is_safe=True),

@@ -25,7 +25,7 @@ _REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all th
 _MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
-class RequestModel(msgspec.Struct, frozen=True, gc=False):
+class InboundFields(msgspec.Struct, frozen=True, gc=False):
     """The fields of a body. `None`: absent, null, or (only `user`) not a string."""
 
     model: str | None = None
@@ -48,7 +48,7 @@ def read_inbound(head: RequestHead, body: bytes, key: ApiKey) -> Inbound:
     return Inbound(head, body, key, fields.model, fields.user)
 
 
-def peek(body: bytes) -> RequestModel:
+def peek(body: bytes) -> InboundFields:
     """Read the fields. Raises `InvalidRequest` for a body that is no JSON object, or whose model is ambiguous.
 
     A repeated `model` is refused, and so is another spelling (`Model`), which some servers accept: the upstream must
@@ -59,10 +59,10 @@ def peek(body: bytes) -> RequestModel:
         if body.count(b'"model"') == 1 and b"\\u" not in body:
             # Only an escaped letter could spell a second key `model`. The check saves two calls of the hook, 1 µs.
             plain = _PLAIN.decode(body)
-            return RequestModel(plain.model, plain.user)
+            return InboundFields(plain.model, plain.user)
         model = _Model()
         fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
-        return RequestModel(model.name, fields.user)
+        return InboundFields(model.name, fields.user)
     except _REFUSALS:
         model = _Model()
         odd = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))  # raises the error
@@ -70,7 +70,7 @@ def peek(body: bytes) -> RequestModel:
         user = msgspec.json.decode(odd.user, type=str)
     except _REFUSALS:
         user = None
-    return RequestModel(model.name, user)
+    return InboundFields(model.name, user)
 
 
 def replace_model(body: bytes, new: str) -> bytes:
@@ -129,6 +129,6 @@ def _with_other_spellings(fields: type[T]) -> type[T]:
     return cast(type[T], msgspec.defstruct(fields.__name__, members, bases=(fields,), frozen=True, gc=False))
 
 
-_PLAIN = msgspec.json.Decoder(_with_other_spellings(RequestModel))
+_PLAIN = msgspec.json.Decoder(_with_other_spellings(InboundFields))
 _FIELDS = _with_other_spellings(_Fields)
 _ODD_FIELDS = _with_other_spellings(_OddFields)

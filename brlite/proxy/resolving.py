@@ -35,7 +35,7 @@ def system_lookup(name: str) -> list[str]:
     return list(dict.fromkeys(each for pair in pairs for each in pair if each is not None))
 
 
-class Names:
+class NameAddresses:
     """The addresses of one name, used in turn. `known` are those of the last successful lookup."""
 
     def __init__(self, name: str, lookup: Lookup = system_lookup, seconds: float = LOOKUP_SECONDS) -> None:

@@ -139,13 +139,13 @@ def _makes_response(inbound: Inbound) -> bool:
 
 def _owner(exchange: Exchange) -> ResponseOwner:
     assert exchange.attempt is not None  # its response contained an id
-    is_counted = told_usage(exchange.attempt.seen_by_now.parts) is not None
+    is_counted = told_usage(exchange.attempt.seen.parts) is not None
     return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, is_counted)
 
 
 def _told_id(exchange: Exchange) -> str | None:
     """The id of the relayed response object. None if its `store` is false, or no valid id has been seen yet."""
-    for part in () if exchange.attempt is None else exchange.attempt.seen_by_now.parts:
+    for part in () if exchange.attempt is None else exchange.attempt.seen.parts:
         try:
             told = _TOLD.decode(part)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from brlite.config.options import ProxyConfig, UpstreamConfig
-from brlite.proxy.outcomes import ABOUT_THE_REQUEST, TABLE, Ending, Owner, is_answer, is_own_fault
+from brlite.proxy.outcomes import ABOUT_THE_REQUEST, OUTCOMES, Ending, Owner, is_answer, is_own_fault
 from brlite.proxy.routing.upstream import Upstream
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, no_descriptors, run_proxy, wait_until
@@ -48,8 +48,8 @@ def config(upstream: ScriptedUpstream) -> UpstreamConfig:
 
 
 def test_every_ending_has_its_row_and_only_upstreams_own_ones_are_timeouts_or_failures() -> None:
-    assert TABLE.keys() == set(Ending)
-    for row in TABLE.values():
+    assert OUTCOMES.keys() == set(Ending)
+    for row in OUTCOMES.values():
         assert row.outcome not in ("failed", "timeout") or row.owner is Owner.UPSTREAM
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from brlite.dialects.json_body import decode_fields
 from brlite.errors import InvalidRequest
-from brlite.proxy.request_model import RequestModel, peek, replace_model
+from brlite.proxy.request_model import InboundFields, peek, replace_model
 
 json_values = st.recursive(
     st.none()
@@ -55,12 +55,12 @@ def refusal(body: bytes) -> InvalidRequest:
 def test_the_fields_are_read_wherever_they_stand() -> None:
     body = b'{"messages":[{"model":"no","user":"no"}],"user":"ann","stream":true, "model" : "m"}'
 
-    assert peek(body) == RequestModel(model="m", user="ann")
+    assert peek(body) == InboundFields(model="m", user="ann")
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"model":null,"stream":null,"user":null}', b' {"models":"m","prompt":1}\n'])
 def test_what_is_absent_or_null_is_none(body: bytes) -> None:
-    assert peek(body) == RequestModel(None, None)
+    assert peek(body) == InboundFields(None, None)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_is_absent_or_null_is_none(body: bytes) -> None:
 def test_other_fields_may_hold_anything(value: bytes) -> None:
     body = b'{"model":"m","stream":%b,"user":[%b],"n":%b,"":%b}' % (value, value, value, value)
 
-    assert peek(body) == RequestModel(model="m")
+    assert peek(body) == InboundFields(model="m")
 
 
 @pytest.mark.parametrize("value", [b"1", b"1e999", b"true", b"[]", b'{"a":"m"}', b'["m"]'])

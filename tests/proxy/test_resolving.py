@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from brlite.config.address import Address
-from brlite.proxy.resolving import Names, system_lookup
+from brlite.proxy.resolving import NameAddresses, system_lookup
 from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection, is_name
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import wait_until
@@ -44,7 +44,7 @@ class Pods:
         return list(self.addresses)
 
     def pool(self, seconds: float = 1000.0) -> ConnectionPool:
-        names = Names(NAME, self.lookup, seconds)
+        names = NameAddresses(NAME, self.lookup, seconds)
         return ConnectionPool(Address(NAME, self.port), ca_file=None, max_idle=8, idle_seconds=60, names=names)
 
 
@@ -79,7 +79,7 @@ async def use(pool: ConnectionPool) -> UpstreamConnection:
     return pool.take() or await asyncio.wait_for(pool.dial(), PATIENCE_SECONDS)
 
 
-async def addresses_of(names: Names) -> Sequence[str]:
+async def addresses_of(names: NameAddresses) -> Sequence[str]:
     return await names.addresses()
 
 
@@ -174,7 +174,7 @@ async def test_a_lookup_that_fails_later_leaves_the_addresses_as_they_were(pods:
             raise socket.gaierror(socket.EAI_AGAIN, "the resolver is away")
         return pods.lookup(name)
 
-    names = Names(NAME, lookup, seconds=0.0)
+    names = NameAddresses(NAME, lookup, seconds=0.0)
     await names.addresses()
     names.refresh()
     await asyncio.to_thread(has_failed.wait, PATIENCE_SECONDS)
@@ -192,7 +192,7 @@ async def test_a_name_that_is_not_known_is_an_error_and_is_looked_up_again() -> 
             raise answer
         return answer
 
-    names = Names(NAME, lookup)
+    names = NameAddresses(NAME, lookup)
     with pytest.raises(socket.gaierror):
         await names.addresses()
 
@@ -206,18 +206,18 @@ async def test_lookups_that_hang_hold_up_nobody_else() -> None:
         may_end.wait(PATIENCE_SECONDS)
         return ["127.0.0.1"]
 
-    waiting = [asyncio.create_task(addresses_of(Names(f"{number}.test", hang))) for number in range(40)]
+    waiting = [asyncio.create_task(addresses_of(NameAddresses(f"{number}.test", hang))) for number in range(40)]
     await asyncio.sleep(0)
 
     assert await asyncio.to_thread(lambda: 5) == 5
-    assert await Names(NAME, lambda name: ["127.0.0.2"]).addresses() == ["127.0.0.2"]
+    assert await NameAddresses(NAME, lambda name: ["127.0.0.2"]).addresses() == ["127.0.0.2"]
     assert not any(task.done() for task in waiting)
     may_end.set()
     assert await asyncio.gather(*waiting) == [["127.0.0.1"]] * 40
 
 
 async def test_those_who_wait_for_a_name_share_its_lookup_and_may_leave_it(pods: Pods) -> None:
-    names = Names(NAME, pods.lookup)
+    names = NameAddresses(NAME, pods.lookup)
     waiting = [asyncio.create_task(addresses_of(names)) for _ in range(5)]
     await asyncio.sleep(0)
     waiting[0].cancel()

@@ -17,7 +17,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.http.access_log import printable
 from brlite.process.waiting import within
-from brlite.proxy.resolving import Names
+from brlite.proxy.resolving import NameAddresses
 from brlite.proxy.routing.upstream import Upstream
 
 WRONG_KEY = (401, 403)  # statuses
@@ -26,7 +26,7 @@ WRONG_KEY = (401, 403)  # statuses
 class _Resolver(AbstractResolver):
     """aiohttp's view of the addresses that requests to the upstream use."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: NameAddresses) -> None:
         self._names = names
 
     async def resolve(

@@ -13,7 +13,7 @@ from brlite.config.address import parse_address
 from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.process.children import read_secret
-from brlite.proxy.outcomes import ANSWERED, TABLE, Ending, Outcome, Owner
+from brlite.proxy.outcomes import ANSWERED, OUTCOMES, Ending, Outcome, Owner
 from brlite.proxy.routing.breaker import Breaker, Ticket
 from brlite.proxy.routing.listing import ListedModel
 from brlite.proxy.wire.connections import ConnectionPool
@@ -124,7 +124,7 @@ class Upstream:
         if ending is ANSWERED and self.breaker.is_untroubled:
             self.outcomes["answered"] += 1
             return
-        row = TABLE[ending]
+        row = OUTCOMES[ending]
         self.outcomes[row.outcome] += 1
         if row.owner is None:
             self.breaker.succeeded(ticket)

@@ -19,7 +19,7 @@ from brlite.config.address import Address
 from brlite.errors import ConfigError
 from brlite.files.quoting import reason
 from brlite.files.text_file import BYTE_ORDER_MARK, read_bounded
-from brlite.proxy.resolving import Names
+from brlite.proxy.resolving import NameAddresses
 
 STAGGER_SECONDS = 0.25  # RFC 8305 §5: from the attempt to connect to one address to the attempt for the next
 
@@ -112,10 +112,10 @@ class ConnectionPool:
         ca_file: str | None,
         max_idle: int,
         idle_seconds: float,
-        names: Names | None = None,
+        names: NameAddresses | None = None,
     ) -> None:
         self.address = address
-        self.names = names or (Names(address.host) if is_name(address) else None)
+        self.names = names or (NameAddresses(address.host) if is_name(address) else None)
         self._next: list[str] = []  # the addresses that `dial` tries, in this order; set by `take`
         self._known: Sequence[str] = ()  # the name's addresses at the last `take`
         self.tls = _tls_context(ca_file) if address.is_tls else None
@@ -174,7 +174,7 @@ class ConnectionPool:
             self.connections.add(connection)
         return connection
 
-    async def _connect_to_one(self, addresses: Sequence[str], names: Names) -> UpstreamConnection:
+    async def _connect_to_one(self, addresses: Sequence[str], names: NameAddresses) -> UpstreamConnection:
         """Connect to the first address that answers. Attempts start `STAGGER_SECONDS` apart (RFC 8305).
 
         Raises the error of the first attempt that failed if all fail.

@@ -158,8 +158,8 @@ class RequestHead:
         self.is_chunked = b"transfer-encoding" in fields
         self.is_upgrade = b"upgrade" in fields
         self.via = fields.get(b"via")
-        self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
-        self.asked_by = tuple(text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
+        self.shown_key = shown_key(field_text(fields.get(b"authorization")), field_text(fields.get(b"x-api-key")))
+        self.asked_by = tuple(field_text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
         kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
         self.is_for_json = (
             method == b"POST"
@@ -389,7 +389,7 @@ def status_line(status: int) -> bytes:
     return _REASONS.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
-def text(value: bytes | None) -> str | None:
+def field_text(value: bytes | None) -> str | None:
     """A header's value, decoded as aiohttp decodes it."""
     return None if value is None else value.decode("utf-8", "surrogateescape")
 

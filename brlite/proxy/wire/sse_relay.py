@@ -163,7 +163,7 @@ class SseRelay:
                     begin, end = plain.end(), plain.end(1) + int(plain[1], 16)  # of the data
                     is_one_line = begin < end and data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2
                     if is_one_line and data[end:] == b"\n\n\r\n":
-                        self._check_data(data[begin:end])
+                        self._read_data(data[begin:end])
                         return data
                 while end := self._whole_chunk(data, whole):
                     whole = end
@@ -190,7 +190,7 @@ class SseRelay:
         return LAST_CHUNK if self._is_chunked else b""
 
     def comment(self) -> bytes:
-        """The bytes of a comment, which keeps the client's connection open. None after the last event or within one."""
+        """The bytes of a comment, which keeps the client's connection open. b"" after the last event or within one."""
         if self._saw_end or self.is_within_event:
             return b""
         self._has_comment |= self._is_at_start and not self.num_events
@@ -225,7 +225,7 @@ class SseRelay:
             return 0
         if self._has_comment and data.startswith(BYTE_ORDER_MARK, begin):
             return 0
-        self._check(data[begin:end])
+        self._read_events(data[begin:end])
         return end + 2
 
     def _feed_pieces(self, data: bytes) -> bytes:
@@ -249,9 +249,9 @@ class SseRelay:
             self.num_events += 1
             self._num_measured += 1
             self._smallest_event = min(self._smallest_event, self._max_event_bytes)
-            self._check(events, len(events) - len(rest))
+            self._read_events(events, len(events) - len(rest))
         elif events:
-            self._check(events)
+            self._read_events(events)
         if len(held) > self._max_event_bytes or self.is_within_event:
             if not self.is_within_event and not _LONG_EVENT.match(held):
                 return self._framed(events) + self._break(BrokenStream("it contains bytes that are no event"))
@@ -305,11 +305,11 @@ class SseRelay:
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")
 
-    def _check(self, events: bytes, begin: int = 0) -> None:
+    def _read_events(self, events: bytes, begin: int = 0) -> None:
         """Check the events from `begin` on, and note their fields. Raises `BrokenStream` for malformed ones."""
         is_plain = not begin and events.startswith(b"data: {")
         if is_plain and events.find(b"\n") == len(events) - 2 and b"\r" not in events:
-            self._check_data(events[6:-2])
+            self._read_data(events[6:-2])
             return
         is_at_start, self._is_at_start = self._is_at_start and not self.num_events, False
         if is_at_start and events.startswith(BYTE_ORDER_MARK):
@@ -321,13 +321,14 @@ class SseRelay:
             text = b"\n".join(value for name, _, value in fields if name == b"data")
             try:
                 if text.strip():
-                    self._check_data(text)
+                    self._read_data(text)
             except BrokenStream as error:
                 error.good = events[:good]
                 raise
             begin = good = event_end.end()
 
-    def _check_data(self, text: bytes) -> None:
+    def _read_data(self, text: bytes) -> None:
+        """Check an event's data, and note its fields and size. Raises `BrokenStream`."""
         if text[:1] != b"{" and text.strip() == DONE:
             if self._kind is StreamKind.COMPLETIONS:
                 self._check_end(is_sure=self.num_events > 0)
