@@ -110,6 +110,7 @@ class Connection(web.RequestHandler):
         "_deadline",
         "_event_loop",
         "_fast_path",
+        "_is_malformed",
         "_limits",
         "_make_fast_path",
         "_siblings",
@@ -152,6 +153,7 @@ class Connection(web.RequestHandler):
         self._stall: StallTimer | None = None
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
+        self._is_malformed = False  # a request was: all bytes after it are dropped
         self.state = ConnectionState.WAITING
         self.is_spare = False  # beyond max_connections: only probes are answered
         self.is_draining = False  # to be closed after the response in progress
@@ -195,7 +197,7 @@ class Connection(web.RequestHandler):
 
     def make_room(self) -> None:
         """Close now, to make room for another connection. Call it only if not `is_busy`."""
-        if self._wire is not None and self.is_spare and not self._wire.is_closing():
+        if self._wire is not None and self.is_spare and not (self._is_malformed or self._wire.is_closing()):
             self._wire.write(error_bytes(TOO_MANY))
         self.force_close()
 
@@ -217,12 +219,14 @@ class Connection(web.RequestHandler):
             super().data_received(data)
         elif self._fast_path is not None:
             self._fast_path.data_received(data)
-        else:
+        elif not self._is_malformed:
             self.bytes_came()
             super().data_received(data)
 
     def pass_on(self, data: bytes) -> None:
         """Give the bytes to aiohttp."""
+        if self._is_malformed:
+            return
         if data:
             self.bytes_came()
         super().data_received(data)
@@ -256,11 +260,17 @@ class Connection(web.RequestHandler):
         if self.is_draining:
             resp.force_close()
         try:
-            return await super().finish_response(request, resp, start_time)
+            finished = await super().finish_response(request, resp, start_time)
         finally:
             self.request_ended()
             if self._fast_path is not None and resp.keep_alive:
                 self._fast_path.request_ended()
+        if self._is_malformed and self._wire is not None and not self._wire.is_closing():
+            # Closed now, it would be reset by bytes that still come, and the client might not see the response.
+            self._wire.write_eof()
+            self._wire.resume_reading()
+            await asyncio.sleep(LINGERING_SECONDS)  # cancelled when the client closes
+        return finished
 
     def handle_error(
         self,
@@ -276,6 +286,7 @@ class Connection(web.RequestHandler):
             logger.error("request from %s failed", request.remote, exc_info=exc)
             response = error_response(exc or RuntimeError(), request.path)
         else:
+            self._is_malformed = True
             logger.info("malformed request from %s: %s", request.remote, type(exc).__name__)
             is_too_large = isinstance(exc, LineTooLong) or (
                 isinstance(exc, BadHttpMessage) and exc.message.startswith(TOO_MANY_HEADERS)
