@@ -16,7 +16,7 @@ from brlite.proxy.attempt import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwner, ResponseOwners
+from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwners
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
@@ -109,7 +109,11 @@ class Forwarder:
                 raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
         if head.target.startswith(RESPONSES_PATH):
             owner = self.owners.owner_for(inbound, self._active)
-            route = route if owner is None else self._only(owner, route)
+            only = route if owner is None else route.only(owner.upstream)
+            if only is None:
+                text = "The response is stored by an upstream that does not serve this model."
+                raise InvalidRequest(text, param="previous_response_id", code="previous_response_not_found")
+            route = only
         lines = head.lines_for_upstreams(downstream.request_id, self.via, self.request_headers)
         if (idempotency_key := head.fields.get(b"idempotency-key")) and inbound.key.tenant:
             lines = with_own_idempotency_key(lines, idempotency_key, inbound.key.tenant)
@@ -137,17 +141,6 @@ class Forwarder:
         owner = None if response_id is None else self.owners.find(key.tenant, response_id, self._active)
         route = None if owner is None else self.table.find(owner.model)
         return None if owner is None or route is None else route.only(owner.upstream)
-
-    def _only(self, owner: ResponseOwner, route: Route) -> Route:
-        """The route with only the upstream that stores the response. Raises `InvalidRequest` if the route lacks it."""
-        only = route.only(owner.upstream)
-        if only is None:
-            raise InvalidRequest(
-                "The response is stored by an upstream that does not serve this model.",
-                param="previous_response_id",
-                code="previous_response_not_found",
-            )
-        return only
 
     def over(self, exchange: Exchange) -> None:
         """Count an exchange that has ended, and charge its key."""
