@@ -1,8 +1,8 @@
 """A digest of the beginning of a prompt. `choice = "prefix"` uses it to choose an upstream.
 
 Everything before the first user message counts, of any length, since a prefix cache holds it: a system prompt,
-instructions, tools, earlier examples. Reads bodies of chats, completions, `/v1/messages` and `/v1/responses`. Uses
-nothing of models and upstreams.
+instructions, tools, up to `MAX_MESSAGES` earlier messages. Reads bodies of chats, completions, `/v1/messages` and
+`/v1/responses`. Uses nothing of models and upstreams.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from brlite.files.text_file import BYTE_ORDER_MARK
 
 DIGEST_BYTES = 16
+MAX_MESSAGES = 1000  # a message takes 3 µs of the event loop; 1 MB of empty ones would take a second
 _NULL = msgspec.Raw(b"null")
 
 
@@ -69,7 +70,7 @@ def _parts(prompt: _Prompt, num_bytes: int) -> Iterator[bytes]:
         messages = _MESSAGES.decode(prompt.input)
         if messages and not bytes(messages[0]).startswith(b"{"):  # texts or tokens, as in `/v1/embeddings`
             messages = None
-    for raw in messages or ():
+    for raw in (messages or ())[:MAX_MESSAGES]:
         message = _MESSAGE.decode(raw)
         text = _text(message.content)
         yield str(message.role).encode()

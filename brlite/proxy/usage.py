@@ -8,6 +8,7 @@ A reported number is used only if it is possible for the request, since it is ch
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
@@ -28,8 +29,9 @@ FREE_PATHS = frozenset(
     b"/v1/chat/completions/render /v1/completions/render".split()
 )
 
-# Only from the beginning of a run on: a run that is too short would be tried from each of its bytes.
-_ENCODED = re.compile(rb"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{4096,}={0,2}")
+RUN_BYTES = 4096  # from here on a run of base64's letters is base64
+_LETTERS = (string.ascii_letters + string.digits + "+/").encode()
+_REST = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
 _USAGE_FIELD = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -91,8 +93,28 @@ def estimate_prompt(path: bytes, body: bytes) -> int:
     """An estimate of the tokens of a request's prompt, at least one; 0 for a path that computes no tokens."""
     if path.partition(b"?")[0] in FREE_PATHS:
         return 0
-    num_encoded = sum(len(run) for run in _ENCODED.findall(body)) if len(body) >= TAIL_BYTES else 0
+    num_encoded = num_encoded_bytes(body)
     return -(-(len(body) - num_encoded) // BYTES_PER_TOKEN) + num_encoded // BYTES_PER_ENCODED_TOKEN
+
+
+def num_encoded_bytes(body: bytes) -> int:
+    """The bytes of base64 in a body: of all its runs of at least `RUN_BYTES` letters.
+
+    Each such run behind the first byte, which is a brace, has a letter at a multiple of `RUN_BYTES`. Only there is
+    looked: that takes 0.6 ms for 1 MB, an expression for the run 20 to 45 ms.
+    """
+    num_bytes = end = 0
+    for place in range(RUN_BYTES, len(body), RUN_BYTES):
+        if place < end:
+            continue  # within the last run
+        before = body[max(end, place - RUN_BYTES) : place]
+        begin = place - len(before) + len(before.rstrip(_LETTERS))
+        rest = _REST.match(body, place)
+        assert rest is not None  # it matches the empty string, too
+        if len(body[begin : rest.end()].rstrip(b"=")) >= RUN_BYTES:
+            num_bytes += rest.end() - begin
+            end = rest.end()
+    return num_bytes
 
 
 def estimate_completion(path: bytes, seen: Seen) -> int:

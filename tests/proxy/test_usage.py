@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brlite.config.options import KeyConfig, ProxyConfig, UpstreamConfig
-from brlite.proxy.usage import TAIL_BYTES, ForwardedUsage, estimate_prompt, told_usage, usage_in_tail
+from brlite.proxy.usage import (
+    RUN_BYTES,
+    TAIL_BYTES,
+    ForwardedUsage,
+    estimate_prompt,
+    num_encoded_bytes,
+    told_usage,
+    usage_in_tail,
+)
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
@@ -244,3 +253,22 @@ def test_a_usage_that_a_text_quotes_is_none() -> None:
 
 def test_a_tail_that_has_only_half_of_it_tells_nothing() -> None:
     assert usage_in_tail((b'{"usage":{"a":' + b"{" * TAIL_BYTES)[-TAIL_BYTES:]) == ()
+
+
+# Lengths of runs of letters, each with the bytes behind it.
+runs = st.lists(
+    st.tuples(
+        st.integers(0, 3 * RUN_BYTES) | st.sampled_from([RUN_BYTES - 1, RUN_BYTES, RUN_BYTES + 1]),
+        st.sampled_from([b"=", b"==", b"===", b"-", b'","', b"= "]),
+    ),
+    max_size=6,
+)
+
+
+@given(runs)
+def test_each_long_run_of_letters_counts_as_base64_wherever_it_stands(runs: list[tuple[int, bytes]]) -> None:
+    body = b"{" + b"".join(b"A" * size + behind for size, behind in runs)
+
+    found = re.findall(rb"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{%d,}={0,2}" % RUN_BYTES, body)
+
+    assert num_encoded_bytes(body) == sum(map(len, found))
