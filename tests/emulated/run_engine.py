@@ -22,11 +22,11 @@ from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 PROMPTS = ["one", "a longer text, of several blocks", "and", "another that is long enough for a few of them", "x"]
 PARAMS = [
-    SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
-    SamplingParams(temperature=1.0, top_p=0.9, seed=1, max_tokens=6, ignore_eos=True, n=2),
-    SamplingParams(temperature=0.8, top_k=20, seed=2, max_tokens=6, ignore_eos=True, logprobs=2),
-    SamplingParams(temperature=1.2, seed=3, presence_penalty=0.5, max_tokens=6, ignore_eos=True),
-    SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, prompt_logprobs=1),
+    SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=1.0, top_p=0.9, seed=1, max_tokens=4, ignore_eos=True, n=2),
+    SamplingParams(temperature=0.8, top_k=20, seed=2, max_tokens=4, ignore_eos=True, logprobs=2),
+    SamplingParams(temperature=1.2, seed=3, presence_penalty=0.5, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=1),
 ]
 MODELS: list[tuple[str, PrecisionName]] = [
     ("llama", "bf16"),
