@@ -28,8 +28,8 @@ from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, es
 
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_EXPONENT = 22  # powers of ten up to here are exact as doubles
-STEP = 1e-9  # from an exclusive bound to the inclusive one that replaces it
-MAX_STEPPED = 100_000  # such bounds are below: the library writes 15 digits
+BOUND_DIGITS = 15  # of a bound, as the library writes it
+STEP_PLACES = 9  # from an exclusive bound to the inclusive one that replaces it: 1e-9
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
@@ -262,12 +262,14 @@ class _Walk:
                     f"numbers beyond ±{EXACT}, of more than 15 digits, or with an exponent beyond ±{MAX_EXPONENT} "
                     "are not enforced exactly",
                 )
-        patterns = [*_mapping(pointer, node, "patternProperties")]
+        named = {with_plain_classes(key): child for key, child in _mapping(pointer, node, "patternProperties").items()}
+        if len(named) < len(node.get("patternProperties", {})):
+            raise SchemaRefused(f"{pointer}/patternProperties", "the same pattern comes twice, but for its escapes")
         if False in node.get("patternProperties", {}).values() and node.get("additionalProperties") is not False:
             raise SchemaRefused(f"{pointer}/patternProperties", "a pattern of no properties is not enforced")
-        if any(pattern != with_plain_classes(pattern) for pattern in patterns):
-            named = {with_plain_classes(pattern): child for pattern, child in node["patternProperties"].items()}
+        if named:
             node["patternProperties"] = named
+        patterns = [*named]
         if "pattern" in node:
             if not isinstance(node["pattern"], str):
                 raise SchemaRefused(f"{pointer}/pattern", "a pattern is a string")
@@ -485,9 +487,10 @@ def _make_inclusive(node: dict[str, Any]) -> None:
         (-1, "maximum", "exclusiveMaximum", min),
     ):
         bound = node.get(exclusive, -sign)
-        if 0 <= sign * bound < MAX_STEPPED and bound == int(bound):
+        if 0 <= sign * bound < EXACT and bound == int(bound):
             del node[exclusive]
-            inside = bound + sign * STEP
+            places = max(0, min(STEP_PLACES, BOUND_DIGITS - len(str(abs(int(bound))))))
+            inside = int(bound) + sign * 10**-places
             node[keyword] = narrower(node.get(keyword, inside), inside)
 
 

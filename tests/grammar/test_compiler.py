@@ -121,6 +121,9 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ),
     ({"type": "array", "items": {"type": "array", "uniqueItems": True}}, "#/items/uniqueItems", "uniqueItems"),
     ({"type": "object", "patternProperties": {"^x-": False}}, "#/patternProperties", "of no properties"),
+    ({"patternProperties": {"^[&]$": {}, r"^[\&]$": {"type": "null"}}}, "#/patternProperties", "the same pattern"),
+    ({"type": "number", "exclusiveMinimum": 3e14, "maximum": 3e14 + 0.5}, "#", "minimum"),
+    ({"type": "number", "exclusiveMaximum": -(10**15), "minimum": -(10**15) - 0.5}, "#", "maximum"),
     ({"if": {"type": "string"}, "then": {"maxLength": 3}}, "#/if", "if"),
     ({"type": "array", "contains": {"type": "integer"}}, "#/contains", "contains"),
     ({"type": "object", "dependentRequired": {"a": ["b"]}}, "#/dependentRequired", "dependentRequired"),
@@ -263,7 +266,7 @@ def takes(schema: Any, value: Any) -> bool:
     return matcher.is_complete
 
 
-def one(**bounds: float) -> dict[str, Any]:
+def one(**bounds: Any) -> dict[str, Any]:
     """A list of one number: it has an end."""
     return {"type": "array", "items": {"type": "number", **bounds}, "minItems": 1, "maxItems": 1}
 
@@ -298,6 +301,14 @@ def one(**bounds: float) -> dict[str, Any]:
         (one(minimum=-0.5, exclusiveMaximum=0), [-0.0], False),
         (one(exclusiveMinimum=100, maximum=100.5), [100], False),
         (one(exclusiveMinimum=100, maximum=100.5), [100.01], True),
+        (one(exclusiveMinimum=100000, maximum=100000.5), [100000], False),
+        (one(exclusiveMinimum=1e6, maximum=1000000.5), [1000000], False),
+        (one(exclusiveMinimum=1e6, maximum=1000000.5), [1000000.00000001], True),
+        (one(allOf=[{"exclusiveMinimum": 10**9}, {"maximum": 10**9 + 0.5}]), [10**9], False),
+        (one(exclusiveMaximum=-99999999999999, minimum=-99999999999999.5), [-99999999999999], False),
+        (one(exclusiveMaximum=-99999999999999, minimum=-99999999999999.5), [-99999999999999.25], True),
+        (one(exclusiveMinimum=2**53 - 2), [2**53 - 2], False),
+        (one(exclusiveMinimum=2.0**53 - 2), [2**53 - 1], True),
         (one(exclusiveMinimum=3, exclusiveMaximum=4), [4], False),
         (one(exclusiveMinimum=-1, exclusiveMaximum=1), [0], True),
         (one(exclusiveMinimum=0.5, maximum=0.75), [0.5], False),
