@@ -25,6 +25,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
@@ -267,7 +268,8 @@ class Connection(web.RequestHandler):
                 self._fast_path.request_ended()
         if self._is_malformed and self._wire is not None and not self._wire.is_closing():
             # Closed now, it would be reset by bytes that still come, and the client might not see the response.
-            self._wire.write_eof()
+            with suppress(OSError):  # the client has left
+                self._wire.write_eof()
             self._wire.resume_reading()
             await asyncio.sleep(LINGERING_SECONDS)  # cancelled when the client closes
         return finished

@@ -10,6 +10,7 @@ import socket
 import pytest
 from aiohttp import web
 
+from brlite.http import connection
 from brlite.http.connection import MAX_SLASHES
 from brlite.http.connections import MAX_SPARE, share_of
 from tests.http.conftest import RawClient
@@ -341,7 +342,8 @@ async def test_a_two_megabyte_path_is_refused(http_server, connect, hello) -> No
     assert status(await client.until(b"\r\n")) == 431
 
 
-async def test_a_refusal_of_a_head_arrives_although_a_long_body_follows(http_server, hello) -> None:
+async def test_a_refusal_of_a_head_arrives_although_a_long_body_follows(http_server, hello, monkeypatch) -> None:
+    monkeypatch.setattr(connection, "LINGERING_SECONDS", PATIENCE_SECONDS)
     server = await http_server({"POST /hello": hello})
     head = b"POST /hello HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 101 + b"Content-Length: 8388608\r\n\r\n"
 
@@ -353,6 +355,19 @@ async def test_a_refusal_of_a_head_arrives_although_a_long_body_follows(http_ser
     answer = await asyncio.to_thread(send_all_and_read)
 
     assert status(answer) == 431
+
+
+async def test_a_refused_client_that_has_left_is_no_error(http_server, hello, eventually, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, "brlite")
+    server = await http_server({"GET /hello": hello})
+
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        # It closes while the answer is made, with no turn of the loop between that and the answer.
+        monkeypatch.setattr(connection, "new_request_id", lambda: client.close() or "id")
+        client.sendall(b"garbage\r\n\r\n")
+        await eventually(lambda: client.fileno() < 0 and server.num_connections == 0)
+
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 MALFORMED = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from brlite.proxy import attempt
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripts import GOOD_PLAIN, PLAIN
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what has arrived")
 
 
 @pytest.fixture(params=["tcp", "unix"])
@@ -55,6 +52,9 @@ async def test_a_late_loop_makes_no_error_of_a_connection_that_had_been_closed(
         peer, first = await asyncio.gather(answer_one(listener), client.answer())
 
         peer.close()
+        if next(iter(upstream.pool.connections)).has_all_arrived is None:
+            client.leave()
+            pytest.skip("this system does not tell what has arrived")
         next(iter(proxy.server._connections._members)).data_received(
             post({"model": "m"})
         )  # before the loop sees the end

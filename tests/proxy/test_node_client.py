@@ -135,7 +135,7 @@ def test_a_key_that_is_used_up_is_a_rate_limit_error(node: Node, pair: Pair, mod
 
 
 def test_servers_that_are_killed_are_errors_of_the_right_class(node: Node, pair: Pair) -> None:
-    """The last test of the file: no other can use the pair."""
+    """The last test of the file: no other can use the pair after it. One of its own would take 2 s to start."""
     near, far = pair
     arguments = [near.url, "free", "far", str(CONTEXT // 2)]
     with subprocess.Popen([*node.command, *arguments], stdout=subprocess.PIPE, text=True) as asking:

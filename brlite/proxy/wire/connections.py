@@ -80,7 +80,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def has_all_arrived(self) -> bool | None:
-        """Whether the upstream has got all sent bytes. None if the platform does not report it. Call it after a FIN."""
+        """Whether the upstream got all sent bytes of a connection that is lost. None if the system does not tell."""
         sock = self.transport.get_extra_info("socket")
         if sys.platform != "linux" or sock is None:
             return None
@@ -90,6 +90,8 @@ class UpstreamConnection(asyncio.Protocol):
         if len(info) < _TCP_INFO.size:
             return None
         num_acked, num_sent, num_sent_again = _TCP_INFO.unpack(info)
+        if num_sent == 0:  # the kernel of a sandbox may leave fields empty
+            return None
         return bool(num_acked > num_sent - num_sent_again)  # the SYN counts as one acknowledged byte
 
     def abort(self) -> None:

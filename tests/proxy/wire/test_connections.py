@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -67,6 +69,24 @@ async def test_what_was_read_has_arrived(ends) -> None:
     peer.close()
 
     assert await holder.has_all_arrived is True
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        pytest.param(struct.pack("=120xQ72xQQ", 9, 8, 0), True, id="all"),
+        pytest.param(struct.pack("=120xQ72xQQ", 8, 8, 0), False, id="one byte less"),
+        pytest.param(struct.pack("=120xQ72xQQ", 9, 12, 4), True, id="sent again"),
+        pytest.param(bytes(216), None, id="a kernel that fills in nothing"),
+        pytest.param(bytes(104), None, id="an old kernel"),
+    ],
+)
+def test_what_has_arrived_is_what_the_system_tells(info: bytes, expected: bool | None) -> None:
+    connection = UpstreamConnection(Mock())
+    connection.transport = Mock()
+    connection.transport.get_extra_info.return_value = Mock(family=socket.AF_INET, getsockopt=lambda *_: info)
+
+    assert connection.has_all_arrived is expected
 
 
 async def test_a_connection_that_is_made_while_the_pool_closes_is_closed_too() -> None:
