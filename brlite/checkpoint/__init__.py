@@ -35,9 +35,9 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
         return BundleCheckpoint(path)
     weights = find_weights(path)
     if weights.kind == "safetensors":
-        from brlite.models.families.hf_config import QUANTIZATION
+        from brlite.models.families.hf_config import QUANTIZATION_KEY
 
-        if (config := read_config(path)).get(QUANTIZATION) is not None:
+        if (config := read_config(path)).get(QUANTIZATION_KEY) is not None:
             from brlite.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 
             return QuantizedCheckpoint(path, weights.files, config)

@@ -38,7 +38,7 @@ QUANTIZATION = re.compile(
     re.I,
 )
 MAX_CHOICES = 12
-MAX_PATH = 1024  # characters of a file's name in a repository; a split one has up to 99,999
+MAX_PATH = 1024  # characters of a file's name in a repository, which may name each of 99,999 parts
 MAX_NAME = 200  # characters; caches have folders of that name, and a file system takes 255
 
 COMPANION_FILES = (

@@ -13,7 +13,7 @@ import msgspec
 
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
-from brlite.models.families.hf_config import QUANTIZATION, ConfigReader
+from brlite.models.families.hf_config import QUANTIZATION_KEY, ConfigReader
 from brlite.models.precision import MatrixForm
 
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8")
@@ -54,9 +54,9 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 
     Raises `ModelError` for one that cannot be read, with the key and what is allowed.
     """
-    if config.get(QUANTIZATION) is None:
+    if config.get(QUANTIZATION_KEY) is None:
         return None
-    section = ConfigReader(config).section(QUANTIZATION)
+    section = ConfigReader(config).section(QUANTIZATION_KEY)
     method = section.text("quant_method", "unknown")
     match method:
         case "gptq":
@@ -73,14 +73,14 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
             _choose(section, "fmt", ("e4m3",), "e4m3")
             return _fp8(section, "weight_block_size")
     raise ModelError(
-        f"model config: {QUANTIZATION} ({excerpt(method)}) is not supported; allowed are {', '.join(METHODS)}, or the "
-        "model's plain or GGUF weights"
+        f"model config: {QUANTIZATION_KEY} ({excerpt(method)}) is not supported; allowed are {', '.join(METHODS)}, "
+        "or the model's plain or GGUF weights"
     )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model without quantization."""
-    return {key: value for key, value in config.items() if key != QUANTIZATION}
+    return {key: value for key, value in config.items() if key != QUANTIZATION_KEY}
 
 
 def _gptq(section: ConfigReader) -> Quantization:

@@ -46,7 +46,7 @@ from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.files.new_file import write_whole
 from brlite.files.quoting import MAX_EXCERPT, one_line, reason
-from brlite.models.families.hf_config import QUANTIZATION
+from brlite.models.families.hf_config import QUANTIZATION_KEY
 from brlite.models.network import num_parameters
 from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.models.registry import find_family
@@ -134,7 +134,7 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
                     side_files[bundled_name] = file.read_bytes()
         is_gguf = weights is not None and weights.kind == "gguf"
         # The bundle's weights are not quantized, and `config` does not say that they are.
-        if is_gguf or QUANTIZATION.encode() in side_files.get(CONFIG_FILE, b""):
+        if is_gguf or QUANTIZATION_KEY.encode() in side_files.get(CONFIG_FILE, b""):
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
         if weights is not None and is_gguf and not any(name in side_files for name in TOKENIZER_FILES):
             side_files = {**hugging_face_files(weights.files[0]), **side_files}

@@ -46,7 +46,7 @@ class Loader(Protocol):
         ...
 
     def collect_garbage(self) -> None:
-        """Free what is in reference cycles. Called after an unload if the engine still exists: it holds the loop."""
+        """Free what is in reference cycles. Called after an unload if the engine still exists: it blocks the loop."""
         ...
 
     def release_memory(self) -> None:

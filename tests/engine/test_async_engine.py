@@ -349,9 +349,14 @@ async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> N
     assert set(threading.enumerate()) == threads_before
 
 
+def live_sequences() -> list[Sequence]:
+    return [each for each in gc.get_objects() if type(each) is Sequence]
+
+
 async def test_a_closed_engine_and_its_requests_are_freed_without_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
+    others = live_sequences()  # of other tests
     try:
         backend = FakeBackend()
         engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
@@ -363,12 +368,12 @@ async def test_a_closed_engine_and_its_requests_are_freed_without_the_garbage_co
             async for _ in engine.generate("one that is left", SamplingParams(max_tokens=30)):
                 break
         del engine
-        sequences = [each for each in gc.get_objects() if isinstance(each, Sequence)]
+        sequences = live_sequences()
     finally:
         gc.enable()
 
     assert [each() for each in freed] == [None] * 3
-    assert sequences == []
+    assert len(sequences) == len(others)
 
 
 async def test_two_engines_live_in_one_loop() -> None:

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from brlite.chat.control_tokens import ControlToken, ControlTokens
 from brlite.chat.template import ChatTemplate
-from brlite.checkpoint.traced_code import parameter_names
+from brlite.checkpoint.traced_code import class_text, parameter_list
 from brlite.config.options import GrammarConfig
 from brlite.dialects.errors import error_body
 from brlite.errors import Unauthorized
@@ -54,7 +54,8 @@ READS = {
     "a template": "ChatTemplate(TEMPLATE, source='here', special_tokens={}).close()",
     "a grammar of line feeds": r"""compiled('root ::= "a"' + '\n' * 250_000)""",
     "a grammar of spaces and line feeds": r"""compiled('root ::= "a"\n' + ' \n' * 125_000 + 'b ::= "c"')""",
-    "the code of a traced module": r"parameter_names('\n  __parameters__ = [' * 100_000)",
+    "the code of a traced module": r"parameter_list('\n  __parameters__ = [' * 100_000)",
+    "a traced class of line feeds": r"[class_text('class M(Module):\n' + '\n' * 10**6, 'M') for _ in range(10)]",
     "the expression of a tokenizer": r"ends_soon('[' + r'\p{L}' * 1000 + '(')",
 }
 

@@ -14,7 +14,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
-QUANTIZATION = "quantization_config"  # the key of a quantized model's settings
+QUANTIZATION_KEY = "quantization_config"  # the key of a quantized model's settings
 DEFAULT_THETA = 10_000.0
 MAX_SIZE = 2**31 - 1
 MIN_NUMBER, MAX_NUMBER = 1e-30, 1e15  # results computed from them stay finite
@@ -101,10 +101,10 @@ def check_supported(reader: ConfigReader) -> None:
     activation = reader.text("hidden_act", "silu")
     if activation != "silu":
         raise reader.error("hidden_act", "silu", activation)
-    if QUANTIZATION in reader:
-        method = one_line(reader.section(QUANTIZATION).text("quant_method", "unknown"), MAX_EXCERPT)
+    if QUANTIZATION_KEY in reader:
+        method = one_line(reader.section(QUANTIZATION_KEY).text("quant_method", "unknown"), MAX_EXCERPT)
         raise ModelError(
-            f"model config: {QUANTIZATION} ({method}) is read with safetensors only; use those, or the model's "
+            f"model config: {QUANTIZATION_KEY} ({method}) is read with safetensors only; use those, or the model's "
             "plain or GGUF weights"
         )
 
