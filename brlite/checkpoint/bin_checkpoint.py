@@ -37,11 +37,13 @@ class BinCheckpoint:
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
-        self._written_ns = {file: file.stat().st_mtime_ns for file in files}
+        self._written_ns: dict[Path, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, str] = {}
         tables: dict[Path, bytes] = {}  # instead of the header that this format lacks: names, types and shapes
         for file in files:
+            check_model_file(file, "zip")  # else a file that is missing would have no error of ours
+            self._written_ns[file] = file.stat().st_mtime_ns
             rows = []
             for name, tensor in load_shard(file).items():
                 if name in self._shapes:
