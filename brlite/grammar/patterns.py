@@ -97,8 +97,9 @@ def with_plain_classes(pattern: str) -> str:
     """
     written, position, is_class = list[str](), 0, False
     while position < len(pattern):
-        part = (_IN_CLASS if is_class else _OUTSIDE).match(pattern, position)[0]  # type: ignore[index]  # it matches any
-        position += len(part)
+        found = (_IN_CLASS if is_class else _OUTSIDE).match(pattern, position)
+        assert found is not None  # both match any character
+        part, position = found[0], found.end()
         if is_class and (part in "[&~" or (part == "-" and written[-1] == "-")):
             part = f"\\{part}"
         is_class = part != "]" if is_class else part[0] == "["

@@ -480,14 +480,14 @@ def _remainders(divisor: float) -> int:
 def _make_inclusive(node: dict[str, Any]) -> None:
     """Replace a number's exclusive bound that is an integer by an inclusive one a little inside.
 
-    Of the bound that is nearer to 0 the library takes the integer itself if the other bound is less than 1 away.
+    If two bounds are less than 1 apart, the library allows the one that is nearer to 0, though it is exclusive.
     """
     for sign, keyword, exclusive, narrower in (
         (1, "minimum", "exclusiveMinimum", max),
         (-1, "maximum", "exclusiveMaximum", min),
     ):
-        bound = node.get(exclusive, -sign)
-        if 0 <= sign * bound < EXACT and bound == int(bound):
+        bound = node.get(exclusive)
+        if bound is not None and 0 <= sign * bound < EXACT and bound == int(bound):
             del node[exclusive]
             places = max(0, min(STEP_PLACES, BOUND_DIGITS - len(str(abs(int(bound))))))
             inside = int(bound) + sign * 10**-places

@@ -154,7 +154,7 @@ class Connection(web.RequestHandler):
         self._stall: StallTimer | None = None
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
-        self._is_malformed = False  # a request was: all bytes after it are dropped
+        self._is_malformed = False  # a request was malformed; all bytes after it are dropped
         self.state = ConnectionState.WAITING
         self.is_spare = False  # beyond max_connections: only probes are answered
         self.is_draining = False  # to be closed after the response in progress
