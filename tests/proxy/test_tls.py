@@ -24,6 +24,8 @@ from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
 from brlite.server.served_model import ModelTable
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.raw_client import Client, post
+from tests.proxy.scripts import GOOD_PLAIN
 from tests.proxy.services import GATED, Gated, ask
 
 AIOHTTP_IMPORTED_BY_A_SERVER = """
@@ -70,10 +72,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def port(folder: Path) -> AsyncIterator[int]:
     """Where the upstream listens, under any name of this machine. Its model is `far`."""
+    async with Gated("far", is_open=True).listening(tls_context(folder)) as address:
+        yield int(address.rpartition(":")[2])
+
+
+def tls_context(folder: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    async with Gated("far", is_open=True).listening(context) as address:
-        yield int(address.rpartition(":")[2])
+    return context
 
 
 @asynccontextmanager
@@ -118,6 +124,32 @@ async def test_an_upstream_whose_certificate_is_not_good_is_not_asked(
     assert line.startswith(f"upstream https://{host}:{port}: ")
     assert why in line
     assert why not in caught.value.message
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="its asyncio does not tell a protocol that TLS has ended")
+async def test_a_request_that_was_read_on_a_kept_connection_is_not_sent_again(folder: Path) -> None:
+    num_read = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_read
+        for answer in (GOOD_PLAIN, b""):  # the second is an orderly end
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split()[0]))
+            num_read += 1
+            writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "localhost", 0, ssl=tls_context(folder))
+    async with server, proxy(f"https://localhost:{server.sockets[0].getsockname()[1]}", folder / "cert.pem") as url:
+        client = await Client.connect(int(url.rpartition(":")[2]))
+        answers = []
+        for _ in range(2):
+            client.send(post({"model": "far"}))
+            answers.append(await client.answer())
+        client.leave()
+
+    assert [answer.status for answer in answers] == [200, 502]
+    assert num_read == 2
 
 
 async def test_it_is_asked_how_it_is_with_the_same_trust(folder: Path, port: int) -> None:

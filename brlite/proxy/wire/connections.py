@@ -47,7 +47,7 @@ class Holder(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """A connection, held by one attempt or free. `is_used` is true once it has carried a request."""
 
-    __slots__ = ("_pool", "address", "holder", "idle_since", "is_used", "transport")
+    __slots__ = ("_had_all_arrived", "_pool", "address", "holder", "idle_since", "is_used", "transport")
 
     transport: asyncio.Transport
 
@@ -57,6 +57,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.address = ""  # the IP address, or the host as configured
         self.is_used = False
         self.idle_since = 0.0
+        self._had_all_arrived: bool | None = None  # at the upstream's orderly end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -66,6 +67,10 @@ class UpstreamConnection(asyncio.Protocol):
             self.holder.data_received(data)
         else:
             self.transport.abort()  # the upstream sent bytes without a request
+
+    def eof_received(self) -> None:
+        """Note what has arrived: with TLS the socket is closed before `connection_lost` is called."""
+        self._had_all_arrived = self.has_all_arrived
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -83,7 +88,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the upstream got all sent bytes of a connection that is lost. None if the system does not tell."""
         sock = self.transport.get_extra_info("socket")
         if sys.platform != "linux" or sock is None:
-            return None
+            return self._had_all_arrived
         if sock.family == socket.AF_UNIX:
             return True  # a Unix socket that is closed before all was read gives a reset, not a FIN
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
