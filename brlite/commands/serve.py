@@ -16,6 +16,7 @@ import math
 import shlex
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -255,36 +256,46 @@ def _docker_hint(config: Config) -> str:
 
 @asynccontextmanager
 async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.Future[None]]:
-    """A future that SIGTERM or SIGINT resolves; a second signal calls `on_second`, a third has its usual effect.
+    """A future that SIGTERM or SIGINT resolves. A second signal calls `on_second`; a third, or one that comes after the
+    block, ends the process.
 
-    Signals within a second count as one: wrappers signal both their child and its group.
+    Signals within a second count as one, also after the block: wrappers signal both their child and its group.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
     last_at = -math.inf
 
-    def restore() -> None:
-        for number in STOP_SIGNALS:
-            remove_signal_call(loop, number)
+    def is_repeated() -> bool:
+        nonlocal last_at
+        before, last_at = last_at, time.monotonic()
+        return last_at < before + REPEATED_SIGNAL_SECONDS
 
     def on_signal() -> None:
-        nonlocal last_at
-        is_repeated, last_at = loop.time() < last_at + REPEATED_SIGNAL_SECONDS, loop.time()
-        if is_repeated:
+        if is_repeated():
             return
         if not stop.done():
             stop.set_result(None)
         else:
             logger.info("stopping: running requests are ended now")
             on_second()
-            restore()
+            let_next_end_process()
+
+    def end_process(number: int, _: object) -> None:
+        if not is_repeated():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def let_next_end_process() -> None:
+        for number in STOP_SIGNALS:
+            remove_signal_call(loop, number)
+            signal.signal(number, end_process)
 
     for number in STOP_SIGNALS:
         add_signal_call(loop, number, on_signal)
     try:
         yield stop
     finally:
-        restore()
+        let_next_end_process()
 
 
 def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: bool) -> None:
