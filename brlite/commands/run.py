@@ -15,7 +15,7 @@ import urllib.request
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 from brlite.checkpoint.fetch import locate_model
 from brlite.checkpoint.progress import progress_bar
@@ -25,6 +25,7 @@ from brlite.config.options import DEFAULT_MODEL, ServerConfig
 from brlite.config.validation import engine_override
 from brlite.errors import CannotListen, ModelError
 from brlite.files.quoting import shown
+from brlite.files.temporary import temporary_folder
 from brlite.process.children import ChildGroup, child_environment, python_module
 
 HOST = "127.0.0.1"
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         f"--{name}": getattr(args, name) for name in ("context", "device", "threads", "engine")
     }
     flags = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
-    with TemporaryDirectory(prefix="brlite-run-") as folder, ChildGroup() as group:
-        log = Path(folder) / "log"
+    with temporary_folder(Path(gettempdir()), "brlite-run") as folder, ChildGroup() as group:
+        log = folder / "log"
         command = [*python_module("brlite"), "serve", *flags, "--host", HOST, "--port", str(port)]
         with log.open("wb") as stderr:
             server = group.start(command, env=child_environment(), stdout=subprocess.DEVNULL, stderr=stderr, cwd=folder)

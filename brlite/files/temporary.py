@@ -36,7 +36,8 @@ def create_temporary(target: Path) -> tuple[int, Path]:
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder that only this user can read, removed at the end."""
+    """A new folder that only this user can read, removed at the end. Removes those that killed processes have left."""
+    sweep(parent, f"{name}.")
     handle = None
     while True:
         path = parent / f"{name}.{secrets.token_hex(4)}{PART_SUFFIX}"

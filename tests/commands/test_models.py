@@ -270,7 +270,9 @@ def test_ctrl_c_during_a_download_leaves_with_130_and_no_traceback(server: HubSe
 def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     command = [BRLITE, "run", "toy", "--engine", "toy", "--max-tokens", "3"]
     proxy = {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}  # not for loopback
-    settings = {**os.environ, **proxy, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    settings = {**os.environ, **proxy, "TMPDIR": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    killed = tmp_path / "brlite-run.00000000.part"
+    killed.mkdir()  # what a run leaves whose terminal was closed
     with at_terminal(command, env=settings) as terminal:
         terminal.until("serving at http://127.0.0.1:")
         port = terminal.until(" until this chat ends")
@@ -284,6 +286,7 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     assert "Traceback" not in terminal.seen
     asked = subprocess.run([BRLITE, "chat", "--url", f"localhost:{port}"], input="", capture_output=True, text=True)
     assert asked.returncode == 2  # nothing listens there any more
+    assert not any(tmp_path.iterdir())
 
 
 def test_run_does_not_chat_with_the_server_that_has_its_port() -> None:

@@ -58,6 +58,14 @@ def test_what_a_killed_process_left_is_removed_by_the_next(holder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_of_its_name(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+
+    with temporary_folder(tmp_path, ".build") as folder:
+        assert list(tmp_path.glob(".build.*")) == [folder]
+
+
 def test_other_names_are_left_alone(tmp_path):
     for name in ("thesis.txt", "weights.brlite", "other.abcd.part", "weights.brlite.part"):
         (tmp_path / name).touch()

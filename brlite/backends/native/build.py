@@ -23,7 +23,7 @@ from typing import NamedTuple
 from brlite.errors import NativeUnavailable
 from brlite.files.ownership import forbid_others_to_write
 from brlite.files.quoting import one_line
-from brlite.files.temporary import sweep, temporary_folder
+from brlite.files.temporary import temporary_folder
 from brlite.process.children import ChildGroup, absolute_folders, child_environment
 from brlite.process.machine import physical_cores
 
@@ -95,7 +95,6 @@ def build_library(
     logger.info("compiling the native kernels with %s, once", compiler[0])
     try:
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        sweep(target.parent, BUILD_PREFIX)
         with temporary_folder(target.parent, BUILD_PREFIX) as staging:
             units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name not in OWN_FLAGS, path.name))
             objects = [str(staging / f"{unit.stem}.o") for unit in units]

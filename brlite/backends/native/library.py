@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import NamedTuple
 
 from brlite.backends.native import abi
@@ -20,6 +20,7 @@ from brlite.backends.native.build import build_library, fingerprint
 from brlite.errors import ConfigError, NativeUnavailable
 from brlite.files.cache import default_cache
 from brlite.files.ownership import why_untrusted
+from brlite.files.temporary import temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def load_library(
         try:
             with ExitStack() as opened:
                 if path.parent.is_dir() and why_untrusted(path.parent):
-                    path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
+                    path = opened.enter_context(temporary_folder(Path(gettempdir()), "brlite-native")) / path.name
                     logger.warning("the native kernels are compiled for this start only: others can write to the cache")
                 build(path)
                 if stranger := why_untrusted(path):
