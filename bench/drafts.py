@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             stats, draft_model = engines[1]._engine.stats, engines[1]._engine.draft_model
             assert draft_model is not None
-            right = f"{stats.accepted_tokens} of {stats.draft_tokens} guesses were right (n-grams' included)"
-            print(f"{right}; a step of the draft model took {draft_model.cost.per_guess(1):.2f} of the served model's")
+            right = f"{stats.accepted_tokens} of {stats.draft_tokens} draft tokens were right (n-grams' included)"
+            cost = draft_model.cost.per_draft_token(1)
+            print(f"{right}; a step of the draft model took {cost:.2f} of the served model's")
     except BrliteError as error:
         print(f"drafts: error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from peers import launchers, servers
 from brlite.errors import BrliteError
 from brlite.tokenizer import load_tokenizer
 
-HEAD_START = 20  # texts of the stream before the prompt comes; with guesses a text may have several tokens
+HEAD_START = 20  # texts of the stream before the prompt comes; with drafts a text may have several tokens
 LOOK_SECONDS = 0.005
 ANSWER_TOKENS = 2  # of the long prompt
 CONTEXT_STEP = 256

@@ -123,7 +123,7 @@ class FakeBackend:
 
     Keeps the tokens themselves where a model keeps keys and values: any slip in paging, prefix caching or preemption
     changes the text. `fault` may raise for a batch, or return an error for a sequence. With `max_draft_tokens` it
-    verifies guesses; what wrong ones wrote into its cache stays there. With `can_run_ahead` a step that was launched is
+    verifies drafts; what wrong ones wrote into its cache stays there. With `can_run_ahead` a step that was launched is
     computed when its result is fetched, as late as on any device. Logits processors get 1 for its token, 0 for others.
     """
 
@@ -250,7 +250,7 @@ class FakeBackend:
     def _draw(
         self, batch: Batch, seq: ScheduledSeq, sampling: SamplingInput, context: list[int]
     ) -> Iterator[SampledToken]:
-        """The token after the last real one and, as long as the guesses are right, those after each of them.
+        """The token after the last real one and, as long as the draft is right, those after each of them.
 
         Where a mask does not allow it, the lowest token that the mask allows, or none.
         """

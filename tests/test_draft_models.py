@@ -1,4 +1,4 @@
-"""A draft model beside the one that it guesses for, both real: the tokens stay the same, and bad ones are refused."""
+"""A draft model beside the one that it drafts for, both real: the tokens stay the same, and bad ones are refused."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ Answers = list[tuple[list[int], Any]]
 
 
 class CheapDrafts(DraftCost):
-    """Guesses cost nothing, so they are made: a tiny model takes no less time than another one."""
+    """Drafts cost nothing, so they are made: a tiny model takes no less time than another one."""
 
-    def per_guess(self, num_seqs: int) -> float:
+    def per_draft_token(self, num_seqs: int) -> float:
         return 0.0
 
 
@@ -84,7 +84,7 @@ def test_a_model_that_drafts_for_itself_is_right_greedy_and_seeded(
     assert (stats.preemptions > 0) == bool(pressure)
 
 
-def test_a_model_that_guesses_wrong_changes_nothing(folders: dict[str, Path]) -> None:
+def test_a_model_that_drafts_wrong_changes_nothing(folders: dict[str, Path]) -> None:
     expected, _ = answer(make_config(folders, None))
 
     found, stats = answer(make_config(folders, "other"))
@@ -206,7 +206,7 @@ def test_a_draft_model_that_is_not_there_is_refused(folders: dict[str, Path]) ->
 def test_a_backend_that_cannot_verify_refuses_a_draft_model(folders: dict[str, Path]) -> None:
     config = msgspec.structs.replace(make_config(folders, "other"), engine=EngineConfig(backend="torch", device="cpu"))
 
-    with pytest.raises(ConfigError, match="draft: the torch backend cannot verify guesses"):
+    with pytest.raises(ConfigError, match="draft: the torch backend cannot verify drafts"):
         LLM(config=config)
 
 
@@ -230,7 +230,7 @@ def test_a_model_that_nobody_takes_frees_its_draft_model_too(folders: dict[str, 
             backend.execute(Batch([ScheduledSeq(0, 0, [1], [0])]))
 
 
-def test_guesses_that_are_asked_for_are_refused_where_they_cannot_be_verified(folders: dict[str, Path]) -> None:
+def test_drafts_that_are_asked_for_are_refused_where_they_cannot_be_verified(folders: dict[str, Path]) -> None:
     engine = EngineConfig(backend="torch", device="cpu", speculation="on")
     config = msgspec.structs.replace(make_config(folders, None), engine=engine)
 

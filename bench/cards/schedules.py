@@ -2,7 +2,7 @@
 
 Each story is computed alone first, a token a step. Then several at a time go again as chance has it: in chunks, beside
 others, on scattered blocks, begun anew, each step launched before the result of the one before is fetched, and now and
-then a step that verifies guesses, right and wrong.
+then a step that verifies drafts, right and wrong.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace, precision: PrecisionName) -> Finding:
             num_different, num_verified, number = num_different + different, num_verified + verified, number + 1
     promise = "equal bits are promised" if is_exact else "this path does not promise equal bits"
     text = f"{num_different} draws with other bits in {number} of {args.schedules} random schedules"
-    text += f", {num_verified} right guesses; {promise}"
+    text += f", {num_verified} right draft tokens; {promise}"
     values = {
         "num_verified": num_verified,
         "schedules": number,
@@ -111,7 +111,7 @@ def live_alone(backend: TorchBackend, choose: random.Random, number: int, length
 
 def run_schedule(backend: TorchBackend, stories: Sequence[Story], choose: random.Random) -> tuple[int, int]:
     """Run several stories together, with a step in flight. Returns how many draws were not those alone, and how many
-    guesses were right."""
+    draft tokens were right."""
     runs = [Run(number, story) for number, story in enumerate(stories)]
     free = list(range(backend.info.num_blocks))
     choose.shuffle(free)
@@ -124,7 +124,7 @@ def run_schedule(backend: TorchBackend, stories: Sequence[Story], choose: random
             different, verified = _verify(backend, going, free, choose)
             num_different, num_verified = num_different + different, num_verified + verified
             going = [run for run in going if run.num_drawn < NUM_DRAWN]
-        is_last = choose.random() < 0.15  # nothing is launched behind it, so that guesses may follow
+        is_last = choose.random() < 0.15  # nothing is launched behind it, so that drafts may follow
         if going and not (is_last and under_way):
             seqs, draws = _batch(going, free, choose, step, backend.info.block_size)
             launched = draws, backend.launch(Batch(seqs))
@@ -136,30 +136,26 @@ def run_schedule(backend: TorchBackend, stories: Sequence[Story], choose: random
 
 
 def _verify(backend: TorchBackend, runs: Sequence[Run], free: list[int], choose: random.Random) -> tuple[int, int]:
-    """Verify some right guesses and some wrong ones of the runs whose tokens are computed but for the last."""
+    """Verify drafts, some tokens right and some wrong, of the runs whose tokens are computed but for the last."""
     seqs, verified = list[ScheduledSeq](), list[tuple[Run, int]]()
     for run in runs:
         ids = [token.token_id for token in run.story.drawn]
         if run.num_drawn == 0 or run.num_computed != len(run.story.prompt) + run.num_drawn - 1:
             continue
         limit = NUM_DRAWN - run.num_drawn - 1
-        guesses = ids[run.num_drawn : run.num_drawn + choose.randint(0, limit)]
-        guesses += [
-            choose.randrange(3, backend.info.vocab_size) for _ in range(choose.randint(0, limit - len(guesses)))
-        ]
+        draft = ids[run.num_drawn : run.num_drawn + choose.randint(0, limit)]
+        draft += [choose.randrange(3, backend.info.vocab_size) for _ in range(choose.randint(0, limit - len(draft)))]
         num_right = 0
-        while num_right < len(guesses) and guesses[num_right] == ids[run.num_drawn + num_right]:
+        while num_right < len(draft) and draft[num_right] == ids[run.num_drawn + num_right]:
             num_right += 1
-        while len(run.table) * backend.info.block_size < run.num_computed + 1 + len(guesses):
+        while len(run.table) * backend.info.block_size < run.num_computed + 1 + len(draft):
             run.table.append(free.pop(choose.randrange(len(free))))
         token_ids, sampling = (
-            [ids[run.num_drawn - 1], *guesses],
+            [ids[run.num_drawn - 1], *draft],
             SamplingInput(run.story.params, run.story.seed, run.num_drawn),
         )
         table = list(run.table)
-        seqs.append(
-            ScheduledSeq(run.seq_id, run.num_computed, token_ids, table, sampling, num_draft_tokens=len(guesses))
-        )
+        seqs.append(ScheduledSeq(run.seq_id, run.num_computed, token_ids, table, sampling, num_draft_tokens=len(draft)))
         verified.append((run, num_right))
     num_different = 0
     for (run, num_right), found in zip(verified, backend.execute(Batch(seqs)).seqs if seqs else (), strict=True):

@@ -1,6 +1,6 @@
 """What is measured: a model, and the config that brlite gets for it. Starts nothing and measures nothing.
 
-A variant of brlite is named by words: `brlite-int8-nospec` has int8 weights and makes no guesses. What a name leaves
+A variant of brlite is named by words: `brlite-int8-nospec` has int8 weights and drafts no tokens. What a name leaves
 open is the command line's, and else the default.
 """
 

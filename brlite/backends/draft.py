@@ -72,16 +72,16 @@ def check_draft(spec: ModelSpec, engine: EngineConfig, tokenizer: Tokenizer) -> 
             )
 
 
-def refuse_guesses(spec: ModelSpec, engine: EngineConfig, backend: str) -> None:
-    """Raise `ConfigError` if a draft model or `speculation` "on" is set, for a backend that cannot verify guesses."""
+def refuse_drafts(spec: ModelSpec, engine: EngineConfig, backend: str) -> None:
+    """Raise `ConfigError` if a draft model or `speculation` "on" is set, for a backend that cannot verify drafts."""
     if engine.speculation == "on":
         raise ConfigError(
-            f'engine.speculation is "on", but the {backend} backend cannot verify guesses: with its operators a '
+            f'engine.speculation is "on", but the {backend} backend cannot verify drafts: with its operators a '
             "row's bits depend on the other rows"
         )
     if spec.draft is not None and engine.speculation != "off":
         raise ConfigError(
-            f"model {spec.name}: draft: the {backend} backend cannot verify guesses; leave out {spec.draft.path}"
+            f"model {spec.name}: draft: the {backend} backend cannot verify drafts; leave out {spec.draft.path}"
         )
 
 
@@ -89,10 +89,10 @@ def load_draft(spec: ModelSpec, engine: EngineConfig, served: BackendInfo, on_pr
     """The backend of the draft model of `spec`, if it has one that is used.
 
     Raises `ConfigError` if it has one, or `speculation` is "on", and the backend of the model that is `served` cannot
-    verify guesses.
+    verify drafts.
     """
-    if not served.verifies_guesses:
-        refuse_guesses(spec, engine, served.name)
+    if not served.verifies_drafts:
+        refuse_drafts(spec, engine, served.name)
     if spec.draft is None or engine.speculation == "off":
         return None
     path, sizes = find_draft(spec.draft), (served.max_model_len, served.num_blocks * served.block_size)

@@ -86,7 +86,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """How much memory a model takes, in bytes, and in which types. With `ranks` it is the sum over the ranks.
 
     `graph_bytes` are those of CUDA graphs. With `is_on_card`, `free_bytes` are those that the model's cards have free,
-    None if they do not report it. With `is_filled` the KV cache takes all that a card has left. `verifies_guesses` and
+    None if they do not report it. With `is_filled` the KV cache takes all that a card has left. `verifies_drafts` and
     `runs_ahead` are properties of the backend. `draft` has the sizes of the draft model.
     """
 
@@ -105,7 +105,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     is_on_card: bool = False
     free_bytes: int | None = None
     is_filled: bool = False
-    verifies_guesses: bool = True
+    verifies_drafts: bool = True
     runs_ahead: bool = False
     ranks: tuple[RankSizes, ...] = ()
     draft: Sizes | None = None
@@ -224,7 +224,7 @@ def measure(model: CheckedModel, spec: ModelSpec, engine: EngineConfig, *, reser
         is_on_card=holding.is_on_card,
         free_bytes=sum(card.free for card in cards) if cards else None,
         is_filled=cache.is_filled,
-        verifies_guesses=is_native or holding.has_kernels,
+        verifies_drafts=is_native or holding.has_kernels,
         runs_ahead=holding.runs_ahead and len(ranks) == 1,
         ranks=tuple(ranks) if len(ranks) > 1 else (),
     )

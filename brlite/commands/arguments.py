@@ -223,7 +223,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="model to use instead of the config's: a name on a hub, a folder or a file; of several, its name",
     )
-    draft = "smaller model of the same vocabulary that guesses tokens ahead (docs/speculation.md)"
+    draft = "smaller model of the same vocabulary that drafts tokens ahead (docs/speculation.md)"
     parser.add_argument("--draft", type=word, metavar="PATH", help=draft)
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)

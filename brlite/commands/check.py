@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from brlite.backends.draft import check_draft, refuse_guesses
+from brlite.backends.draft import check_draft, refuse_drafts
 from brlite.backends.sizes import Sizes, find_model, known_sizes, measure_checkpoint
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
@@ -117,8 +117,8 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     checkpoint = open_checkpoint(path, spec.model_file)
     model = check_model(checkpoint, spec)
     sizes = measure_checkpoint(checkpoint, spec, engine)
-    if not sizes.verifies_guesses:
-        refuse_guesses(spec, engine, "torch")
+    if not sizes.verifies_drafts:
+        refuse_drafts(spec, engine, "torch")
     origin = str(checkpoint.path)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     check_draft(spec, engine, tokenizer)
@@ -185,7 +185,7 @@ def _describe_model(report: ModelReport, engine: EngineConfig) -> Iterator[str]:
     if sizes.graph_bytes:
         yield f"  graphs    {show_bytes(sizes.graph_bytes)} at most, for steps without a prompt"
     if sizes.runs_ahead:
-        yield f"  guesses   {_describe_guesses(spec, sizes, engine)}"
+        yield f"  drafts    {_describe_drafts(spec, sizes, engine)}"
     if spec.draft is not None and (draft := sizes.draft) is not None:
         memory = f"{show_bytes(draft.weight_bytes)} of weights and {show_bytes(draft.kv_bytes)} of KV cache"
         yield f"  draft     {spec.draft.path}: {memory}, precision {draft.precision}"
@@ -196,11 +196,11 @@ def _describe_model(report: ModelReport, engine: EngineConfig) -> Iterator[str]:
         yield f"  {word:<9} {number}: {weights} of the weights, {kv} of the KV cache"
 
 
-def _describe_guesses(spec: ModelSpec, sizes: Sizes, engine: EngineConfig) -> str:
+def _describe_drafts(spec: ModelSpec, sizes: Sizes, engine: EngineConfig) -> str:
     """What `speculation` chooses for a model whose steps are launched ahead."""
     if engine.speculation == "off":
         return "none: engine.speculation is off"
-    if sizes.verifies_guesses and engine.guesses_text(has_draft=spec.draft is not None, runs_ahead=sizes.runs_ahead):
+    if sizes.verifies_drafts and engine.drafts_text(has_draft=spec.draft is not None, runs_ahead=sizes.runs_ahead):
         return "of a draft model and of repeated text" if spec.draft is not None else "of repeated text"
-    more = '; engine.speculation = "on" guesses text, too' if sizes.verifies_guesses else ""
+    more = '; engine.speculation = "on" drafts text, too' if sizes.verifies_drafts else ""
     return f"only tokens that a grammar forces{more}"

@@ -34,7 +34,7 @@ _FLAGS_BY_HINT = {
     "--output": "-o --output-file",
     "--cors": "--allowed-origins --cors-origins",
     "--draft": "-md --model-draft --speculative-model --speculative-draft-model-path",
-    "--draft names a draft model; engine.speculation turns guesses off": "--speculative-config",
+    "--draft names a draft model; engine.speculation turns drafts off": "--speculative-config",
     "it is part of the name: --model organisation/model:FILE": "-hff --hf-file",
     "it is part of the name: --model organisation/model@REVISION": "--revision",
     "the variable HF_TOKEN has it": "-hft --hf-token",

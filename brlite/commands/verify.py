@@ -80,7 +80,7 @@ CROWDS = (
     Way(name="chunks of 23 tokens", max_num_seqs=5, max_num_batched_tokens=23),
     Way(name="twice, prefixes cached", prefix_caching=True, num_rounds=2),
     Way(name="few blocks", prefix_caching=True, has_few_blocks=True),
-    Way(name="guesses, 3 at a time", max_num_seqs=3, speculation="on"),
+    Way(name="drafts, 3 at a time", max_num_seqs=3, speculation="on"),
 )
 
 
@@ -135,7 +135,7 @@ class Task(NamedTuple):
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one run. `notes` count hits, preemptions and guesses: they show that the run tested these."""
+    """The result of one run. `notes` count hits, preemptions and drafts: they show that the run tested these."""
 
     name: str
     num_tokens: int
@@ -284,7 +284,7 @@ class _Replay:
         if stats.preemptions:
             notes.append(f"{stats.preemptions} preemptions")
         if stats.draft_tokens:
-            notes.append(f"{stats.draft_tokens} guesses, {stats.accepted_tokens} of them right")
+            notes.append(f"{stats.draft_tokens} draft tokens, {stats.accepted_tokens} of them right")
         return _report(way.name, expected, rounds, notes, say)
 
     def _engine(self, engine: Engine, way: Way) -> Engine:

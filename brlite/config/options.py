@@ -179,13 +179,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """The maximum number of tokens of a step: the option if set, else the backend's `preferred`."""
         return self.max_num_batched_tokens or preferred
 
-    def guesses_text(self, *, has_draft: bool, runs_ahead: bool) -> bool:
-        """Whether a backend that verifies guesses gets those of text; `runs_ahead`: it launches steps ahead."""
+    def drafts_text(self, *, has_draft: bool, runs_ahead: bool) -> bool:
+        """Whether a backend that verifies drafts gets those of text; `runs_ahead`: it launches steps ahead."""
         return self.speculation == "on" or (self.speculation == "auto" and (has_draft or not runs_ahead))
 
 
 class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A smaller model of the same vocabulary, which guesses tokens for the served one to verify."""
+    """A smaller model of the same vocabulary, which drafts tokens for the served one to verify."""
 
     path: Annotated[Text, option("a Hugging Face folder or a .gguf file")]
     precision: Annotated[PrecisionOption, option("as of a model")] = "auto"
@@ -228,7 +228,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     draft: Annotated[
         DraftConfig | None,
         option(
-            "a smaller model of the same vocabulary that guesses tokens, also as [model.draft] (docs/speculation.md)",
+            "a smaller model of the same vocabulary that drafts tokens, also as [model.draft] (docs/speculation.md)",
             {"path": "/models/my-small-model", "precision": "auto"},
         ),
     ] = None

@@ -103,7 +103,7 @@ class EngineLoop:
         self._backend = backend
         self.info: BackendInfo = engine.info
         self.config: EngineConfig = engine.config
-        self.may_guess = engine.may_guess
+        self.may_draft = engine.may_draft
         self.tokenizer = engine.tokenizer
         self.sampling_defaults = engine.sampling_defaults
         self.scoring_head = engine.scoring_head
@@ -429,8 +429,8 @@ class EngineLoop:
         if not self._begun:
             if self._draft_model is not None and (plan := self._engine.plan_drafts()) is not None:
                 loop = asyncio.get_running_loop()
-                guesses = await loop.run_in_executor(self._thread, self._draft_model.run, plan)
-                self._engine.take_drafts(plan, guesses)
+                drafts = await loop.run_in_executor(self._thread, self._draft_model.run, plan)
+                self._engine.take_drafts(plan, drafts)
             self._begin(self._engine.schedule())
         if not self._begun:
             await self._wait_for_work()

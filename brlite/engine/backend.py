@@ -23,7 +23,7 @@ from brlite.engine.outputs import TokenLogprob
 from brlite.errors import BackendLost, EngineError
 from brlite.sampling_params import PoolingParams, SamplingParams
 
-MAX_DRAFT_TOKENS = 16  # the largest number of guesses of a sequence in a step of brlite's backends
+MAX_DRAFT_TOKENS = 16  # of a sequence in a step: the limit of brlite's backends
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
 _WORD_BYTES = 4
 
@@ -82,13 +82,13 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True, gc=False):
     each of `token_ids` in the prompt: their logprobs are wanted, with `num_prompt_logprobs` alternatives. `pooling`
     asks for hidden states, and comes without either of those, and only to a backend with a `hidden_size`.
 
-    The last `num_draft_tokens` of `token_ids` are guesses at what will be drawn. All are computed, and a token is drawn
-    after the last real one and after each guess that was right, the i-th at position `sampling.position + i`; the first
-    that differs from its guess is the last one drawn. Guesses come only with `sampling`, never with penalties, banned
-    tokens or prompt targets, and only as many as `BackendInfo.max_draft_tokens`.
+    The last `num_draft_tokens` of `token_ids` are a draft of what will be drawn. All are computed, and a token is drawn
+    after the last real one and after each draft token that was right, the i-th at position `sampling.position + i`; the
+    first that differs from the draft is the last one drawn. Drafts come only with `sampling`, never with penalties,
+    banned tokens or prompt targets, and only as many as `BackendInfo.max_draft_tokens`.
 
     With `takes_last_draw` the run is the one token that the step before draws for this sequence, which is not known
-    yet; `token_ids` is [0] in its place. That comes only to `CanRunAhead.launch`, and never behind a step with guesses.
+    yet; `token_ids` is [0] in its place. That comes only to `CanRunAhead.launch`, and never behind a step with drafts.
     """
 
     seq_id: int
@@ -104,7 +104,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def num_draws(self) -> int:
-        """How many tokens are drawn: after its last real token, and after each guess."""
+        """How many tokens are drawn: after its last real token, and after each draft token."""
         return 0 if self.sampling is None else 1 + self.num_draft_tokens
 
     def with_last_draw(self, token_id: int) -> ScheduledSeq:
@@ -131,7 +131,7 @@ class TokenMasks:
 
     `words` holds rows of ceil(V / 32) int32, at first all 0. A row that is published with all 0 allows no token, and
     its sequence ends with an error. A sequence has one row for each of its draws: after its last real token, and after
-    each guess. The rows of `seq_id` begin at `first_rows[seq_id]`. A sequence without an entry may draw any token.
+    each draft token. Its rows begin at `first_rows[seq_id]`. A sequence without an entry may draw any token.
     """
 
     def __init__(self, vocab_size: int, num_draws: Mapping[int, int]) -> None:
@@ -202,7 +202,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One step's work: prompt chunks and single tokens mixed, each sequence at most once.
 
     `masks` say which tokens some of the sequences may draw, `processors` edit the logits of some, by `seq_id`; such a
-    sequence has no guesses and does not run ahead.
+    sequence has no drafts and does not run ahead.
     """
 
     seqs: list[ScheduledSeq]
@@ -236,7 +236,7 @@ class Undrawn(enum.Enum):
 class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A step's result for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
-    They are the guesses that were right and one more token, the same as steps of one token each would draw.
+    They are the draft tokens that were right and one more token, the same as steps of one token each would draw.
     `hidden_total` (float64 [H]) or `embedding` (float32) answers the run's `PoolingInput`.
     `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
     """
@@ -252,14 +252,14 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def of_draws(
         cls, seq: ScheduledSeq, drawn: Iterable[SampledToken | Undrawn], prompt_logprobs: list[TokenLogprob]
     ) -> SeqResult:
-        """The result of a run's `num_draws` draws, in order. Those after the first guess that is wrong are dropped."""
+        """The result of a run's `num_draws` draws, in order. Those after the first wrong draft token are dropped."""
         tokens: list[SampledToken] = []
-        guesses = [*seq.token_ids[-seq.num_draft_tokens :], None] if seq.num_draft_tokens else (None,)
-        for token, guess in zip(drawn, guesses, strict=False):
+        draft = [*seq.token_ids[-seq.num_draft_tokens :], None] if seq.num_draft_tokens else (None,)
+        for token, expected in zip(drawn, draft, strict=False):
             if isinstance(token, Undrawn):
                 return cls(seq.seq_id, prompt_logprobs=prompt_logprobs, error=token.value)
             tokens.append(token)
-            if token.token_id != guess:
+            if token.token_id != expected:
                 break
         if prompt_logprobs and not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
             return cls.not_finite(seq.seq_id)
@@ -312,15 +312,15 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A backend's properties and capacity. Sizes are bytes; `notes` are fallbacks an operator should know of.
 
     `fingerprint` identifies weights, precision and kernels: equal fingerprints give equal bits. A batch-invariant
-    backend gives a row the same bits in any batch. A step can have up to `max_draft_tokens` guesses of a sequence. A
-    backend that is not batch-invariant gets only those that a grammar forces: its mask allows no other token there, so
-    rounding cannot change an answer. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size`
-    of 0 no pooling. `pooling` is the model's own way to make embeddings (auto: of the last token; none: it has none).
-    `matryoshka_dimensions` are the lengths that they may be cut to (with 0 among them: any). A model that cannot
-    generate never draws. Without `runs_logits_processors` it gets no `Batch.processors`.
+    backend gives a row the same bits in any batch. A step can have up to `max_draft_tokens` draft tokens of a sequence.
+    A backend that is not batch-invariant gets only those that a grammar forces: the mask allows no other token there,
+    so rounding cannot change an answer. Without `has_prompt_logprobs` it never gets prompt targets, with a
+    `hidden_size` of 0 no pooling. `pooling` is the model's own way to make embeddings (auto: of the last token; none:
+    it has none). `matryoshka_dimensions` are the lengths that they may be cut to (with 0 among them: any). A model that
+    cannot generate never draws. Without `runs_logits_processors` it gets no `Batch.processors`.
     A backend that `can_run_ahead` is a `CanRunAhead` and gets its steps by `launch`. `step_tokens` is the default limit
     of tokens in a step: so many that one read of the matrices serves many tokens. `row_costs` are for the decision
-    whether guesses pay.
+    whether drafts pay.
     """
 
     name: str
@@ -351,8 +351,8 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     row_costs: RowCosts = CPU_ROWS
 
     @property
-    def verifies_guesses(self) -> bool:
-        """Whether it can verify guesses of n-grams and draft models."""
+    def verifies_drafts(self) -> bool:
+        """Whether it can verify drafts of n-grams and draft models."""
         return self.is_batch_invariant and self.max_draft_tokens > 0
 
 

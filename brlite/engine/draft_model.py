@@ -1,9 +1,9 @@
-"""Speculative decoding with a draft model: a smaller model of the same vocabulary guesses, the served one verifies.
+"""Speculative decoding with a draft model: a smaller model of the same vocabulary drafts, the served one verifies.
 
 Decides what the small model computes, and keeps its KV cache: blocks of its own, and for each sequence the number of
 tokens that it has computed. That number may be behind the sequence's: after a preemption, a hit of the served model's
-prefix cache, or steps without guesses. The missing tokens are then computed with the next guesses. The scheduler
-decides whether guesses pay. `DraftModel.run` is called on the step thread, all else on the engine's.
+prefix cache, or steps without drafts. The missing tokens are then computed with the next drafts. The scheduler
+decides whether drafts pay. `DraftModel.run` is called on the step thread, all else on the engine's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-INITIAL_ACCEPTANCE = 0.7  # the share of right guesses that is assumed until some are measured
-SHARED_WEIGHT = 0.05  # weight of one guess in the running estimate that new sequences start from
-FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
+INITIAL_ACCEPTANCE = 0.7  # the share of right draft tokens that is assumed until some are measured
+SHARED_WEIGHT = 0.05  # weight of one draft token in the running estimate that new sequences start from
+FIRST_TRIAL_STEPS = 64  # steps without drafts until two tokens are tried again; each trial that fails doubles it
 MAX_TRIAL_STEPS = 4096
-TRIAL_GUESSES = 2
-REST_STEPS = 16  # launched ahead after guesses did not pay; each decision whether they pay costs one that is not
+TRIAL_DRAFT_TOKENS = 2
+REST_STEPS = 16  # launched ahead after drafts did not pay; each decision whether they pay costs one that is not
 TRIAL_SHARE = 0.02  # the largest share of the time that trials may take
 LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the served one, until it is measured
 
@@ -37,8 +37,8 @@ LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the serve
 class DraftSeq:
     """The small model's state of a sequence. It shares the sequence's list of token ids.
 
-    `guesses` were made when the sequence had `num_tokens_before` tokens. `num_computed_tokens` counts tokens of the
-    sequence, never guesses. `params` are the sequence's without logprobs.
+    `draft_token_ids` followed the first `num_tokens_before` tokens. `num_computed_tokens` counts the sequence's tokens,
+    never draft tokens. `params` are the sequence's without logprobs.
     """
 
     token_ids: list[int]
@@ -49,7 +49,7 @@ class DraftSeq:
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
     num_computed_tokens: int = 0
-    guesses: list[int] = field(default_factory=list)
+    draft_token_ids: list[int] = field(default_factory=list)
     num_tokens_before: int = 0
     has_failed: bool = False
 
@@ -61,20 +61,20 @@ class DraftSeq:
 class DraftPlan(NamedTuple):
     """The small model's work before a step of the served one.
 
-    The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a guess. Each further guess, up to
-    `num_guesses[seq_id]`, is a step of one token. The block tables have room for all of them.
+    The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a draft token. Each further one,
+    up to `num_draft_tokens[seq_id]`, is a step of one token. The block tables have room for all of them.
     """
 
     batch: Batch
-    num_guesses: dict[int, int]
+    num_draft_tokens: dict[int, int]
     start: float
 
 
 class DraftModel:
-    """Guesses for as many sequences as its backend and its blocks can hold; other sequences get no guesses."""
+    """Drafts for as many sequences as its backend and its blocks can hold; other sequences get no drafts."""
 
     def __init__(self, backend: Backend, served: BackendInfo) -> None:
-        """`served` is the model that verifies. Guesses beyond its vocabulary are cut off."""
+        """`served` is the model that verifies. Draft tokens beyond its vocabulary are cut off."""
         self.info = backend.info
         expected = max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes))
         self.cost = DraftCost(expected, served.row_costs)
@@ -94,7 +94,7 @@ class DraftModel:
             self._blocks.release(self._followed.pop(seq))
 
     def follow(self, seq: Sequence) -> DraftSeq | None:
-        """The small model's state of a sequence, updated to its tokens; None if it can have no guesses."""
+        """The small model's state of a sequence, updated to its tokens; None if it can have no drafts."""
         draft = self._followed.get(seq)
         if draft is None:
             if len(self._followed) >= self.info.max_num_seqs:
@@ -107,28 +107,29 @@ class DraftModel:
             draft.has_failed = any(token_id >= self.info.vocab_size for token_id in named)
             self._blocks.share(draft, self._blocks.match_prefix(draft))
             self._followed[seq] = draft
-        elif draft.num_tokens > draft.num_tokens_before and draft.guesses:
-            self._compare_guesses(draft)
+        elif draft.num_tokens > draft.num_tokens_before and draft.draft_token_ids:
+            self._compare_draft(draft)
         return None if draft.has_failed else draft
 
-    def _compare_guesses(self, draft: DraftSeq) -> None:
-        """Compare the guesses with the drawn tokens. Right guesses count as computed, except the last guess."""
+    def _compare_draft(self, draft: DraftSeq) -> None:
+        """Compare the draft with the drawn tokens. The right tokens count as computed, except the draft's last."""
         num_right = 0
-        for guess, token_id in zip(draft.guesses, draft.token_ids[draft.num_tokens_before :], strict=False):
-            is_right = guess == token_id
+        drawn = draft.token_ids[draft.num_tokens_before :]
+        for draft_token_id, token_id in zip(draft.draft_token_ids, drawn, strict=False):
+            is_right = draft_token_id == token_id
             draft.acceptance += NEWEST_WEIGHT * (is_right - draft.acceptance)
             self.acceptance += SHARED_WEIGHT * (is_right - self.acceptance)
             if not is_right:
                 break
             num_right += 1
-        draft.num_computed_tokens = draft.num_tokens_before + min(num_right, len(draft.guesses) - 1)
-        draft.guesses = []
+        draft.num_computed_tokens = draft.num_tokens_before + min(num_right, len(draft.draft_token_ids) - 1)
+        draft.draft_token_ids = []
         self._blocks.seal(draft)
 
     def is_trial_due(self, cost: float) -> bool:
-        """Whether to try guesses that are not expected to pay, so that a wrong estimate is corrected.
+        """Whether to try drafts that are not expected to pay, so that a wrong estimate is corrected.
 
-        `cost` is their cost in steps of one row. Call it for each step that may have guesses and has none.
+        `cost` is their cost in steps of one row. Call it for each step that may have drafts and has none.
         """
         self._num_steps_without += 1
         if self._num_steps_without < max(self._trial_steps, cost / TRIAL_SHARE):
@@ -138,11 +139,11 @@ class DraftModel:
         return True
 
     def rest(self) -> None:
-        """Note that guesses did not pay, so that the next `REST_STEPS` steps may be launched ahead."""
+        """Note that drafts did not pay, so that the next `REST_STEPS` steps may be launched ahead."""
         self._num_steps_to_rest = REST_STEPS
 
     def use_rest(self) -> bool:
-        """Use one of the steps that may be launched ahead, without a plan of guesses. False if none is left."""
+        """Use one of the steps that may be launched ahead, without a plan of drafts. False if none is left."""
         if self.is_off:
             return True
         self._num_steps_to_rest -= 1
@@ -150,15 +151,15 @@ class DraftModel:
         return self._num_steps_to_rest >= 0
 
     def note_paying(self) -> None:
-        """Note that guesses pay: the next trial comes after `FIRST_TRIAL_STEPS` again."""
+        """Note that drafts pay: the next trial comes after `FIRST_TRIAL_STEPS` again."""
         self._num_steps_without, self._trial_steps = 0, FIRST_TRIAL_STEPS
 
     def plan(self, wanted: Iterable[tuple[Sequence, int]], budget: int, start: float) -> DraftPlan | None:
-        """The steps that make the wanted number of guesses for each sequence. Call `follow` for each one before.
+        """The steps that draw the wanted number of draft tokens for each sequence. Call `follow` for each one before.
 
-        The first step has at most `budget` tokens. A sequence that lacks more gets its guesses in a later plan.
+        The first step has at most `budget` tokens. A sequence that lacks more gets its draft in a later plan.
         """
-        runs, num_guesses = [], dict[int, int]()
+        runs, num_draft_tokens = [], dict[int, int]()
         for seq, num in wanted:
             draft = self._followed[seq]
             begin, end = draft.num_computed_tokens, draft.num_tokens
@@ -169,18 +170,18 @@ class DraftModel:
             budget -= num_tokens
             is_whole = begin + num_tokens == end
             if is_whole:
-                num_guesses[seq.seq_id] = num
+                num_draft_tokens[seq.seq_id] = num
             sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens) if is_whole else None
             token_ids = draft.token_ids[begin : begin + num_tokens]
             if max(token_ids) >= self.info.vocab_size:  # ids of padding in the served model's head
                 draft.has_failed = True
                 continue
             runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, draft.block_table, sampling))
-        return DraftPlan(Batch(runs), num_guesses, start) if runs else None
+        return DraftPlan(Batch(runs), num_draft_tokens, start) if runs else None
 
     def run(self, plan: DraftPlan) -> dict[int, list[int]] | None:
-        """Compute the guesses, by `seq_id`: fewer where the model failed for a sequence, None where it failed."""
-        guesses: dict[int, list[int]] = {seq.seq_id: [] for seq in plan.batch.seqs}
+        """Compute the drafts, by `seq_id`: shorter where the model failed for a sequence, None where it failed."""
+        drafts: dict[int, list[int]] = {seq.seq_id: [] for seq in plan.batch.seqs}
         batch = plan.batch
         try:
             while batch.seqs:
@@ -189,29 +190,29 @@ class DraftModel:
                 for run, found in zip(batch.seqs, result.seqs, strict=True):
                     if not found.tokens or run.sampling is None or found.tokens[0].token_id >= self._vocab_size:
                         continue
-                    drawn = guesses[run.seq_id]
+                    drawn = drafts[run.seq_id]
                     drawn.append(found.tokens[0].token_id)
-                    if len(drawn) < plan.num_guesses[run.seq_id]:
+                    if len(drawn) < plan.num_draft_tokens[run.seq_id]:
                         sampling = msgspec.structs.replace(run.sampling, position=run.sampling.position + 1)
                         start = run.start + len(run.token_ids)
                         following.append(
                             ScheduledSeq(run.seq_id, start, drawn[-1:], run.block_table, sampling),
                         )
                 batch = Batch(following)
-        except Exception:  # the served model continues without guesses
+        except Exception:  # the served model continues without drafts
             logger.exception("the draft model failed and is not used any more")
             return None
-        return guesses
+        return drafts
 
-    def take_in(self, plan: DraftPlan, guesses: dict[int, list[int]] | None, now: float) -> None:
-        """Keep the result of `run` for `guesses_for`, and measure its cost."""
-        if guesses is None:
+    def take_in(self, plan: DraftPlan, drafts: dict[int, list[int]] | None, now: float) -> None:
+        """Keep the result of `run` for `draft_for`, and measure its cost."""
+        if drafts is None:
             self.is_off = True
             self.release_stopped()
             return
         num_rows = [plan.batch.num_tokens]
-        for step in range(1, max(plan.num_guesses.values(), default=1)):
-            num_rows.append(sum(num > step for num in plan.num_guesses.values()))
+        for step in range(1, max(plan.num_draft_tokens.values(), default=1)):
+            num_rows.append(sum(num > step for num in plan.num_draft_tokens.values()))
         if num_rows[0] <= 2 * len(plan.batch.seqs):  # with more rows, computing takes longer than reading the weights
             self.cost.observe_drafts(num_rows, now - plan.start)
         followed = {seq.seq_id: draft for seq, draft in self._followed.items()}
@@ -219,13 +220,13 @@ class DraftModel:
             draft = followed[run.seq_id]
             draft.num_computed_tokens = run.start + len(run.token_ids)
             self._blocks.seal(draft)
-            draft.guesses, draft.num_tokens_before = guesses[run.seq_id], draft.num_tokens
-            draft.has_failed = run.sampling is not None and not draft.guesses
+            draft.draft_token_ids, draft.num_tokens_before = drafts[run.seq_id], draft.num_tokens
+            draft.has_failed = run.sampling is not None and not draft.draft_token_ids
 
-    def guesses_for(self, seq: Sequence) -> list[int]:
-        """The guesses for the sequence's next tokens; none if it has grown since they were made."""
+    def draft_for(self, seq: Sequence) -> list[int]:
+        """The draft of the sequence's next tokens; empty if it has grown since that was made."""
         draft = self._followed.get(seq)
-        return draft.guesses if draft is not None and draft.num_tokens_before == draft.num_tokens else []
+        return draft.draft_token_ids if draft is not None and draft.num_tokens_before == draft.num_tokens else []
 
     @property
     def num_used_blocks(self) -> int:

@@ -1,7 +1,7 @@
-"""Prompt lookup (n-grams): guesses the tokens that followed an earlier occurrence of the last two or three tokens.
+"""Prompt lookup (n-grams): drafts the tokens that followed an earlier occurrence of the last two or three tokens.
 
-Guesses cost time and never change a text, since a backend verifies them. This file also computes whether guesses pay,
-from the share that was right and the cost of a step; also for guesses of a draft model (`draft_model.py`). Tokens that
+Drafts cost time and never change a text, since a backend verifies them. This file also computes whether drafts pay,
+from the share that was right and the cost of a step; also for drafts of a draft model (`draft_model.py`). Tokens that
 a grammar forces are drafts that are always right. Uses token ids only: no blocks, no requests, no model.
 """
 
@@ -11,8 +11,8 @@ from brlite.engine.backend import CPU_ROWS, RowCosts
 
 INITIAL_ACCEPTANCE = 0.2
 TIME_WEIGHT = 0.1  # weight of the last step in the running mean of step times
-NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: a right guess starts drafting, a few wrong ones end it
-MARGIN = 1.2  # a guess must yield its cost times this: choosing the best estimate favours those that are too high
+NEWEST_WEIGHT = 0.2  # of the last draft token in `acceptance`: a right one starts drafting, a few wrong ones end it
+MARGIN = 1.2  # a draft token must yield its cost times this: the best of many estimates is often too high
 MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 
 INITIAL_WAIT_COST = 0.5  # until it is measured
@@ -20,10 +20,10 @@ MAX_WAIT_COST = 4.0  # of one measurement: a longer wait has another cause, such
 
 
 class NgramDrafter:
-    """One sequence's guesses, from an index of its own n-grams that costs about a microsecond a token.
+    """One sequence's drafts, from an index of its own n-grams that costs about a microsecond a token.
 
-    Every token is compared with the guess for it, even if that guess was not used. So `acceptance`, the share of right
-    guesses, is measured without a trial: guessing starts as soon as a text repeats itself, and not before.
+    Every token is compared with the draft token for it, even if that was not used. So `acceptance`, the share of right
+    draft tokens, is measured without a trial: drafting starts as soon as a text repeats itself, and not before.
     """
 
     def __init__(self, num_prompt_tokens: int) -> None:
@@ -35,7 +35,7 @@ class NgramDrafter:
         self._source: int | None = None  # the index whose token is expected again
 
     def follow(self, token_ids: list[int]) -> bool:
-        """Index the tokens since the last call, at most `MAX_NEW_TOKENS`. Returns whether there is a guess now."""
+        """Index the tokens since the last call, at most `MAX_NEW_TOKENS`. Returns whether there is a draft now."""
         end = min(len(token_ids), self._num_seen + MAX_NEW_TOKENS)
         for position in range(self._num_seen, end):
             token_id = token_ids[position]
@@ -54,8 +54,8 @@ class NgramDrafter:
         self._num_seen = end
         return self._source is not None and end == len(token_ids)
 
-    def guess(self, token_ids: list[int], num_tokens: int) -> list[int]:
-        """The next `num_tokens` tokens. Call it after `follow` returned True. At the end of the text they repeat."""
+    def draft(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """A draft of `num_tokens` tokens. Call it after `follow` returned True. At the end of the text they repeat."""
         assert self._source is not None, "follow says when there is none"
         draft = token_ids[self._source : self._source + num_tokens]
         period = len(token_ids) - self._source
@@ -65,7 +65,7 @@ class NgramDrafter:
 
 
 class StepForecast:
-    """The expected cost and yield (tokens) of a step, while guesses are added to its `num_rows`.
+    """The expected cost and yield (tokens) of a step, while draft tokens are added to its `num_rows`.
 
     The unit of cost is a step of one row.
     """
@@ -83,7 +83,7 @@ class StepForecast:
         return self._yield / self.cost
 
     def gains(self, wait_cost: float) -> bool:
-        """Whether the guesses are expected to give more than none, though with them the step costs a wait more."""
+        """Whether drafts are expected to give more than none, though with them the step costs a wait more."""
         return self._yield / (self.cost + wait_cost) > self._plain_rate
 
     def add_forced(self, token_ids: list[int]) -> list[int]:
@@ -92,15 +92,15 @@ class StepForecast:
             self._add(1.0, 0.0)
         return token_ids
 
-    def add_guesses(self, acceptance: float, limit: int, draft_cost: float = 0.0, chance: float = 1.0) -> int:
-        """Add guesses of one sequence while they raise the ratio of yield to cost, up to `limit`. Returns their number.
+    def add_draft_tokens(self, acceptance: float, limit: int, draft_cost: float = 0.0, chance: float = 1.0) -> int:
+        """Add draft tokens of one sequence, up to `limit`, while each raises the rate. Returns their number.
 
-        `draft_cost` is the cost of making one guess, in addition to its row. `chance` is that of having guesses.
+        `draft_cost` is the cost of drawing a draft token, in addition to its row. `chance` is that of having a draft.
         """
-        for num_guesses in range(limit):
-            chance *= acceptance  # a guess counts only if all before it are right
+        for num_draft_tokens in range(limit):
+            chance *= acceptance  # a draft token counts only if all before it are right
             if chance * self.cost <= MARGIN * (draft_cost + self._row_cost) * self._yield:
-                return num_guesses
+                return num_draft_tokens
             self._add(chance, draft_cost)
         return limit
 
@@ -123,8 +123,8 @@ class DraftCost:
         self._rows = rows
         self._draft_seconds = self._seconds = 0.0  # of a step of one row, 0: not measured yet
 
-    def per_guess(self, num_seqs: int) -> float:
-        """The cost of one guess if `num_seqs` sequences guess together."""
+    def per_draft_token(self, num_seqs: int) -> float:
+        """The cost of one draft token if `num_seqs` sequences get theirs in the same steps."""
         is_measured = self._draft_seconds and self._seconds
         cost = self._draft_seconds / self._seconds if is_measured else self._expected
         return cost * self._rows.cost(num_seqs) / num_seqs

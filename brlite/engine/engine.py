@@ -93,7 +93,7 @@ class Engine:
         """`sampling_defaults` are the model's own, for requests that leave these parameters out. `logits_processors`
         are the factories that requests may name.
 
-        `draft_backend` computes a smaller model of the same vocabulary that guesses tokens ahead. The caller runs it
+        `draft_backend` computes a smaller model of the same vocabulary that drafts tokens ahead. The caller runs it
         before each `schedule` (see `plan_drafts`), and closes it.
         """
         self.info = info
@@ -111,8 +111,8 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._scheduler = Scheduler(info, config, self._blocks, draft_backend)
-        self.draft_model, self.may_guess = self._scheduler.speculation.model, self._scheduler.speculation.may_guess
-        self._has_model_guesses = False  # in the next step
+        self.draft_model, self.may_draft = self._scheduler.speculation.model, self._scheduler.speculation.may_draft
+        self._has_model_drafts = False  # in the next step
         seq_ids = itertools.count()
         self._add_sequence = partial(add_sequence, tokenizer, seq_ids, clock)
         self._beams = BeamSequences(self._scheduler, info.vocab_size, seq_ids, self._add_sequence)
@@ -207,18 +207,18 @@ class Engine:
         return self._decide()
 
     def plan_drafts(self) -> DraftPlan | None:
-        """What `draft_model.run` must compute on the step thread before `schedule`; None if it makes no guesses.
+        """What `draft_model.run` must compute on the step thread before `schedule`; None if it makes no draft.
 
         Its result goes to `take_drafts`. Requests may be added and aborted meanwhile.
         """
         return self._scheduler.plan_drafts(self._clock())
 
-    def take_drafts(self, plan: DraftPlan, guesses: dict[int, list[int]] | None) -> None:
-        """Store the draft model's guesses. The next step verifies them."""
+    def take_drafts(self, plan: DraftPlan, drafts: dict[int, list[int]] | None) -> None:
+        """Store the draft model's drafts. The next step verifies them."""
         assert self.draft_model is not None, "it made the plan"
-        self.draft_model.take_in(plan, guesses, self._clock())
-        self._has_model_guesses = True
-        self.stats.draft_model_failures += guesses is None
+        self.draft_model.take_in(plan, drafts, self._clock())
+        self._has_model_drafts = True
+        self.stats.draft_model_failures += drafts is None
 
     def schedule_ahead(self) -> Batch | None:
         """Decide the step after the one under way; None if that one must end first, by `update` or `fail`.
@@ -308,7 +308,7 @@ class Engine:
         computing = seconds
         if step.processors:
             computing -= self._processor_times.note(step.processors.values(), self.stats)
-        has_model_guesses, self._has_model_guesses = self._has_model_guesses, False
+        has_model_drafts, self._has_model_drafts = self._has_model_drafts, False
         if max(step.runs.values()) > 1:
             if self._scheduler.pace is not None:
                 chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs.items()]
@@ -320,7 +320,7 @@ class Engine:
         num_rows = sum(1 + len(seq.draft_token_ids) for seq in step.runs)
         if self.draft_model is not None:
             self.draft_model.cost.observe_step(num_rows, computing)
-        is_plain = not (step.guidance or step.processors or has_model_guesses)
+        is_plain = not (step.guidance or step.processors or has_model_drafts)
         follows_one = step.is_ahead or all(seq.num_output_tokens for seq in step.runs)
         if wait_cost is not None and is_plain and follows_one:
             wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
@@ -435,7 +435,7 @@ class Engine:
         if matcher is not None:  # tokens drawn after the end of the answer are dropped
             tokens = tokens[: matcher.num_tokens - num_before]
         for token in tokens:
-            if len(token_ids) > begin:  # the previous token was a guess, so it is computed already
+            if len(token_ids) > begin:  # the previous token was drafted, so it is computed already
                 seq.num_computed_tokens += 1
                 self._blocks.seal(seq)
             seq.append(token.token_id)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuidedSeq(NamedTuple):
-    """A sequence that draws in a step, with its guesses in that step."""
+    """A sequence that draws in a step, with its draft in that step."""
 
     seq_id: int
     matcher: Matcher

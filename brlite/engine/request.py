@@ -125,7 +125,7 @@ class TokenCounts:
 class Sequence:
     """One of a request's `n` completions while it is computed. `token_ids` is the prompt followed by the output.
 
-    `draft_token_ids` are the guesses that the step under way carries; they are not tokens of the sequence yet.
+    `draft_token_ids` are the draft that the step under way verifies; they are not tokens of the sequence yet.
     `num_in_flight_tokens` are in steps under way; they are computed when those have ended. With `is_plain` all that its
     steps give are draws, and these need no more than its parameters, seed and position.
     """

@@ -125,9 +125,9 @@ class Scheduler:
     def can_schedule_ahead(self) -> bool:
         """Whether the next step can be decided before the result of the one under way is known.
 
-        It cannot if that result tells how many guesses were right, if the input of a sequence's next draw depends on
-        the token that is being drawn (a grammar, a window of penalties, DRY, bad words, logits processors), if the next
-        step is expected to gain from guesses, or if a sequence must be preempted.
+        It cannot if that result tells how many draft tokens were right, if the input of a sequence's next draw depends
+        on the token that is being drawn (a grammar, a window of penalties, DRY, bad words, logits processors), if the
+        next step is expected to gain from drafts, or if a sequence must be preempted.
         """
         num_missing, block_size = 0, self._blocks.block_size
         for seq in self.running:
@@ -187,7 +187,7 @@ class Scheduler:
         return scheduled
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
-        """The guesses that the draft model should make before the next step, by `Speculation.plan`."""
+        """What the draft model should draft before the next step, by `Speculation.plan`."""
         return None if self._match_next() is not None else self.speculation.plan(self.running, now)
 
     def _num_paced_tokens(self, num_answers: int, prompts: list[Sequence]) -> int:

@@ -100,7 +100,7 @@ class EngineStats:
         self.drafts = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
-        self.accepted_by_position: Counter[int] = Counter()  # 0: the first guess of a draft
+        self.accepted_by_position: Counter[int] = Counter()  # 0: the first draft token of a draft
         self.draft_model_failures = 0
         self.step_failures = 0
         self.engine_failures = 0
@@ -159,7 +159,7 @@ class EngineStats:
         self._latencies.clear()
 
     def note_draft(self, num_tokens: int, num_accepted: int) -> None:
-        """Record that a step verified the guesses of a sequence."""
+        """Record that a step verified the draft of a sequence."""
         self.drafts += 1
         self.draft_tokens += num_tokens
         self.accepted_tokens += num_accepted

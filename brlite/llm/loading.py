@@ -69,9 +69,9 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
             logits_processors=factories,
         )
         unless_loaded.pop_all()
-    if info.can_run_ahead and config.engine.speculation == "auto" and not engine.may_guess:
+    if info.can_run_ahead and config.engine.speculation == "auto" and not engine.may_draft:
         logger.info(
-            'model %s: only tokens that a grammar forces are drafted; engine.speculation = "on" guesses text, too',
+            'model %s: only tokens that a grammar forces are drafted; engine.speculation = "on" drafts text, too',
             spec.name,
         )
     return Assembly(engine, parts.backend)

@@ -82,9 +82,9 @@ V1_COUNTERS: Rows[EngineStats] = [
     ("vllm:gpu_prefix_cache_hits", "The same, by an older name.", lambda s: s.prefix_cache_hits),
     ("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
     ("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
-    ("vllm:spec_decode_num_drafts", "Guesses at a sequence, by n-grams or a draft model.", lambda s: s.drafts),
-    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda s: s.draft_tokens),
-    ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right.", lambda s: s.accepted_tokens),
+    ("vllm:spec_decode_num_drafts", "Drafts verified: one a sequence and step.", lambda s: s.drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Draft tokens.", lambda s: s.draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were right.", lambda s: s.accepted_tokens),
 ]
 V1_HISTOGRAMS: Histograms = [
     ("vllm:inter_token_latency_seconds", "Token to token.", lambda s: s.inter_token_latency),
@@ -217,7 +217,7 @@ class EngineCollector(Collector):
         )
         accepted = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Tokens guessed right, by their place in the draft.",
+            "Draft tokens that were right, by their place in the draft.",
             labels=(*V1_LABELS, "position"),
         )
         sleep = GaugeMetricFamily(

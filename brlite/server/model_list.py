@@ -167,7 +167,7 @@ def model_slots(engine: EngineLoop) -> list[SlotState]:
     Sequences have no fixed slots: `id` is the index in this list.
     """
     info, n_ctx = engine.info, context_length(engine.info)
-    speculative = engine.may_guess
+    speculative = engine.may_draft
     slots = [
         SlotState(
             id=number,

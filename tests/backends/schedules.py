@@ -1,7 +1,7 @@
 """Random schedules: a few sequences computed in pieces, in any company, on any blocks, and held against plain runs.
 
 A `Story` is a sequence as it went alone: one row a step, nothing shared. A `Schedule` lets several go again, in random
-chunks, with prefixes that others computed, with guesses right and wrong, computed anew from the start, all at once.
+chunks, with prefixes that others computed, with drafts right and wrong, computed anew from the start, all at once.
 """
 
 from __future__ import annotations
@@ -170,22 +170,22 @@ class Schedule:
         start, end = run.num_computed, run.num_computed + size
         token_ids = run.story.token_ids[start:end]
         has_draw = size == left
-        guesses = self._guesses(run, budget - size) if has_draw and run.num_drawn else []
-        self._grow(run, end + len(guesses))
+        draft = self._draft(run, budget - size) if has_draw and run.num_drawn else []
+        self._grow(run, end + len(draft))
         # What follows each token of the prompt is reported where it is at hand, now and then.
-        targets = run.story.prompt[start + 1 : end + 1] if not guesses and self._choose.random() < 0.4 else []
+        targets = run.story.prompt[start + 1 : end + 1] if not draft and self._choose.random() < 0.4 else []
         return ScheduledSeq(
             seq_id=run.seq_id,
             start=start,
-            token_ids=token_ids + guesses,
+            token_ids=token_ids + draft,
             block_table=run.block_table + self._choose.sample(self._free, min(1, len(self._free))),
             sampling=SamplingInput(run.story.params, run.story.seed, run.num_drawn) if has_draw else None,
             prompt_targets=targets,
             num_prompt_logprobs=NUM_ALTERNATIVES,
-            num_draft_tokens=len(guesses),
+            num_draft_tokens=len(draft),
         )
 
-    def _guesses(self, run: _Run, budget: int) -> list[int]:
+    def _draft(self, run: _Run, budget: int) -> list[int]:
         """Some that are right, then some that most likely are not."""
         limit = min(budget, NUM_DRAWN - run.num_drawn - 1, 7)
         if limit <= 0 or self._choose.random() < 0.5:
@@ -210,8 +210,8 @@ class Schedule:
             self._same(result.tokens, story.drawn[run.num_drawn : run.num_drawn + len(result.tokens)])
             num_right = _num_right(seq, story, run.num_drawn)
             assert len(result.tokens) == num_right + 1
-            self.seen["right guesses"] += num_right
-            self.seen["wrong guesses"] += seq.num_draft_tokens - num_right
+            self.seen["right draft tokens"] += num_right
+            self.seen["wrong draft tokens"] += seq.num_draft_tokens - num_right
         run.num_computed += len(seq.token_ids) - seq.num_draft_tokens + max(0, len(result.tokens) - 1)
         run.num_drawn += len(result.tokens)
 
@@ -222,8 +222,8 @@ class Schedule:
 
 
 def _num_right(seq: ScheduledSeq, story: Story, num_drawn: int) -> int:
-    guesses = seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :]
-    return _num_alike(guesses, [token.token_id for token in story.drawn[num_drawn:]])
+    draft = seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :]
+    return _num_alike(draft, [token.token_id for token in story.drawn[num_drawn:]])
 
 
 def _num_alike(one: Sequence[int], other: Sequence[int]) -> int:

@@ -67,7 +67,7 @@ def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> 
     seen = run_schedules(alone.backend, alone.stories, count=NUM_SCHEDULES, seed=alone.seed)
 
     assert seen["compared"] > 20 * NUM_SCHEDULES
-    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 2
+    assert min(seen[what] for what in ("restarts", "shared blocks", "right draft tokens", "wrong draft tokens")) > 2
     assert seen["mixed batches"] > NUM_SCHEDULES
 
 

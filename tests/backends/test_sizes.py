@@ -162,12 +162,12 @@ def test_the_cache_on_a_card_leaves_room_for_the_draft_model(tmp_path: Path) -> 
     ("kernels", "tensor_parallel", "expected"),
     [("auto", 1, (True, True)), ("eager", 1, (False, True)), ("auto", 2, (True, False))],
 )
-def test_what_a_card_does_with_guesses_is_known_before_a_model_is_loaded(
+def test_what_a_card_does_with_drafts_is_known_before_a_model_is_loaded(
     kernels: str, tensor_parallel: int, expected: tuple[bool, bool]
 ) -> None:
     found = on_card({"torch_kernels": kernels}, tensor_parallel=tensor_parallel)
 
-    assert (found.verifies_guesses, found.runs_ahead) == expected
+    assert (found.verifies_drafts, found.runs_ahead) == expected
 
 
 def test_the_quantized_tensors_of_an_embedding_model_are_found_without_their_prefix() -> None:

@@ -143,28 +143,28 @@ def test_a_card_that_engine_device_names_is_the_one_whose_memory_is_said():
 
 
 @pytest.mark.parametrize(
-    ("speculation", "verifies_guesses", "expected"),
+    ("speculation", "verifies_drafts", "expected"),
     [
-        ("auto", True, 'only tokens that a grammar forces; engine.speculation = "on" guesses text, too'),
+        ("auto", True, 'only tokens that a grammar forces; engine.speculation = "on" drafts text, too'),
         ("auto", False, "only tokens that a grammar forces"),
         ("on", True, "of repeated text"),
         ("off", True, "none: engine.speculation is off"),
     ],
 )
-def test_what_speculation_chooses_on_a_card_is_said(speculation, verifies_guesses, expected):
-    sizes = msgspec.structs.replace(SIZES, runs_ahead=True, verifies_guesses=verifies_guesses)
+def test_what_speculation_chooses_on_a_card_is_said(speculation, verifies_drafts, expected):
+    sizes = msgspec.structs.replace(SIZES, runs_ahead=True, verifies_drafts=verifies_drafts)
     report = ModelReport(spec=ModelSpec(), origin="here", sizes=sizes)
 
     lines = list(describe(Config(engine=EngineConfig(speculation=speculation)), [report], 5000))
 
-    assert f"  guesses   {expected}" in lines
+    assert f"  drafts    {expected}" in lines
 
 
 @pytest.mark.torch
-def test_guesses_that_the_backend_cannot_verify_are_refused_before_the_start(model):
+def test_drafts_that_the_backend_cannot_verify_are_refused_before_the_start(model):
     engine = EngineConfig(backend="torch", device="cpu", dtype="float32", speculation="on")
 
-    with pytest.raises(ConfigError, match='speculation is "on", but the torch backend cannot verify guesses'):
+    with pytest.raises(ConfigError, match='speculation is "on", but the torch backend cannot verify drafts'):
         inspect_model(ModelSpec(name="tiny", path=str(model)), engine)
 
 

@@ -119,7 +119,7 @@ def test_every_run_is_what_it_says() -> None:
     assert list(notes) == [*(way.name for way in CROWDS), "threads = 1"]
     assert "from the cache" in notes["twice, prefixes cached"]
     assert "preemptions" in notes["few blocks"]
-    assert "guesses" in notes["guesses, 3 at a time"]
+    assert "draft tokens" in notes["drafts, 3 at a time"]
     assert [config.engine.threads for config in loader.configs] == [2, 1]
     assert max(len(batch.seqs) for batch in loader.backends[0].batches) == 8
     assert all(backend.is_closed for backend in loader.backends)

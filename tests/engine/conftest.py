@@ -130,9 +130,9 @@ class Driver:
         if model is None or plan is None:
             return
         num_before = len(model.backend.batches)  # type: ignore[attr-defined]
-        guesses = model.run(plan)
+        drafts = model.run(plan)
         self.now += self._draft_seconds * (len(model.backend.batches) - num_before)  # type: ignore[attr-defined]
-        self.engine.take_drafts(plan, guesses)
+        self.engine.take_drafts(plan, drafts)
 
     def _launch(self, batch: Batch | None) -> None:
         if batch is None:

@@ -103,7 +103,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(params: dict[str, Any]) 
 
 
 def test_sequences_draft_together_through_preemption_and_aborts() -> None:
-    """The fake computes from what its blocks hold, so a slip in the small model's blocks would be a wrong guess."""
+    """The fake computes from what its blocks hold, so a slip in the small model's blocks would give wrong drafts."""
     driver = make(num_blocks=16, max_num_seqs=3, max_model_len=64)
     answers = {driver.submit(prompt, max_tokens=32): prompt for prompt in ("hello", "bye")}
     for _ in range(4):
@@ -146,7 +146,7 @@ def test_the_small_model_computes_a_long_prompt_in_chunks_beside_the_answer() ->
     assert driver.engine.stats.accepted_tokens == driver.engine.stats.draft_tokens > 0
 
 
-def test_a_sequence_beyond_the_small_models_context_gets_no_guesses() -> None:
+def test_a_sequence_beyond_the_small_models_context_gets_no_drafts() -> None:
     driver = make(draft={"max_model_len": 32})
 
     request_id = driver.submit("hello", max_tokens=60)
@@ -189,7 +189,7 @@ def plain_seconds() -> float:
 def test_with_a_draft_model_no_text_takes_over_a_33rd_longer(
     next_token: NextToken, draft_seconds: float, plain_seconds: float
 ) -> None:
-    """Rows cost in this test what the forecast says, so that what guesses cost and bring is counted, not timed."""
+    """Rows cost in this test what the forecast says, so that what drafts cost and bring is counted, not timed."""
     taken = seconds_of_eight(make(next_token, step_seconds=forecast_seconds, draft_seconds=draft_seconds))
 
     assert taken <= plain_seconds / 0.97
@@ -221,7 +221,7 @@ def test_a_text_that_repeats_itself_is_left_to_ngrams() -> None:
     assert len(drafted_by(driver)) < len(batches)
 
 
-def test_guesses_are_verified_under_a_grammar() -> None:
+def test_drafts_are_verified_under_a_grammar() -> None:
     wish = StructuredOutput(regex="[a-z]{5}[0-9]{3}[a-z]{40}")
     off, on = Driver(budget=64, engine={"speculation": "off"}, **VERIFYING), make()
 
@@ -240,7 +240,7 @@ def test_guesses_are_verified_under_a_grammar() -> None:
     [{"presence_penalty": 0.5}, {"min_tokens": 40}, {"bad_words": ["bcd"]}],
     ids=lambda params: next(iter(params)),
 )
-def test_sequences_that_cannot_be_guessed_at_do_not_reach_the_draft_model(params: dict[str, Any]) -> None:
+def test_sequences_that_cannot_have_drafts_do_not_reach_the_draft_model(params: dict[str, Any]) -> None:
     driver = make()
 
     driver.submit("hello", max_tokens=40, **params)

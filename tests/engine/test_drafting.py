@@ -1,4 +1,4 @@
-"""Guesses from a sequence's own words, and when they pay."""
+"""Drafts from a sequence's own words, and when they pay."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from brlite.engine.drafting import (
 )
 
 
-def guess(text: str, num_tokens: int = 4) -> str | None:
+def draft(text: str, num_tokens: int = 4) -> str | None:
     token_ids = list(text.encode())
     drafter = NgramDrafter(num_prompt_tokens=len(token_ids))
-    return bytes(drafter.guess(token_ids, num_tokens)).decode() if drafter.follow(token_ids) else None
+    return bytes(drafter.draft(token_ids, num_tokens)).decode() if drafter.follow(token_ids) else None
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def guess(text: str, num_tokens: int = 4) -> str | None:
         ("", None),
     ],
 )
-def test_what_followed_the_last_words_before_is_guessed(text: str, expected: str | None) -> None:
-    assert guess(text) == expected
+def test_what_followed_the_last_words_before_is_drafted(text: str, expected: str | None) -> None:
+    assert draft(text) == expected
 
 
-def test_a_guess_that_reaches_the_end_goes_round() -> None:
-    assert guess("xyxyx", 7) == "yxyxyxy"
+def test_a_draft_that_reaches_the_end_goes_round() -> None:
+    assert draft("xyxyx", 7) == "yxyxyxy"
 
 
 def test_a_copy_stays_with_its_source_where_the_words_are_ambiguous() -> None:
@@ -49,11 +49,11 @@ def test_a_copy_stays_with_its_source_where_the_words_are_ambiguous() -> None:
     drafter = NgramDrafter(num_prompt_tokens=len(source))
 
     assert drafter.follow(token_ids)
-    assert bytes(drafter.guess(token_ids, 3)) == b"dog"
+    assert bytes(drafter.draft(token_ids, 3)) == b"dog"
 
 
 @given(chunks=st.lists(st.text("ab", max_size=5), max_size=12))
-def test_tokens_taken_in_one_by_one_or_together_give_the_same_guesses(chunks: list[str]) -> None:
+def test_tokens_taken_in_one_by_one_or_together_give_the_same_drafts(chunks: list[str]) -> None:
     whole = list("".join(chunks).encode())
     together, apart, token_ids = NgramDrafter(3), NgramDrafter(3), list[int]()
 
@@ -64,7 +64,7 @@ def test_tokens_taken_in_one_by_one_or_together_give_the_same_guesses(chunks: li
     assert together.follow(whole) == apart.follow(whole)
     assert together.acceptance == apart.acceptance
     if together.follow(whole):
-        assert together.guess(whole, 5) == apart.guess(whole, 5)
+        assert together.draft(whole, 5) == apart.draft(whole, 5)
 
 
 def test_a_long_prompt_is_taken_in_a_part_at_a_time() -> None:
@@ -76,7 +76,7 @@ def test_a_long_prompt_is_taken_in_a_part_at_a_time() -> None:
     assert answers == [False, False, False, True]
 
 
-def test_acceptance_is_learnt_from_what_was_drawn_without_guessing_aloud() -> None:
+def test_acceptance_is_learnt_from_what_was_drawn_without_a_draft() -> None:
     prompt = list(range(30))
     copying, drafter = NgramDrafter(len(prompt)), NgramDrafter(len(prompt))
 
@@ -96,25 +96,27 @@ def test_a_prompt_that_repeats_itself_promises_nothing_of_the_answer() -> None:
     assert drafter.acceptance < INITIAL_ACCEPTANCE
 
 
-def test_more_certain_guesses_are_longer_and_hopeless_ones_are_not_made() -> None:
-    lengths = [StepForecast(1, CPU_ROWS).add_guesses(acceptance, 7) for acceptance in (0.0, 0.05, 0.2, 0.6, 0.9, 1.0)]
+def test_more_certain_drafts_are_longer_and_hopeless_ones_are_not_made() -> None:
+    lengths = [
+        StepForecast(1, CPU_ROWS).add_draft_tokens(acceptance, 7) for acceptance in (0.0, 0.05, 0.2, 0.6, 0.9, 1.0)
+    ]
 
     assert lengths == sorted(lengths)
     assert lengths[:2] == [0, 0]
     assert 1 <= lengths[2] < lengths[4] < lengths[5] == 7
 
 
-def test_fewer_guesses_pay_the_more_rows_a_step_has() -> None:
-    lengths = [StepForecast(num_rows, CPU_ROWS).add_guesses(0.8, 16) for num_rows in (1, 2, 4, 8, 128)]
+def test_fewer_drafts_pay_the_more_rows_a_step_has() -> None:
+    lengths = [StepForecast(num_rows, CPU_ROWS).add_draft_tokens(0.8, 16) for num_rows in (1, 2, 4, 8, 128)]
 
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] == 0
 
 
-def test_guesses_of_one_sequence_leave_less_to_those_of_the_next() -> None:
+def test_drafts_of_one_sequence_leave_less_to_those_of_the_next() -> None:
     forecast = StepForecast(2, CPU_ROWS)
 
-    lengths = [forecast.add_guesses(0.6, 7) for _ in range(2)]
+    lengths = [forecast.add_draft_tokens(0.6, 7) for _ in range(2)]
 
     assert lengths[0] > lengths[1]
 
@@ -131,11 +133,11 @@ def test_the_wait_between_two_steps_is_measured_against_steps_that_were_launched
     assert wait.cost < 0.7
 
 
-def test_guesses_gain_only_if_they_are_worth_the_wait() -> None:
+def test_drafts_gain_only_if_they_are_worth_the_wait() -> None:
     forecast = StepForecast(1, CARD_ROWS)
     assert not forecast.gains(0.0)  # none yet
 
-    forecast.add_guesses(0.5, 3)  # one token more, nearly
+    forecast.add_draft_tokens(0.5, 3)  # one token more, nearly
 
     assert forecast.gains(0.5)
     assert not forecast.gains(1.0)

@@ -1,6 +1,6 @@
 """Any order of submitting, stepping, failing and aborting, on a cache too small: texts stay right.
 
-So they do with guesses and without, by n-grams and by a draft model, and whether each step waits for the one before or
+So they do with drafts and without, by n-grams and by a draft model, and whether each step waits for the one before or
 is decided ahead of its result. Every request ends, and is counted once.
 """
 
@@ -64,7 +64,7 @@ class Asked(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def alone(asked: Asked, next_token: Callable[[Sequence[int], int], int]) -> list[list[int]]:
-    """The answers to a request in an engine without others, without guesses, one step after the other."""
+    """The answers to a request in an engine without others, without drafts, one step after the other."""
     driver = Driver(max_num_seqs=4, max_model_len=40, next_token=next_token)
     request_id = asked.submit(driver)
     driver.finish()
@@ -186,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
-    def abort_while_the_draft_model_guesses(self, data: st.DataObject) -> None:
+    def abort_while_the_draft_model_drafts(self, data: st.DataObject) -> None:
         engine = self.driver.engine
         plan = engine.plan_drafts()
         self.abort(data)

@@ -140,7 +140,7 @@ def test_a_processor_that_fails_ends_its_own_answer_alone(make_driver: MakeDrive
     assert "no more" in caplog.text
 
 
-def test_there_are_no_guesses_for_it_and_others_have_theirs(make_driver: MakeDriver):
+def test_there_are_no_drafts_for_it_and_others_have_theirs(make_driver: MakeDriver):
     driver = make_driver(max_draft_tokens=4, next_token=repeating_token, num_blocks=64)
     recorder = Recorder()
 

@@ -153,7 +153,7 @@ def test_penalties_count_the_token_that_is_not_drawn_yet_when_it_is():
     assert len(third.counting(ord("z")).counted_token_ids) == len(third.counted_token_ids) + 4
 
 
-def test_guesses_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_do_not():
+def test_drafts_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_do_not():
     options: dict[str, Any] = {
         "max_draft_tokens": 7,
         "next_token": repeating_token,
@@ -174,33 +174,33 @@ def test_guesses_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_
     assert many.token_ids("request-0") == alone.token_ids("request-0")
 
 
-def test_a_step_with_guesses_is_not_followed_before_its_result_is_there():
+def test_a_step_with_drafts_is_not_followed_before_its_result_is_there():
     driver = ahead(max_draft_tokens=7, next_token=repeating_token, engine={"speculation": "on"}, budget=32)
     for prompt in ("abcabcabcabc", "bcabcabcab"):
         driver.submit(prompt, max_tokens=40)
 
     batches = driver.finish()
 
-    has_guesses = [any(seq.num_draft_tokens for seq in batch.seqs) for batch in batches]
+    has_drafts = [any(seq.num_draft_tokens for seq in batch.seqs) for batch in batches]
     is_ahead = [any(seq.takes_last_draw for seq in batch.seqs) for batch in batches]
-    assert sum(has_guesses) > 3
+    assert sum(has_drafts) > 3
     assert sum(is_ahead) > 3
-    assert not any(map(operator.and_, has_guesses, is_ahead))
-    assert not any(map(operator.and_, has_guesses, is_ahead[1:]))
+    assert not any(map(operator.and_, has_drafts, is_ahead))
+    assert not any(map(operator.and_, has_drafts, is_ahead[1:]))
 
 
-def test_on_a_backend_that_runs_ahead_text_is_guessed_only_if_the_config_says_so():
+def test_on_a_backend_that_runs_ahead_text_is_drafted_only_if_the_config_says_so():
     driver = ahead(max_draft_tokens=7, next_token=lambda context, seed: ord("a"))
     driver.submit("aaaaaaaa", max_tokens=20)
 
     driver.finish()
 
-    assert not driver.engine.may_guess
+    assert not driver.engine.may_draft
     assert driver.engine.stats.draft_tokens == 0
     assert driver.engine.stats.steps_ahead == 19
 
 
-def test_guesses_that_gain_less_than_the_device_would_wait_are_not_made():
+def test_drafts_that_gain_less_than_the_device_would_wait_are_not_made():
     def drafted(wait_cost: float) -> int:
         driver = ahead(max_draft_tokens=1, next_token=lambda *_: ord("a"), engine={"speculation": "on"}, budget=32)
         assert driver.engine._scheduler.speculation.wait_cost is not None

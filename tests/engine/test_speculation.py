@@ -1,4 +1,4 @@
-"""Guessing ahead changes how many steps a text takes, and nothing else."""
+"""Speculation changes how many steps a text takes, and nothing else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ requests = st.fixed_dictionaries(
 
 
 def engine_options(num_blocks: int, max_num_seqs: int, budget: int) -> dict[str, Any]:
-    """Of an engine whose answers are compared with and without guesses."""
+    """Of an engine whose answers are compared with and without drafts."""
     return {
         "budget": budget,
         "limits": PATIENT,
@@ -127,7 +127,7 @@ def test_a_text_that_does_not_repeat_itself_costs_next_to_nothing(make_driver: M
     assert num_drafted(batches) * CPU_ROWS.cheap < 0.01 * len(batches)
 
 
-def test_guesses_that_are_wrong_again_and_again_are_given_up(make_driver: MakeDriver) -> None:
+def test_drafts_that_are_wrong_again_and_again_are_given_up(make_driver: MakeDriver) -> None:
     """The same two words come back and back, and each time something else follows."""
     driver = make_driver(next_token=lambda context, seed: [1, 2, 3 + len(context) // 3][len(context) % 3], **LONG)
 
@@ -138,7 +138,7 @@ def test_guesses_that_are_wrong_again_and_again_are_given_up(make_driver: MakeDr
     assert driver.engine.stats.accepted_tokens == 0
 
 
-def test_guesses_and_how_many_were_right_are_counted(make_driver: MakeDriver) -> None:
+def test_draft_tokens_and_how_many_were_right_are_counted(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=repeating_token, **LONG)
 
     driver.submit("abc", max_tokens=200)
@@ -179,7 +179,7 @@ def test_what_comes_after_a_stop_is_dropped(make_driver: MakeDriver, length: int
 
 
 @pytest.mark.parametrize("length", range(28, 36))
-def test_a_text_that_ends_amid_right_guesses_is_cached_as_far_as_any_other(
+def test_a_text_that_ends_amid_right_draft_tokens_is_cached_as_far_as_any_other(
     make_driver: MakeDriver, length: int
 ) -> None:
     driver = make_driver(next_token=always_a, budget=64, **LONG)
@@ -193,7 +193,7 @@ def test_a_text_that_ends_amid_right_guesses_is_cached_as_far_as_any_other(
     assert driver.outputs[again].num_cached_tokens == num_computed // BLOCK_SIZE * BLOCK_SIZE
 
 
-def test_what_a_guessed_text_left_in_the_cache_is_found_and_right(make_driver: MakeDriver) -> None:
+def test_what_a_drafted_text_left_in_the_cache_is_found_and_right(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=repeating_token, budget=64, **LONG)
     first = driver.submit("abc", max_tokens=61)
     driver.finish()
@@ -212,7 +212,7 @@ def test_what_a_guessed_text_left_in_the_cache_is_found_and_right(make_driver: M
     [{"presence_penalty": 0.5}, {"repetition_penalty": 1.1}, {"min_tokens": 40}, {"bad_words": ["bcd"]}],
     ids=lambda params: next(iter(params)),
 )
-def test_a_sequence_whose_draws_depend_on_each_other_is_not_guessed_at(
+def test_a_sequence_whose_draws_depend_on_each_other_has_no_drafts(
     make_driver: MakeDriver, params: dict[str, Any]
 ) -> None:
     driver = make_driver(next_token=always_a, **LONG)
@@ -222,7 +222,7 @@ def test_a_sequence_whose_draws_depend_on_each_other_is_not_guessed_at(
     assert num_drafted(driver.finish()) == 0
 
 
-def test_guesses_begin_where_min_tokens_ends(make_driver: MakeDriver) -> None:
+def test_drafts_begin_where_min_tokens_ends(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, **LONG)
 
     driver.submit("hello", max_tokens=60, min_tokens=40)
@@ -237,7 +237,7 @@ def test_guesses_begin_where_min_tokens_ends(make_driver: MakeDriver) -> None:
     [({"max_draft_tokens": 0}, {}), ({"max_draft_tokens": 7}, {"speculation": "off"})],
     ids=["the backend cannot verify", "switched off"],
 )
-def test_nothing_is_guessed_where_it_cannot_or_must_not(
+def test_nothing_is_drafted_where_it_cannot_or_must_not(
     make_driver: MakeDriver, backend: dict[str, Any], engine: dict[str, Any]
 ) -> None:
     driver = make_driver(next_token=always_a, engine=engine, **backend)
@@ -263,7 +263,7 @@ def test_a_draft_is_as_long_as_backend_and_config_allow(
     assert max(seq.num_draft_tokens for batch in driver.finish() for seq in batch.seqs) == expected
 
 
-def test_while_many_run_nobody_guesses(make_driver: MakeDriver) -> None:
+def test_while_many_run_there_are_no_drafts(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, engine={"max_draft_seqs": 1}, max_num_seqs=2, **LONG)
     driver.submit("hello", max_tokens=20)
     driver.submit("world", max_tokens=60)
@@ -274,7 +274,7 @@ def test_while_many_run_nobody_guesses(make_driver: MakeDriver) -> None:
     assert num_drafted([batch for batch in batches if len(batch.seqs) == 1]) > 0
 
 
-def test_guesses_keep_to_the_budget_of_tokens(make_driver: MakeDriver) -> None:
+def test_drafts_keep_to_the_budget_of_tokens(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, budget=6, **LONG)
 
     for prompt in ("hello", "world"):
@@ -285,7 +285,7 @@ def test_guesses_keep_to_the_budget_of_tokens(make_driver: MakeDriver) -> None:
     assert max(batch.num_tokens for batch in batches) == 6
 
 
-def test_a_prompt_carries_no_guesses(make_driver: MakeDriver) -> None:
+def test_a_prompt_has_no_drafts(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, budget=64, **LONG)
     driver.submit("a" * 41, max_tokens=1)
     driver.finish()
@@ -297,7 +297,7 @@ def test_a_prompt_carries_no_guesses(make_driver: MakeDriver) -> None:
     assert num_drafted(batches) > 0
 
 
-def test_guesses_end_where_max_tokens_does(make_driver: MakeDriver) -> None:
+def test_drafts_end_where_max_tokens_does(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, num_blocks=16, max_model_len=64, max_draft_tokens=16)
 
     driver.submit("hello" * 6, max_tokens=32)
@@ -306,7 +306,7 @@ def test_guesses_end_where_max_tokens_does(make_driver: MakeDriver) -> None:
     assert max(seq.start + len(seq.token_ids) for batch in batches for seq in batch.seqs) == 30 + 31
 
 
-def test_a_guess_leaves_each_sequence_a_block_for_its_next_token(make_driver: MakeDriver) -> None:
+def test_a_draft_leaves_each_sequence_a_block_for_its_next_token(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=always_a, num_blocks=9, max_num_seqs=2, max_model_len=32, max_draft_tokens=16)
     for _ in range(2):
         driver.submit("aaaaaaa", max_tokens=8)

@@ -388,8 +388,8 @@ def test_a_whitespace_pattern_counts_to_the_bytes_of_a_wish():
         COMPILER.compile(wish)
 
 
-def test_a_guess_that_ends_the_answer_may_be_followed_by_any_guesses():
-    """Each of them may be drawn, and is dropped: prompts repeat what stands between their turns, and so do guesses."""
+def test_a_draft_token_that_ends_the_answer_may_be_followed_by_any_others():
+    """Each of them may be drawn, and is dropped: prompts repeat what stands between their turns, and so do drafts."""
     matcher = COMPILER.compile(StructuredOutput(regex="ab?")).matcher()
     matcher.advance([ord("a")])
     row_bytes = -(-TOKENIZER.vocab_size // 32) * 4

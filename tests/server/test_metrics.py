@@ -161,7 +161,7 @@ async def test_a_request_moves_the_numbers(client: Client) -> None:
     assert value(families["brlite:longest_wait_seconds"], priority="0") == 0
 
 
-async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
+async def test_drafts_are_counted_under_the_names_of_the_v1_engine(
     make_client: Callable[..., Awaitable[Client]],
 ) -> None:
     client = await make_client(max_draft_tokens=7, next_token=lambda context, seed: ord("a"))
@@ -169,11 +169,11 @@ async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
 
     families = await scrape(client)
 
-    num_drafts, num_guessed, num_accepted = (
+    num_drafts, num_draft_tokens, num_accepted = (
         value(families[f"vllm:spec_decode_num_{name}"], "_total")
         for name in ("drafts", "draft_tokens", "accepted_tokens")
     )
-    assert 0 < num_drafts < num_accepted == num_guessed
+    assert 0 < num_drafts < num_accepted == num_draft_tokens
     by_position = families["vllm:spec_decode_num_accepted_tokens_per_pos"]
     assert value(by_position, "_total", position="0") == num_drafts
     assert sum(sample.value for sample in by_position.samples if sample.name.endswith("_total")) == num_accepted

@@ -109,7 +109,7 @@ class RankBatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 def drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
-    """The rows after which a run draws: its last real token's, and each guess's in case all before it are right."""
+    """The rows after which a run draws: the last real token's and those of its draft."""
     end = first_row + len(seq.token_ids)
     return range(end - seq.num_draws, end)
 

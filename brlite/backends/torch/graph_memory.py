@@ -16,7 +16,7 @@ DRIVER_BYTES = 2**24  # of one graph, for its launches in the driver: an assumpt
 
 
 def most_rows(spec: ModelSpec, engine: EngineConfig) -> int:
-    """The rows of the largest step without a prompt, a token of each sequence or guesses. Graphs have them."""
+    """The rows of the largest step without a prompt, with drafts if there are any. Graphs have them."""
     if engine.speculation == "off":
         return spec.build_batch
     return max(spec.build_batch, min(spec.build_batch, engine.max_draft_seqs) * (1 + engine.max_draft_tokens))

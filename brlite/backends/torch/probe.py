@@ -46,7 +46,7 @@ VOCAB_SIZE = 512  # more than a shortlist holds, so that the sampler's path for 
 HIDDEN_SIZE = 64
 MAX_LENGTH = 32
 BLOCK_SIZE = 4
-# The tokens of two sequences in each step: a prompt in two chunks beside another one; a short run as of guesses beside
+# The tokens of two sequences in each step: a prompt in two chunks beside another one; a short run as of drafts beside
 # one token, which is replayed from a graph on a card; one token of both.
 STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 15), (6, 7)), ((15, 16), (7, 8)))
 DRAWS = (

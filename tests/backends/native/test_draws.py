@@ -96,7 +96,7 @@ def test_an_extreme_temperature_stays_finite(draws: NativeDraws) -> None:
     assert math.isfinite(draw.temperature)
 
 
-def test_guesses_of_one_request_draw_at_their_own_positions(draws: NativeDraws) -> None:
+def test_draft_tokens_of_one_request_draw_at_their_own_positions(draws: NativeDraws) -> None:
     first = drawing()
 
     step = draws.lay_out([first, first._replace(row=1, position=9)])

@@ -203,7 +203,7 @@ def test_a_native_step_waits_for_its_masks(native_library: NativeLibrary) -> Non
     late.join()
 
 
-def test_each_guess_of_a_native_step_has_a_mask_of_its_own(native_library: NativeLibrary) -> None:
+def test_each_draft_token_of_a_native_step_has_a_mask_of_its_own(native_library: NativeLibrary) -> None:
     masks = TokenMasks(VOCAB_SIZE, {1: 3})
     for row, allowed in enumerate(({21}, {22}, {23, 24})):
         fill(masks, row, allowed)

@@ -1,4 +1,4 @@
-"""Steps that verify guesses in torch give the tokens of steps of one token each. The CPU is in the place of a card."""
+"""Steps that verify drafts in torch give the tokens of steps of one token each. The CPU is in the place of a card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny_models import VOCAB_SIZE, TensorCheckpoint
 
 PROMPT = [5, 17, 200, 3]
 NUM_DRAWN = 9
-FREE_ROWS = RowCosts(1, 0.0, 0.0)  # so guesses are made although few are right
+FREE_ROWS = RowCosts(1, 0.0, 0.0)  # so tokens are drafted although few are right
 PLAIN, AHEAD = DeviceRules(), DeviceRules(runs_ahead=True)
 PARAMS = {
     "greedy": SamplingParams(temperature=0.0),
@@ -70,16 +70,16 @@ def ids(tokens: list[SampledToken]) -> list[int]:
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("num_right", [0, 3, 5])
-def test_guesses_are_taken_up_to_the_first_wrong_one(
+def test_draft_tokens_are_taken_up_to_the_first_wrong_one(
     backend: TorchBackend, params: SamplingParams, num_right: int
 ) -> None:
     expected = drawn_one_by_one(backend, params)
     backend.execute(Batch([run(PROMPT, 0, params)]))
-    guesses = ids(expected[1 : 1 + num_right])
-    guesses += [(token + 1) % VOCAB_SIZE for token in ids(expected[1 + num_right : 6])]  # the rest of five is wrong
+    draft = ids(expected[1 : 1 + num_right])
+    draft += [(token + 1) % VOCAB_SIZE for token in ids(expected[1 + num_right : 6])]  # the rest of five is wrong
     company = ScheduledSeq(9, 0, [250, 2, 9], list(range(20, 30)), SamplingInput(PARAMS["greedy"], 0, 0))
 
-    seq = run([expected[0].token_id, *guesses], len(PROMPT), params, num_draft_tokens=len(guesses))
+    seq = run([expected[0].token_id, *draft], len(PROMPT), params, num_draft_tokens=len(draft))
     result, other = backend.execute(Batch([seq, company])).seqs
 
     assert ids(result.tokens) == ids(expected[1 : 2 + num_right])
@@ -87,7 +87,7 @@ def test_guesses_are_taken_up_to_the_first_wrong_one(
     assert len(other.tokens) == 1
 
 
-def test_each_guess_has_a_mask_of_its_own(backend: TorchBackend) -> None:
+def test_each_draft_token_has_a_mask_of_its_own(backend: TorchBackend) -> None:
     params = PARAMS["greedy"]
     masks = TokenMasks(VOCAB_SIZE, {0: 3})
     for row, token_id in enumerate((69, 70, 71)):
@@ -99,7 +99,7 @@ def test_each_guess_has_a_mask_of_its_own(backend: TorchBackend) -> None:
     assert ids(result.tokens) == [69, 70, 71]
 
 
-def test_masks_after_a_wrong_guess_may_allow_nothing(backend: TorchBackend) -> None:
+def test_masks_after_a_wrong_draft_token_may_allow_nothing(backend: TorchBackend) -> None:
     masks = TokenMasks(VOCAB_SIZE, {0: 3})
     memoryview(masks.words).cast("i")[69 // 32] = 1 << 69 % 32
     for row in range(3):
@@ -113,7 +113,7 @@ def test_masks_after_a_wrong_guess_may_allow_nothing(backend: TorchBackend) -> N
 
 
 def answers(kind: str) -> tuple[dict[str, Any], EngineStats]:
-    """Of some requests on a cache too small, one of them aborted, with guesses or without."""
+    """Of some requests on a cache too small, one of them aborted, with drafts or without."""
     choose = random.Random(3)
     draft: Any = load() if kind == "draft model" else None
     if draft is not None:
@@ -127,7 +127,7 @@ def answers(kind: str) -> tuple[dict[str, Any], EngineStats]:
     engine: Any = driver.engine
     engine._scheduler.speculation.wait_cost.cost = 0.0
     if draft is not None:
-        engine.draft_model.cost.per_guess = lambda num_seqs: 0.0
+        engine.draft_model.cost.per_draft_token = lambda num_seqs: 0.0
     for number in range(10):
         more: dict[str, Any] = choose.choice(
             [{}, {"temperature": 1.0, "seed": number}, {"n": 2, "temperature": 1.0, "seed": 4}, {"logprobs": 1}]
@@ -151,7 +151,7 @@ def answers(kind: str) -> tuple[dict[str, Any], EngineStats]:
 
 
 @pytest.mark.parametrize("kind", ["n-grams", "draft model"])
-def test_an_engine_gives_the_same_answers_with_guesses_and_without(kind: str) -> None:
+def test_an_engine_gives_the_same_answers_with_drafts_and_without(kind: str) -> None:
     expected, plain = answers("none")
 
     found, stats = answers(kind)
@@ -183,14 +183,14 @@ def test_tokens_that_a_grammar_forces_are_verified_in_any_case(is_batch_invarian
 @pytest.mark.parametrize(
     ("build_batch", "engine", "expected"),
     [
-        (1, {}, 8),  # a token and seven guesses
+        (1, {}, 8),  # a token and a draft of seven
         (3, {"max_draft_tokens": 2}, 9),
         (64, {}, 64),
         (64, {"max_draft_seqs": 16}, 128),
         (3, {"speculation": "off"}, 3),
     ],
 )
-def test_graphs_are_captured_for_as_many_rows_as_guesses_need(
+def test_graphs_are_captured_for_as_many_rows_as_drafts_need(
     build_batch: int, engine: dict[str, Any], expected: int
 ) -> None:
     assert most_rows(ModelSpec(build_batch=build_batch), EngineConfig(**engine)) == expected

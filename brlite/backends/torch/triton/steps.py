@@ -1,6 +1,6 @@
 """Steps by the kernels of this folder. Steps of short runs replay CUDA graphs that are captured at the start.
 
-A graph computes a fixed number of rows, each as a single token. A short run (guesses to verify, the end of a prompt) is
+A graph computes a fixed number of rows, each as a single token. A short run (drafts to verify, the end of a prompt) is
 replayed as single tokens of consecutive positions with the same block table: a layer stores the keys and values of all
 rows before any row attends, so each row reads those before it. A step of fewer rows is padded with rows that write to a
 scratch block, which is never read.

@@ -329,7 +329,7 @@ def test_a_warm_up_computes_steps_of_each_tile_and_writes_to_no_block_of_a_seque
         assert not pages.read(torch.arange(NUM_BLOCKS + 1), torch.float32).any()
 
 
-def test_a_run_of_guesses_is_replayed_as_single_tokens() -> None:
+def test_a_run_with_a_draft_is_replayed_as_single_tokens() -> None:
     plain, replaying = PLAIN.kernels(), PLAIN.kernels()
     graph = give_graph(replaying, 4)
     for steps in (plain, replaying):
