@@ -343,6 +343,7 @@ LIGHT = [
     ("brlite.commands.cli", ("torch", "aiohttp", "transformers", "msgspec", "asyncio")),
     ("brlite.config.options", ("torch", "aiohttp", "transformers", "asyncio")),
     ("brlite.engine.async_engine", ("torch", "aiohttp", "transformers", "tokenizers")),
+    ("brlite.commands.generate", ("torch", "aiohttp", "transformers", "tokenizers", "numpy")),
     ("brlite.commands.serve", ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")),
     ("brlite.backends.plugins.toy", ("torch", "aiohttp", "transformers", "tokenizers", "jinja2", "asyncio")),
     ("brlite.backends.plugins.slot_backend", ("torch", "aiohttp", "transformers", "tokenizers", "jinja2")),

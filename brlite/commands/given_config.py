@@ -18,7 +18,6 @@ from brlite.config.warnings import check_supported, sent_variables
 from brlite.errors import ConfigError
 from brlite.files.ownership import why_untrusted
 from brlite.files.quoting import shown
-from brlite.http.keys import parse_keys
 from brlite.sampling_params import SamplingParams
 
 DEFAULT_CONFIG = Path("brlite.toml")
@@ -134,6 +133,8 @@ def overrides(args: argparse.Namespace) -> Mapping[str, object]:
     file = getattr(args, "api_key_file", None)
     if file == "-":
         if getattr(args, "keys_read", None) is None:
+            from brlite.http.keys import parse_keys  # aiohttp: 0.3 s, which commands that are no servers do not need
+
             ask_for("API keys")
             text = sys.stdin.read(MAX_KEYS_LENGTH + 1)
             if len(text) > MAX_KEYS_LENGTH:

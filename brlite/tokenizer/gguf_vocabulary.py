@@ -44,7 +44,7 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # defaults of a `llama` vocabulary
 
 def load_gguf(path: Path, options: TokenizerOptions) -> Tokenizer:
     """The tokenizer of a GGUF file. Raises `ModelError` that names the missing or wrong metadata key."""
-    vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
+    vocabulary = _Vocabulary(path, read_gguf_header(path, with_texts=True).metadata)
     backend = _build_with_ends(vocabulary)
     file, limits, control_tokens_in_text = options
     template = read_template(file) if file else vocabulary.get("tokenizer.chat_template", str)
@@ -74,7 +74,7 @@ def hugging_face_files(path: Path) -> dict[str, bytes]:
     `generation_config.json` has the end tokens, and the sampling values that the file recommends. Raises
     `ModelError` as `load_gguf` does.
     """
-    metadata = read_gguf_header(path).metadata
+    metadata = read_gguf_header(path, with_texts=True).metadata
     vocabulary = _Vocabulary(path, metadata)
     backend = _build_with_ends(vocabulary)
     sampling = {name: metadata[key] for name, key in GGUF_KEYS.items() if metadata.get(key) is not None}
@@ -167,12 +167,13 @@ class _Vocabulary:
             for names in _INFILL_KEYS
         ]
 
-    def merges(self) -> list[tuple[str, str]]:
+    def merges(self) -> list[tuple[str, ...]]:
+        """Pairs of tokens."""
         key = "tokenizer.ggml.merges"
-        pairs = [merge.split(" ") for merge in self._strings(key)]
-        if any(len(pair) != 2 for pair in pairs):
+        pairs = [tuple(merge.split(" ")) for merge in self._strings(key)]
+        if set(map(len, pairs)) != {2}:
             raise self.error(key, "must hold pairs of tokens with one space between them")
-        return [(left, right) for left, right in pairs]
+        return pairs
 
     def pieces(self) -> list[VocabularyPiece]:
         key = "tokenizer.ggml.scores"

@@ -282,7 +282,7 @@ def test_rope_frequencies_that_divide_by_one_are_no_scaling(tmp_path: Path) -> N
 def test_the_header_reads_what_the_package_wrote(tmp_path: Path) -> None:
     metadata = {"a.text": "äöü 你好", "a.list": ["x", "", "🙂"], "a.numbers": [1, -2, 3], "a.flag": True, "a.real": 0.5}
 
-    header = read_gguf_header(write_gguf(tmp_path / "m.gguf", metadata=metadata))
+    header = read_gguf_header(write_gguf(tmp_path / "m.gguf", metadata=metadata), with_texts=True)
 
     found = {key: header.metadata[key] for key in metadata}
     assert found.pop("a.numbers").tolist() == metadata.pop("a.numbers")
