@@ -90,7 +90,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_self_test() -> Iterator[None]:
-    """Each load of a model tests the kernels for 0.3 s. In this process it is done once for each library."""
+    """Each load of a model tests the kernels for 0.04 s. In this process it is done once for each library."""
     test, known = library.best_isa, dict[tuple[str, str], int]()
 
     def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 
 MAX_HEAD_DIM = 256
 MAX_SIZE = 2**30  # of a matrix's rows and columns, which int32 holds, also rounded up to whole panels and groups
@@ -170,7 +170,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_kernel_version": ((), c_int32),
     "brlite_struct_size": ((c_int32,), c_size_t),
     "brlite_isa_available": ((c_int32,), c_int32),
-    "brlite_self_test": ((c_int32,), c_int32),
+    "brlite_self_test": ((c_int32, c_int32), c_uint64),
     "brlite_allocate": ((c_size_t,), c_void_p),
     "brlite_release": ((c_void_p, c_size_t), None),
     "brlite_packed_bytes": ((c_int32, c_int32, c_int32), c_size_t),

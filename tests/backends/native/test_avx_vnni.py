@@ -10,7 +10,7 @@ import pytest
 
 from brlite.backends.native import abi
 from brlite.backends.native.build import SOURCES, build_library
-from brlite.backends.native.library import NativeLibrary, available_isas, declare
+from brlite.backends.native.library import PASSED, NativeLibrary, available_isas, declare, run_self_tests
 
 LEFT_OUT = ("avx2", "avx512", "avx512_vnni", "avx512_bf16")  # instruction sets: compiling them takes time
 COMPILER = 'exec g++ "$@" -O1 -DBRLITE_VNNI_AS_EVEX'
@@ -29,4 +29,4 @@ def test_avx_vnni_gives_the_bits_of_the_generic_kernels(native_library: NativeLi
     declare(functions)
 
     assert [abi.ISAS[isa] for isa in available_isas(functions)] == ["generic", "avx_vnni"]
-    assert functions.brlite_self_test(abi.ISAS.index("avx_vnni")) == 0
+    assert run_self_tests(functions)["avx_vnni"] == PASSED

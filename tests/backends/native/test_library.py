@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from pathlib import Path
@@ -10,7 +11,16 @@ import pytest
 
 from brlite.backends.native import abi
 from brlite.backends.native.build import fingerprint
-from brlite.backends.native.library import available_isas, best_isa, find_library, load_library, run_self_tests
+from brlite.backends.native.library import (
+    CHECKSUMS,
+    PASSED,
+    available_isas,
+    best_isa,
+    find_library,
+    first_failed_check,
+    load_library,
+    run_self_tests,
+)
 from brlite.errors import ConfigError, NativeUnavailable
 
 
@@ -18,13 +28,14 @@ class FakeFunctions:
     """A library whose instruction sets are there and pass their self-test as told."""
 
     def __init__(self, *, there: tuple[str, ...], failing: tuple[str, ...] = ()) -> None:
-        self._there, self._failing = there, failing
+        self._there, self._failing, self._wrong = there, failing, itertools.count(1)
 
     def brlite_isa_available(self, isa: int) -> int:
         return abi.ISAS[isa] in self._there
 
-    def brlite_self_test(self, isa: int) -> int:
-        return 7 if abi.ISAS[isa] in self._failing else 0
+    def brlite_self_test(self, isa: int, check: int) -> int:
+        """A failing one computes something else each time, from check 7 on."""
+        return next(self._wrong) if abi.ISAS[isa] in self._failing and check >= 6 else CHECKSUMS[check]
 
 
 def never(path: Path) -> None:
@@ -79,8 +90,22 @@ def test_an_instruction_set_is_there_where_linux_says_so(native_library):
     assert [abi.ISAS[isa] for isa in available_isas(native_library.functions)] == expected
 
 
+def test_the_generic_kernels_give_the_known_results(native_library):
+    generic = abi.ISAS.index("generic")
+    found = [native_library.functions.brlite_self_test(generic, check) for check in range(len(CHECKSUMS) + 1)]
+
+    assert [hex(result) for result in found] == [hex(result) for result in (*CHECKSUMS, 0)]
+
+
+def test_results_that_are_new_pass_where_the_generic_kernels_have_them_too(monkeypatch):
+    functions = FakeFunctions(there=("generic", "avx2"))
+    monkeypatch.setattr(functions, "brlite_self_test", lambda isa, check: CHECKSUMS[check] + 1)
+
+    assert first_failed_check(functions, abi.ISAS.index("avx2")) == PASSED
+
+
 def test_an_instruction_set_that_is_not_there_fails_its_self_test(native_library):
-    assert native_library.functions.brlite_self_test(len(abi.ISAS)) == 1
+    assert first_failed_check(native_library.functions, len(abi.ISAS)) == 1
 
 
 def test_the_last_instruction_set_of_the_machine_is_chosen(native_library):

@@ -12,7 +12,7 @@ using brlite::Toy;
 
 namespace {
 
-constexpr int MAX_TOKENS = 20, PROMPT = 14, NUM_BLOCKS = Toy::BLOCKS_OF_SEQUENCE;
+constexpr int MAX_TOKENS = 20, PROMPT = 14, NUM_BLOCKS = 1;
 
 // Computes tokens `first` .. `end - 1` of the first sequence. Each row draws
 // its next token.
@@ -43,7 +43,7 @@ bool step(brlite_engine* engine, int32_t* tokens, int first, int end, uint64_t& 
 
 // A prompt, computed as two chunks, and a few tokens after it, one at a time.
 bool print_results(int isa, int weight_format, int kv_format, bool has_int8_rows) {
-    Toy toy(weight_format, kv_format, has_int8_rows);
+    Toy toy(weight_format, kv_format, has_int8_rows, NUM_BLOCKS);
     brlite_engine* engine = brlite_create(&toy.plan(), isa, 2);
     int32_t tokens[MAX_TOKENS + 1];
     for (int i = 0; i < PROMPT; i++) tokens[i] = 11 * i % Toy::VOCABULARY;

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 13
+#define BRLITE_ABI_VERSION 14
 #define BRLITE_KERNEL_VERSION 5  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -193,8 +193,8 @@ int32_t brlite_abi_version(void);
 int32_t brlite_kernel_version(void);
 size_t brlite_struct_size(int32_t which);   // in the order of abi.py's STRUCTS, which checks them
 int32_t brlite_isa_available(int32_t isa);  // 1 if both this processor and this build have it
-// 0: the same bits as the generic kernels; else the number of the check that failed.
-int32_t brlite_self_test(int32_t isa);
+// The checksum of all results of a check of the self-test. 0: there is no such check or instruction set, or no memory.
+uint64_t brlite_self_test(int32_t isa, int32_t check);
 
 // Zeroed memory, in huge pages where the system has them. Null if the system gives no memory.
 void* brlite_allocate(size_t num_bytes);

@@ -1,7 +1,6 @@
-// Checks that an instruction set gives the same bits as the generic kernels: both compute the same batches of a toy
-// model, in every precision. Runs at each start of a server, so it must be fast.
-#include <string.h>
-
+// Checks that an instruction set gives the right bits: it computes batches of toy models, one for each precision. Runs
+// at each start of a server, so it must be fast. library.py knows the checksums of the results, so the generic kernels
+// need not compute them again, which would take four times as long.
 #include <new>
 #include <vector>
 
@@ -15,78 +14,96 @@ namespace {
 
 constexpr int NUM_LOGPROBS = 5;
 
-struct Case {
-    int weight_format;
-    int kv_format;
-    int num_threads;
-    bool has_int8_rows;
-};
-constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1, false},     {BRLITE_INT8, BRLITE_BF16, 2, false},
-                          {BRLITE_BF16, BRLITE_BF16, 1, false},     {BRLITE_INT4, BRLITE_BF16, 2, false},
-                          {BRLITE_INT4_MIN, BRLITE_INT8, 1, false}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1, false},
-                          {BRLITE_INT8_F16, BRLITE_INT8, 1, false}, {BRLITE_INT8, BRLITE_BF16, 1, true},
-                          {BRLITE_INT8_F16, BRLITE_BF16, 2, true},  {BRLITE_INT4, BRLITE_INT8, 1, true},
-                          {BRLITE_INT4_MIN, BRLITE_BF16, 1, true},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true},
-                          {BRLITE_Q4_K, BRLITE_INT8, 2, false},     {BRLITE_Q6_K, BRLITE_BF16, 1, false},
-                          {BRLITE_Q4_K, BRLITE_BF16, 1, true},      {BRLITE_Q6_K, BRLITE_INT8, 2, true}};
-
 struct SomeTokens {
     int sequence;
     int start;
     int num_rows;
 };
 struct Tokens {
+    int max_threads;
     int num_spans;
     SomeTokens spans[Toy::NUM_SEQUENCES];
 };
-constexpr Tokens BATCHES[] = {
-    {4,
-     {{0, 0, 13}, {1, 253, 5}, {2, 300, 1}, {3, 255, 1}}},  // prompts, one across a chunk border, and decodes: 20 rows
-    {2, {{1, 258, 3}, {2, 301, 1}}},  // so few rows that two threads split the sequences into chunks
-    {1, {{2, 302, 1}}},
-    {1, {{0, 13, 5}}},
-    {2, {{3, 256, 1}, {1, 261, 1}}},
-    {1, {{0, 18, 3}}},
-    {1, {{0, 262, 11}}},                                        // several blocks of rows that see a whole chunk
-    {4, {{0, 273, 9}, {1, 262, 8}, {2, 303, 7}, {3, 257, 4}}},  // so many rows that two threads divide them
-    {1, {{0, 282, 30}}},                                        // and attend to each other's
+struct Batches {
+    int blocks_of_sequence;  // for the last position below
+    bool draws_every_way;    // else the best token, without logprobs
+    Tokens batches[13];      // fewer end with one without spans
 };
 
-// All results of an engine, to be compared bit for bit.
-struct Outcome {
-    bool is_computed = true;
-    std::vector<float> logits;
-    std::vector<uint8_t> cache;
-    std::vector<int32_t> drawn;
-    std::vector<float> logprobs;
+// For attention and draws, which do not depend on the format of weights.
+constexpr Batches LONG = {
+    10,
+    true,
+    {{2, 4, {{0, 0, 13}, {1, 253, 5}, {2, 300, 1}, {3, 255, 1}}},  // prompts, one across a chunk border; decodes
+     {2, 2, {{1, 258, 3}, {2, 301, 1}}},  // so few rows that two threads split the sequences into chunks
+     {1, 1, {{2, 302, 1}}},
+     {1, 1, {{0, 13, 5}}},
+     {1, 2, {{3, 256, 1}, {1, 261, 1}}},
+     {1, 1, {{0, 18, 3}}},
+     {1, 1, {{0, 262, 11}}},                                        // several blocks of rows that see a whole chunk
+     {2, 4, {{0, 273, 9}, {1, 262, 8}, {2, 303, 7}, {3, 257, 4}}},  // so many rows that two threads divide them
+     {2, 1, {{0, 282, 30}}}}};                                      // and attend to each other's
+// For matrices: so many rows that two threads divide them, and tiles of 1 to 12 rows.
+constexpr Batches SHORT = {2,
+                           false,
+                           {{2, 4, {{0, 0, 9}, {1, 0, 8}, {2, 0, 7}, {3, 0, 4}}},
+                            {1, 1, {{0, 9, 12}}},
+                            {1, 2, {{1, 8, 10}, {2, 7, 1}}},
+                            {1, 1, {{2, 8, 10}}},
+                            {1, 1, {{3, 4, 9}}},
+                            {1, 2, {{0, 21, 1}, {3, 13, 7}}},
+                            {1, 1, {{1, 18, 7}}},
+                            {1, 1, {{2, 18, 6}}},
+                            {1, 1, {{3, 20, 5}}},
+                            {1, 1, {{1, 25, 4}}},
+                            {1, 1, {{3, 25, 3}}},
+                            {1, 2, {{0, 22, 1}, {2, 24, 1}}},
+                            {1, 1, {{1, 29, 1}}}}};
+
+struct Check {
+    int weight_format;
+    int kv_format;
+    int num_threads;
+    bool has_int8_rows;
+    const Batches& batches;
+};
+constexpr Check CHECKS[] = {
+    {BRLITE_INT8, BRLITE_INT8, 2, false, LONG},      {BRLITE_INT8, BRLITE_BF16, 2, false, LONG},
+    {BRLITE_BF16, BRLITE_BF16, 1, false, LONG},      {BRLITE_INT4, BRLITE_BF16, 2, false, SHORT},
+    {BRLITE_INT4_MIN, BRLITE_INT8, 1, false, SHORT}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1, false, SHORT},
+    {BRLITE_INT8_F16, BRLITE_INT8, 1, false, SHORT}, {BRLITE_INT8, BRLITE_BF16, 1, true, SHORT},
+    {BRLITE_INT8_F16, BRLITE_BF16, 2, true, SHORT},  {BRLITE_INT4, BRLITE_INT8, 1, true, SHORT},
+    {BRLITE_INT4_MIN, BRLITE_BF16, 1, true, SHORT},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true, SHORT},
+    {BRLITE_Q4_K, BRLITE_INT8, 2, false, SHORT},     {BRLITE_Q6_K, BRLITE_BF16, 1, false, SHORT},
+    {BRLITE_Q4_K, BRLITE_BF16, 1, true, SHORT},      {BRLITE_Q6_K, BRLITE_INT8, 2, true, SHORT}};
+constexpr int NUM_CHECKS = sizeof CHECKS / sizeof *CHECKS;
+
+class Checksum {
+ public:
+    template <class T>
+    void add(const std::vector<T>& numbers) {
+        value_ = value_ * 31 + brlite_checksum(nullptr, numbers.data(), numbers.size() * sizeof(T));
+    }
+    uint64_t value() const { return value_; }
+
+ private:
+    uint64_t value_ = 0;
 };
 
-constexpr int NUM_PARTS = 5;
-
-template <class T>
-bool is_same(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// The index of the first part that differs; NUM_PARTS if none does.
-int first_difference(const Outcome& a, const Outcome& b) {
-    const bool are_same[NUM_PARTS] = {a.is_computed && b.is_computed, is_same(a.logits, b.logits),
-                                      is_same(a.cache, b.cache), is_same(a.drawn, b.drawn),
-                                      is_same(a.logprobs, b.logprobs)};
-    int part = 0;
-    while (part < NUM_PARTS && are_same[part]) part++;
-    return part;
+brlite_draw best_token() {
+    brlite_draw greedy{};
+    greedy.target = greedy.num_logprobs = -1;
+    greedy.top_k = Toy::VOCABULARY;
+    greedy.top_p = greedy.typical_p = 1.0;
+    greedy.repetition_penalty = 1.0f;
+    return greedy;
 }
 
 // Greedy, sampled with every parameter, and a reported target.
 std::vector<brlite_draw> ways_to_draw() {
     static const int32_t ids[] = {2, 30, 31, 149}, counts[] = {0, 1, 3, 2};
     static const float biases[] = {1.5f, -2.0f, 30.0f, -100.0f};
-    brlite_draw greedy{};
-    greedy.target = -1;
-    greedy.top_k = Toy::VOCABULARY;
-    greedy.top_p = greedy.typical_p = 1.0;
-    greedy.repetition_penalty = 1.0f;
+    brlite_draw greedy = best_token();
     greedy.num_logprobs = NUM_LOGPROBS;
     brlite_draw sampled = greedy;
     sampled.temperature = 0.8f;
@@ -122,36 +139,42 @@ std::vector<brlite_draw> ways_to_draw() {
 // A batch with a draw for every row, and memory for the results.
 class Batch {
  public:
-    explicit Batch(const Tokens& tokens) {
-        for (int i = 0; i < tokens.num_spans; i++) add_span(tokens.spans[i], block_tables_[i]);
-        add_draws();
+    Batch(const Tokens& tokens, const Batches& all) : max_threads_(tokens.max_threads) {
+        for (int i = 0; i < tokens.num_spans; i++) add_span(tokens.spans[i], all.blocks_of_sequence, block_tables_[i]);
+        add_draws(all.draws_every_way);
     }
 
-    void run(brlite_engine* engine, Outcome& outcome) {
+    // Adds all results to the checksum. Returns whether the batch was computed.
+    bool run(brlite_engine* engine, Checksum& checksum) {
         const int32_t num_rows = (int32_t)token_ids_.size(), num_spans = (int32_t)spans_.size();
         const brlite_batch batch = {
-            num_rows,      num_spans, num_rows, 0, token_ids_.data(), spans_.data(), draws_.data(),
-            drawn_.data(), nullptr,   0,        0};
-        outcome.is_computed &= brlite_run(engine, &batch) == 0;
+            num_rows, num_spans, num_rows, max_threads_, token_ids_.data(), spans_.data(), draws_.data(), drawn_.data(),
+            nullptr,  0,         0};
+        if (brlite_run(engine, &batch)) return false;
+        std::vector<int32_t> tokens;
+        std::vector<float> logprobs;
         for (const brlite_drawn& drawn : drawn_) {
-            outcome.drawn.push_back(drawn.token);
-            outcome.logprobs.push_back(drawn.logprob);
+            tokens.push_back(drawn.token);
+            logprobs.push_back(drawn.logprob);
         }
-        outcome.drawn.insert(outcome.drawn.end(), top_ids_.begin(), top_ids_.end());
-        outcome.logprobs.insert(outcome.logprobs.end(), top_logprobs_.begin(), top_logprobs_.end());
-        outcome.logits.insert(outcome.logits.end(), logits_.begin(), logits_.end());
+        checksum.add(logits_);
+        checksum.add(tokens);
+        checksum.add(logprobs);
+        checksum.add(top_ids_);
+        checksum.add(top_logprobs_);
+        return true;
     }
 
  private:
-    void add_span(const SomeTokens& tokens, std::vector<int32_t>& block_table) {
-        for (int block = 0; block < Toy::BLOCKS_OF_SEQUENCE; block++)  // blocks of a sequence are not adjacent
+    void add_span(const SomeTokens& tokens, int num_blocks, std::vector<int32_t>& block_table) {
+        for (int block = 0; block < num_blocks; block++)  // blocks of a sequence are not adjacent
             block_table.push_back(block * Toy::NUM_SEQUENCES + tokens.sequence);
         spans_.push_back({tokens.start, (int32_t)token_ids_.size(), tokens.num_rows, 0, block_table.data()});
         for (int i = 0; i < tokens.num_rows; i++) token_ids_.push_back((tokens.start + 7 * i) % Toy::VOCABULARY);
     }
 
-    void add_draws() {
-        const std::vector<brlite_draw> ways = ways_to_draw();
+    void add_draws(bool every_way) {
+        const std::vector<brlite_draw> ways = every_way ? ways_to_draw() : std::vector<brlite_draw>{best_token()};
         const size_t num_rows = token_ids_.size();
         top_ids_.resize(num_rows * NUM_LOGPROBS);
         top_logprobs_.resize(num_rows * NUM_LOGPROBS);
@@ -165,6 +188,7 @@ class Batch {
         }
     }
 
+    const int max_threads_;
     std::vector<int32_t> block_tables_[Toy::NUM_SEQUENCES], token_ids_, top_ids_;
     std::vector<float> top_logprobs_, logits_;
     std::vector<brlite_span> spans_;
@@ -172,30 +196,18 @@ class Batch {
     std::vector<brlite_drawn> drawn_;
 };
 
-Outcome compute(Toy& toy, int isa, int num_threads) {
-    toy.reset();
-    brlite_engine* engine = brlite_create(&toy.plan(), isa, num_threads);
-    if (!engine) throw std::bad_alloc();
-    Outcome outcome;
-    for (const Tokens& tokens : BATCHES) Batch(tokens).run(engine, outcome);
+// 0 if a batch was not computed.
+uint64_t checksum_of(const Check& check, int isa) {
+    Toy toy(check.weight_format, check.kv_format, check.has_int8_rows, check.batches.blocks_of_sequence);
+    brlite_engine* engine = brlite_create(&toy.plan(), isa, check.num_threads);
+    if (!engine) return 0;
+    Checksum checksum;
+    bool is_computed = true;
+    for (const Tokens& tokens : check.batches.batches)
+        if (tokens.num_spans) is_computed = is_computed && Batch(tokens, check.batches).run(engine, checksum);
     brlite_destroy(engine);
-    outcome.cache = toy.cache();
-    return outcome;
-}
-
-constexpr int32_t NOT_THERE = 1, NO_MEMORY = 2, FIRST_CHECK = 3;
-
-// 0, or the number of the failed check: FIRST_CHECK + NUM_PARTS * case + part.
-int32_t first_failed_check(int isa) {
-    int32_t check = FIRST_CHECK;
-    for (const Case& one : CASES) {
-        Toy toy(one.weight_format, one.kv_format, one.has_int8_rows);
-        const Outcome expected = compute(toy, BRLITE_GENERIC, 1), outcome = compute(toy, isa, one.num_threads);
-        const int part = first_difference(outcome, expected);
-        if (part < NUM_PARTS) return check + part;
-        check += NUM_PARTS;
-    }
-    return 0;
+    checksum.add(toy.cache());
+    return is_computed ? checksum.value() : 0;
 }
 
 }  // namespace
@@ -204,12 +216,12 @@ int32_t first_failed_check(int isa) {
 
 extern "C" {
 
-int32_t brlite_self_test(int32_t isa) {
-    if (!brlite::kernels_of(isa)) return brlite::NOT_THERE;
+uint64_t brlite_self_test(int32_t isa, int32_t check) {
+    if (check < 0 || check >= brlite::NUM_CHECKS || !brlite::kernels_of(isa)) return 0;
     try {
-        return brlite::first_failed_check(isa);
+        return brlite::checksum_of(brlite::CHECKS[check], isa);
     } catch (const std::bad_alloc&) {
-        return brlite::NO_MEMORY;
+        return 0;
     }
 }
 

@@ -33,10 +33,11 @@ float Random::weight() {
 
 Toy::Rows::Rows(int size) : row_size(rounded(size, 2 * BRLITE_GROUP)) { data.resize((MAX_ROWS + 1) * row_size); }
 
-Toy::Toy(int weight_format, int kv_format, bool has_int8_rows)
+Toy::Toy(int weight_format, int kv_format, bool has_int8_rows, int blocks_of_sequence)
     : weight_format_(weight_format), kv_format_(kv_format), has_int8_rows_(has_int8_rows) {
-    make_noise();
-    reset();
+    const int num_blocks = NUM_SEQUENCES * blocks_of_sequence;
+    const int num_positions = blocks_of_sequence * PAGES_PER_BLOCK * BRLITE_LANES;
+    fill_cache(num_blocks);
     body_.push_back(embed());
     for (int layer = 0; layer < NUM_LAYERS; layer++)
         add_layer(cache_.data() + layer * (cache_.size() / NUM_LAYERS), WINDOWS[layer]);
@@ -44,14 +45,14 @@ Toy::Toy(int weight_format, int kv_format, bool has_int8_rows)
     plan_.num_operations = (int32_t)body_.size();
     plan_.max_rows = MAX_ROWS;
     plan_.vocab_size = VOCABULARY;
-    plan_.max_blocks = NUM_BLOCKS;
+    plan_.max_blocks = num_blocks;
     plan_.norm = norm();
     plan_.head = linear(BRLITE_LINEAR, logits_, VOCABULARY, HIDDEN);
     plan_.logits = logits_.data.data();
-    const float* cos = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
-    const float* sin = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
+    const float* cos = vector(num_positions * ROTARY_DIM / 2, 0.0f, 1.0f);
+    const float* sin = vector(num_positions * ROTARY_DIM / 2, 0.0f, 1.0f);
     const int is_interleaved = weight_format == BRLITE_BF16;
-    plan_.attention = {HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, is_interleaved, kv_format, PAGES_PER_BLOCK, MAX_POSITIONS,
+    plan_.attention = {HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, is_interleaved, kv_format, PAGES_PER_BLOCK, num_positions,
                        0.2f,  0,        cos,      sin};
 }
 
@@ -181,19 +182,19 @@ void Toy::add_layer(uint8_t* pages, int window) {
     body_.push_back(linear(BRLITE_ADD, hidden_, HIDDEN, INNER));
 }
 
-// Random contents of a cache: for int8 any byte and small scales; else bfloat16 numbers from 2^-15 to 4.
-void Toy::make_noise() {
+// For int8 any byte and small scales; else bfloat16 numbers from 2^-15 to 4.
+void Toy::fill_cache(int num_blocks) {
     const size_t page = brlite_page_bytes(kv_format_, HEAD_DIM);
     const size_t first_scale = 2 * page_part_bytes(kv_format_, rounded(HEAD_DIM, BRLITE_LANES));
-    noise_.resize(NUM_LAYERS * NUM_BLOCKS * PAGES_PER_BLOCK * KV_HEADS * page);
-    for (size_t i = 0; i < noise_.size(); i += 4) {
+    cache_.resize(NUM_LAYERS * num_blocks * PAGES_PER_BLOCK * KV_HEADS * page);
+    for (size_t i = 0; i < cache_.size(); i += 4) {
         const uint32_t word = kv_format_ == BRLITE_INT8 ? random_.word() : (random_.word() & 0x87ff87ff) | 0x38003800;
-        memcpy(noise_.data() + i, &word, sizeof word);
+        memcpy(cache_.data() + i, &word, sizeof word);
     }
-    for (size_t start = first_scale; start < noise_.size(); start += page)
+    for (size_t start = first_scale; start < cache_.size(); start += page)
         for (size_t i = start; i < start + page - first_scale; i += sizeof(float)) {
             const float scale = 0.015f + random_.around_zero(0.014f);
-            memcpy(noise_.data() + i, &scale, sizeof scale);
+            memcpy(cache_.data() + i, &scale, sizeof scale);
         }
 }
 

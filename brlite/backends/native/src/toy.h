@@ -26,18 +26,15 @@ class Toy {
     static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150;
     static constexpr int HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
     static constexpr int ATTENDED = HEADS * HEAD_DIM, QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    static constexpr int MAX_ROWS = 32, MAX_POSITIONS = 320, NUM_SEQUENCES = 4, PAGES_PER_BLOCK = 2;
-    static constexpr int BLOCKS_OF_SEQUENCE = MAX_POSITIONS / BRLITE_LANES / PAGES_PER_BLOCK;
-    static constexpr int NUM_BLOCKS = NUM_SEQUENCES * BLOCKS_OF_SEQUENCE;
+    static constexpr int MAX_ROWS = 32, NUM_SEQUENCES = 4, PAGES_PER_BLOCK = 2;
 
-    Toy(int weight_format, int kv_format, bool has_int8_rows);
+    // The cache is full of random numbers, so a token at any position can be computed without a prompt.
+    Toy(int weight_format, int kv_format, bool has_int8_rows, int blocks_of_sequence);
     Toy(const Toy&) = delete;
     Toy& operator=(const Toy&) = delete;
 
     const brlite_plan& plan() const { return plan_; }
     const std::vector<uint8_t>& cache() const { return cache_; }
-    // Fills the cache with the same random numbers again. So a token at position 300 can be computed without a prompt.
-    void reset() { cache_.assign(noise_.begin(), noise_.end()); }
 
  private:
     // Rows are padded to whole groups, since SILU reads its second half in whole groups, too.
@@ -58,7 +55,7 @@ class Toy {
     brlite_operation embed();
     brlite_operation norm();
     void add_layer(uint8_t* pages, int window);
-    void make_noise();
+    void fill_cache(int num_blocks);
 
     const int weight_format_, kv_format_;
     const bool has_int8_rows_;
@@ -66,7 +63,7 @@ class Toy {
     std::list<std::vector<float>> vectors_;
     std::list<std::vector<uint8_t>> matrices_;
     Rows hidden_{HIDDEN}, qkv_{QKV}, attended_{ATTENDED}, gate_up_{3 * INNER}, logits_{VOCABULARY};
-    std::vector<uint8_t> noise_, cache_;
+    std::vector<uint8_t> cache_;
     std::vector<brlite_operation> body_;
     brlite_plan plan_{};
 };
