@@ -47,8 +47,7 @@ INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
 constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
 
 INLINE void store_quads(int8_t* to, Ints low, Ints high) {
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
-                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
+    const __m256i bytes = _mm256_packs_epi16(packed(low), packed(high));
     // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
     const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
     _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi8(of_0, of_4));
@@ -177,8 +176,8 @@ struct GroupedRow {
 static_assert(sizeof(GroupedRow) <= sizeof(Bf16::Row), "rows of bf16 and of int8 activations share their memory");
 
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
-    write((int16_t*)to, low);
-    write((int16_t*)to + LANES, high);
+    write_int16((int16_t*)to, low);
+    write_int16((int16_t*)to + LANES, high);
     store_quads((int8_t*)((int16_t*)to + BRLITE_GROUP), low, high);
 }
 

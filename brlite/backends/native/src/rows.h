@@ -25,7 +25,7 @@ INLINE float quantize_row(const float* from, int size, float peak, int16_t* to) 
     const float inverse = peak > 0 ? MAX_ACTIVATION / peak : 0.0f;
     // A peak so small that its inverse overflows counts as 0.
     const Floats factor = splat(is_finite(inverse) ? inverse : 0.0f);
-    for (int i = 0; i < size; i += LANES) write(to + i, rounded(load(from + i) * factor));
+    for (int i = 0; i < size; i += LANES) write_int16(to + i, rounded(load(from + i) * factor));
     return peak / MAX_ACTIVATION;
 }
 
@@ -36,35 +36,68 @@ INLINE void round_row(const float* from, int size, Bf16::Row* to) {
     for (int i = 0; i < size; i += LANES) store_row(to + i, to_bf16(load(from + i)));
 }
 
+// The exact sums of both halves of a group of integers.
+struct HalfSums {
+    int32_t low, high;
+};
+#if defined(BRLITE_HAS_AVX2)
+INLINE HalfSums sum_lanes(__m256i low, __m256i high) {
+    const __m256i pairs = _mm256_hadd_epi32(low, high);  // low, low, high, high; and again
+    const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i sums = _mm_hadd_epi32(fours, fours);
+    return {_mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1)};
+}
+INLINE HalfSums sum_halves(Ints low, Ints high) {
+    return sum_lanes((__m256i)(low.low + low.high), (__m256i)(high.low + high.high));
+}
+INLINE HalfSums sum_halves(const int16_t* from) {
+    const __m256i ones = _mm256_set1_epi16(1), *halves = (const __m256i*)from;
+    return sum_lanes(_mm256_madd_epi16(_mm256_loadu_si256(halves), ones),
+                     _mm256_madd_epi16(_mm256_loadu_si256(halves + 1), ones));
+}
+#else
+INLINE HalfSums sum_halves(Ints low, Ints high) { return {(int32_t)sum_of(low), (int32_t)sum_of(high)}; }
+INLINE HalfSums sum_halves(const int16_t* from) {
+    Ints low, high;
+    read(low, from);
+    read(high, from + LANES);
+    return sum_halves(low, high);
+}
+#endif
+
+INLINE ActivationGroup group_of(HalfSums halves, float scale) {
+    const int32_t sum = halves.low + halves.high;
+    return {(float)sum, (float)(-8 * sum), -128 * sum, {-32 * halves.low, -32 * halves.high}, scale};
+}
+
 // The exact sum of each group of integers.
 INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
-    static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
-    for (int i = 0; i < size; i += BRLITE_GROUP) {
-        Ints low, high;
-        read(low, from + i);
-        read(high, from + i + LANES);
-        const float low_sum = sum_of(low), high_sum = sum_of(high), sum = low_sum + high_sum;
-        to[i / BRLITE_GROUP] = {sum, -8 * sum, 0, {-32 * (int32_t)low_sum, -32 * (int32_t)high_sum}, 0.0f};
-    }
+    for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 0.0f);
 }
 
 // Quantizes a row to integers of up to 127 with one scale for each group. The scale is NaN where a number of the group
 // is not finite.
 INLINE void quantize_groups(const float* from, int size, GroupedRow* to, ActivationGroup* groups) {
-    for (int i = 0; i < size; i += BRLITE_GROUP, groups++) {
-        const Floats low = load(from + i), high = load(from + i + LANES);
-        const float peak = largest_magnitude(larger_magnitude(larger_magnitude(Ints{}, low), high));
-        const float inverse = MAX_INT8_ACTIVATION / peak;
+    static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
+    float peaks[LANES] = {}, factors[LANES], scales[LANES];
+    for (int left = size / BRLITE_GROUP; left > 0; left -= LANES) {  // as many groups at once as there are lanes
+        const int count = smaller(left, LANES);
+        for (int i = 0; i < count; i++) {
+            const Ints low = larger_magnitude(Ints{}, load(from + i * BRLITE_GROUP));
+            peaks[i] = largest_magnitude(larger_magnitude(low, load(from + i * BRLITE_GROUP + LANES)));
+        }
+        const Floats peak = load(peaks), inverse = splat(MAX_INT8_ACTIVATION) / peak;
+        const Ints has_peak = are_finite(peak);
         // 0 for a peak of 0 or so small that its inverse overflows.
-        const float factor = is_finite(peak) && is_finite(inverse) ? inverse : 0.0f;
-        const Floats nothing = Floats{};
-        const Ints low_codes = rounded(factor > 0 ? low * splat(factor) : nothing),
-                   high_codes = rounded(factor > 0 ? high * splat(factor) : nothing);
-        store_group(to + i, low_codes, high_codes);
-        const int32_t low_sum = (int32_t)sum_of(low_codes), high_sum = (int32_t)sum_of(high_codes);
-        const int32_t sum = low_sum + high_sum;
-        const float scale = is_finite(peak) ? peak / MAX_INT8_ACTIVATION : __builtin_nanf("");
-        *groups = {(float)sum, (float)(-8 * sum), -128 * sum, {-32 * low_sum, -32 * high_sum}, scale};
+        store(factors, choose(has_peak & are_finite(inverse), inverse, Floats{}));
+        store(scales, choose(has_peak, peak / MAX_INT8_ACTIVATION, splat(__builtin_nanf(""))));
+        for (int i = 0; i < count; i++, from += BRLITE_GROUP, to += BRLITE_GROUP) {
+            const Floats factor = splat(factors[i]), nothing = Floats{};
+            const Ints low = rounded(factors[i] > 0 ? load(from) * factor : nothing),
+                       high = rounded(factors[i] > 0 ? load(from + LANES) * factor : nothing);
+            store_group(to, low, high);
+            *groups++ = group_of(sum_halves(low, high), scales[i]);
+        }
     }
 }
 
