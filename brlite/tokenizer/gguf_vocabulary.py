@@ -167,13 +167,12 @@ class _Vocabulary:
             for names in _INFILL_KEYS
         ]
 
-    def merges(self) -> list[tuple[str, ...]]:
-        """Pairs of tokens."""
+    def merges(self) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"
-        pairs = [tuple(merge.split(" ")) for merge in self._strings(key)]
-        if set(map(len, pairs)) != {2}:
+        merges = self._strings(key)
+        if any(merge.count(" ") != 1 for merge in merges):
             raise self.error(key, "must hold pairs of tokens with one space between them")
-        return pairs
+        return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
 
     def pieces(self) -> list[VocabularyPiece]:
         key = "tokenizer.ggml.scores"
