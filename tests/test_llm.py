@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import msgspec
 import pytest
 from tokenizers import Tokenizer
 
+from brlite import engine
 from brlite.commands.generate import generate as run_generate
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.outputs import RequestOutput
@@ -158,6 +161,35 @@ def test_each_output_is_reported_as_it_is_done_and_what_goes_wrong_there_gets_ou
             llm.generate("x", GREEDY, on_finished=full_disk)
 
     assert reported == [(1, PROMPTS[1]), (2, PROMPTS[2]), (0, PROMPTS[0])]
+
+
+def test_an_interrupt_at_any_function_of_the_engine_leaves_it_empty_for_the_next_call() -> None:
+    config = Config(model=(ModelSpec(name="toy", build_batch=2, build_seq=64),), engine=EngineConfig(name="toy"))
+    params = [SamplingParams(max_tokens=2, n=2, seed=0), SamplingParams(max_tokens=4, stop="st")]
+    interrupted, before = set[CodeType](), sys.gettrace()
+
+    def interrupt(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if Path(code.co_filename).parent == Path(engine.__file__).parent and code not in interrupted:
+            interrupted.add(code)
+            raise KeyboardInterrupt
+
+    def generate(llm: LLM) -> list[str]:
+        return [each.text for output in llm.generate(["abcd" * 5, "the first"], params) for each in output.outputs]
+
+    with LLM(config=config) as llm:
+        expected, found = generate(llm), list[str]()
+        while not found:
+            sys.settrace(interrupt)
+            try:
+                found = generate(llm)  # each of its functions was interrupted before
+            except KeyboardInterrupt:
+                llm._engine.check_integrity()
+            finally:
+                sys.settrace(before)
+
+    assert found == expected
+    assert len(interrupted) > 50
 
 
 def test_the_queue_limits_of_a_server_do_not_bind_offline(folder: Path) -> None:

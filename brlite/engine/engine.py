@@ -106,23 +106,28 @@ class Engine:
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
         self.processor_maker = ProcessorMaker(logits_processors or {}, tokenizer)
         self._processor_times = ProcessorTimes()
-        self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
-        self._preemptions_before = 0
         self._clock = clock
+        self._seq_ids = itertools.count()
+        self._add_sequence = partial(add_sequence, tokenizer, self._seq_ids, clock)
+        self._private_salt = secrets.token_bytes(16)
+        self._begin(draft_backend)
+
+    def _begin(self, draft_backend: Backend | None) -> None:
+        """Set the state of an engine without requests and cached blocks."""
+        info = self.info
+        self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
+        self._preemptions_before = self.stats.preemptions
         self._blocks = BlockManager(info.num_blocks, info.block_size)
-        self._scheduler = Scheduler(info, config, self._blocks, draft_backend)
+        self._scheduler = Scheduler(info, self.config, self._blocks, draft_backend)
         self.draft_model, self.may_draft = self._scheduler.speculation.model, self._scheduler.speculation.may_draft
         self._has_model_drafts = False  # in the next step
-        seq_ids = itertools.count()
-        self._add_sequence = partial(add_sequence, tokenizer, seq_ids, clock)
-        self._beams = BeamSequences(self._scheduler, info.vocab_size, seq_ids, self._add_sequence)
+        self._beams = BeamSequences(self._scheduler, info.vocab_size, self._seq_ids, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
-        self._queue = RequestQueue(limits, info.max_num_seqs, self.stats)
+        self._queue = RequestQueue(self.limits, info.max_num_seqs, self.stats)
         self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
-        self._private_salt = secrets.token_bytes(16)
 
     @property
     def has_work(self) -> bool:
@@ -342,6 +347,14 @@ class Engine:
             self._scheduler.end_step(self._steps.popleft().runs)
         for state in list(self._requests.values()):
             self._end_with_error(state, error)
+        self._set_gauges()
+
+    def reset(self) -> None:
+        """Drop all requests, without a word to their sinks, and all cached blocks.
+
+        For the state that an interrupt leaves, such as Ctrl-C: it may come between any two lines of the engine.
+        """
+        self._begin(None if self.draft_model is None else self.draft_model.backend)
         self._set_gauges()
 
     def check_idle(self) -> None:

@@ -303,9 +303,11 @@ class _Run:
                     for output in finished:
                         self._on_finished(self._numbers[output.request_id], output)
             raise self._error
-        except BaseException as error:
-            # After any error, also Ctrl-C, empty the engine for the next call.
+        except Exception as error:  # empty the engine for the next call
             self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
+            raise
+        except BaseException:
+            self._engine.reset()
             raise
         finally:
             masks.shutdown()
