@@ -172,9 +172,21 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
             f": {error}" if is_foreseen else "",
             exc_info=None if is_foreseen else error,
         )
+    drop_tracebacks(error)
     if has_begun(request):
         raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
     response = error_response(error, request.path, shown_request_id(request))
     if request.body_exists and not request.content.is_eof():
         response.force_close()  # the body was not read: the client need not send the rest
     return response
+
+
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of those that led to it.
+
+    They refer to frames, and frames often to the error. Such a cycle would keep the request's body until the garbage
+    collector runs, while `BodyBudget` no longer counts it.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__ or error.__cause__

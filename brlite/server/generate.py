@@ -199,10 +199,13 @@ class Delivery:
         try:
             await self._submit(model)
             return await self._send()
-        except InvalidRequest as error:
-            return await self._end_with(in_client_words(error, self._call.field_names))
         except BrliteError as error:
-            return await self._end_with(error)
+            if isinstance(error, InvalidRequest):
+                error = in_client_words(error, self._call.field_names)
+            ended = await self._end_with(error)
+            if ended is None:
+                raise error from None
+            return ended
         finally:
             self._close()
 
@@ -268,9 +271,9 @@ class Delivery:
         """Whether the response or its request has this id, belongs to the tenant, and is in the engine."""
         return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
 
-    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
-        """Write the error into a response that has begun. Else raise it, and the middlewares send it."""
-        raise error from None
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse | None:
+        """Write the error into a response that has begun. Else return None, and the middlewares send it."""
+        return None
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
         """The sink of one prompt's request: takes an output, or the error that ended the request."""
@@ -308,6 +311,7 @@ class Delivery:
 
     def _close(self) -> None:
         self._is_closed = True
+        self._error = None  # its traceback holds the frames that hold this delivery
         self._request.app[RUNNING].discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -403,9 +407,9 @@ class StreamDelivery(Delivery):
         # Without its closing an encoder keeps no answer, neither for a retry nor for `previous_response_id`.
         return await self._stream.finish(self._encoder.closing(self._builder.usage()) if is_whole else b"")
 
-    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse | None:
         if self._state == "waiting":
-            raise error from None
+            return None
         self._state = "over"
         failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
         return await self._stream.finish(failing(error))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from brlite.config.options import LimitsConfig
 from brlite.dialects.openai import sampling_params
 from brlite.dialects.openai_completions import CompletionRequest
-from brlite.errors import InvalidRequest
+from brlite.errors import BrliteError, InvalidRequest
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -337,3 +339,41 @@ async def test_a_number_of_beams_is_refused_by_the_clients_field_and_the_limit_o
 
     assert (status, answer["error"]["param"]) == (400, param)
     assert answer["error"]["message"].startswith(message)
+
+
+def live_errors() -> list[BrliteError]:
+    return [each for each in gc.get_objects() if isinstance(each, BrliteError)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETION, completion_body(model="unknown")),
+        (COMPLETION, completion_body(temperature=-1)),
+        (COMPLETION, completion_body("x" * 100)),
+        (COMPLETION, completion_body("x" * 100, stream=True)),
+        (COMPLETION, completion_body("x" * 5000)),
+        (COMPLETION, completion_body(timeout=0.01)),
+        (COMPLETION, completion_body(timeout=0.01, stream=True)),
+        ("/v1/embeddings", {"input": "hello", "timeout": 0.01}),
+        ("/v1/responses", {"input": "hello", "timeout": 0.01, "background": True, "stream": True}),
+    ],
+)
+async def test_a_failed_request_is_freed_without_the_garbage_collector(
+    make_client: MakeClient, path: str, body: dict[str, Any]
+) -> None:
+    client = await make_client(limits={"max_body_bytes": 4096})
+    client.backend.gate = threading.Event()
+    gc.collect()
+    gc.disable()
+    before = live_errors()  # of other tests
+    try:
+        async with client.session.post(client.url + path, json=body) as response:
+            answer = await response.text()
+        client.backend.gate.set()
+        await client.get("/health")  # the connection's last request is another one
+        errors = [each for each in live_errors() if each not in before]
+    finally:
+        gc.enable()
+
+    assert ("error" in answer, errors) == (True, [])
