@@ -167,11 +167,13 @@ class IdempotentAnswers:
         return await stored.send(request, num_seen, self._limits)
 
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait up to `seconds` for running requests, then cancel them."""
+        """Wait up to `seconds` for running requests, then cancel them and wait for their ends."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
                 task.cancel()
+            if late:
+                await asyncio.wait(late)
 
     def settle(self, request: web.Request, tenant: str, body: bytes) -> None:
         """Make this body the answer of a request that goes on running, if it has a key."""

@@ -212,8 +212,7 @@ async def test_what_runs_without_a_client_is_ended_when_the_server_stops() -> No
 
     await answers.close(0.0)
 
-    await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
-    await asyncio.sleep(0)
+    assert ended.is_set()  # `close` has waited for the cancelled task
     assert budget.num_bytes == 0
 
 
