@@ -87,7 +87,7 @@ def write_model(folder: Path, name: str = "llama") -> Path:
     return path
 
 
-def write_seed_config(folder: Path, model: Path, *, ranks: int) -> Path:
+def write_manual_config(folder: Path, model: Path, *, ranks: int) -> Path:
     """The manual's 13 fields."""
     path = folder / f"{model.name}-{ranks}.json"
     fields = {

@@ -27,7 +27,7 @@ from brlite.config.options import Config, LimitsConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.fast_path import PIPELINED_BYTES
 from brlite.server.handlers import ROUTES
-from brlite.server.metrics import SEED_GAUGES
+from brlite.server.metrics import VLLM_04_GAUGES
 from brlite.server.served_model import ModelTable, ServedModel
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -442,7 +442,7 @@ def test_pods_are_scaled_by_a_metric_that_there_is() -> None:
     assert scaler["spec"]["scaleTargetRef"]["name"] in DEPLOYMENTS
     assert "replicas" not in DEPLOYMENTS[scaler["spec"]["scaleTargetRef"]["name"]]["spec"]
     assert [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]] == [rule["name"]["as"]]
-    assert series in {name for name, _, _ in SEED_GAUGES}
+    assert series in {name for name, _, _ in VLLM_04_GAUGES}
     assert rule["name"]["matches"] == f"^{series}$"
 
 

@@ -23,8 +23,8 @@ from tests.rank_servers import (
     RankServer,
     serving,
     wait_status,
+    write_manual_config,
     write_model,
-    write_seed_config,
 )
 
 PROMPT = "描述一下夏天"
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, backend: str) -> Iterator[RankServer]:
-    config = write_seed_config(model.parent, model, ranks=2)
+    config = write_manual_config(model.parent, model, ranks=2)
     with serving(*BRLITE, "serve", str(config), "--port", "0", "--threads", "2", BRLITE_ENGINE=backend) as server:
         yield server
         assert server.stop() == 0
@@ -100,7 +100,7 @@ def test_a_killed_rank_ends_the_streams_with_an_error_and_the_model_comes_back(s
 
 
 def test_no_rank_outlives_a_server_that_is_killed(model: Path, backend: str) -> None:
-    config = write_seed_config(model.parent, model, ranks=3)
+    config = write_manual_config(model.parent, model, ranks=3)
     command = (*BRLITE, "serve", str(config), "--port", "0", "--threads", "3")
     with serving(*command, BRLITE_ENGINE=backend) as server:
         ranks = server.rank_pids()
@@ -128,7 +128,7 @@ def test_a_rank_that_dies_between_two_steps_ends_the_server_if_it_is_told_so(mod
 
 @pytest.mark.torch
 def test_torchrun_starts_ranks_that_find_each_other(model: Path) -> None:
-    config = write_seed_config(model.parent, model, ranks=2)
+    config = write_manual_config(model.parent, model, ranks=2)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")
     with serving(*torchrun, *BRLITE, "worker", str(config), "--port", "0") as server:
 

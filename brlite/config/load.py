@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from brlite.config.manual_json import load_seed_config
+from brlite.config.manual_json import load_manual_config
 from brlite.config.options import Config
 from brlite.config.validation import make_config
 from brlite.errors import ConfigError
@@ -43,5 +43,5 @@ def load_config(path: Path) -> Config:
     if path.suffix == ".toml":
         return make_config(read_toml(path), source=str(path))
     if path.suffix == ".json":
-        return load_seed_config(read_text(path), path)
+        return load_manual_config(read_text(path), path)
     raise ConfigError(f"{path}: a config file ends in .toml or .json")

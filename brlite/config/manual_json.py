@@ -19,7 +19,7 @@ from brlite.files.cache import expand_home
 from brlite.models.precision import PrecisionName
 
 
-class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ManualConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The 13 fields, in the manual's order. `distribute_param` is [TP, PP, DP]."""
 
     model: Text
@@ -37,7 +37,7 @@ class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     all_models: dict[str, str]
 
 
-def load_seed_config(text: str, path: Path) -> Config:
+def load_manual_config(text: str, path: Path) -> Config:
     """Read the manual's JSON. `text` is the content of the file `path`.
 
     Raises a one-line `ConfigError` naming file, field, value and what is allowed.
@@ -49,51 +49,51 @@ def load_seed_config(text: str, path: Path) -> Config:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
-    seed = convert(data, SeedConfig, source=str(path))
-    for contradiction in _contradictions(seed):
+    manual = convert(data, ManualConfig, source=str(path))
+    for contradiction in _contradictions(manual):
         raise ConfigError(f"{path}: {contradiction}")
     model = {
-        "name": seed.model,
-        "path": _weights_path(seed),
-        "precision": seed.model_precision,
-        "build_seq": seed.build_seq,
-        "build_batch": seed.build_batch,
-        "tensor_parallel": seed.distribute_param[0],
-        "devices": seed.devices,
-        "vocab_size": seed.vocab_size,
-        "model_file": seed.model_file,
-        "serialize_file": seed.serialize_file,
-        "input_name": seed.input_name,
-        "output_name": seed.output_name,
+        "name": manual.model,
+        "path": _weights_path(manual),
+        "precision": manual.model_precision,
+        "build_seq": manual.build_seq,
+        "build_batch": manual.build_batch,
+        "tensor_parallel": manual.distribute_param[0],
+        "devices": manual.devices,
+        "vocab_size": manual.vocab_size,
+        "model_file": manual.model_file,
+        "serialize_file": manual.serialize_file,
+        "input_name": manual.input_name,
+        "output_name": manual.output_name,
     }
-    return make_config({"model": [model], "proxy": {"all_models": seed.all_models}}, source=str(path))
+    return make_config({"model": [model], "proxy": {"all_models": manual.all_models}}, source=str(path))
 
 
-def _weights_path(seed: SeedConfig) -> str | None:
+def _weights_path(manual: ManualConfig) -> str | None:
     """The model's path: `model_file` if it is a folder or a GGUF file, else `cached_dir`. None if there is only a name.
 
     A traced `.pt` has no config and no tokenizer: they are read from the folder, and the weights from the `.pt`.
     """
-    file = expand_home(seed.model_file)
-    if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):
-        return seed.model_file
-    if seed.cached_dir:
-        return seed.cached_dir
+    file = expand_home(manual.model_file)
+    if manual.model_file and (file.suffix == ".gguf" or file.is_dir()):
+        return manual.model_file
+    if manual.cached_dir:
+        return manual.cached_dir
     has_folder = file.suffix == ".pt" and (file.parent / "config.json").is_file()
     return str(file.parent) if has_folder else None
 
 
-def _contradictions(seed: SeedConfig) -> Iterator[str]:
-    tensor_parallel, pipeline_parallel, data_parallel = seed.distribute_param
-    at = f"distribute_param = {show(seed.distribute_param)}"
+def _contradictions(manual: ManualConfig) -> Iterator[str]:
+    tensor_parallel, pipeline_parallel, data_parallel = manual.distribute_param
+    at = f"distribute_param = {show(manual.distribute_param)}"
     if pipeline_parallel != 1:
         yield f"{at}: allowed as PP is 1; to use more cards raise TP"
     if data_parallel != 1:
         yield f"{at}: allowed as DP is 1; for replicas start one server for each, behind `brlite proxy`"
-    if len(set(seed.devices)) < len(seed.devices):
-        yield f"devices = {show(seed.devices)}: allowed is each device once"
-    if tensor_parallel != len(seed.devices):
-        yield f"{at}: allowed as TP is the number of devices, here {len(seed.devices)}"
+    if len(set(manual.devices)) < len(manual.devices):
+        yield f"devices = {show(manual.devices)}: allowed is each device once"
+    if tensor_parallel != len(manual.devices):
+        yield f"{at}: allowed as TP is the number of devices, here {len(manual.devices)}"
 
 
 def _unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:

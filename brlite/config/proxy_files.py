@@ -54,8 +54,9 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
                 f"{source}: [[model]]: `brlite proxy` serves no model of its own; `brlite serve` does both"
             )
         config = convert({**data, "model": []}, Config, source=source)
-    seeds = {path: load_config(path) for path in files if path not in tomls}
-    tables = [(source, config.proxy.all_models), *((str(path), seed.proxy.all_models) for path, seed in seeds.items())]
+    manuals = {path: load_config(path) for path in files if path not in tomls}
+    tables = [(source, config.proxy.all_models)]
+    tables += [(str(path), manual.proxy.all_models) for path, manual in manuals.items()]
     listed = _agreed([_Entry(url, model, source) for source, table in tables for url, model in table.items()])
     servers = [entry for entry in listed if isinstance(entry.place, Address)]
     upstreams = _with(config.upstream, [*servers, *map(_named_url, named_urls)])
@@ -69,9 +70,9 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
         )
         raise ConfigError(f"{', '.join(map(str, files))}: {problem}")
     known = {*(entry.model for entry in listed), *(model for upstream in upstreams for model in upstream.models)}
-    for path, seed in seeds.items():
-        if seed.model[0].name not in known:
-            name = show(seed.model[0].name)
+    for path, manual in manuals.items():
+        if manual.model[0].name not in known:
+            name = show(manual.model[0].name)
             raise ConfigError(f"{path}: all_models: {name}, the model of this file, has no URL")
     proxy = msgspec.structs.replace(config.proxy, all_models=placeholders)
     merged = msgspec.structs.replace(config, upstream=upstreams, proxy=proxy)

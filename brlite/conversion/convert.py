@@ -32,7 +32,7 @@ from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.repository import FOLDER_PREFIX
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
-from brlite.config.manual_json import SeedConfig
+from brlite.config.manual_json import ManualConfig
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import (
     BundlePlan,
@@ -143,9 +143,9 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     return side_files
 
 
-def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfig:
+def manual_config(manifest: Manifest, folder: Path, max_context: int) -> ManualConfig:
     """The manual's 13 fields for a bundle. `serialize_file` is empty: the bundle has its packed weights."""
-    return SeedConfig(
+    return ManualConfig(
         model=manifest.model,
         cached_dir=str(folder),
         input_name=manifest.input_name,
@@ -260,7 +260,7 @@ def _report(
     print(f"\n{'file':{width}} {'bytes':>14}  sha256")
     for name, record in manifest.files.items():
         print(f"{name:{width}} {record.num_bytes:>14}  {record.sha256}")
-    config = seed_config(manifest, plan.folder, plan.model.config.max_context)
+    config = manual_config(manifest, plan.folder, plan.model.config.max_context)
     text = msgspec.json.format(msgspec.json.encode(config))
     file = plan.folder.with_name(f"{plan.folder.name}.json")
     if not file.exists():

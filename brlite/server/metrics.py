@@ -1,4 +1,4 @@
-"""`/metrics`: the engines' statistics in Prometheus's format. The only file that imports prometheus_client.
+"""`/metrics`: the engines' statistics in Prometheus's format.
 
 Three sets of families from the same numbers: the 13 families of vLLM 0.4.0.post1 with their own label set, the names of
 vLLM's V1 engine (labels `model_name` and `engine`), and brlite's own. There is no global registry: every scrape reads
@@ -50,7 +50,7 @@ def _kv_usage(stats: EngineStats) -> float:
 
 
 # vLLM 0.4.0.post1: exactly these names, types and the label model_name. Swapping does not exist here: always 0.
-SEED_GAUGES: Rows[EngineStats] = [
+VLLM_04_GAUGES: Rows[EngineStats] = [
     ("vllm:num_requests_running", "Sequences that are being computed.", lambda s: s.num_running),
     ("vllm:num_requests_swapped", "Always 0: nothing is swapped out.", lambda s: 0),
     ("vllm:num_requests_waiting", "Sequences that wait to be computed.", lambda s: s.num_waiting),
@@ -63,11 +63,11 @@ SEED_GAUGES: Rows[EngineStats] = [
         lambda s: s.generation_rate.value,
     ),
 ]
-SEED_COUNTERS: Rows[EngineStats] = [
+VLLM_04_COUNTERS: Rows[EngineStats] = [
     ("vllm:prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
     ("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
 ]
-SEED_HISTOGRAMS: Histograms = [
+VLLM_04_HISTOGRAMS: Histograms = [
     ("vllm:time_to_first_token_seconds", "Arrival to first token.", lambda s: s.time_to_first_token),
     ("vllm:time_per_output_token_seconds", "Token to token.", lambda s: s.inter_token_latency),
     ("vllm:e2e_request_latency_seconds", "Arrival to end.", lambda s: s.e2e_latency),
@@ -143,7 +143,7 @@ KEY_SECONDS: dict[str, Callable[[KeyUsage], float]] = {
     "decode": lambda u: u.decode_seconds,
 }
 
-SEED_LABELS = ("model_name",)
+MODEL_LABELS = ("model_name",)
 V1_LABELS = ("model_name", "engine")
 
 
@@ -158,21 +158,21 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         models = [([model.name], model) for model in self._models]
-        seed = [([model.name], model.stats) for model in self._models]
+        stats = [([model.name], model.stats) for model in self._models]
         v1 = [([model.name, "0"], model.stats) for model in self._models]
         yield self._cache_config()
-        yield from _families(GaugeMetricFamily, SEED_GAUGES, SEED_LABELS, seed)
-        yield from _families(CounterMetricFamily, SEED_COUNTERS, SEED_LABELS, seed)
-        yield from _histograms(SEED_HISTOGRAMS, SEED_LABELS, seed)
+        yield from _families(GaugeMetricFamily, VLLM_04_GAUGES, MODEL_LABELS, stats)
+        yield from _families(CounterMetricFamily, VLLM_04_COUNTERS, MODEL_LABELS, stats)
+        yield from _histograms(VLLM_04_HISTOGRAMS, MODEL_LABELS, stats)
         yield from _families(GaugeMetricFamily, V1_GAUGES, V1_LABELS, v1)
         yield from _families(CounterMetricFamily, V1_COUNTERS, V1_LABELS, v1)
         yield from _histograms(V1_HISTOGRAMS, V1_LABELS, v1)
         yield from self._divided()
-        yield from _families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS, seed)
-        yield from _families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS, seed)
-        yield from _histograms(OWN_HISTOGRAMS, SEED_LABELS, seed)
-        yield from _families(CounterMetricFamily, MODEL_COUNTERS, SEED_LABELS, models)
-        yield from _families(GaugeMetricFamily, MODEL_GAUGES, SEED_LABELS, models)
+        yield from _families(GaugeMetricFamily, OWN_GAUGES, MODEL_LABELS, stats)
+        yield from _families(CounterMetricFamily, OWN_COUNTERS, MODEL_LABELS, stats)
+        yield from _histograms(OWN_HISTOGRAMS, MODEL_LABELS, stats)
+        yield from _families(CounterMetricFamily, MODEL_COUNTERS, MODEL_LABELS, models)
+        yield from _families(GaugeMetricFamily, MODEL_GAUGES, MODEL_LABELS, models)
         yield from self._loaded()
 
     def _engines(self) -> Iterator[tuple[str, EngineLoop]]:
@@ -248,7 +248,7 @@ class EngineCollector(Collector):
         waits = GaugeMetricFamily(
             "brlite:longest_wait_seconds",
             "How long the longest waiting request of a priority has waited.",
-            labels=(*SEED_LABELS, "priority"),
+            labels=(*MODEL_LABELS, "priority"),
         )
         for name, engine in self._engines():
             info = engine.info

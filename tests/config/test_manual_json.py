@@ -12,7 +12,7 @@ from brlite.config.options import Config, ModelSpec, ProxyConfig
 from brlite.config.warnings import config_warnings
 from brlite.errors import ConfigError
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "seed_configs"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "manual_configs"
 ABSENT = object()
 
 

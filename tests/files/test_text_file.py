@@ -61,7 +61,7 @@ def test_a_config_saved_on_windows_is_the_config(tmp_path):
 
 
 def test_the_manuals_json_saved_on_windows_is_the_config(tmp_path):
-    source = next((Path(__file__).parents[1] / "fixtures" / "seed_configs").glob("*.json"))
+    source = next((Path(__file__).parents[1] / "fixtures" / "manual_configs").glob("*.json"))
     (tmp_path / "marked.json").write_bytes(as_windows_saves(source.read_bytes().replace(b"\r\n", b"\n")))
 
     assert load_config(tmp_path / "marked.json") == load_config(source)

@@ -20,7 +20,7 @@ from tests.fakes import FakeBackend
 from tests.server.conftest import MODEL, Client
 
 # vLLM 0.4.0.post1, as it was seen on the wire: name, type, and the bounds its buckets must have.
-SEED_FAMILIES = {
+VLLM_04_FAMILIES = {
     "vllm:cache_config_info": ("gauge", ()),
     "vllm:num_requests_running": ("gauge", ()),
     "vllm:num_requests_swapped": ("gauge", ()),
@@ -85,10 +85,10 @@ def value(family: Metric, suffix: str = "", **labels: str) -> float:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
-async def test_the_seed_families_have_their_names_types_labels_and_buckets(client: Client, path: str) -> None:
+async def test_the_families_of_vllm_04_have_their_names_types_labels_and_buckets(client: Client, path: str) -> None:
     families = await scrape(client, path)
 
-    for name, (kind, bounds) in SEED_FAMILIES.items():
+    for name, (kind, bounds) in VLLM_04_FAMILIES.items():
         family = families[name]
         assert family.type == kind, name
         found = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
