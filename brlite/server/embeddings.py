@@ -25,7 +25,6 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Origin
 from brlite.errors import BrliteError, InvalidRequest, RequestError
 from brlite.http.access_log import log_extras
-from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.http.request_id import shown_request_id
 from brlite.server.generate import (
@@ -33,7 +32,7 @@ from brlite.server.generate import (
     RUNNING,
     TIMEOUT_HEADER,
     admit,
-    decode_call,
+    read_call,
     timed_out,
     timeout_seconds,
 )
@@ -45,7 +44,7 @@ QUICK_ITEMS = 4  # encoded between two yields to the event loop
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
     """Embed each input. If the client disconnects, the handler is cancelled and all requests are aborted."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_call(request, decode, await read_body(request, limits))
+    call = await read_call(request, decode)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name

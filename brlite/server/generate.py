@@ -99,6 +99,11 @@ def decode_call(request: web.Request, decode: Callable[[bytes, LimitsConfig], An
     return call
 
 
+async def read_call(request: web.Request, decode: Callable[[bytes, LimitsConfig], AnyCall]) -> AnyCall:
+    """Read the body, and decode it as `decode_call` does."""
+    return decode_call(request, decode, await read_body(request, request.app[CONFIG].limits))
+
+
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
     """The response of an answer that is not streamed."""
     return web.Response(body=encode_json(answer), content_type="application/json")

@@ -19,7 +19,7 @@ from brlite.http.body import keep_body, read_body
 from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY
 from brlite.server.background import BACKGROUND
-from brlite.server.generate import CONFIG, generate
+from brlite.server.generate import CONFIG, generate, read_call
 from brlite.server.response_store import STORE, TenantResponses
 from brlite.server.resumable import HEADER as LAST_EVENT_ID
 from brlite.server.resumable import MAX_DIGITS, RecordedStream
@@ -59,9 +59,7 @@ def responses_dialect(request: web.Request) -> Dialect:
 
 async def count_input_tokens(request: web.Request) -> web.Response:
     """Count the tokens of a prompt of any length: only the body's size is limited."""
-    limits = request.app[CONFIG].limits
-    body = await read_body(request, limits)
-    call = decode_input_tokens(body, limits, _stored(request))
+    call = await read_call(request, partial(decode_input_tokens, stored=_stored(request)))
     num_tokens = await count_prompt_tokens(request, call)
     return web.json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 

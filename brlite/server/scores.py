@@ -16,10 +16,9 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
-from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.server.embeddings import QUICK_ITEMS, charge, in_progress, origin_of
-from brlite.server.generate import CONFIG, admit, decode_call
+from brlite.server.generate import CONFIG, admit, read_call
 from brlite.server.truncation import Truncator
 from brlite.tokenizer.pair_template import PairTemplate
 
@@ -27,7 +26,7 @@ from brlite.tokenizer.pair_template import PairTemplate
 async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     """Score each pair of texts. If the client disconnects, the handler is cancelled and all requests are aborted."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_call(request, dialect.decode, await read_body(request, limits))
+    call = await read_call(request, dialect.decode)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model, in_progress(request, call.timeout_seconds, answer_id):
         name = call.model or model.name

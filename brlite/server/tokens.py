@@ -26,22 +26,20 @@ from brlite.dialects.openai_tokens import (
 from brlite.engine.admission import admit as admit_to_engine
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import InvalidRequest
-from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.sampling_params import check_token_ids
 from brlite.server.chat_replies import template_extras
 from brlite.server.engine_requests import encode, make_requests, with_model_defaults
 from brlite.server.event_builder import token_text
-from brlite.server.generate import CONFIG, decode_call, json_response, loaded
+from brlite.server.generate import CONFIG, json_response, loaded, read_call
 from brlite.server.served_model import ServedModel
 
 
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_call(request, decode_tokenize, await read_body(request, limits))
+    call = await read_call(request, decode_tokenize)
     async with loaded(request, call.model) as (model, engine):
-        tokens, ignored = await encode(call.prompt, engine, tenant, spec=model.spec, room=None)
+        tokens, ignored = await encode(call.prompt, engine, request[API_KEY].tenant, spec=model.spec, room=None)
         texts = {}
         if call.names_tokens or call.has_pieces:
             texts = {token_id: token_text(token_id, engine.tokenizer) for token_id in set(tokens)}
@@ -60,7 +58,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    call = decode_call(request, decode_detokenize, await read_body(request, request.app[CONFIG].limits))
+    call = await read_call(request, decode_detokenize)
     async with loaded(request, call.model) as (_, engine):
         check_token_ids(call.token_ids, engine.info.vocab_size, param="tokens")
         text = await engine.prompts.decode(call.token_ids, tenant=request[API_KEY].tenant)
@@ -86,10 +84,9 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 
 async def apply_template(request: web.Request) -> web.Response:
     """llama.cpp's endpoint: the text of a chat of any length. It takes the fields of a chat request."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_call(request, openai_chat.decode, await read_body(request, limits))
+    call = await read_call(request, openai_chat.decode)
     async with loaded(request, call.model) as (model, engine):
-        text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
+        text, ignored = await prompt_text(call.prompts[0], engine, model, request[API_KEY].tenant)
     if call.is_strict:
         refuse_warnings(ignored)
     return json_response(AppliedTemplate(text, (*call.warnings, *ignored) or UNSET))
@@ -98,7 +95,7 @@ async def apply_template(request: web.Request) -> web.Response:
 async def render(dialect: Dialect, request: web.Request) -> web.Response:
     """vLLM's endpoint: the engine's request for a chat; for completions a list with one for each prompt."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_call(request, dialect.decode, await read_body(request, limits))
+    call = await read_call(request, dialect.decode)
     async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:
@@ -127,8 +124,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
 
 async def count_message_tokens(request: web.Request) -> web.Response:
     """`POST /v1/messages/count_tokens`. Agents call it often."""
-    limits = request.app[CONFIG].limits
-    call = decode_count_tokens(await read_body(request, limits), limits)
+    call = await read_call(request, decode_count_tokens)
     return web.json_response({"input_tokens": await count_prompt_tokens(request, call)})
 
 
@@ -138,10 +134,12 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
     assert isinstance(chat, Chat)
     async with loaded(request, call.model) as (model, engine):
         try:
-            token_ids, _ = await encode(chat, engine, request[API_KEY].tenant, spec=model.spec, room=None)
-            return len(token_ids)
+            token_ids, ignored = await encode(chat, engine, request[API_KEY].tenant, spec=model.spec, room=None)
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
+    if call.is_strict:
+        refuse_warnings(ignored)
+    return len(token_ids)
 
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:

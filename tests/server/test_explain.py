@@ -34,6 +34,28 @@ async def test_a_strict_call_is_refused_alike_where_it_is_only_shown(
     assert all("strict is set" in answer["error"]["message"] for _, answer in refusals)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses/input_tokens", {"input": "hi"}),
+    ],
+)
+async def test_a_strict_call_is_refused_where_its_tokens_are_only_counted(
+    make_client: MakeClient, path: str, body: dict[str, Any]
+) -> None:
+    lenient, strict = await make_client(), await make_client(config={"server": ServerConfig(strict=True)})
+
+    counted, _ = await lenient.post(path, {**body, "frob": 1})
+    refusals = [
+        await lenient.post(path, {**body, "frob": 1, "strict": True}),
+        await strict.post(path, body | {"frob": 1}),
+    ]
+
+    assert counted == 200
+    assert [status for status, _ in refusals] == [400, 400]
+
+
 async def test_the_prompt_is_shown_as_text_and_as_tokens(client: Client) -> None:
     _, explained = await client.post("/explain", chat_body("hi"))
 
