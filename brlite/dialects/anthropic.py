@@ -18,7 +18,7 @@ from brlite.dialects.anthropic_turns import InputBlock, InputMessage, TurnReader
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import NOTHING_MORE, OWN_PARAMETERS
 from brlite.dialects.generation import Chat, Generation, ReasoningHint
-from brlite.dialects.json_body import BodyDecoder, check_num_entries
+from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
 from brlite.dialects.openai import GenerationFields, Whole, generation_fields, sampling_params, take_undecoded
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
@@ -80,7 +80,7 @@ def _decode(data: bytes, limits: LimitsConfig, *, needs_length: bool) -> Generat
     try:
         body, undecoded = _DECODER.decode(data)
         if needs_length and body.max_tokens is None:
-            raise InvalidRequest("max_tokens: Field required", param="max_tokens", code="missing_required_parameter")
+            raise missing_field("max_tokens")
         return _generation(body, undecoded, limits)
     except InvalidRequest as error:
         if error.param is None or "[" not in error.param:

@@ -12,7 +12,7 @@ from msgspec import Struct
 from brlite.chat.tools import NO_SCHEMA, Schema, Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
-from brlite.dialects.json_body import check_num_entries
+from brlite.dialects.json_body import check_num_entries, missing_field
 from brlite.dialects.openai_tools import (
     ToolChoiceObject,
     ToolDefinition,
@@ -69,7 +69,7 @@ def decode_messages_tools(
             definitions.append(ToolDefinition("function", _definition(tool, f"tools.{index}")))
             places.append(index)
     if choice is not None and choice.type == "tool" and not choice.name:
-        raise InvalidRequest("tool_choice.name: Field required", param="tool_choice.name")
+        raise missing_field("tool_choice.name")
     wanted: str | ToolChoiceObject | None = None
     if choice is not None:
         wanted = "required" if choice.type == "any" else choice.type
@@ -102,7 +102,7 @@ def _definition(tool: MessagesTool, param: str) -> Tool:
         )
     for name, is_missing in (("name", tool.name is None), ("input_schema", tool.input_schema == NO_SCHEMA)):
         if is_missing:
-            raise InvalidRequest(f"{param}.{name}: Field required", param=f"{param}.{name}")
+            raise missing_field(f"{param}.{name}")
     description = tool.description
     if tool.input_examples:
         examples = "\n".join(msgspec.json.encode(example).decode() for example in tool.input_examples)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Raw, Struct, field
 
 from brlite.dialects.fields import not_text
-from brlite.dialects.json_body import decode_value
+from brlite.dialects.json_body import decode_value, missing_field
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -146,7 +146,7 @@ class TurnReader:
             key, content = ("data", source.data) if source.type == "text" else ("content", source.content)
             place = f"{param}.source.{key}"
         if content is None:
-            raise InvalidRequest(f"{place}: Field required", param=place)
+            raise missing_field(place)
         if (citations := decode_value(block.citations, _CITATIONS, f"{param}.citations")) and citations.enabled:
             self.warnings["citations are not made: the answer has none"] = None
         blocks = [InputBlock("text", content)] if isinstance(content, str) else content
@@ -192,7 +192,7 @@ class TurnReader:
     def _call(self, block: InputBlock, param: str) -> dict[str, Any]:
         for name in ("id", "name"):
             if not getattr(block, name):
-                raise InvalidRequest(f"{param}.{name}: Field required", param=f"{param}.{name}")
+                raise missing_field(f"{param}.{name}")
         arguments = bytes(block.input).decode()
         if arguments == "null":
             arguments = "{}"
@@ -212,5 +212,5 @@ def _plain_text(block: InputBlock, param: str) -> str:
     if block.type != "text":
         raise not_text(param, block.type)
     if block.text is None:
-        raise InvalidRequest(f"{param}.text: Field required", param=f"{param}.text")
+        raise missing_field(f"{param}.text")
     return block.text

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from brlite.dialects.json_body import decode_value
+from brlite.dialects.json_body import decode_value, given_twice
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -386,7 +386,7 @@ def read_undecoded(given: Mapping[str, msgspec.Raw], fields: Collection[str], ow
         if value is None:
             continue
         if parameter in sampling:
-            raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
+            raise given_twice(name, parameter)
         sampling[parameter] = value
     warnings = check_undecoded({name: raw for name, raw in given.items() if name not in names}, fields)
     return Undecoded(warnings, sampling, {parameter: name for name, parameter in names.items() if name != parameter})

@@ -18,7 +18,7 @@ from brlite.files.text_file import BYTE_ORDER_MARK, other_encoding
 
 T = TypeVar("T")
 
-_REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 # A pair of surrogates, half of one (the group), or any other escape.
 _ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
 _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -42,7 +42,7 @@ class BodyDecoder(Generic[T]):
         try:
             body.isascii() or body.decode()  # msgspec does not check the UTF-8 of values that it skips
             return self._strict.decode(body), {}
-        except _REFUSALS:
+        except DECODE_ERRORS:
             decoded = decode_json(body, self._lenient)
             return decoded, {name: raw for name, raw in decode_fields(body).items() if name not in self._known}
 
@@ -82,6 +82,11 @@ def decode_value(raw: msgspec.Raw, decoder: msgspec.json.Decoder[T], param: str)
 def missing_field(param: str) -> InvalidRequest:
     """The error for a required field that is absent or empty."""
     return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
+def given_twice(name: str, other: str) -> InvalidRequest:
+    """The error for a field that a request gives under two names."""
+    return InvalidRequest(f"{name} is another name of {other}; give one of them", param=name)
 
 
 def check_num_entries(param: str, num_entries: int, limits: LimitsConfig, key: str) -> None:

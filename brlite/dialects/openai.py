@@ -17,7 +17,7 @@ from msgspec import Struct, structs
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Priority, Timeout, Truncation, in_client_words
-from brlite.dialects.json_body import check_num_entries, decode_value
+from brlite.dialects.json_body import check_num_entries, decode_value, given_twice
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
@@ -176,7 +176,7 @@ def take_undecoded(
             except msgspec.ValidationError as error:
                 raise InvalidRequest(f"Invalid value for {name!r}: {error}", param=name) from None
             if getattr(body, parameter) not in (None, value):
-                raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
+                raise given_twice(name, parameter)
             setattr(body, parameter, value)
     rest = {name: value for name, value in more.sampling.items() if name not in body.__struct_fields__}
     return more._replace(sampling=rest)
@@ -188,7 +188,7 @@ def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
         raise InvalidRequest(f"{name} must be a 64-bit integer, at least 0, got {value!r:.64}", param=name)
     number = "top_logprobs" if "top_logprobs" in body.__struct_fields__ else "logprobs"
     if getattr(body, number) not in (None, value) or body.logprobs not in (None, True, value):  # type: ignore[attr-defined]  # both kinds have it
-        raise InvalidRequest(f"{name} is another name of {number}; give one of them", param=name)
+        raise given_twice(name, number)
     if value:
         body.logprobs = True  # type: ignore[attr-defined]
         setattr(body, number, value)

@@ -13,7 +13,7 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import NOTHING_MORE, not_supported, not_text
 from brlite.dialects.generation import Chat, Generation
-from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
+from brlite.dialects.json_body import BodyDecoder, check_num_entries, given_twice, missing_field
 from brlite.dialects.openai import (
     ReasoningEffort,
     SamplingFields,
@@ -187,7 +187,9 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     field_names = {"prompt": "messages", "logprobs": "top_logprobs", **more.field_names}
     if body.max_completion_tokens is not None:  # OpenAI's newer name of `max_tokens`
-        _take_max_completion_tokens(body)
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise given_twice("max_completion_tokens", "max_tokens")
+        body.max_tokens = body.max_completion_tokens
         field_names["max_tokens"] = "max_completion_tokens"
     params = sampling_params(
         body,
@@ -225,14 +227,6 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         shows_reasoning=body.include_reasoning is not False,
         **fields,
     )
-
-
-def _take_max_completion_tokens(body: ChatCompletionRequest) -> None:
-    if body.max_tokens not in (None, body.max_completion_tokens):
-        raise InvalidRequest(
-            "max_completion_tokens is another name of max_tokens; give one of them", param="max_completion_tokens"
-        )
-    body.max_tokens = body.max_completion_tokens
 
 
 def _text_of(turn: dict[str, Any]) -> str:

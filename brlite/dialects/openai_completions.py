@@ -15,7 +15,7 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import NOTHING_MORE
 from brlite.dialects.generation import Generation, Infill, Prompt, Text, TokenIds
-from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.json_body import BodyDecoder, check_num_entries
 from brlite.dialects.openai import (
     SamplingFields,
     Whole,
@@ -210,10 +210,7 @@ def read_prompts(
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return (TokenIds(prompt),)  # type: ignore[arg-type]  # proved by the line above
-    if len(prompt) > (limit := getattr(limits, key)):
-        raise InvalidRequest(
-            f"{field} must hold at most {limit} prompts on this server (limits.{key}), got {len(prompt)}", param=field
-        )
+    check_num_entries(field, len(prompt), limits, key)
     if kinds == {str}:
         return tuple(Text(item, adds_specials) for item in prompt if isinstance(item, str))
     if kinds == {list}:

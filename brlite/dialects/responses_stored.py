@@ -28,14 +28,9 @@ class FinishedResponse(Struct, frozen=True):
 
 def check_following(kept: KeptEvents | None, num_seen: int) -> KeptEvents:
     """The events of a response. Raises `InvalidRequest` if it has fewer than `num_seen` so far, or were not kept."""
-    if kept is not None:
-        _check_num_seen(num_seen, kept.num_events)
+    if kept is not None and num_seen > kept.num_events:
+        text = f"starting_after is {num_seen - 1}; this response's events are numbered 0 to {kept.num_events - 1}"
+        raise InvalidRequest(text, param="starting_after")
     if kept is None or kept.is_dropped:
         raise InvalidRequest(NOT_KEPT, param="stream", code="stream_not_resumable")
     return kept
-
-
-def _check_num_seen(num_seen: int, num_events: int) -> None:
-    if num_seen > num_events:
-        text = f"starting_after is {num_seen - 1}; this response's events are numbered 0 to {num_events - 1}"
-        raise InvalidRequest(text, param="starting_after")

@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.embeddings import PromptCall, PromptRequest, prompt_fields
-from brlite.dialects.json_body import BodyDecoder, missing_field
+from brlite.dialects.json_body import BodyDecoder, given_twice, missing_field
 from brlite.dialects.openai import Whole, truncation
 from brlite.dialects.openai_answer import AnswerList, PromptUsage, encode_json
 from brlite.errors import InvalidRequest
@@ -243,7 +243,7 @@ def _one_of(body: ScoreRequest, names: Sequence[str]) -> str:
     if not given:
         raise missing_field(names[0])
     if len(given) > 1:
-        raise InvalidRequest(f"{given[1]} is another name of {given[0]}; give one of them", param=given[1])
+        raise given_twice(given[1], given[0])
     return given[0]
 
 

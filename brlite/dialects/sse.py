@@ -15,9 +15,8 @@ _LINE_ENDS = (
 
 def on_one_line(event: bytes) -> bytes:
     """JSON with escaped line separators, so that every client reads it as one line."""
-    if not event.isascii():
-        for character, escape in _LINE_ENDS:
-            event = event.replace(character, escape)
+    for character, escape in _LINE_ENDS:
+        event = event.replace(character, escape)
     return event
 
 
