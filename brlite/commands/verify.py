@@ -28,7 +28,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
 from brlite.errors import BrliteError, ConfigError, InvalidRequest
-from brlite.files.new_file import NewFile
+from brlite.files.new_file import write_whole
 from brlite.llm import Assembly, build_engine
 from brlite.process.machine import physical_cores
 from brlite.sampling_params import SamplingParams
@@ -324,9 +324,7 @@ def _report(name: str, expected: Answers, rounds: Sequence[Answers], notes: Sequ
 def _save(path: Path, saved: SavedAnswers, say: Say) -> None:
     data = msgspec.msgpack.encode(saved)
     try:
-        with NewFile(path) as file:
-            file.write(data, 0)
-            file.publish()
+        write_whole(path, data)
     except OSError as error:
         raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from None
     say(f"saved to {path}: {len(data)} bytes")

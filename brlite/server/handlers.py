@@ -220,7 +220,6 @@ _GETS = {
 }
 _DELETES = {"/v1/responses/{response_id}": delete_response, "/v1/requests/{request_id}": abort_request}
 _PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_metrics}
-PATHS = (*_POSTS, *_GETS)
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 # Endpoints of other servers that are not here, and all paths below them.
 _OF_OPENAI = (

@@ -48,7 +48,7 @@ class LoadState:
         self._clock = clock
         self._retry_time = 0.0
         self._queue = _Queue()
-        self._on_change: Callable[[], None] = ignore_change
+        self._on_change: Callable[[], None] = lambda: None
 
     @property
     def num_waiting(self) -> int:
@@ -183,7 +183,3 @@ class _Queue:
     def __init__(self) -> None:
         self.since = math.inf
         self.waiters: FairQueue[str, _Waiter] = FairQueue(sys.maxsize)
-
-
-def ignore_change() -> None:
-    """The callback of a state that nothing watches."""

@@ -1,4 +1,4 @@
-"""What `/v1/models`, `/ready` and `/props` show of models, local and remote ones. It does not forward requests."""
+"""What `/v1/models`, `/ready`, `/props` and `/slots` show of models, local and remote ones. Forwards no requests."""
 
 from __future__ import annotations
 

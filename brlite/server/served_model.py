@@ -15,7 +15,7 @@ from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
-from brlite.server.load_state import LoadPhase, LoadState, ignore_change
+from brlite.server.load_state import LoadPhase, LoadState
 
 MOST_COUNTED_TOKENS = 131_072  # upper bound of length histograms made before the model's context length is known
 
@@ -47,7 +47,7 @@ class ServedModel:
         self.num_loads = int(engine is not None)
         self.num_unloads = 0
         self._clock = clock
-        self._on_change: Callable[[], None] = ignore_change
+        self._on_change: Callable[[], None] = lambda: None
 
     @property
     def is_alive(self) -> bool:
