@@ -14,7 +14,7 @@ from typing import Protocol
 from brlite.config.options import ProxyConfig
 from brlite.errors import NotReady, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from brlite.proxy.buffered_response import PAGES, BodyRelay, BufferedResponse, body_of_answer, check_response
-from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
+from brlite.proxy.outcomes import REFUSALS, WRONG_KEY, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.routing.breaker import Ticket
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.stream_kinds import is_resumed, kind_of
@@ -54,7 +54,6 @@ CONNECTING, SENT, BUFFERING, RELAYING, DONE = AttemptState
 # If a reused connection is reset within this time after a request was sent, the request was not read.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write
-DENIALS = (401, 403)
 UPSTREAM_RETRY_SECONDS = 1  # after a second another upstream may be free, or connections work again
 NOT_FOUND = 404
 EVENT_STREAM = b"text/event-stream"
@@ -317,7 +316,7 @@ class Attempt:
             return
         if not self.upstream.breaker.is_untroubled and is_answer(status):
             self.upstream.breaker.answers(self._ticket)
-        if status in DENIALS:
+        if status in WRONG_KEY:
             # Not forwarded: it concerns the operator's key, not the client's, and its text may show that key.
             error = UpstreamError(f"The upstream refused this server's access ({status}).")
             self._owner.attempt_failed(error, Ending.DENIED)

@@ -17,9 +17,8 @@ from brlite.errors import RequestError, UpstreamError
 from brlite.http.errors import foreign_error_body
 from brlite.proxy.outcomes import REFUSALS, is_answer
 from brlite.proxy.usage import TAIL_BYTES, Seen, usage_in_tail
-from brlite.proxy.wire.framing import Body, CloseBody, FramingError, LengthBody, body_of
+from brlite.proxy.wire.framing import LAST_CHUNK, Body, CloseBody, FramingError, LengthBody, body_of
 from brlite.proxy.wire.heads import BODYLESS, AnswerHead
-from brlite.proxy.wire.sse_relay import LAST_CHUNK
 
 PAGES = (b"text/html", b"text/plain")
 MAX_PAGE_BYTES = 4096  # the first bytes of a page, searched for an error's text

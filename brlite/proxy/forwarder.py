@@ -21,7 +21,7 @@ from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
-from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, told_usage
+from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, reported_usage
 from brlite.proxy.wire.heads import (
     MAX_HOPS,
     RequestHead,
@@ -180,12 +180,12 @@ class Forwarder:
         if not (has_answer or exchange.status == CLIENT_LEFT):
             return ForwardedUsage()
         seen = attempt.seen
-        told = told_usage(seen.parts)
-        if told is not None:
-            if is_possible(told, len(inbound.body), seen.num_text_bytes):
-                return told
+        usage = reported_usage(seen.parts)
+        if usage is not None:
+            if is_possible(usage, len(inbound.body), seen.num_text_bytes):
+                return usage
             text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
-            logger.warning(text, attempt.upstream.name, len(inbound.body), *told)
+            logger.warning(text, attempt.upstream.name, len(inbound.body), *usage)
         return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:

@@ -16,6 +16,9 @@ from typing import Literal, NamedTuple
 Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
 
 
+WRONG_KEY = (401, 403)  # statuses: the upstream does not accept the proxy's key, or filters contents
+
+
 class Owner(enum.Enum):
     """Who caused an ending other than an answer."""
 
@@ -32,7 +35,7 @@ class Ending(enum.Enum):
     BUSY = enum.auto()  # 429
     UNAVAILABLE = enum.auto()  # 503
     NO_MODEL = enum.auto()  # 404, for the model's name
-    DENIED = enum.auto()  # 401, 403: the proxy's key, or a content filter
+    DENIED = enum.auto()  # `WRONG_KEY`
     UNREACHABLE = enum.auto()  # no connection could be made
     CONNECT_TIMEOUT = enum.auto()
     BROKEN = enum.auto()  # a malformed or incomplete response

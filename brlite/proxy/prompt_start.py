@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from brlite.dialects.json_body import DECODE_ERRORS
 from brlite.files.text_file import BYTE_ORDER_MARK
 
 DIGEST_BYTES = 16
@@ -54,7 +55,7 @@ def prompt_start(body: bytes, num_bytes: int) -> bytes:
             digest.update(b"%d:" % len(part))
             digest.update(part)
             is_empty = False
-    except (msgspec.MsgspecError, UnicodeDecodeError, UnicodeEncodeError, RecursionError):
+    except (*DECODE_ERRORS, UnicodeEncodeError):
         return b""
     return b"" if is_empty else digest.digest()
 

@@ -12,14 +12,13 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from brlite.dialects.json_body import decode_fields, decode_json
+from brlite.dialects.json_body import DECODE_ERRORS, decode_fields, decode_json
 from brlite.http.api_key import ApiKey
 from brlite.proxy.wire.heads import RequestHead
 
 T = TypeVar("T")
 
 _NULL = msgspec.Raw(b"null")
-_REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 
 # A key `model` whose value is a string, in any object of the body. In JSON only a key is followed by a colon.
 _MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -63,12 +62,12 @@ def peek(body: bytes) -> InboundFields:
         model = _Model()
         fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
         return InboundFields(model.name, fields.user)
-    except _REFUSALS:
+    except DECODE_ERRORS:
         model = _Model()
         odd = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))  # raises the error
     try:  # a `user` that is not a string is no error
         user = msgspec.json.decode(odd.user, type=str)
-    except _REFUSALS:
+    except DECODE_ERRORS:
         user = None
     return InboundFields(model.name, user)
 

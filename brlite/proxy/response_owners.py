@@ -13,12 +13,12 @@ from collections.abc import Iterable
 
 import msgspec
 
-from brlite.dialects.json_body import decode_fields, decode_json
+from brlite.dialects.json_body import DECODE_ERRORS, decode_fields, decode_json
 from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.usage import ForwardedUsage, estimate_completion, is_possible, told_usage
+from brlite.proxy.usage import ForwardedUsage, estimate_completion, is_possible, reported_usage
 from brlite.proxy.wire.heads import stored_response_id
 
 logger = logging.getLogger(__name__)
@@ -37,15 +37,15 @@ class ResponseOwner(msgspec.Struct, frozen=True):
     is_counted: bool
 
 
-class _Told(msgspec.Struct):
+class _Response(msgspec.Struct):
     id: str | None = None
     store: bool | None = None
 
 
-class _ToldResponse(_Told):
+class _Answer(_Response):
     """A response, or an event with one."""
 
-    response: _Told | None = None
+    response: _Response | None = None
 
 
 class _Previous:
@@ -56,7 +56,7 @@ class _Continuing(msgspec.Struct):
     previous_response_id: _Previous | msgspec.UnsetType = msgspec.UNSET
 
 
-_TOLD = msgspec.json.Decoder(_ToldResponse)
+_ANSWER = msgspec.json.Decoder(_Answer)
 
 
 class ResponseOwners:
@@ -73,7 +73,7 @@ class ResponseOwners:
         if owner is None and self.store.is_enabled:
             for exchange in active:
                 inbound = exchange.request.inbound
-                if inbound.key.tenant == tenant and _makes_response(inbound) and _told_id(exchange) == response_id:
+                if inbound.key.tenant == tenant and _makes_response(inbound) and _relayed_id(exchange) == response_id:
                     return _owner(exchange)
         return owner
 
@@ -101,7 +101,7 @@ class ResponseOwners:
             return
         tenant, response_id = inbound.key.tenant, stored_response_id(inbound.head)
         if response_id is None:
-            response_id = _told_id(exchange) if _makes_response(inbound) else None
+            response_id = _relayed_id(exchange) if _makes_response(inbound) else None
             if response_id is not None and self.store.get(tenant, response_id) is None:
                 self._put(tenant, response_id, _owner(exchange))
         elif inbound.head.method == b"DELETE":
@@ -114,18 +114,18 @@ class ResponseOwners:
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
         response_id = stored_response_id(inbound.head)
-        told = None if attempt is None else told_usage(attempt.seen.parts)
-        if attempt is None or told is None or response_id is None:
+        usage = None if attempt is None else reported_usage(attempt.seen.parts)
+        if attempt is None or usage is None or response_id is None:
             return ForwardedUsage()
         owner = self.store.get(inbound.key.tenant, response_id)
         if owner is None or owner.is_counted:
             return ForwardedUsage()
         self._put(inbound.key.tenant, response_id, msgspec.structs.replace(owner, is_counted=True))
-        late, num_text_bytes = ForwardedUsage(0, told.completion_tokens), attempt.seen.num_text_bytes
+        late, num_text_bytes = ForwardedUsage(0, usage.completion_tokens), attempt.seen.num_text_bytes
         if is_possible(late, 0, num_text_bytes):
             return late
         text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
-        logger.warning(text, owner.upstream, told.completion_tokens)
+        logger.warning(text, owner.upstream, usage.completion_tokens)
         return ForwardedUsage(0, estimate_completion(RESPONSES_PATH, attempt.seen))
 
     def _put(self, tenant: str, response_id: str, owner: ResponseOwner) -> None:
@@ -139,18 +139,18 @@ def _makes_response(inbound: Inbound) -> bool:
 
 def _owner(exchange: Exchange) -> ResponseOwner:
     assert exchange.attempt is not None  # its response contained an id
-    is_counted = told_usage(exchange.attempt.seen.parts) is not None
+    is_counted = reported_usage(exchange.attempt.seen.parts) is not None
     return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, is_counted)
 
 
-def _told_id(exchange: Exchange) -> str | None:
+def _relayed_id(exchange: Exchange) -> str | None:
     """The id of the relayed response object. None if its `store` is false, or no valid id has been seen yet."""
     for part in () if exchange.attempt is None else exchange.attempt.seen.parts:
         try:
-            told = _TOLD.decode(part)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            answer = _ANSWER.decode(part)
+        except DECODE_ERRORS:
             continue
-        response = told.response or told
+        response = answer.response or answer
         if response.id is not None and _ID.fullmatch(response.id) and response.store is not False:
             return response.id
     return None

@@ -14,6 +14,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from brlite.dialects.json_body import DECODE_ERRORS
+
 BYTES_PER_TOKEN = 4  # of JSON and English text; other scripts have fewer
 BYTES_PER_ENCODED_TOKEN = 256  # of base64: pictures cost tokens by their size in pixels, not in bytes
 # Tokens that a request can use besides those of its body and its response: a template, pictures by URL, a conversation
@@ -124,13 +126,13 @@ def estimate_completion(path: bytes, seen: Seen) -> int:
     return max(seen.num_events, -(-seen.num_text_bytes // BYTES_PER_TOKEN))
 
 
-def told_usage(parts: Iterable[bytes]) -> ForwardedUsage | None:
+def reported_usage(parts: Iterable[bytes]) -> ForwardedUsage | None:
     """The usage that the parts of a response report: the largest of each number. None if no part reports any."""
     found = []
     for part in parts:
         try:
             answer = _ANSWER.decode(part)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except DECODE_ERRORS:
             continue
         within = (answer.message, answer.response)
         counts = [answer.usage, *(each.usage for each in within if each is not None)]

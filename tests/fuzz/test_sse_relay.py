@@ -8,8 +8,8 @@ import re
 from hypothesis import strategies as st
 
 from brlite.proxy.stream_kinds import StreamKind
-from brlite.proxy.wire.framing import ChunkedBody, CloseBody
-from brlite.proxy.wire.sse_relay import LAST_CHUNK, SseRelay
+from brlite.proxy.wire.framing import LAST_CHUNK, ChunkedBody, CloseBody
+from brlite.proxy.wire.sse_relay import SseRelay
 from tests.fuzz.budget import PLACES, cuts, fuzz, mutated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -117,10 +117,10 @@ def test_whole_events_arrive_as_they_came_and_the_same_however_they_are_cut(
     sent_cut, splice_cut = relay(cuts(wire, places), kind, is_chunked, has_chunks)
 
     assert sent.rstrip(b"\r\n") == sent_cut.rstrip(b"\r\n")
-    assert (splice.error, splice.is_done, splice.num_events) == (
+    assert (splice.error, splice.is_done, splice.seen.num_events) == (
         splice_cut.error,
         splice_cut.is_done,
-        splice_cut.num_events,
+        splice_cut.seen.num_events,
     )
     own = b"data: [DONE]\n\n"
     if splice.is_done and not payload.startswith(sent):

@@ -19,7 +19,7 @@ from brlite.proxy.usage import (
     ForwardedUsage,
     estimate_prompt,
     num_encoded_bytes,
-    told_usage,
+    reported_usage,
     usage_in_tail,
 )
 from tests.limits import PATIENCE_SECONDS
@@ -233,12 +233,12 @@ def test_pictures_in_the_body_are_not_counted_as_text() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"usage":"x"}', b'{"usage":{"prompt_tokens":-1}}', b"\xff"])
 def test_what_tells_no_usage_tells_none(text: bytes) -> None:
-    assert told_usage((text,)) is None
+    assert reported_usage((text,)) is None
 
 
 @given(st.lists(st.binary(), max_size=3))
 def test_no_bytes_raise_anything(parts: list[bytes]) -> None:
-    told_usage(parts)
+    reported_usage(parts)
     usage_in_tail(b"".join(parts))
 
 
@@ -246,7 +246,7 @@ def test_a_usage_that_a_text_quotes_is_none() -> None:
     quoted = json.dumps({"text": '"usage":{"prompt_tokens":7}'}).encode()
 
     assert usage_in_tail(quoted) == ()
-    assert told_usage(
+    assert reported_usage(
         usage_in_tail(quoted + b',"usage" : {"prompt_tokens":1,"details":{"cached":0}}}')
     ) == ForwardedUsage(1, 0)
 

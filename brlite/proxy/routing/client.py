@@ -17,10 +17,9 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.http.access_log import printable
 from brlite.process.waiting import within
+from brlite.proxy.outcomes import WRONG_KEY
 from brlite.proxy.resolving import NameAddresses
 from brlite.proxy.routing.upstream import Upstream
-
-WRONG_KEY = (401, 403)  # statuses
 
 
 class _Resolver(AbstractResolver):

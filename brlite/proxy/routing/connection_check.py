@@ -13,7 +13,8 @@ from typing import NamedTuple
 from brlite.config.options import ProxyConfig
 from brlite.errors import UpstreamError
 from brlite.process.waiting import within
-from brlite.proxy.routing.client import WRONG_KEY, UpstreamClient, reason_of
+from brlite.proxy.outcomes import WRONG_KEY
+from brlite.proxy.routing.client import UpstreamClient, reason_of
 from brlite.proxy.routing.health import MAX_LIST_BYTES, is_well
 from brlite.proxy.routing.listing import read_list
 from brlite.proxy.routing.upstream import Upstream

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from brlite.dialects.json_body import DECODE_ERRORS
 from brlite.errors import UpstreamError
 
 
@@ -53,7 +54,7 @@ def read_list(body: bytes, names: Collection[str]) -> Listing:
     """
     try:
         models = _LIST.decode(body).data
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise UpstreamError(f"its list of models cannot be read: {type(error).__name__}") from None
     by_id = {model.id: model for model in models}
     found = {name: model for name in names if (model := by_id.get(name) or by_id.get(f"{name}:latest"))}
@@ -64,7 +65,7 @@ def says_no_model(body: bytes, name: str) -> bool:
     """Whether the body of a 404 is about the model of that name, not about the path."""
     try:
         error = _ERROR.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         return False
     if isinstance(error.error, _Error):
         error = error.error

@@ -12,6 +12,7 @@ from typing import Protocol
 
 MAX_CHUNK_LINE = 1024
 MAX_TRAILER_BYTES = 8192
+LAST_CHUNK = b"0\r\n\r\n"
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'

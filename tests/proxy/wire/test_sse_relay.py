@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from brlite.errors import UpstreamError
 from brlite.proxy.stream_kinds import StreamKind, is_resumed
-from brlite.proxy.wire.framing import ChunkedBody, CloseBody
-from brlite.proxy.wire.sse_relay import COMMENT, LAST_CHUNK, SseRelay
+from brlite.proxy.wire.framing import LAST_CHUNK, ChunkedBody, CloseBody
+from brlite.proxy.wire.sse_relay import COMMENT, SseRelay
 
 CUTS = st.lists(st.integers(0, 2000), max_size=20)
 
@@ -63,7 +63,7 @@ def test_the_payload_is_the_same_however_the_bytes_come(places, is_one_chunk):
     assert sent.endswith(LAST_CHUNK)
     assert splice.is_done
     assert splice.error is None
-    assert splice.num_events == 3
+    assert splice.seen.num_events == 3
 
 
 @given(CUTS, st.sampled_from([b"", b"\xef\xbb\xbf"]), st.booleans())
@@ -195,7 +195,7 @@ def test_an_event_ends_with_two_line_ends_of_any_kind(ends):
 
     assert splice.feed(b'data: {"a": 1}' + ends) == b'data: {"a": 1}' + ends
     assert splice.feed(b'data: {"b": 1}') == b""
-    assert splice.num_events == 1
+    assert splice.seen.num_events == 1
 
 
 def test_a_byte_order_mark_is_one_at_the_beginning_alone():
@@ -390,7 +390,7 @@ def test_an_event_too_long_to_be_kept_arrives_as_it_is_however_the_bytes_come(pl
     sent = b"".join(splice.feed(chunk(piece)) for piece in cut(payload, places)) + splice.feed(LAST_CHUNK)
 
     assert unchunked(sent) == payload
-    assert (splice.error, splice.is_done, splice.is_within_event, splice.num_events) == (None, True, False, 4)
+    assert (splice.error, splice.is_done, splice.is_within_event, splice.seen.num_events) == (None, True, False, 4)
 
 
 def test_what_is_wrong_behind_a_long_event_comes_after_its_end():
@@ -436,7 +436,7 @@ def test_the_usage_that_an_event_tells_is_kept():
 
     splice.feed(chunk(event("a", "stop", usage={"prompt_tokens": 3, "completion_tokens": 5})))
 
-    assert [json.loads(text)["usage"] for text in splice.usage_events] == [{"prompt_tokens": 3, "completion_tokens": 5}]
+    assert [json.loads(text)["usage"] for text in splice.seen.parts] == [{"prompt_tokens": 3, "completion_tokens": 5}]
 
 
 @pytest.mark.parametrize("size", [1, 1000])
@@ -461,7 +461,7 @@ def test_a_response_with_its_tools_is_no_text(size):
         splice.feed(chunk(b"data: " + json.dumps(each).encode() + b"\n\n"))
 
     assert splice.seen.num_text_bytes == 1 + 0 + 2
-    assert splice.num_events == 4
+    assert splice.seen.num_events == 4
 
 
 @pytest.mark.parametrize("size", [1, 1000])
