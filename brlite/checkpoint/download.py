@@ -66,8 +66,8 @@ class Download:
         for file in wanted:
             path = Path(file.name)
             if path.is_absolute() or ".." in path.parts or not file.name.isprintable():
-                told = f"{self._hub.title} lists a file named {excerpt(file.name)}"
-                raise ModelError(f"{told}; allowed are printable paths inside the repository")
+                problem = f"{self._hub.title} lists a file named {excerpt(file.name)}"
+                raise ModelError(f"{problem}; allowed are printable paths inside the repository")
 
         def say_waiting() -> None:
             logger.warning("another process downloads %s: waiting for it", name.repository)

@@ -136,8 +136,8 @@ def reach_limit(*, has_other_source: bool) -> float:
     """Seconds to wait for the hub's list of files: HF_HUB_ETAG_TIMEOUT, else 10, or 3 with another source."""
     from huggingface_hub import constants
 
-    is_told = REACH_VARIABLE in os.environ
-    return SHORT_REACH_SECONDS if has_other_source and not is_told else float(constants.HF_HUB_ETAG_TIMEOUT)
+    is_set = REACH_VARIABLE in os.environ
+    return SHORT_REACH_SECONDS if has_other_source and not is_set else float(constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> Path:

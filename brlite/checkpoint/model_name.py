@@ -157,9 +157,9 @@ def _is_meant(file_name: str, wanted: str) -> bool:
     base, wanted = PurePosixPath(file_name).name.lower(), wanted.lower()
     if wanted.endswith(".gguf"):
         return base == wanted
-    told = quantization_of(file_name)
-    if told is not None:
-        return told.lower() == wanted
+    quantization = quantization_of(file_name)
+    if quantization is not None:
+        return quantization.lower() == wanted
     return re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", base.removesuffix(".gguf")) is not None
 
 

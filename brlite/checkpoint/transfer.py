@@ -46,10 +46,10 @@ class HubFile(NamedTuple):
     @property
     def key(self) -> str:
         """The name of its content in the cache: a hash."""
-        told = self.sha256 or self.git_hash or ""
-        if HASH.fullmatch(told):
-            return told
-        return hashlib.sha256(f"{self.name} {self.num_bytes} {told}".encode()).hexdigest()
+        known_hash = self.sha256 or self.git_hash or ""
+        if HASH.fullmatch(known_hash):
+            return known_hash
+        return hashlib.sha256(f"{self.name} {self.num_bytes} {known_hash}".encode()).hexdigest()
 
 
 class Wanted(NamedTuple):

@@ -28,7 +28,7 @@ from brlite.models.network import num_parameters
 from brlite.models.registry import find_family
 from brlite.process.machine import show_bytes
 
-UNTOLD = "unknown: the graph's text cannot be read"
+UNREADABLE = "unknown: the graph's text cannot be read"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them
 
 Findings = dict[str, Any]
@@ -60,7 +60,7 @@ def render(findings: Mapping[str, Any]) -> str:
     """A line for each finding."""
     width, lines = max(map(len, findings)), []
     for name, value in findings.items():
-        text = UNTOLD if value is None else one_line(value)
+        text = UNREADABLE if value is None else one_line(value)
         if isinstance(value, int) and name.endswith("bytes"):
             text = f"{value} ({show_bytes(value)})"
         elif isinstance(value, int) and name == "parameters":

@@ -141,9 +141,9 @@ def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
     """(quantization or file name of a GGUF model, its file or first part), or (None, the folder) of other weights."""
     names = gguf_models(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf"))
     files = [snapshot / name for name in names if (snapshot / name).is_file()]
-    told = [quantization_of(path.name) for path in files]
-    for file, quantization in zip(files, told, strict=True):
-        is_only = told.count(quantization) == 1
+    quantizations = [quantization_of(path.name) for path in files]
+    for file, quantization in zip(files, quantizations, strict=True):
+        is_only = quantizations.count(quantization) == 1
         yield quantization if quantization and is_only else file.name, file
     if any((snapshot / name).exists() for name in WEIGHT_NAMES):
         yield None, snapshot

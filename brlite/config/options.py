@@ -546,7 +546,7 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything brlite can be told. Read-only after loading."""
+    """All options. Read-only after loading."""
 
     server: Annotated[ServerConfig, option("where and how the server listens")] = ServerConfig()
     engine: Annotated[EngineConfig, option("how tokens are computed")] = EngineConfig()

@@ -152,6 +152,6 @@ def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> In
     message = str(error)
     if message.startswith(f"{error.param} "):
         message = name + message.removeprefix(str(error.param))
-    told = copy(error)
-    told.args, told.param = (message,), name
-    return told
+    renamed = copy(error)
+    renamed.args, renamed.param = (message,), name
+    return renamed

@@ -194,7 +194,7 @@ class OpenAIEncoder(ResponseEncoder):
 
     def _encode_end(self, event: Event) -> bytes:
         """A choice's last event as two chunks: its output, then the finish reason."""
-        told = structs.replace(event, finish_reason=None, stop_reason=None, warnings=())
+        output = structs.replace(event, finish_reason=None, stop_reason=None, warnings=())
         end = Event(
             choice=event.choice,
             text="",
@@ -205,7 +205,7 @@ class OpenAIEncoder(ResponseEncoder):
             usage=event.usage,
             warnings=event.warnings,
         )
-        return self.encode(told) + self.encode(end)
+        return self.encode(output) + self.encode(end)
 
     def closing(self, usage: TokenUsage) -> bytes:
         """The end of a stream: the usage, if the client wants it, and `[DONE]`."""

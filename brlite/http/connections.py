@@ -115,8 +115,8 @@ class Connections:
     def discard(self, connection: Closable) -> None:
         """Remove a connection that has ended."""
         self._remove(connection)
-        is_untold = (self._num_spare or self._num_closed) and time.monotonic() >= self._quiet_until
-        if (self._is_full or is_untold) and len(self._members) < max(1, self._limit // 2):
+        is_unlogged = (self._num_spare or self._num_closed) and time.monotonic() >= self._quiet_until
+        if (self._is_full or is_unlogged) and len(self._members) < max(1, self._limit // 2):
             logger.warning(
                 "there is room again: %d connections were refused, %d that waited were closed for others",
                 self._num_spare,

@@ -116,7 +116,7 @@ class EventStream:
         return self.write(b": %b\n\n" % self._comment_text().encode())
 
     @contextmanager
-    def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
+    def commenting(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
         """Inside the block, comments contain `what()`, one line.
 
         One is written now. The interval becomes `seconds`, unless the usual one is shorter.

@@ -305,8 +305,8 @@ class Delivery:
         if self._is_closed:
             spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
         else:
-            num_told = sum(len(completion.token_ids) for completion in output.outputs)
-            self._num_searched += max(0, output.num_searched_tokens - num_told)
+            num_shown = sum(len(completion.token_ids) for completion in output.outputs)
+            self._num_searched += max(0, output.num_searched_tokens - num_shown)
 
     def _take(self, index: int, output: RequestOutput) -> None:
         if index in self._outputs:
@@ -385,7 +385,7 @@ class StreamDelivery(Delivery):
 
     async def _wait_for(self, model: ServedModel) -> EngineLoop:
         await self._begin()
-        with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+        with self._stream.commenting(model.loading.describe, LOADING_COMMENT_SECONDS):
             return await super()._wait_for(model)
 
     async def _send(self) -> web.StreamResponse:

@@ -51,7 +51,7 @@ class RecordedStream:
         return True
 
     @contextmanager
-    def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
+    def commenting(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
         """Does nothing: comments are not recorded. `follow` sends its own."""
         yield
 

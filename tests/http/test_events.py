@@ -120,7 +120,7 @@ async def test_comments_can_tell_what_goes_on_for_a_while(http_server, connect) 
 
     async def busy(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=0.05) as events:
-            with events.telling(lambda: "halfway", seconds=0.01):
+            with events.commenting(lambda: "halfway", seconds=0.01):
                 await go_on.wait()
             go_on.clear()
             await go_on.wait()
