@@ -71,6 +71,7 @@ struct Scaling {
 // of 4-bit codes is exact as a float, too, with and without the zero point's part; so is that of 16 6-bit codes.
 template <int FORMAT, int ROWS, bool HAS_INT8_ROWS>
 static void multiply_integers(const Tile& tile) {
+    constexpr bool IS_BESIDE = pairs_of_line(FORMAT, ROWS) && !(HAS_INT8_ROWS && code_bits(FORMAT) < 8);
     const uint8_t* group = tile.panel;
     Factors factors;
     Floats totals[ROWS];
@@ -80,7 +81,7 @@ static void multiply_integers(const Tile& tile) {
             factors.read(FORMAT, group);
             group += block_head_bytes(FORMAT);
         }
-        if (tile.ahead) fetch<ROWS == 1>(group + tile.ahead, group_bytes(FORMAT));
+        if (!IS_BESIDE && tile.ahead) fetch<ROWS == 1>(group + tile.ahead, group_bytes(FORMAT));
         const int index = first / BRLITE_GROUP, half = first % BRLITE_GROUP / group_inputs(FORMAT);
         const GroupOfRows activations = {tile.activations + index, tile.row_size / BRLITE_GROUP};
         const long start = index * BRLITE_GROUP;

@@ -343,9 +343,9 @@ INLINE void clear(typename Kind::Sum (&sums)[ROWS][PANELS]) {
 // As `add_pairs`, for one group of an int4 panel. With three sums or more, codes are not shifted down: those in the
 // second and third 4 bits of a word count 16 and 256 times, go to a sum of their own, and the sum is shifted once a
 // group. That takes half the instructions.
-template <int SUMS, int ROWS>
+template <int SUMS, int ROWS, class Beside>
 INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const Int8::Row* rows,
-                           long row_stride) {
+                           long row_stride, Beside beside) {
 #if defined(BRLITE_HAS_DOTPROD)
     return add_quads<ROWS>(&sums[0][0][0], 1, Int4Panel{panel}, rows, row_stride, BRLITE_GROUP);
 #endif
@@ -354,6 +354,7 @@ INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* pane
             const Int8::Pair weights = SUMS >= 3 ? Int8::load_shifted_int4(panel, i) : Int8::load_int4(panel, i);
             UNROLLED for (int r = 0; r < ROWS; r++)
                 Int8::add(sums[i % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * (first + i), 0));
+            beside(i);
         }
     }
     if constexpr (SUMS >= 3)
@@ -391,6 +392,31 @@ struct GroupOfRows {
     INLINED const ActivationGroup& operator[](int row) const { return first[row * stride]; }
 };
 
+// One row of integers prefetches its weights between the products: a line of 64 bytes after so many pairs, in their
+// order, not a group's lines at once. So about as many lines are on their way at any time. 0: not here, but in
+// linear.h.
+#if defined(BRLITE_HAS_AVX2) && !defined(BRLITE_HAS_VNNI)
+constexpr int pairs_of_line(int format, int num_rows) {
+    return num_rows > 1 || format == BRLITE_Q6_K ? 0 : is_int4(format) ? 4 : 2;
+}
+// asm: GCC would move prefetches to the start of the group.
+INLINE void fetch_line(const uint8_t* line) { asm volatile("prefetcht0 %0" ::"m"(*line)); }
+#else
+constexpr int pairs_of_line(int, int) { return 0; }
+INLINE void fetch_line(const uint8_t*) {}
+#endif
+constexpr long FETCH_AHEAD_BESIDE = 21 * 64;  // bytes
+
+template <int PAIRS>
+struct FetchBeside {
+    const uint8_t* line;
+    INLINED void operator()(int pair) {
+        if (PAIRS == 0 || pair % PAIRS != PAIRS - 1) return;
+        fetch_line(line);
+        line += 64;
+    }
+};
+
 // sums[row] = the sum of one group of a panel: of integer activations times codes. A group of Q6_K is half a group of
 // activations, its first (`half` 0) or its second. Its sums start at -32 times the sum of these: codes are 32 too
 // large.
@@ -400,15 +426,19 @@ INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8:
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
     Int8::Sum parts[SUMS][ROWS][1];
     UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(parts[i]);
+    constexpr int PAIRS = pairs_of_line(FORMAT, ROWS);
+    const uint8_t* ahead = group + FETCH_AHEAD_BESIDE;
+    const FetchBeside<PAIRS> beside{ahead};
     if constexpr (is_int4(FORMAT)) {
-        add_int4_pairs(parts, group, rows, row_size);
+        add_int4_pairs(parts, group, rows, row_size, beside);
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
         UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_32_sums[half]);
         add_q6_k_pairs(parts, group, rows, row_size);
     } else {
         const uint8_t* panel[1] = {group};
-        add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2);
+        add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2, beside);
     }
+    if constexpr (PAIRS != 0) fetch_line(ahead + code_bytes(FORMAT));
     UNROLLED for (int r = 0; r < ROWS; r++) {
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][0] = Int8::plus(parts[0][r][0], parts[i][r][0]);
         sums[r] = Int8::floats(parts[0][r][0]);
