@@ -146,6 +146,8 @@ class SlotBackend:
         """Call the engine once. Returns an exception that it raises, which ends the sequences of the call."""
         concerned = {each.slot: each for each in work}
         padded = with_every_slot(rows, self._capabilities)
+        for row in rows:  # now: Ctrl-C ends the wait for the step, which is computed all the same
+            self._slots[row.slot].length = row.end
         try:
             shape = len(padded), self._capabilities.vocab_size
             found = self._thread.call(lambda: self._engine.step(padded))
@@ -165,7 +167,6 @@ class SlotBackend:
             return error
         for row, row_logits in zip(padded, logits, strict=True):
             if len(row.token_ids):
-                self._slots[row.slot].length = row.end
                 concerned[row.slot].logits.append(row_logits)
         for number, state in zip(pooled, hidden, strict=True):
             concerned[number].hidden.append(state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from _thread import interrupt_main
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from brlite.backends.plugins.contract import PluginRow
 from brlite.backends.plugins.slot_backend import STEP_FAILED, SlotBackend
 from brlite.backends.plugins.toy import ToyEngine, token_logits
 from brlite.backends.plugins.toy_text import ASSISTANT, USER, toy_tokenizer
@@ -48,6 +50,16 @@ class MixingToy(LooseToy):
     """One prompt, beside decodes."""
 
     claims: ClassVar[dict[str, Any]] = {"can_mix_rows": True}
+
+
+class InterruptedToy(ToyEngine):
+    """Ctrl-C comes while its first step is computed."""
+
+    def step(self, rows: Sequence[PluginRow]) -> Any:
+        logits = super().step(rows)
+        if self._num_steps == 1:
+            interrupt_main()
+        return logits
 
 
 ENGINES = [ToyEngine, LooseToy, StiffToy, SingleToy, MixingToy]
@@ -290,6 +302,18 @@ def test_a_slot_whose_call_failed_is_good_for_the_next_request(serve: Any) -> No
     assert texts == ["right"]
     assert wrong in service.errors
     assert service.engine.stats.step_failures == 1
+
+
+def test_a_slot_whose_step_was_interrupted_is_good_for_the_next_request(serve: Any) -> None:
+    service = serve(InterruptedToy())
+    service.add("one")
+    with pytest.raises(KeyboardInterrupt):
+        service.run()
+
+    service.engine.reset()
+    again = service.add("one")
+
+    assert service.texts(again) == ["one"]
 
 
 def test_a_row_of_nan_ends_its_request_only(serve: Any) -> None:
