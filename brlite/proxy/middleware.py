@@ -57,7 +57,8 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
             found = forwarder.find_stored(head, request[API_KEY])
             if found is None:
                 return await handler(request)
-            body = await read_body(request, limits) if request.method == "POST" else b""
+            has_body = request.method == "POST" and request.body_exists  # a cancel has none, of whatever type
+            body = await read_body(request, limits) if has_body else b""
             return await run(request, Inbound(head, body, request[API_KEY], None, None), found)
         body = await read_body(request, limits)
         inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])

@@ -126,6 +126,23 @@ async def test_a_head_of_a_stored_response_has_the_headers_of_its_get_and_no_bod
     assert others.status == 404
 
 
+@pytest.mark.parametrize("lines", [(), (b"Content-Length: 0",), (b"Content-Length: 0", b"Content-Type: text/plain")])
+async def test_a_response_is_cancelled_by_a_request_without_a_body(
+    stack: AsyncExitStack, connect: Connect, lines: tuple[bytes, ...]
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    made = await setting.clients[0].responses.create(model="toy", input="hello", background=True)
+    first = b"POST /v1/responses/%b/cancel HTTP/1.1" % made.id.encode()
+    client = await Client.connect(setting.proxy.port)
+
+    client.send(b"\r\n".join((first, b"Host: proxy", b"Authorization: Bearer secret-a", *lines)) + b"\r\n\r\n")
+    answer = await client.answer()
+    client.leave()
+
+    assert answer.status == 200, answer.body
+    assert made.id.encode() in answer.body
+
+
 async def test_a_background_stream_is_left_and_taken_up_again_at_its_upstream(
     stack: AsyncExitStack, connect: Connect
 ) -> None:
