@@ -37,6 +37,7 @@ from brlite.http.listen import HttpServer
 from brlite.process.machine import raise_descriptor_limit
 from brlite.process.signals import add_signal_call, remove_signal_call
 from brlite.process.streams import configure_logging
+from brlite.process.waiting import on_daemon_thread
 from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.generate import CONFIG, MODELS
 from brlite.server.model_manager import ModelManager, OnProgress
@@ -59,6 +60,7 @@ IN_DOCKER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 MAX_SHOWN_MODELS = 8
 ALL_ADDRESSES = "0.0.0.0"
 EXIT_LOST = 1
+LOADING = "brlite-load"  # the name of threads
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,7 +170,7 @@ async def _load_first(manager: ModelManager) -> None:
 
 
 class ModelLoader:
-    """Loads models for `ModelManager`, and shows the progress on the terminal."""
+    """Loads models for `ModelManager`, and shows the progress on the terminal. No disk that hangs keeps the process."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -176,21 +178,21 @@ class ModelLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         if self._config.engine.name is not None:
             return 0  # the memory of another engine is not known here
-        await asyncio.to_thread(_import_loading, is_builtin=True)
+        await on_daemon_thread(partial(_import_loading, is_builtin=True), LOADING)
         from brlite.backends.sizes import known_sizes
 
-        sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
+        sizes = await on_daemon_thread(partial(known_sizes, spec, self._config.engine), LOADING)
         return None if sizes is None else sizes.num_bytes
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        await asyncio.to_thread(_import_loading, is_builtin=self._config.engine.name is None)
+        await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
         from brlite.llm import model_bytes
 
         with _shown(report) as show:
             return await model_bytes(self._config, spec, show)
 
     async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
-        await asyncio.to_thread(_import_loading, is_builtin=self._config.engine.name is None)
+        await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
         from brlite.llm import AsyncEngine
 
         with _shown(report) as show:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
+import threading
 
 import pytest
 
-from brlite.commands.serve import curl_line
+from brlite.backends import sizes
+from brlite.commands.serve import ModelLoader, curl_line
+from brlite.config.options import Config, ModelSpec
+from tests.limits import PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("model", ["org/name-1.5", "it's", 'a "quoted" \\name', "夏天"])
@@ -25,3 +30,25 @@ def test_a_model_without_a_template_is_asked_to_complete() -> None:
     assert words[2] == "http://h/v1/completions"
     assert "prompt" in json.loads(words[-1])
     assert "Authorization: Bearer YOUR_KEY" in words
+
+
+def test_a_disk_that_hangs_keeps_no_server_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, hangs = threading.Event(), threading.Event()
+
+    def known_sizes(*_: object) -> None:
+        reads.set()
+        hangs.wait()
+
+    async def start_and_stop() -> None:
+        measuring = asyncio.create_task(ModelLoader(Config()).known_bytes(ModelSpec(name="m")))
+        await asyncio.to_thread(reads.wait)
+        measuring.cancel()
+
+    monkeypatch.setattr(sizes, "known_sizes", known_sizes)
+    server = threading.Thread(target=asyncio.run, args=(start_and_stop(),), daemon=True)
+    server.start()
+    server.join(PATIENCE_SECONDS)
+    has_ended = not server.is_alive()
+    hangs.set()
+
+    assert has_ended
