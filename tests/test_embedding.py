@@ -37,7 +37,7 @@ folder, backend = sys.argv[1:]
 spec = ModelSpec(name="tiny", path=folder, build_seq=512, build_batch=4)
 config = Config(model=(spec,), engine=EngineConfig(backend=backend, device="cpu", threads=2))
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 def text(output):
     return output.outputs[0].text
@@ -67,7 +67,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Runs a script with the folder and the backend, in a process that must end well."""
-    python = WarmPython(IMPORTS + "import brlite.backends.native.backend\n" + "import torch\n" * HAS_TORCH)
+    python = WarmPython(
+        IMPORTS + "import brlite.backends.native.backend\n" + "import brlite.backends.torch.backend\n" * HAS_TORCH
+    )
 
     def run(script: str, folder: Path, backend: str = "native") -> None:
         done = python.run(PRELUDE + textwrap.dedent(script), folder, backend)
@@ -80,7 +82,7 @@ def run() -> Iterator[Run]:
 def test_threads_that_share_a_model_each_get_their_own_texts(run: Run, folder: Path, backend: str) -> None:
     run(
         """
-        prompts = [f"prompt number {number}" for number in range(24)]
+        prompts = [f"prompt number {number}" for number in range(12)]
         with LLM(config=config) as llm:
             alone = [text(llm.generate(prompt, GREEDY)[0]) for prompt in prompts]
             with ThreadPoolExecutor(4) as pool:
@@ -95,7 +97,7 @@ def test_threads_that_share_a_model_each_get_their_own_texts(run: Run, folder: P
 def test_closing_waits_for_the_step_and_the_other_thread_ends_with_closed(run: Run, folder: Path, backend: str) -> None:
     run(
         """
-        for _ in range(5):
+        for _ in range(3):
             llm, has_begun = LLM(config=config), threading.Event()
             def generate():
                 llm.generate(["one", "two", "three"] * 40, LONG, on_finished=lambda *_: has_begun.set())
@@ -189,18 +191,18 @@ def test_ctrl_c_while_a_model_loads_ends_its_threads_before_their_memory(run: Ru
         LLM(config=config).close()
         seconds = monotonic() - begin
         num_interrupted = 0
-        for number in range(20):
+        for number in range(9):
             shots = [1, 2]  # the second comes, if it does, while the first one's threads are waited for
             try:
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 21, seconds / 50)
+                    signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 10, seconds / 50)
                     LLM(config=config).close()
                 except KeyboardInterrupt:
                     num_interrupted += 1
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 pass
-        assert num_interrupted > 3, num_interrupted
+        assert num_interrupted > 2, num_interrupted
         with LLM(config=config) as llm:
             assert text(llm.generate("x", GREEDY)[0])
         """,

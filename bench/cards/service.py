@@ -72,7 +72,8 @@ def http(args: argparse.Namespace) -> Iterator[Finding]:
 def verify(args: argparse.Namespace) -> Iterator[Finding]:
     """`brlite verify`: equal, or different where the backend promises nothing."""
     with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
-        config = _write_config(Path(scratch), _model(args, Path(scratch)), args.device, {"build_batch": 16})
+        fields = {"build_batch": 16, "build_seq": 160 if args.short else CONTEXT}
+        config = _write_config(Path(scratch), _model(args, Path(scratch)), args.device, fields)
         tokens = "2" if args.short else "8"
         done = _run("verify", str(config), "--max-tokens", tokens, device=args.device)
     lines = done.stdout.splitlines()

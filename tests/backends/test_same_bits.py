@@ -1,4 +1,4 @@
-"""The same bits in any company, over a thousand random schedules, on every instruction set, on one thread and two."""
+"""The same bits in any company, over 800 random schedules, on every instruction set, on one thread and two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import LONG_LENGTHS, Story, live_alone, make_prompts, run_schedules
 
-NUM_SCHEDULES = 20  # of each model in each precision, on one thread
+NUM_SCHEDULES = 14  # of each model in each precision, on one thread
 # Long sequences are most of the time, row by row. What works on them in chunks is attention, which does not know how
 # the weights are stored: so they come with each model in each format of the cache.
 WITH_LONG = ("bf16", "a_bf16_w_int8_kv_int8")
@@ -67,7 +67,7 @@ def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> 
     seen = run_schedules(alone.backend, alone.stories, count=NUM_SCHEDULES, seed=alone.seed)
 
     assert seen["compared"] > 20 * NUM_SCHEDULES
-    assert min(seen[what] for what in ("restarts", "shared blocks", "right draft tokens", "wrong draft tokens")) > 2
+    assert min(seen[what] for what in ("restarts", "shared blocks", "right draft tokens", "wrong draft tokens")) > 1
     assert seen["mixed batches"] > NUM_SCHEDULES
 
 

@@ -1,4 +1,4 @@
-"""How long the fuzz targets of this folder run: 200 examples of each in CI, BRLITE_FUZZ_SECONDS of each by hand.
+"""How long the fuzz targets of this folder run: 120 examples of each in CI, BRLITE_FUZZ_SECONDS of each by hand.
 
 CI has always the same examples: a change must not fail for what another one brought.
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 T = TypeVar("T")
 
 SECONDS = float(os.environ.get("BRLITE_FUZZ_SECONDS", "0"))
-NUM_EXAMPLES = 200
+NUM_EXAMPLES = 120
 
 _SETTINGS = settings(
     derandomize=not SECONDS,

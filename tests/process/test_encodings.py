@@ -14,7 +14,6 @@ from tests.process.servers import BRLITE
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 NAME = "你好 😀"
-ENCODINGS = ["ascii", "gbk", "latin-1"]
 
 
 def run(command: list[str], encoding: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
@@ -34,11 +33,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 CHECK = ["check", f"{NAME}.toml"]
-OTHERS = [["inspect", NAME], ["doctor"], ["--help"], ["serve", "--help"]]  # their streams are set up by the same code
+OTHERS = [["inspect", NAME], ["serve", "--help"]]  # their streams are set up by the same code
 
 
 @pytest.mark.parametrize(
-    ("command", "encoding"), [*((CHECK, each) for each in ENCODINGS), *((each, "ascii") for each in OTHERS)], ids=str
+    ("command", "encoding"), [(CHECK, "gbk"), *((each, "ascii") for each in [CHECK, *OTHERS])], ids=str
 )
 def test_text_for_eyes_is_printed_in_any_encoding(command: list[str], encoding: str, folder: Path) -> None:
     result = run(command, encoding, folder)
@@ -55,9 +54,8 @@ def test_data_is_utf_8_in_any_encoding(folder: Path) -> None:
     assert json.loads(result.stdout.decode("utf-8"))
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_refusal_is_one_line_in_any_encoding(encoding: str, folder: Path) -> None:
-    result = run(["check", f"{NAME}-absent.toml"], encoding, folder)
+def test_a_refusal_is_one_line_in_any_encoding(folder: Path) -> None:
+    result = run(["check", f"{NAME}-absent.toml"], "gbk", folder)
 
     assert result.returncode == 2
-    assert result.stderr.decode(encoding).count("\n") == 1
+    assert result.stderr.decode("gbk").count("\n") == 1

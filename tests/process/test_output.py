@@ -39,8 +39,8 @@ def test_a_reader_that_reads_nothing_does_not_hold_the_server(command: str) -> N
     with running(commands(port)[command], stderr=subprocess.PIPE) as process:
         wait_until_it_answers(port, "/health")
 
-        # A line each, of 300 letters: more than the pipe, a full queue and one that the thread has taken hold (1.1 MB).
-        ask_for_nothing(port, num_times=4000)
+        # A line each, of 430 letters: more than the pipe, a full queue and one that the thread has taken hold (1.1 MB).
+        ask_for_nothing(port, num_times=2800)
         lost = dropped(port)
         process.terminate()
 
@@ -51,7 +51,7 @@ def test_a_reader_that_reads_nothing_does_not_hold_the_server(command: str) -> N
 def ask_for_nothing(port: int, num_times: int) -> None:
     """Requests on one connection, each of which leaves a line in the log."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS) as client:
-        request = b"GET /%b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % (b"x" * 200)
+        request = b"GET /%b HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-Id: %b\r\n\r\n" % (b"x" * 200, b"y" * 128)
         sender = threading.Thread(target=client.sendall, args=(request * num_times,))
         sender.start()
         text, num_answers = b"", 0
@@ -62,16 +62,14 @@ def ask_for_nothing(port: int, num_times: int) -> None:
         sender.join()
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("num_lines", [0, 1])
+@pytest.mark.parametrize(("stream", "num_lines"), [("stdout", 0), ("stderr", 0), ("stderr", 1)])
 def test_a_reader_that_leaves_while_the_model_loads_ends_nothing(stream: str, num_lines: int) -> None:
     port = free_port()
     outputs = {"stderr": subprocess.DEVNULL, stream: subprocess.PIPE}
     with running(commands(port)["serve"], **outputs) as process:
         pipe: IO[bytes] = getattr(process, stream)
-        if stream == "stderr":
-            for _ in range(num_lines):
-                pipe.readline()
+        for _ in range(num_lines):
+            pipe.readline()
         pipe.close()
 
         wait_until_it_answers(port)

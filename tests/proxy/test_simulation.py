@@ -36,7 +36,7 @@ from tests.proxy.scripts import (
 )
 from tests.proxy.virtual_network import VirtualLoop
 
-NUM_SEEDS = int(os.environ.get("BRLITE_SEEDS", "200"))
+NUM_SEEDS = int(os.environ.get("BRLITE_SEEDS", "125"))
 SEEDS_A_TEST = 25
 NUM_CLIENTS = 8
 NUM_REQUESTS = 4

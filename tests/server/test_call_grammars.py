@@ -99,7 +99,7 @@ def test_forced_calls_obey_their_schemas_and_are_read_again(name: str, parallel:
     grammar = compiled(vocabulary, calls=calls(name, "required", parallel=parallel))
     num_calls = 0
 
-    for seed in range(12):
+    for seed in range(8):
         written = write(grammar, TOKENIZERS[vocabulary], temperature=0.7, seed=seed, max_tokens=1200)
         if not written.is_ended:
             continue

@@ -239,7 +239,7 @@ def assert_same_logprobs(ours: TokenLogprob, theirs: TokenLogprob) -> None:
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_draws_like_the_sampler_in_numpy(sampler: Sampler, vocab_size: int, shape: str) -> None:
     rng = np.random.default_rng(vocab_size)
-    num_rows = 64 if vocab_size < 10_000 else 6
+    num_rows = 32 if vocab_size < 10_000 else 4
     logits = SHAPES[shape](random_logits(num_rows, vocab_size, seed=vocab_size))
     inputs = [random_entry(rng, vocab_size) for _ in range(num_rows)]
 
@@ -253,7 +253,7 @@ def test_draws_like_the_sampler_in_numpy(sampler: Sampler, vocab_size: int, shap
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_every_instruction_set_gives_the_same_bits(samplers: list[Sampler], vocab_size: int, shape: str) -> None:
     rng = np.random.default_rng(vocab_size + 1)
-    num_rows = 32 if vocab_size < 10_000 else 3
+    num_rows = 16 if vocab_size < 10_000 else 3
     logits = SHAPES[shape](random_logits(num_rows, vocab_size, seed=vocab_size + 1))
     inputs = [random_entry(rng, vocab_size) for _ in range(num_rows)]
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from brlite.backends.torch.device import (
 )
 from brlite.errors import ConfigError
 from brlite.process.machine import physical_cores
+from tests.warm import WarmPython
 
 BRLITE = Path(__file__).parents[3] / "brlite"
 ENGINE_ROOMS = [path for room in ("models", "backends/distributed") for path in sorted((BRLITE / room).rglob("*.py"))]
@@ -71,17 +71,28 @@ torch.supa = torch.cuda = runtime
 """
 
 
-def run_with_plugins(folder: Path, code: str, **plugins: str) -> list[str]:
+RunWithPlugins = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def run_with_plugins() -> Iterator[RunWithPlugins]:
     """The lines that `code` prints, in a process of its own, which can import these plugins of torch."""
-    for name, source in plugins.items():
-        (folder / f"{name}.py").write_text(source)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(BRLITE.parent)))}
-    code = f"from brlite.backends.torch.device import describe_device, select_device\n{code}"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    python = WarmPython("import sys\nfrom brlite.backends.torch.device import describe_device, select_device")
+
+    def run(folder: Path, code: str, **plugins: str) -> list[str]:
+        for name, source in plugins.items():
+            (folder / f"{name}.py").write_text(source)
+        done = python.run(f"sys.path.insert(0, sys.argv[1])\n{code}", folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    yield run
+    python.close()
 
 
-def test_the_plugin_of_the_first_cards_serves_where_that_of_the_second_does_not(tmp_path: Path) -> None:
+def test_the_plugin_of_the_first_cards_serves_where_that_of_the_second_does_not(
+    run_with_plugins: RunWithPlugins, tmp_path: Path
+) -> None:
     code = "print(select_device('supa')); print(describe_device(select_device('supa', 1)))"
 
     printed = run_with_plugins(tmp_path, code, torch_supa="raise ImportError('not these cards')", torch_br=PLUGIN)
@@ -89,7 +100,9 @@ def test_the_plugin_of_the_first_cards_serves_where_that_of_the_second_does_not(
     assert printed == ["supa:0", "supa:1 (torch_br of unknown version)"]
 
 
-def test_a_plugin_that_passes_itself_off_as_cuda_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_plugin_that_passes_itself_off_as_cuda_is_not_taken_for_it(
+    run_with_plugins: RunWithPlugins, tmp_path: Path
+) -> None:
     code = "import torch_supa; print(select_device('auto'))"
 
     assert run_with_plugins(tmp_path, code, torch_supa=PLUGIN) == ["supa:0"]
