@@ -2,6 +2,7 @@
 
     python bench/quality.py             # all precisions beside llama.cpp's Q8_0 and Q4_1: some minutes
     python bench/quality.py --short     # 32 tokens, two precisions, no llama.cpp: for CI
+    python bench/quality.py --mixed --peers ''    # as a model of 16 bits, whose groups no file has rounded to 4
 
 Every precision starts from the same file. The reference computes in float32 with the file's own numbers; bf16 and int8
 round them to bfloat16 first, and auto keeps what is quantized. The text is read with the model's own tokenizer in
@@ -24,10 +25,11 @@ import msgspec
 import numpy as np
 import torch
 from measuring import prompts, subject
+from measuring.mixed_model import write_mixed
 from measuring.torch_model import TorchModel
 from measuring.venvs import ToolError
 from msgspec import Struct
-from peers import gguf_q8, llama_cpp
+from peers import gguf_q8, launchers, llama_cpp
 
 from brlite.config.options import ModelSpec
 from brlite.engine.backend import Backend, Batch, ScheduledSeq
@@ -89,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace, stack: ExitStack) -> list[Row]:
     model = subject.find_model(args.model)
+    if args.mixed:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-"))) / "mixed"
+        write_mixed(launchers.hf_folder(model.path, Path(sys.executable)), folder)
+        model = subject.Model(f"{model.name}, mixed", folder)
     windows = list(_windows(args, model.path))
     print(f"{model.name}: {sum(map(len, windows))} tokens in windows of {args.window}", flush=True)
     reference = TorchModel(model.path, ModelSpec(build_seq=args.window), "float32", "float32").logits
@@ -214,6 +220,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=_words, default=list(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--text", type=Path, default=prompts.QUALITY_TEXT, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="of the text; 0: all")
+    parser.add_argument("--mixed", action="store_true", help="the model with its channels in another order, in bf16")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens that see each other (512)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--short", action="store_true", help="32 tokens, two precisions, no llama.cpp")

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,7 +24,7 @@ from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
 from brlite.models.config import ModelConfig
-from brlite.models.precision import WEIGHTS_NAMES, Precision
+from brlite.models.precision import NATIVE_ONLY, WEIGHTS_NAMES
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def load_backend(
             return _load_native(library, plan)
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
-    check_activations(model.precision, obstacle)
+    check_native_only(spec, obstacle)
     if engine.backend == "torch":
         require_torch(TORCH_USE)
         return _load_torch(plan)
@@ -80,10 +81,10 @@ def load_backend(
     return _load_torch(plan, *([FALLBACK_NOTE.format(reason=obstacle)] if is_slow else []))
 
 
-def check_activations(precision: Precision, obstacle: str) -> None:
+def check_native_only(spec: ModelSpec, obstacle: str) -> None:
     """Raise `ConfigError` for a precision that only native kernels have. `obstacle` is why they cannot be used."""
-    if precision.has_int8_activations:
-        raise ConfigError(f"precision a_int8_w_int8 is of native kernels only, but {obstacle}")
+    if spec.precision in NATIVE_ONLY:
+        raise ConfigError(f"precision {spec.precision} is of native kernels only, but {obstacle}")
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
@@ -130,7 +131,14 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
             logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-        return NativeBackend(library, msgspec.structs.replace(plan, packed_file=packed_file), opened=opened)
+        plan, measure = msgspec.structs.replace(plan, packed_file=packed_file), None
+        if plan.precision.weights == "int4":
+            from brlite.backends.native.calibration import measure_importance
+
+            if packed_file is None:
+                logger.info("model %s is rounded to 4 bits at each start; serialize_file keeps the result", spec.name)
+            measure = partial(measure_importance, library, plan)
+        return NativeBackend(library, plan, opened=opened, measure=measure)
 
 
 def _load_torch(plan: LoadPlan, *notes: str) -> Backend:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from brlite.backends.choose import check_activations, find_obstacle
+from brlite.backends.choose import check_native_only, find_obstacle
 from brlite.backends.draft import draft_spec, find_draft
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import (
@@ -249,7 +249,7 @@ def _find_holding(config: ModelConfig, spec: ModelSpec, engine: EngineConfig, pr
     obstacle = find_obstacle(config, spec, engine)
     if obstacle is None:
         return Holding()
-    check_activations(precision, obstacle)
+    check_native_only(spec, obstacle)
     device = select_device(engine.device)
     if precision.weights == "int8":
         check_groups(config, spec.tensor_parallel)

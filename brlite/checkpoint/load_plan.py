@@ -82,7 +82,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NOT_QUANTIZED = F32.name
-KEPT, ROUNDED, WIDENED = "kept", "rounded to int8", "widened to bfloat16"
+KEPT, ROUNDED, CUT, WIDENED = "kept", "rounded to int8", "rounded to 4 bits", "widened to bfloat16"
 # A quantized format → the form in memory that keeps its codes, in torch and in native code. Others are not listed.
 CARD_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 NATIVE_FORMS = CARD_FORMS | {name: block.form for name, block in BLOCKS.items()}
@@ -141,9 +141,9 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
 
 def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
     """For each matrix that native code multiplies by, or keeps quantized for look-up: its parts, each of one form."""
-    parameters = held_parameters(model, shard)
-    if model.precision.weights != "stored":
-        rounded: MatrixForm = "int8" if model.precision.weights == "int8" else "bfloat16"
+    parameters, weights = held_parameters(model, shard), model.precision.weights
+    if weights in ("bfloat16", "int8"):
+        rounded: MatrixForm = "int8" if weights == "int8" else "bfloat16"
         matrices = {name: parameter for name, parameter in parameters.items() if parameter.precision == "weights"}
         return {name: (MatrixPart(rounded, parameter.shape[0]),) for name, parameter in matrices.items()}
     found: dict[str, list[tuple[int, MatrixPart]]] = {}
@@ -155,6 +155,8 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
             # An embedding that is only looked up is a bfloat16 table, unless the file quantizes it.
             if parameter.precision == "weights" or is_quantized:
                 form: MatrixForm = "int8" if target.has_unit_rows else NATIVE_FORMS.get(stored_as, "int8")
+                if weights == "int4" and form not in INT4_FORMS and parameter.sharding != "vocabulary":
+                    form = "int4_min"
                 part = MatrixPart(form, target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
@@ -186,9 +188,10 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
 
     `keeps_forms` says whether the backend has forms for quantized files, as native code always has.
     """
-    if spec.precision != "auto" and model.precision.weights != "stored":
-        return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
+    keeps_some = model.precision.weights == "stored" or (quantized and model.precision.weights == "int4")
+    if spec.precision != "auto" and not keeps_some:
+        return f"{spec.precision}, set by precision"
     if not quantized and model.precision != PRECISIONS["bf16"]:
         return f"{name_of(model.precision)}, which the bundle was made for (auto)"
     if not quantized:
@@ -225,7 +228,9 @@ def _stored_matrices(model: CheckedModel, num_ranks: int, *, is_native: bool) ->
                     form = next(part.form for part, end in zip(form, ends, strict=True) if target.start < end)
                 if form is None and (is_native or stored_as in PLAIN_FORMATS):
                     continue  # a vector, or an embedding that no format quantizes
-                change = WIDENED if form is None else ROUNDED if form == "int8" else KEPT
+                is_kept = form == (NATIVE_FORMS if is_native else CARD_FORMS).get(stored_as)
+                rounded = CUT if form in INT4_FORMS else ROUNDED
+                change = WIDENED if form is None else KEPT if is_kept else rounded
                 found.setdefault(stored_as, {}).setdefault(change, set()).add(name)
     return found
 

@@ -14,7 +14,7 @@ from brlite.backends.sizes import Sizes, find_model, known_sizes
 from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
 from brlite.config.validation import model_override, override
 from brlite.errors import ConfigError, ModelError
-from brlite.models.precision import PRECISIONS, PrecisionOption
+from brlite.models.precision import NATIVE_ONLY, PrecisionOption
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
@@ -78,8 +78,8 @@ def find_sizes(spec: ModelSpec) -> dict[str, Sizes]:
         try:
             sizes = known_sizes(alone, EngineConfig())
         except ConfigError:
-            if precision in PRECISIONS and PRECISIONS[precision].has_int8_activations:
-                continue  # only native kernels have them
+            if precision in NATIVE_ONLY:
+                continue
             raise
         assert sizes is not None  # the model is here, or the default one
         found[precision] = sizes

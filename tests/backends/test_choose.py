@@ -18,6 +18,7 @@ from brlite.commands.cli import main
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.llm import build_engine
+from brlite.models.precision import NATIVE_ONLY
 from brlite.models.registry import find_family
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
@@ -113,9 +114,10 @@ def test_the_absent_package_is_told_from_one_that_does_not_load():
         (EngineConfig(dtype="float32"), 'native kernels compute in bfloat16, and engine.dtype is "float32"'),
     ],
 )
-def test_int8_activations_are_refused_where_torch_would_compute(model, engine, reason):
-    spec = ModelSpec(name="tiny", path=str(model), precision="a_int8_w_int8", build_seq=64)
-    line = re.escape(f"precision a_int8_w_int8 is of native kernels only, but {reason}")
+@pytest.mark.parametrize("precision", sorted(NATIVE_ONLY))
+def test_what_only_native_kernels_have_is_refused_where_torch_would_compute(model, engine, reason, precision):
+    spec = ModelSpec(name="tiny", path=str(model), precision=precision, build_seq=64)
+    line = re.escape(f"precision {precision} is of native kernels only, but {reason}")
 
     with pytest.raises(ConfigError, match=f"^{line}$"):
         build_engine(Config(model=[spec], engine=engine))
@@ -123,6 +125,14 @@ def test_int8_activations_are_refused_where_torch_would_compute(model, engine, r
         sizes_at(model, spec, engine)
 
 
-def test_int8_activations_are_refused_for_an_engine_plugin():
-    with pytest.raises(ConfigError, match="a_int8_w_int8 is of native kernels only; an engine plugin may have"):
-        with_static_context(ModelSpec(precision="a_int8_w_int8"))
+def test_rounding_to_four_bits_is_refused_with_ranks(model):
+    spec = ModelSpec(name="tiny", path=str(model), precision="a_bf16_w_int4", build_seq=64, tensor_parallel=2)
+
+    with pytest.raises(ConfigError, match=r"^tensor_parallel is 2; precision a_bf16_w_int4 is of one rank only$"):
+        build_engine(Config(model=[spec]))
+
+
+@pytest.mark.parametrize("precision", sorted(NATIVE_ONLY))
+def test_what_only_native_kernels_have_is_refused_for_an_engine_plugin(precision):
+    with pytest.raises(ConfigError, match=f"{precision} is of native kernels only; an engine plugin may have"):
+        with_static_context(ModelSpec(precision=precision))

@@ -110,6 +110,30 @@ def test_int8_activations_keep_a_quantized_file_and_round_others_to_int8() -> No
     )
 
 
+def test_four_bits_are_kept_and_all_others_rounded_but_the_head() -> None:
+    model = stored_model(
+        {"": "Q4_K", "v": "Q6_K", "down": "Q8_0", "gate": "F16", "up": "F16"}, "a_bf16_w_int4", head_dim=32
+    )
+    plain = stored_model({"": "BF16"}, "a_bf16_w_int4")
+
+    parts = matrix_parts(model)
+    assert parts["layers.0.qkv.weight"] == (MatrixPart("q4_k", 96), MatrixPart("int4_min", 32))
+    assert parts["layers.0.down.weight"] == (MatrixPart("int4_min", 256),)
+    assert parts["head.weight"] == (MatrixPart("q4_k", 64),)
+    assert described(model, "a_bf16_w_int4") == (
+        "the file's own: Q4_K is kept, Q6_K is rounded to 4 bits, Q8_0 is rounded to 4 bits, F16 is rounded to 4 bits "
+        "(a_bf16_w_int4, set by precision)"
+    )
+    assert {name: part.form for name, (part,) in matrix_parts(plain).items()} == {
+        "layers.0.qkv.weight": "int4_min",
+        "layers.0.o.weight": "int4_min",
+        "layers.0.gate_up.weight": "int4_min",
+        "layers.0.down.weight": "int4_min",
+        "head.weight": "int8",
+    }
+    assert described(plain, "a_bf16_w_int4") == "a_bf16_w_int4, set by precision"
+
+
 @pytest.mark.parametrize("name", get_args(PrecisionName))
 def test_a_precision_of_the_manual_means_the_same_for_every_file(name: PrecisionOption) -> None:
     assert settle_precision(name, MIXED) == settle_precision(name, PLAIN) == PRECISIONS[name]

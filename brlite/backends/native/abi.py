@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 
 MAX_HEAD_DIM = 256
 MAX_SIZE = 2**30  # of a matrix's rows and columns, which int32 holds, also rounded up to whole panels and groups
@@ -69,6 +69,7 @@ class NativeOperation(ctypes.Structure):
         ("input", c_void_p),
         ("output", c_void_p),
         ("pages", c_void_p),
+        ("squares", c_void_p),
     ]
 
 
@@ -175,6 +176,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_release": ((c_void_p, c_size_t), None),
     "brlite_packed_bytes": ((c_int32, c_int32, c_int32), c_size_t),
     "brlite_pack": ((c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p), None),
+    "brlite_pack_int4": ((c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p), None),
     "brlite_pack_codes": ((c_int32, *(c_void_p,) * 3, *(c_int32,) * 3, c_void_p), None),
     "brlite_pack_blocks": ((c_int32, c_void_p, *(c_int32,) * 3, c_void_p), None),
     "brlite_unpack_row": ((c_int32, c_void_p, c_int32, c_int32, c_void_p), None),

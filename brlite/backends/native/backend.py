@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
@@ -24,8 +24,8 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.packer import PackedWeights, load_weights
-from brlite.backends.native.plan import NativePlan, PagedCache
+from brlite.backends.native.packer import Importance, PackedWeights, load_weights
+from brlite.backends.native.plan import NO_SQUARES, NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows, StepBuffers
 from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.host import NativeSampler
@@ -55,16 +55,21 @@ class NativeBackend:
         *,
         shared: SharedRows | None = None,
         opened: ExitStack | None = None,
+        measure: Callable[[PackedWeights], Importance] | None = None,
+        loaded: PackedWeights | None = None,
+        squares: Mapping[str, int] = NO_SQUARES,
     ) -> None:
         """Load the weights, from their packed file if there is one, and allocate the cache.
 
         `shared` are the rows that the ranks of a sharded plan share. The backend owns `opened` and closes it last.
+        `measure` is that of `load_weights`. `loaded` weights remain the caller's. `squares` are those of `NativePlan`.
         If anything is raised, KeyboardInterrupt included, everything is released.
         """
         library = native.functions
         with opened or ExitStack() as opened:
-            weights = load_weights(library, plan)
-            opened.callback(weights.close)
+            weights = loaded or load_weights(library, plan, measure)
+            if loaded is None:
+                opened.callback(weights.close)
             cache = PagedCache(library, plan)
             opened.callback(cache.close)
             self.info = _describe(native, plan, weights, cache)
@@ -81,7 +86,7 @@ class NativeBackend:
             self._num_threads = plan.num_threads
             buffers = StepBuffers(library, plan, shared)
             opened.callback(buffers.close)
-            self._plan = NativePlan(plan, weights, cache, buffers)  # kept: the library reads its arrays
+            self._plan = NativePlan(plan, weights, cache, buffers, squares)  # kept: the library reads its arrays
             struct = ctypes.addressof(self._plan.struct)
             self._engine: int = library.brlite_create(struct, native.isa, plan.num_threads) or 0
             if not self._engine:

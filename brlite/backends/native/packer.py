@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from brlite.backends.native.layout import BLOCK_FORMATS, CODED_FORMATS, Layout, PackedTensor, packed_layout
+from brlite.backends.native.abi import INT4_MIN
+from brlite.backends.native.layout import BLOCK_FORMATS, CODED_FORMATS, FORMATS, Layout, PackedTensor, packed_layout
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import (
     MappedPackedFile,
@@ -25,7 +26,7 @@ from brlite.backends.native.packed_file import (
     checksums,
     write_packed_file,
 )
-from brlite.checkpoint.load_plan import LoadPlan, held_parameters, matrix_parts, placed_tensors
+from brlite.checkpoint.load_plan import NATIVE_FORMS, LoadPlan, held_parameters, matrix_parts, placed_tensors
 from brlite.checkpoint.stored_tensor import Bytes, Float32, StoredTensor, from_bfloat16, to_bfloat16
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
@@ -35,6 +36,7 @@ from brlite.models.precision import WEIGHTS_NAMES
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Importance = Mapping[str, Float32]  # matrix → how much the square of an error counts, by its input [num_inputs]
 
 LAYOUT_VERSION = 3  # raised by every change that packs the same weights into other bytes
 ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
@@ -117,6 +119,12 @@ class Packer:
         self._bytes = memory.bytes()
         self._pool = pool
 
+    def put_all(self, plan: LoadPlan, importance: Importance | None = None) -> None:
+        """Pack the plan's tensors. `importance` is of matrices that are rounded to 4 bits; without it that is quick."""
+        self._importance = importance or {}
+        for target, tensor in placed_tensors(plan):
+            self.put(target, tensor)
+
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
         parts, num_rows = self._layout.tensors[target.parameter], target.shape[0]
@@ -124,10 +132,13 @@ class Packer:
         start, out = target.start - packed.first_row, self._bytes[packed.offset : packed.offset + packed.num_bytes]
         if packed.form == "vector":
             out.view(np.float32)[start : start + num_rows] = read_vector(packed, tensor)
-        elif num_rows <= ROWS_AT_A_TIME:
-            pack_rows(self._library, packed, out, start, tensor)
+            return
+        importance = self._importance.get(target.parameter)
+        pack = partial(pack_rows, self._library, packed, out, importance=importance)
+        if num_rows <= ROWS_AT_A_TIME:
+            pack(start, tensor)
         else:
-            pack_in_pieces(self._pool, partial(pack_rows, self._library, packed, out), start, tensor)
+            pack_in_pieces(self._pool, pack, start, tensor)
 
 
 def pack_in_pieces(
@@ -146,19 +157,30 @@ def pack_in_pieces(
         done.result()
 
 
-def pack_rows(library: ctypes.CDLL, packed: PackedTensor, out: Bytes, first: int, tensor: StoredTensor) -> None:
+def pack_rows(
+    library: ctypes.CDLL,
+    packed: PackedTensor,
+    out: Bytes,
+    first: int,
+    tensor: StoredTensor,
+    importance: Float32 | None = None,
+) -> None:
     """Read `tensor` and pack it as the rows from `first` on of `out`, which is a matrix or whole panels of it."""
     place = first, tensor.shape[0], packed.num_inputs, out.ctypes.data
+    form = NATIVE_FORMS.get(tensor.format.name)
     if packed.form == "table":
         rows = out.view(np.uint16).reshape(-1, packed.num_inputs)
         rows[first : first + tensor.shape[0]] = to_bfloat16(tensor.float32(), keeps_subnormal=False)
     elif packed.format in BLOCK_FORMATS:
         blocks = tensor.blocks()
         library.brlite_pack_blocks(packed.format, blocks.ctypes.data, *place)
-    elif packed.format in CODED_FORMATS:
+    elif packed.format in CODED_FORMATS and form is not None and FORMATS[form] == packed.format:
         codes, scales, offsets = tensor.coded()
         offsets_address = None if offsets is None else offsets.ctypes.data
         library.brlite_pack_codes(packed.format, codes.ctypes.data, scales.ctypes.data, offsets_address, *place)
+    elif packed.format == INT4_MIN:
+        values = tensor.float32()
+        library.brlite_pack_int4(values.ctypes.data, None if importance is None else importance.ctypes.data, *place)
     else:
         values = tensor.float32()
         library.brlite_pack(packed.format, values.ctypes.data, *place)
@@ -170,8 +192,13 @@ def read_vector(packed: PackedTensor, tensor: StoredTensor) -> Float32:
     return from_bfloat16(to_bfloat16(values, keeps_subnormal=False)) if packed.is_rounded else values
 
 
-def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> PackedWeights:
-    """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision."""
+def load_weights(
+    library: ctypes.CDLL, plan: LoadPlan, measure: Callable[[PackedWeights], Importance] | None = None
+) -> PackedWeights:
+    """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision.
+
+    With `measure` they are packed twice: by the importance of inputs that `measure` finds with the first result.
+    """
     model, shard = plan.model, plan.shard
     layout = packed_layout(library, held_parameters(model, shard), matrix_parts(model, shard))
     part = f" {shard.rank} of {shard.size}" if shard else ""
@@ -198,8 +225,9 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> PackedWeights:
         # Its threads end before the memory that they write to is released.
         with PackingThreads(plan.num_threads) as pool:
             packer = Packer(library, layout, memory, pool)
-            for target, tensor in placed_tensors(plan):
-                packer.put(target, tensor)
+            packer.put_all(plan)
+            if measure is not None:
+                packer.put_all(plan, measure(PackedWeights(layout, memory, [])))
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:
             try:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from brlite.backends.native import abi
@@ -20,6 +21,8 @@ from brlite.models.config import FLOAT32_BYTES
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
 from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, vocabulary_range
+
+NO_SQUARES: Mapping[str, int] = MappingProxyType({})
 
 
 class PagedCache:
@@ -53,7 +56,15 @@ class NativePlan:
     bits.
     """
 
-    def __init__(self, plan: LoadPlan, weights: PackedWeights, cache: PagedCache, buffers: StepBuffers) -> None:
+    def __init__(
+        self,
+        plan: LoadPlan,
+        weights: PackedWeights,
+        cache: PagedCache,
+        buffers: StepBuffers,
+        squares: Mapping[str, int] = NO_SQUARES,
+    ) -> None:
+        """`squares` has addresses of float64 [num_inputs], by a matrix's name: steps add the squares of its inputs."""
         shard = plan.shard or Shard(0, 1, sums=False)
         config = self.config = plan.config  # the whole model's
         self._own = plan.rank_config
@@ -64,6 +75,7 @@ class NativePlan:
         self._has_int8_rows = plan.precision.has_int8_activations
         self._cache = cache
         self._buffers = buffers
+        self._squares = squares
         self._rope = pair_tables(config.rope, plan.spec.build_seq)
         network = build_network(config)
         body, (head,) = list(self._compile(network.body)), self._multiply(network.head)
@@ -183,6 +195,7 @@ class NativePlan:
                 meets=operation.output in ("hidden", "logits") and self._meets,
                 is_part=part is not parts[-1],
                 has_int8_rows=self._has_int8_rows,
+                squares=self._squares.get(operation.weight.name) if part is parts[0] else None,
             )
 
     @property

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 14
+#define BRLITE_ABI_VERSION 15
 #define BRLITE_KERNEL_VERSION 5  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -95,7 +95,9 @@ typedef struct brlite_operation {
     const float* bias;
     const float* input;
     float* output;
-    uint8_t* pages;  // ROPE, ATTEND: the layer's part of the cache
+    uint8_t* pages;   // ROPE, ATTEND: the layer's part of the cache
+    double* squares;  // LINEAR, ADD with int16 activations: null, or [num_inputs], to which the squares of all rows of
+                      // activations are added
 } brlite_operation;
 
 // What attention has in common in all layers. `cos` and `sin` are [max_positions][rotary_dim / 2].
@@ -205,6 +207,11 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
+// The same for INT4_MIN, rounded to 4 bits: of each group the scale and the minimum are searched with which the squares
+// of the errors have the least sum. `importance` [num_inputs] says how much those of each input count. Null: all alike,
+// and the search is short.
+void brlite_pack_int4(const float* rows, const float* importance, int32_t first, int32_t num_rows, int32_t num_inputs,
+                      void* panels);
 // Pack rows that are already quantized, for INT8_F16, INT4, INT4_MIN or INT4_ZERO: codes [num_rows][num_inputs], one
 // byte each; scales and, where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half
 // precision. `num_inputs` is a multiple of 32.

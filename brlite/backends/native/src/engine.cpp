@@ -90,6 +90,7 @@ class Engine {
     Engine(const brlite_plan& plan, const Kernels& kernels, int num_threads)
         : plan_(plan), body_(plan.body, plan.body + plan.num_operations), kernels_(kernels), pool_(num_threads) {
         plan_.body = body_.data();
+        has_squares_ = std::any_of(body_.begin(), body_.end(), [](const auto& op) { return op.squares != nullptr; });
         allocate(num_threads);
     }
 
@@ -126,6 +127,7 @@ class Engine {
     int last_chunk(const brlite_span& span) const { return (span.start + span.num_rows - 1) / CHUNK; }
 
     brlite_plan plan_;
+    bool has_squares_;  // then one thread needs all rows of activations
     const std::vector<brlite_operation> body_;
     const Kernels& kernels_;
     Pool pool_;
@@ -210,8 +212,8 @@ void Engine::share_out(const brlite_batch& batch) {
     // sequences only after the step. So the item can run ROPE itself, without a barrier in between.
     step_.joins_rope = !step_.partial.is_split && (int)attention_items_.size() == batch.num_spans;
     if (step_.partial.is_split) split(batch);
-    step_.divides_rows =
-        !plan_.meeting && step_.num_threads > 1 && batch.num_rows >= min_divided_rows(step_.num_threads);
+    step_.divides_rows = !plan_.meeting && !has_squares_ && step_.num_threads > 1 &&
+                         batch.num_rows >= min_divided_rows(step_.num_threads);
     step_.attention_items = attention_items_.data();
     step_.num_attention_items = (int)attention_items_.size();
 }

@@ -1,6 +1,7 @@
 // Packs matrices into panels. int8: weights are rounded to bfloat16 first; then each group of 32 inputs gets one scale.
 // The scale is the smallest bfloat16 number that is at least (largest magnitude) / 127, so no code exceeds 127. A scale
-// takes 2 bytes: 1.0625 bytes a weight. Codes that a file holds quantized are copied, without rounding.
+// takes 2 bytes: 1.0625 bytes a weight. int4: the same groups, with a scale and a minimum each, in half precision
+// (IEEE), 0.625 bytes a weight. Codes that a file holds quantized are copied, without rounding.
 #include <math.h>
 #include <string.h>
 
@@ -170,6 +171,129 @@ void pack_row_of_blocks(const uint8_t* blocks, int num_inputs, Place to) {
     }
 }
 
+// To IEEE half precision, ties to even; and back, for finite numbers.
+uint16_t to_float16(float x) {
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000, magnitude = bits_of(x) & 0x7fffffff;
+    if (magnitude >= 0x47800000) return (uint16_t)(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (magnitude < 0x38800000) return (uint16_t)(sign | (bits_of(from_bits(magnitude) + 0.5f) - bits_of(0.5f)));
+    return (uint16_t)(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+float from_float16(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, shifted = (uint32_t)(half & 0x7fff) << 13;
+    const bool is_subnormal = shifted < 0x00800000;
+    const float magnitude = from_bits(shifted + (is_subnormal ? 0x38800000 : 0x38000000));
+    return from_bits(bits_of(is_subnormal ? magnitude - from_bits(0x38800000) : magnitude) | sign);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+// A group of weights to be rounded to 4 bits, and how much the square of each one's error counts.
+constexpr int NUM_FOURS = BRLITE_GROUP / 4;
+struct Group {
+    Four weights[NUM_FOURS], importance[NUM_FOURS];
+};
+
+struct Line {  // a weight is scale * code + minimum
+    float scale, minimum;
+};
+
+double sum_of(const Four& four) {
+    double sum = 0;
+    for (int i = 0; i < 4; i++) sum += four[i];
+    return sum;
+}
+
+// The code of each weight that is nearest on the line.
+void find_codes(const Group& group, const Line& line, Four* codes) {
+    const Four none = {}, most = none + 15.0f, large = none + 12582912.0f;  // 1.5 * 2^23, as in `nearest`
+    const float inverse = line.scale > 0 ? 1 / line.scale : 0;
+    for (int i = 0; i < NUM_FOURS; i++) {
+        Four code = (group.weights[i] - line.minimum) * inverse;
+        code = code > none ? code : none;
+        code = code < most ? code : most;
+        codes[i] = (code + large) - large;
+    }
+}
+
+// The line with the least squares of errors for these codes; `line` if it has no slope.
+Line fit(const Group& group, const Four* codes, const Line& line) {
+    Four ones = {}, xs = {}, xxs = {}, ys = {}, xys = {};
+    for (int i = 0; i < NUM_FOURS; i++) {
+        const Four x = codes[i] * group.importance[i], y = group.weights[i] * group.importance[i];
+        ones += group.importance[i];
+        xs += x;
+        xxs += x * codes[i];
+        ys += y;
+        xys += y * codes[i];
+    }
+    const double one = sum_of(ones), x = sum_of(xs), xx = sum_of(xxs), y = sum_of(ys), xy = sum_of(xys);
+    const double spread = one * xx - x * x, slope = one * xy - x * y;
+    if (!(spread > 0 && slope > 0)) return line;
+    return {(float)(slope / spread), (float)((xx * y - x * xy) / spread)};
+}
+
+double error_of(const Group& group, const Four* codes, const Line& line) {
+    Four sums = {};
+    for (int i = 0; i < NUM_FOURS; i++) {
+        const Four error = codes[i] * line.scale + line.minimum - group.weights[i];
+        sums += group.importance[i] * error * error;
+    }
+    return sum_of(sums);
+}
+
+// The best of some lines, each fitted to its codes: they clamp different parts of the group's range. The first clamps
+// nothing, and with `is_quick` is the only one.
+Line find_line(const Group& group, bool is_quick, Four* best_codes) {
+    Four leasts = group.weights[0], mosts = group.weights[0];
+    for (const Four& weights : group.weights) {
+        leasts = weights < leasts ? weights : leasts;
+        mosts = weights > mosts ? weights : mosts;
+    }
+    const float least = std::min({leasts[0], leasts[1], leasts[2], leasts[3]});
+    const float range = std::max({mosts[0], mosts[1], mosts[2], mosts[3]}) - least;
+    Line best = {0, least};
+    double best_error = -1;
+    for (float steps : {15.0f, 14.4f, 14.7f, 15.3f, 15.6f, 15.9f, 16.2f}) {
+        Four codes[NUM_FOURS];
+        const Line first = {range / steps, least};
+        find_codes(group, first, codes);
+        const Line fitted = fit(group, codes, first);
+        const Line line = {from_float16(to_float16(fitted.scale)), from_float16(to_float16(fitted.minimum))};
+        find_codes(group, line, codes);
+        const double error = error_of(group, codes, line);
+        if (best_error >= 0 && error >= best_error) continue;
+        best = line, best_error = error;
+        std::copy(codes, codes + NUM_FOURS, best_codes);
+        if (is_quick) break;
+    }
+    return best;
+}
+
+// Of a group that is not finite, all weights become NaN.
+void pack_group_int4(const float* weights, const float* importance, int num_inputs, uint8_t* to, int column) {
+    uint32_t bits[BRLITE_GROUP] = {}, peak_bits = 0;
+    memcpy(bits, weights, num_inputs * sizeof *bits);
+    for (int i = num_inputs; i < BRLITE_GROUP; i++) bits[i] = bits[0];  // padding does not widen the range
+    for (int i = 0; i < BRLITE_GROUP; i++) bits[i] = to_half_bits(bits[i]);
+    for (int i = 0; i < BRLITE_GROUP; i++) peak_bits = std::max(peak_bits, bits[i] & 0x7fffffff);
+    float counts[BRLITE_GROUP] = {};
+    for (int i = 0; i < num_inputs; i++) counts[i] = importance ? importance[i] : 1.0f;
+    Group group;
+    memcpy(group.weights, bits, sizeof bits);
+    memcpy(group.importance, counts, sizeof counts);
+    Four codes[NUM_FOURS] = {};
+    Line line = {0, __builtin_nanf("")};
+    if (peak_bits < 0x7f800000) line = find_line(group, !importance, codes);
+    uint8_t bytes[BRLITE_GROUP];
+    for (int i = 0; i < BRLITE_GROUP; i++) bytes[i] = (uint8_t)codes[i / 4][i % 4];
+    place_int4(bytes, to, column);
+    const uint16_t scale = to_float16(line.scale), minimum = to_float16(line.minimum);
+    uint8_t* halves = to + code_bytes(BRLITE_INT4_MIN) + 2 * column;
+    memcpy(halves, &scale, sizeof scale);
+    memcpy(halves + 2 * BRLITE_LANES, &minimum, sizeof minimum);
+}
+
 void place_int8(const uint8_t* codes, uint8_t* group, int column) {
     for (int i = 0; i < BRLITE_GROUP; i += 2) memcpy(group + i * BRLITE_LANES + 2 * column, codes + i, 2);
 }
@@ -198,6 +322,17 @@ void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_r
             brlite::pack_row_int8(weights, num_inputs, to);
         else
             brlite::pack_row_bf16(weights, num_inputs, to);
+    }
+}
+
+void brlite_pack_int4(const float* rows, const float* importance, int32_t first, int32_t num_rows, int32_t num_inputs,
+                      void* panels) {
+    for (int32_t row = 0; row < num_rows; row++) {
+        brlite::Place to = brlite::place_of(BRLITE_INT4_MIN, first + row, num_inputs, panels);
+        const float* weights = rows + (size_t)row * num_inputs;
+        for (int i = 0; i < num_inputs; i += BRLITE_GROUP, to.panel += brlite::group_bytes(BRLITE_INT4_MIN))
+            brlite::pack_group_int4(weights + i, importance ? importance + i : nullptr,
+                                    std::min(BRLITE_GROUP, num_inputs - i), to.panel, to.column);
     }
 }
 

@@ -117,6 +117,15 @@ INLINE void write_input(const Activations& to, const brlite_operation& op, int r
                     to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
+// The squares of rows of int16, in the order of the rows.
+static void add_squares(const brlite_operation& op, const Activations& from, int num_rows) {
+    for (int row = 0; row < num_rows; row++) {
+        const int16_t* integers = (const int16_t*)from.rows + row * from.row_size;
+        const double factor = (double)from.scales[row] * from.scales[row];
+        for (int i = 0; i < op.num_inputs; i++) op.squares[i] += factor * (integers[i] * integers[i]);
+    }
+}
+
 // ---- EMBED -------------------------------------------------------------------------------------------------------
 
 // The code of input `i` of a group in a column.

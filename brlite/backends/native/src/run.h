@@ -52,6 +52,7 @@ struct Worker {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
                 if (step.divides_rows) return linear_of_rows(op, *input, rows.first, rows.end);
+                if (op.squares && scratch.thread == 0) add_squares(op, *input, num_rows);
                 linear({op, *input, op.output, num_rows}, next(step.num_threads), scratch.thread, step.num_threads);
                 if (op.is_part) return;
                 break;
