@@ -5,6 +5,7 @@ The `gguf` package dequantizes tensors to float32; `gguf_codes.py` unpacks the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Format, LocatedTensor
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
+MAX_DIVISORS = 4096  # of rotary frequencies: they are read before the size of a head is known
+
 
 class GgufCheckpoint(LocatedTensors):
     """Implements `Checkpoint`. A tensor is read only when its numbers or its codes are needed."""
@@ -32,6 +35,9 @@ class GgufCheckpoint(LocatedTensors):
         divisors = None
         if ROPE_FREQS in tensors:
             file, freqs = tensors.pop(ROPE_FREQS)
+            if math.prod(freqs.shape) > MAX_DIVISORS:
+                found = f"must have a number for two of a head, at most {MAX_DIVISORS}: {freqs.shape}"
+                raise ModelError(f"{file}: {ROPE_FREQS} {found}")
             (divisors,) = (
                 tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({file: [freqs]}).tensors()
             )

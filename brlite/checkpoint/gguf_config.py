@@ -161,7 +161,7 @@ def _rope_scaling(metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Se
     kind = metadata.text("rope.scaling.type", "linear" if "rope.scale_linear" in metadata else "none")
     if kind not in ("none", "linear", "yarn"):
         raise metadata.error("rope.scaling.type", "none, linear or yarn", kind)
-    if rope_freqs is not None and max(rope_freqs, default=1.0) != 1.0:
+    if rope_freqs is not None and any(divisor != 1.0 for divisor in rope_freqs):
         if kind != "none":
             raise ModelError(f"{ROPE_FREQS} and rope scaling of type {excerpt(kind)} cannot be combined")
         # llama.cpp keeps the result of Llama 3's scaling, not its parameters: find the factor, and compute it again.

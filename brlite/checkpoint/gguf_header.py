@@ -21,6 +21,9 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+MAX_HEADER_BYTES = 64 * 2**20  # 49,152 tokens take 1.8 MB; in memory, short texts up to 7 times as much
+MAX_STRINGS = 2**21  # of a list: of tokens or of merges
+MAX_ROWS = 2**16  # of the metadata, which has about 30, and of the table of tensors: about 10 a layer
 
 NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # A sampling parameter → the key under which a file recommends a value.
@@ -83,16 +86,22 @@ class _Cursor:
         self.data = data
         self.position = position
         self.with_texts = with_texts
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     def take(self, num_bytes: int) -> int:
         """Step over `num_bytes` and return where they begin."""
         begin = self.position
-        if num_bytes > len(self.data) - begin:
-            raise _Broken(
-                f"truncated: {num_bytes} bytes are due at byte {begin}, but the file ends at {len(self.data)}"
-            )
+        if num_bytes > self.end - begin:
+            raise self.cut(num_bytes, begin)
         self.position = begin + num_bytes
         return begin
+
+    def cut(self, num_bytes: int, begin: int) -> _Broken:
+        """The error for `num_bytes` that go beyond the end of the file, or of what a header may have."""
+        due = f"{num_bytes} bytes are due at byte {begin}"
+        if begin + num_bytes > len(self.data):
+            return _Broken(f"truncated: {due}, but the file ends at {len(self.data)}")
+        return _Broken(f"{due}, but a header may have {MAX_HEADER_BYTES}")
 
     def numbers(self, code: str, count: int) -> tuple[Any, ...]:
         begin = self.take(struct.calcsize("<" + code) * count)
@@ -117,14 +126,18 @@ class _Cursor:
 
     def strings(self, count: int) -> list[str]:
         """`count` strings. 8 times as fast as calling `string`: a vocabulary has hundreds of thousands of them."""
-        data, position, size = self.data, self.position, len(self.data)
+        if count > MAX_STRINGS:
+            raise _Broken(f"a list of {count} strings at byte {self.position} (allowed: {MAX_STRINGS})")
+        data, position, size = self.data, self.position, self.end
         read_length, with_texts = struct.Struct("<Q").unpack_from, self.with_texts
         texts: list[str] = []
         add = texts.append
         for _ in range(count):
             begin = position + 8
-            if begin > size or (end := begin + read_length(data, position)[0]) > size:
-                raise _Broken(f"truncated: the string at byte {position} ends beyond the file's {size} bytes")
+            if begin > size:
+                raise self.cut(8, position)
+            if (end := begin + read_length(data, position)[0]) > size:
+                raise self.cut(end - begin, begin)
             if with_texts:
                 add(data[begin:end].decode())
             position = end
@@ -162,9 +175,14 @@ class _Cursor:
         if version not in VERSIONS:
             raise _Broken(f"version {version} (allowed are {VERSIONS[0]} and {VERSIONS[1]}, little-endian)")
         num_tensors, num_metadata = self.numbers("Q", 2)
+        for num_rows, of in ((num_metadata, "keys"), (num_tensors, "tensors")):
+            if num_rows > MAX_ROWS:
+                raise _Broken(f"it has {num_rows} {of} (allowed: {MAX_ROWS})")
         metadata: dict[str, Any] = {}
-        for _ in range(num_metadata):  # each takes some bytes, so the file's size bounds their number
+        for _ in range(num_metadata):
             key = self.string()
+            if key in metadata:
+                raise _Broken(f"the key {excerpt(key)} is listed twice")
             metadata[key] = self.value()
         tensors = [self.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

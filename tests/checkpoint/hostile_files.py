@@ -13,6 +13,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from tests.checkpoint.model_files import random_gguf_tensors, write_gguf
 from tests.tiny_models import write_tiny_model
 
 TENSOR_CALL = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -42,6 +46,21 @@ def gguf(folder: Path, metadata: list[tuple[str, bytes]], num_tensors: int = 0, 
 
 def gguf_array(type_id: int, count: int, data: bytes) -> bytes:
     return struct.pack("<IIQ", 9, type_id, count) + data
+
+
+def sparse_gguf(folder: Path, value: bytes, num_bytes: int) -> Path:
+    """A file whose only key has this value, of as many bytes. What follows the value's head is zeros."""
+    file = gguf(folder, [("k", value)])
+    with file.open("r+b") as stream:
+        stream.truncate(num_bytes)
+    return file
+
+
+def long_rope(folder: Path) -> Path:
+    """A model whose frequencies are divided by eight million numbers."""
+    folder.mkdir(exist_ok=True)
+    rope = {"rope_freqs.weight": (np.full(2**23, 2, np.float32), GGMLQuantizationType.F32)}
+    return write_gguf(folder / "m.gguf", random_gguf_tensors() | rope)
 
 
 def traced(folder: Path, pickled: bytes, *, compression: int = zipfile.ZIP_STORED, code: bytes = b"") -> Path:
@@ -183,6 +202,12 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
         at, [("general.architecture", struct.pack("<IQ", 8, 10**6) + b"\x1b" * 10**6)]
     ),
     "gguf: an alignment of 2**63": lambda at: gguf(at, [("general.alignment", struct.pack("<IQ", 10, 2**63))]),
+    "gguf: 1,500,000 keys": lambda at: gguf(
+        at, [(f"{number:x}", struct.pack("<IB", 0, 1)) for number in range(1_500_000)]
+    ),
+    "gguf: 128 MiB of empty strings": lambda at: sparse_gguf(at, gguf_array(8, 2**24, b""), 129 * 2**20),
+    "gguf: a text of 128 MiB": lambda at: sparse_gguf(at, struct.pack("<IQ", 8, 2**27), 129 * 2**20),
+    "gguf: 32 MiB of rotary frequencies": long_rope,
     "traced: a nested tuple in a refusal": lambda at: traced(at, b"\x80\x02" + doubled(60) + b"Q."),
     "traced: a nested tuple that is called": lambda at: traced(at, b"\x80\x02" + doubled(60) + b")R."),
     "traced: a nested tuple as a key": lambda at: traced(at, b"\x80\x02}" + doubled(60) + b"Ns."),
