@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -19,6 +19,8 @@ from brlite.errors import ConfigError, InvalidRequest
 from brlite.files.text_file import TextError, decode_text
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
+
+MAX_INPUT_BYTES = 2**30  # all of the prompts are held until they are answered
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +101,11 @@ def read_lines(source: str) -> Iterator[tuple[int, str]]:
     if source == "-":
         ask_for("prompts")
     try:
-        text = decode_text(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
+        with nullcontext(sys.stdin.buffer) if source == "-" else Path(source).open("rb") as stream:
+            data = stream.read(MAX_INPUT_BYTES + 1)
+        if len(data) > MAX_INPUT_BYTES:
+            raise TextError(f"it is larger than {MAX_INPUT_BYTES} bytes")
+        text = decode_text(data)
     except (OSError, TextError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{'standard input' if source == '-' else source}: cannot be read: {reason}") from None

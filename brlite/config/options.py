@@ -17,6 +17,7 @@ from brlite.models.precision import PrecisionOption
 
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, extra={"allowed": "a 64-bit integer"})]  # as in TOML
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=10**6)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=10**6)]
@@ -104,7 +105,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Word | None, option("an installed engine plugin, used in place of the backends (docs/engines.md)", "toy")
     ] = None
     options: Annotated[
-        dict[str, str | bool | int | float], option("the plugin's own options: { tokens_per_second = 20 }")
+        dict[str, str | bool | Integer | float], option("the plugin's own options: { tokens_per_second = 20 }")
     ] = {}
     backend: Annotated[Backend, option("native (CPU kernels), torch, or auto: native where it can be used")] = "auto"
     device: Annotated[

@@ -47,6 +47,8 @@ def toml_value(value: object) -> str:
         return f"{{ {', '.join(pairs)} }}" if value else "{}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # as TOML has it: inf and nan, which JSON writes otherwise
     return _string(value) if isinstance(value, str) else json.dumps(value)
 
 

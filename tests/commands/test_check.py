@@ -194,7 +194,12 @@ def test_models_beyond_the_budget_are_refused_with_both_numbers(tmp_path, model,
 
 def test_what_is_printed_can_be_loaded_again(tmp_path):
     all_models = {'http://{主机IP}:"1"': "a\nb\x7f"}
-    config = Config(model=(ModelSpec(name="a"), ModelSpec(name="b")), proxy=ProxyConfig(all_models=all_models))
+    options = {"a": float("inf"), "b": 1e30, "c": 2**63 - 1}
+    config = Config(
+        engine=EngineConfig(options=options),
+        model=(ModelSpec(name="a"), ModelSpec(name="b")),
+        proxy=ProxyConfig(all_models=all_models),
+    )
     path = tmp_path / "printed.toml"
 
     path.write_text(render(config), encoding="utf-8")

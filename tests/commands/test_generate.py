@@ -104,6 +104,13 @@ def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:
     assert fake_llm.prompts == ("one\u2028line", "next\u0085too")
 
 
+def test_an_endless_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MAX_INPUT_BYTES", 1000)
+
+    with pytest.raises(ConfigError, match="/dev/zero: cannot be read: it is larger than 1000 bytes"):
+        generate.read_lines("/dev/zero")
+
+
 def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
     fake_llm: type[FakeLLM], tmp_path: Path
 ) -> None:

@@ -187,6 +187,11 @@ def test_broken_toml_names_the_line(tmp_path):
         ("deep.toml", b"a = " + b"[" * 100_000, "not valid TOML: "),
         ("dots.toml", b"a." * 3000 + b"a = 1", "a = {'a': {'a': {…}}}: no such field"),
         ("digits.toml", b"a = " + b"9" * 5000, "not valid TOML: "),
+        (
+            "options.toml",
+            b"[engine.options]\na = 0x" + b"f" * 5000,
+            "engine.options = {'a': a number of 6021 digits}: ",
+        ),
         ("hexadecimal.toml", b"[server]\nport = 0x" + b"f" * 5000, "server.port = a number of 6021 digits: allowed is"),
     ],
 )
