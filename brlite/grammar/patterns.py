@@ -100,7 +100,9 @@ def with_plain_classes(pattern: str) -> str:
         found = (_IN_CLASS if is_class else _OUTSIDE).match(pattern, position)
         assert found is not None  # both match any character
         part, position = found[0], found.end()
-        if is_class and (part in "[&~" or (part == "-" and written[-1] == "-")):
+        if is_class and part == "-" and pattern.startswith("-", position) and written[-1] in ("[", "[^"):
+            part = r"\-"  # the first of a range, as in [--a]
+        elif is_class and (part in "[&~" or (part == "-" and written[-1] == "-")):
             part = f"\\{part}"
         is_class = part != "]" if is_class else part[0] == "["
         written.append(part)

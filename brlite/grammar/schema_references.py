@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
+from brlite.grammar.patterns import with_plain_classes
+
+IN_URI = "/%:?&=+~!$'()*,;@-._"  # characters that stand for themselves in a URI and in its fragment
 MAX_POINTER = 200  # characters of a JSON pointer in a message
 
 
@@ -36,7 +39,12 @@ class SchemaReferences:
             raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
         if "/oneOf/" in reference:
             raise SchemaRefused(f"{pointer}/$ref", "references into oneOf are not taken; move the target to $defs")
-        node["$ref"] = quote(reference, safe="/#%:?&=+~!$'()*,;@[]-._")
+        plain = unquote(reference)
+        if "/patternProperties/" in plain and with_plain_classes(plain) != plain:
+            reason = "references to a pattern with such a class are not taken; move the target to $defs"
+            raise SchemaRefused(f"{pointer}/$ref", reason)
+        written, mark, fragment = reference.partition("#")
+        node["$ref"] = quote(written, safe=IN_URI) + mark + quote(fragment, safe=IN_URI)
         address, fragment = urldefrag(urljoin(self.base_of(node), reference))
         found = self._anchors.get(f"{address}#{fragment}" if fragment and fragment[0] != "/" else address)
         if not address and (not fragment or fragment[0] == "/"):

@@ -29,6 +29,7 @@ from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, es
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_EXPONENT = 22  # powers of ten up to here are exact as doubles
 BOUND_DIGITS = 15  # of a bound, as the library writes it
+SMALLEST = 1e-20  # smaller bounds than this are narrowed to it, or to 0
 STEP_PLACES = 9  # from an exclusive bound to the inclusive one that replaces it: 1e-9
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
@@ -299,11 +300,15 @@ class _Walk:
                     raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
                 # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
                 self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
+            if isinstance(value, float) and value.is_integer() and keyword in node:
+                node[keyword] = int(value)  # of a float, the library reads 15 digits
             is_lower = keyword.endswith("inimum")
             if keyword != "multipleOf" and abs(value) > EXACT:
                 if (value < 0) != is_lower:
                     raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
                 node[keyword] = -EXACT if is_lower else EXACT
+            elif keyword != "multipleOf" and 0 < abs(value) < SMALLEST:  # the library writes all zeros of a bound
+                node[keyword] = math.copysign(SMALLEST, value) if is_lower == (value > 0) else 0
         if "number" in _type_names(node):
             _make_inclusive(node)
 
@@ -480,8 +485,13 @@ def _remainders(divisor: float) -> int:
 def _make_inclusive(node: dict[str, Any]) -> None:
     """Replace a number's exclusive bound that is an integer by an inclusive one a little inside.
 
-    If two bounds are less than 1 apart, the library allows the one that is nearer to 0, though it is exclusive.
+    If two bounds are less than 1 apart, the library allows the one that is nearer to 0, though it is exclusive. Bounds
+    that leave nothing stay as they are: its error names the keywords.
     """
+    lowest = max((node[keyword] for keyword in ("minimum", "exclusiveMinimum") if keyword in node), default=-math.inf)
+    highest = min((node[keyword] for keyword in ("maximum", "exclusiveMaximum") if keyword in node), default=math.inf)
+    if lowest >= highest:
+        return
     for sign, keyword, exclusive, narrower in (
         (1, "minimum", "exclusiveMinimum", max),
         (-1, "maximum", "exclusiveMaximum", min),

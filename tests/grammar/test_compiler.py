@@ -123,6 +123,13 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ({"type": "object", "patternProperties": {"^x-": False}}, "#/patternProperties", "of no properties"),
     ({"patternProperties": {"^[&]$": {}, r"^[\&]$": {"type": "null"}}}, "#/patternProperties", "the same pattern"),
     ({"type": "number", "exclusiveMinimum": 3e14, "maximum": 3e14 + 0.5}, "#", "minimum"),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0}, "#", "exclusiveMinimum"),
+    ({"type": "number", "minimum": 5, "exclusiveMaximum": 4}, "#", "exclusiveMaximum"),
+    (
+        {"items": {"$ref": "#/$defs/a/patternProperties/[[]"}, "$defs": {"a": {"patternProperties": {"[[]": {}}}}},
+        "#/items/$ref",
+        "to a pattern",
+    ),
     ({"type": "number", "exclusiveMaximum": -(10**15), "minimum": -(10**15) - 0.5}, "#", "maximum"),
     ({"if": {"type": "string"}, "then": {"maxLength": 3}}, "#/if", "if"),
     ({"type": "array", "contains": {"type": "integer"}}, "#/contains", "contains"),
@@ -280,7 +287,12 @@ def one(**bounds: Any) -> dict[str, Any]:
         ({"type": "string", "pattern": r"^[^[\]]$"}, "[", False),
         ({"type": "string", "pattern": "^[a&&b]$"}, "&", True),
         ({"type": "string", "pattern": "^[+--]$"}, ",", True),  # from "+" to "-"
+        ({"type": "string", "pattern": "^[--a]$"}, "A", True),  # from "-" to "a"
+        ({"type": "string", "pattern": "^[^--a]$"}, "A", False),
+        ({"type": "string", "pattern": "^[--]$"}, "-", True),
         ({"type": "string", "pattern": "^[]~~&&]$"}, "&", True),
+        ({"$ref": "#/$defs/Page[int]", "$defs": {"Page[int]": {"type": "null"}}}, None, True),
+        ({"$ref": "#/$defs/a#b", "$defs": {"a#b": {"type": "null"}}}, None, True),
         (
             {
                 "type": "object",
@@ -308,6 +320,14 @@ def one(**bounds: Any) -> dict[str, Any]:
         (one(exclusiveMaximum=-99999999999999, minimum=-99999999999999.5), [-99999999999999], False),
         (one(exclusiveMaximum=-99999999999999, minimum=-99999999999999.5), [-99999999999999.25], True),
         (one(exclusiveMinimum=2**53 - 2), [2**53 - 2], False),
+        (one(minimum=2.0**53 - 1), [2**53 - 2], False),
+        (one(minimum=2.0**53 - 1), [2**53 - 1], True),
+        (one(maximum=-(2.0**53) + 1), [-(2**53) + 2], False),
+        (one(minimum=1e-300), [0.5], True),
+        (one(minimum=1e-300), [0], False),
+        (one(minimum=-1e-300), [0], True),
+        (one(maximum=-1e-300), [0], False),
+        (one(minimum=0, maximum=1e-300), [0], True),
         (one(exclusiveMinimum=2.0**53 - 2), [2**53 - 1], True),
         (one(exclusiveMinimum=3, exclusiveMaximum=4), [4], False),
         (one(exclusiveMinimum=-1, exclusiveMaximum=1), [0], True),
