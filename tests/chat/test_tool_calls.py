@@ -14,7 +14,7 @@ from brlite.chat.reply import ReplyParser
 from brlite.chat.tool_calls import PARSERS, find_parser
 from brlite.chat.tool_calls.parser import MAX_WARNINGS
 from brlite.chat.tools import TextDelta, ToolCallDelta, ToolCallEnd, collect
-from tests.chat.replies import CASES, TOOLS, ReplyCase, joined, order, read
+from tests.chat.replies import CASES, TOOLS, ReplyCase, function, joined, order, read
 
 # Formats without quotes cannot write their own marks, or line feeds at the ends of a text.
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\n"), max_size=6)
@@ -83,6 +83,32 @@ def test_arguments_come_as_they_are_written_where_a_grammar_guarantees_them() ->
     events = parser.feed('<tool_call>{"name": "get_weather", "arguments": {"ci')
 
     assert [event.arguments for event in events if isinstance(event, ToolCallDelta)] == ["", '{"ci']
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "meant"),
+    [
+        ({"type": "string"}, "12", "12"),
+        ({"type": ["string", "null"]}, "12", "12"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "12", "12"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, "12", 12),
+        ({"anyOf": [{"type": "string"}, {"type": "array"}]}, "[12]", [12]),
+        ({"anyOf": [{"type": "string"}, {"enum": [12]}]}, "12", 12),
+        ({"type": ["string", "number"]}, "12.5", 12.5),
+        ({"type": "string", "anyOf": 5}, "12", "12"),
+        ({"type": [["string"]]}, "12", 12),
+        ({}, "12", 12),
+    ],
+    ids=str,
+)
+def test_a_value_without_quotes_has_a_type_that_its_schema_allows(schema: object, written: str, meant: object) -> None:
+    tool = function("f", {"type": "object", "properties": {"x": schema}})
+    text = f"<tool_call>\n<function=f>\n<parameter=x>\n{written}\n</parameter>\n</function>\n</tool_call>"
+
+    (call,) = collect(read(PARSERS["qwen3_coder"]([tool]), [text])).tool_calls
+
+    assert json.loads(call.arguments) == {"x": meant}
 
 
 def test_ids_of_mistral_have_nine_characters_and_others_openais_form() -> None:

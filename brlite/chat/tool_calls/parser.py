@@ -16,6 +16,15 @@ from brlite.chat.tool_calls.source import BrokenCall, ReplySource, Step, is_text
 from brlite.chat.tools import ReplyEvent, TextDelta, Tool, ToolCallDelta, ToolCallEnd, new_call_id
 from brlite.files.quoting import excerpt
 
+# The types of JSON schemas that a decoded value may have.
+_TYPES: dict[type, tuple[str, ...]] = {
+    type(None): ("null",),
+    bool: ("boolean",),
+    int: ("integer", "number"),
+    float: ("integer", "number"),
+    list: ("array",),
+    dict: ("object",),
+}
 MAX_WARNINGS = 16  # of a reply, which may have a broken call in each of its tokens
 
 
@@ -292,15 +301,30 @@ def _written_one_by_one(arguments: str, notation: Mapping[str, Any]) -> str:
 def typed_value(text: str, schema: Any) -> str:
     """The JSON text of a value that a format writes without quotes.
 
-    It is a string if the schema says so or if the text is not JSON.
+    It is a string if the schema says so, if the text is not JSON, or if its JSON is of a type that the schema has not,
+    but has strings: a postcode by `{"type": ["string", "null"]}`.
     """
     if not is_string(schema):
         try:
-            parse_json(text)
-            return text.strip()
+            kind, types = type(parse_json(text)), named_types(schema)
+            if "string" not in types or kind is str or not types.isdisjoint(_TYPES[kind]):
+                return text.strip()
         except BrokenCall:
             pass
     return json.dumps(text, ensure_ascii=False)
+
+
+def named_types(schema: Any) -> set[str]:
+    """The types that a schema or each of its alternatives names; none if one of these names none."""
+    found = set[str]()
+    alternatives = schema.get("anyOf", schema.get("oneOf", [schema])) if isinstance(schema, Mapping) else ()
+    for part in alternatives if isinstance(alternatives, list) else ():
+        types = part.get("type") if isinstance(part, Mapping) else None
+        types = [types] if isinstance(types, str) else types if isinstance(types, list) else []
+        if not types:
+            return set()
+        found.update(name for name in types if isinstance(name, str))
+    return found
 
 
 def is_string(schema: Any) -> bool:
