@@ -7,6 +7,7 @@ Knows no commands and no source format.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -287,6 +288,8 @@ class _CopyingCheckpoint:
                     yield tensor
                     continue
                 values = tensor.float32()  # once for both files
+                if not math.isfinite(values.min()) or not math.isfinite(values.max()):
+                    raise ModelError(f"{self.path}: {planned.name} has a number that is not finite")
                 writer.put(planned, values)
                 yield tensor_in_memory(planned.name, F32, planned.shape, values.reshape(-1).view(np.uint8))
                 writer.wait()

@@ -258,6 +258,19 @@ def test_a_source_that_breaks_leaves_finished_shards_and_nothing_else(tmp_path: 
     }
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_is_refused(number: float, tmp_path: Path, library: ctypes.CDLL) -> None:
+    tensors = random_tensors(TINY_CONFIGS["llama"])
+    tensors["lm_head.weight"][7, 3] = number
+    source = write_tiny_model(tmp_path / "source")
+    save_file(tensors, source / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"source: lm_head.weight has a number that is not finite"):
+        make_bundle(source, tmp_path / "bundle", library)
+
+    assert not (tmp_path / "bundle" / MANIFEST_FILE).exists()
+
+
 def test_an_interrupt_removes_what_is_not_finished(tmp_path: Path, library: ctypes.CDLL) -> None:
     left = [3]
 
