@@ -47,7 +47,10 @@ class WrittenAnswer(msgspec.Struct, frozen=True):
 
 
 class AnswerWriter:
-    """Writes one grammar. `walk` checks a schema, `to_lark` converts a regular expression to Lark's notation."""
+    """Writes one grammar. `walk` checks a schema, `to_lark` converts a regular expression to Lark's notation.
+
+    `check` raises `PatternRefused` for an expression in this notation that matches nothing.
+    """
 
     def __init__(
         self,
@@ -55,10 +58,12 @@ class AnswerWriter:
         json_options: Mapping[str, Any],
         walk: Callable[[Any], WalkedSchema],
         to_lark: Callable[[str], str],
+        check: Callable[[str], None],
     ) -> None:
         self._json_options = json_options
         self._walk = walk
         self._to_lark = to_lark
+        self._check = check
         names = (tokenizer.token_text(token_id) for token_id in tokenizer.special_token_ids)
         self._special_texts = sorted(filter(None, names), key=len, reverse=True)
         self._special_id = tokenizer.special_token_id
@@ -249,22 +254,31 @@ class AnswerWriter:
         for keyword in ("$ref", "anyOf", "allOf"):
             if keyword in node and node[keyword] != narrowed:
                 raise PatternRefused(f"at #/properties/{name}/{keyword}: it cannot be enforced in this format of calls")
-        listed = node.get("enum", [node["const"]] if "const" in node else None)
-        if listed is not None:
+        expressions = []  # all of them must match
+        if {"enum", "const"} & node.keys():
+            listed = [text for text in node.get("enum", [node.get("const")]) if text == node.get("const", text)]
             texts = [json.dumps(text) for text in listed if isinstance(text, str) and mark not in text]
             if not texts:
                 raise PatternRefused(f"at #/properties/{name}/enum: no value can be written in this format of calls")
-            return f"({' | '.join(texts)}) {self._literal(notation.end)}"
+            expressions.append(f"({' | '.join(texts)})")
         least, most = node.get("minLength", 0), node.get("maxLength", "")
-        body = rf"/(.|\n){{{least},{most}}}/" if least or most != "" else _ANY
+        if least or most != "":
+            expressions.append(rf"/(.|\n){{{least},{most}}}/")
         for keyword in ("pattern", "format"):
             pattern = node.get(keyword) if keyword == "pattern" else _STRING_FORMATS.get(node.get(keyword, ""))
             if pattern is None and node.get(keyword) is None:
                 continue
             if pattern is None or (keyword == "pattern" and pattern_size(pattern) and not _is_whole(pattern)):
                 raise PatternRefused(f"at #/properties/{name}/{keyword}: it cannot be enforced in this format of calls")
-            lark = self._to_lark(pattern.removeprefix("^").removesuffix("$"))
-            body = f"/{lark}/" if body == _ANY else f"({body} & /{lark}/)"
+            expressions.append(f"/{self._to_lark(pattern.removeprefix('^').removesuffix('$')) or '(.){0}'}/")
+        body = f"({' & '.join(expressions)})" if expressions else _ANY
+        if {"enum", "const"} & node.keys() and len(expressions) == 1:
+            return f"{body} {self._literal(notation.end)}"
+        if len(expressions) > 1:
+            try:
+                self._check(body)
+            except PatternRefused as error:
+                raise PatternRefused(f"at #/properties/{name}: no text matches all its keywords ({error})") from None
         if self._special_id(mark) is not None:
             self._lines.append(f"VALUE_{rule}: {body}")
             return f"VALUE_{rule} {self._literal(notation.end)}"

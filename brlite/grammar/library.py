@@ -95,7 +95,7 @@ class Library:
         if text is not None:
             first_mask = self._first_mask(self._guided(inner, is_json=is_json, may_force=may_force))
         if calls is not None or wish.reasoning is not None:
-            writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern)
+            writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern, self._check_expression)
             written = writer.write(wish.reasoning, calls, text)
             inner = self._matcher(written.grammar, num_bytes)
             if inner.is_error():
@@ -202,6 +202,11 @@ class Library:
         most = self._config.max_repetitions
         if size > most:
             raise PatternRefused(f"{what} with its repetitions written out has {size} characters; allowed are {most}")
+
+    def _check_expression(self, expression: str) -> None:
+        """Raise `PatternRefused` for an expression in Lark's notation that matches nothing."""
+        inner = self._compiled(f"start: VALUE\nVALUE: {expression}\n", len(expression))
+        self._first_mask(self._guided(inner, is_json=False, may_force=False))
 
     def _text_grammar(self, text: str) -> str:
         try:

@@ -270,6 +270,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: s
         ({"type": "object", "properties": {"a b>": {}}}, "cannot contain the name"),
         ({"type": "object", "properties": {"a": {"type": "string", "pattern": "b"}}}, "#/properties/a/pattern"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "uri"}}}, "#/properties/a/format"),
+        ({"type": "object", "properties": {"a": {"type": "string", "enum": ["b"], "minLength": 2}}}, "no text matches"),
         (
             {"type": "object", "properties": {"a": {"type": "string", "allOf": [{"pattern": "^b$"}]}}},
             "#/properties/a/allOf",
@@ -281,6 +282,28 @@ def test_what_a_format_without_json_cannot_enforce_is_refused(schema: Any, reaso
 
     with pytest.raises(InvalidRequest, match=f"f: at .*{reason}"):
         compiled("marks are text", calls=found)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "is_taken"),
+    [
+        ({"enum": ["a", "abc"], "maxLength": 2}, "a", True),
+        ({"enum": ["a", "abc"], "maxLength": 2}, "abc", False),
+        ({"enum": ["a", "abc"], "pattern": "^ab?c?$", "minLength": 2}, "abc", True),
+        ({"enum": ["2024-01-31", "x"], "format": "date"}, "x", False),
+        ({"enum": ["a", "b"], "const": "a"}, "a", True),
+        ({"enum": ["a", "b"], "const": "a"}, "b", False),
+        ({"pattern": "^$"}, "", True),
+        ({"pattern": "^$"}, "a", False),
+    ],
+    ids=str,
+)
+def test_a_text_without_quotes_obeys_all_its_keywords(schema: dict[str, Any], text: str, is_taken: bool) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", **schema}}, "required": ["a"]}
+    found = call_grammar(PARSERS["qwen3_coder"], (function("f", parameters),), ToolChoice(mode="required"))
+    call = f"<tool_call>\n<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n</tool_call>"
+
+    assert takes(compiled("marks are text", calls=found), "marks are text", call) == is_taken
 
 
 @pytest.mark.parametrize(
