@@ -19,7 +19,7 @@ from brlite.grammar.answer_grammar import AnswerWriter, read_structural_tag
 from brlite.grammar.grammar_text import check_grammar, is_gbnf
 from brlite.grammar.matcher import Grammar, GuidedMatcher, Matcher, NumberTokens
 from brlite.grammar.patterns import PatternRefused, pattern_size
-from brlite.grammar.schema_references import SchemaRefused
+from brlite.grammar.schema_references import SchemaRefused, escape
 from brlite.grammar.schema_walk import WalkedSchema, parse_schema, walk_schema
 from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer import Tokenizer
@@ -172,6 +172,12 @@ class Library:
             alone = self._matcher(self._json_grammar(walked.schema, overrides), 0)
             if alone.is_error():
                 self._refuse_schema(label, walked, alone.get_error(), overrides)
+            shared = {name: walked.schema[name] for name in ("$defs", "definitions") if name in walked.schema}
+            for name, node in walked.schema.get("properties", {}).items():  # one that is optional spoils no object
+                schema = {**shared, **node} if isinstance(node, dict) else {}
+                one = self._matcher(self._json_grammar(schema, overrides), 0)
+                if one.is_error():
+                    raise _refused(label, f"#/properties/{escape(name)}", _first_line(one.get_error()))
         raise PatternRefused(_first_line(error))
 
     def _refuse_schema(self, label: str, walked: WalkedSchema, error: str, overrides: dict[str, Any]) -> NoReturn:

@@ -271,6 +271,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_tool_and_place(name: s
         ({"type": "object", "properties": {"a": {"type": "string", "pattern": "b"}}}, "#/properties/a/pattern"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "uri"}}}, "#/properties/a/format"),
         ({"type": "object", "properties": {"a": {"type": "string", "enum": ["b"], "minLength": 2}}}, "no text matches"),
+        ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}}, "#/properties/a: "),
         (
             {"type": "object", "properties": {"a": {"type": "string", "allOf": [{"pattern": "^b$"}]}}},
             "#/properties/a/allOf",
