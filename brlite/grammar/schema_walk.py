@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, NamedTuple
 
 from brlite.config.options import GrammarConfig
@@ -29,7 +29,7 @@ from brlite.grammar.schema_references import SchemaReferences, SchemaRefused, es
 EXACT = 2**53  # integers up to here are exact as doubles, which the library uses for numbers
 MAX_EXPONENT = 22  # powers of ten up to here are exact as doubles
 BOUND_DIGITS = 15  # of a bound, as the library writes it
-SMALLEST = 1e-20  # smaller bounds than this are narrowed to it, or to 0
+SMALLEST = 1e-20  # of the bounds that are handed over; others become this or 0
 STEP_PLACES = 9  # from an exclusive bound to the inclusive one that replaces it: 1e-9
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
 MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and their listed values: 0.2 s
@@ -300,15 +300,15 @@ class _Walk:
                     raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
                 # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
                 self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
-            if isinstance(value, float) and value.is_integer() and keyword in node:
-                node[keyword] = int(value)  # of a float, the library reads 15 digits
             is_lower = keyword.endswith("inimum")
-            if keyword != "multipleOf" and abs(value) > EXACT:
+            # For integers the library adds 1 to an exclusive bound.
+            most = EXACT - (keyword.startswith("exclusive") and "number" not in _type_names(node))
+            if keyword != "multipleOf" and abs(value) > most:
                 if (value < 0) != is_lower:
                     raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
                 node[keyword] = -EXACT if is_lower else EXACT
-            elif keyword != "multipleOf" and 0 < abs(value) < SMALLEST:  # the library writes all zeros of a bound
-                node[keyword] = math.copysign(SMALLEST, value) if is_lower == (value > 0) else 0
+            elif keyword != "multipleOf" and isinstance(value, float):
+                node[keyword] = int(value) if value.is_integer() else _inward(value, is_lower=is_lower)
         if "number" in _type_names(node):
             _make_inclusive(node)
 
@@ -480,6 +480,14 @@ class _Walk:
 def _remainders(divisor: float) -> int:
     """The number of states of a divisor's automaton: one for each remainder. Powers of ten need none."""
     return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
+
+
+def _inward(bound: float, *, is_lower: bool) -> float:
+    """The nearest number within a bound of which the library reads all digits. Whole ones are better as integers."""
+    if 0 < abs(bound) < SMALLEST:  # the library would write all zeros of it
+        return math.copysign(SMALLEST, bound) if is_lower == (bound > 0) else 0
+    context = Context(prec=BOUND_DIGITS, rounding=ROUND_CEILING if is_lower else ROUND_FLOOR)
+    return float(context.create_decimal(repr(bound)))
 
 
 def _make_inclusive(node: dict[str, Any]) -> None:
