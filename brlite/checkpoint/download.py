@@ -19,7 +19,7 @@ from typing import Any
 
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights
 from brlite.checkpoint.gguf_config import ROPE_FREQS, hugging_face_config
-from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
+from brlite.checkpoint.gguf_header import MAX_HEADER_BYTES, GgufHeader, read_gguf_header
 from brlite.checkpoint.hub import REACH_VARIABLE, Hub, RepositoryListing
 from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, get, read_some, tried_again
 from brlite.checkpoint.model_file import read_json_object
@@ -36,7 +36,7 @@ from brlite.process.waiting import start_daemon
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = (2**18, 2**22, 2**26)  # how much of a GGUF file is fetched until its header is complete
+HEADER_BYTES = (2**18, 2**22, MAX_HEADER_BYTES)  # how much of a GGUF file is fetched until its header is complete
 
 
 class Download:

@@ -35,6 +35,7 @@ GGUF_KEYS = {
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
 STRING_TYPE = 8
+VOCABULARY = "tokenizer."  # begins the keys of a tokenizer
 ARRAY_TYPE = 9
 
 
@@ -50,8 +51,8 @@ class GgufTensor(NamedTuple):
 class GgufHeader(NamedTuple):
     """Everything before the tensor data, which starts at byte `data_start` of a file of `num_file_bytes`.
 
-    Arrays of numbers in the metadata are `array.array`s. Arrays of texts, which only tokenizers have, are empty unless
-    they were wanted.
+    Arrays of numbers in the metadata are `array.array`s. A tokenizer's arrays of texts are empty unless they were
+    wanted.
     """
 
     metadata: dict[str, Any]
@@ -124,12 +125,12 @@ class _Cursor:
         begin = self.take(num_bytes)
         return self.data[begin : begin + num_bytes].decode()
 
-    def strings(self, count: int) -> list[str]:
-        """`count` strings. 8 times as fast as calling `string`: a vocabulary has hundreds of thousands of them."""
+    def strings(self, count: int, *, is_wanted: bool) -> list[str]:
+        """`count` strings, or none of them. 8 times as fast as calling `string`: a vocabulary has very many."""
         if count > MAX_STRINGS:
             raise _Broken(f"a list of {count} strings at byte {self.position} (allowed: {MAX_STRINGS})")
         data, position, size = self.data, self.position, self.end
-        read_length, with_texts = struct.Struct("<Q").unpack_from, self.with_texts
+        read_length = struct.Struct("<Q").unpack_from
         texts: list[str] = []
         add = texts.append
         for _ in range(count):
@@ -138,14 +139,14 @@ class _Cursor:
                 raise self.cut(8, position)
             if (end := begin + read_length(data, position)[0]) > size:
                 raise self.cut(end - begin, begin)
-            if with_texts:
+            if is_wanted:
                 add(data[begin:end].decode())
             position = end
         self.position = position
         return texts
 
-    def value(self) -> Any:
-        """A value of the metadata. Its type comes first."""
+    def value(self, key: str) -> Any:
+        """The value of a key of the metadata. Its type comes first."""
         type_id = self.number("I")
         if type_id in NUMBER_FORMATS:
             return self.number(NUMBER_FORMATS[type_id])
@@ -155,7 +156,7 @@ class _Cursor:
             raise _Broken(f"unknown value type {type_id} at byte {self.position}")
         item_type, count = self.number("I"), self.number("Q")
         if item_type == STRING_TYPE:
-            return self.strings(count)
+            return self.strings(count, is_wanted=self.with_texts or not key.startswith(VOCABULARY))
         if item_type not in NUMBER_FORMATS:
             raise _Broken(f"array of unknown type {item_type} at byte {self.position}")
         return self.array(NUMBER_FORMATS[item_type], count)
@@ -183,7 +184,7 @@ class _Cursor:
             key = self.string()
             if key in metadata:
                 raise _Broken(f"the key {excerpt(key)} is listed twice")
-            metadata[key] = self.value()
+            metadata[key] = self.value(key)
         tensors = [self.tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
