@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 from brlite.errors import EngineError
@@ -18,11 +18,11 @@ class BackendGuard:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._stepping_thread: int | None = None
+        self._is_stepping = False
         self._is_closed = False
-        self._deferred: Callable[[], object] | None = None
+        self._deferred = ExitStack()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -32,15 +32,14 @@ class BackendGuard:
         """
         check_process(self._pid)
         with self._lock:
-            if self._is_closed:
-                raise EngineError("the backend is closed")
-            self._stepping_thread = threading.get_ident()
+            self._is_stepping = True
             try:
+                if self._is_closed:
+                    raise EngineError("the backend is closed")
                 yield
             finally:
-                self._stepping_thread = None
-                if self._deferred is not None:
-                    self._deferred()
+                self._is_stepping = False
+                self._deferred.close()
 
     def close(self, give_back: Callable[[], object]) -> None:
         """Refuse further steps, wait for the one under way and call `give_back`, which may be called twice.
@@ -51,11 +50,11 @@ class BackendGuard:
         if os.getpid() != self._pid:
             return
         self._is_closed = True
-        if self._stepping_thread == threading.get_ident():
-            self._deferred = give_back
-            return
         with self._lock:
-            give_back()
+            if self._is_stepping:  # on this thread, which has the lock already
+                self._deferred.callback(give_back)
+            else:
+                give_back()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a backend cannot be pickled or copied: it holds memory and threads of this process")
