@@ -392,14 +392,17 @@ class EngineLoop:
         self.prompts.close()
         self._compiler.close()
         self._factories.close()
+        self.is_running = False
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
         self._engine.end_all(stopping())
         self._idle.set()
         owned: list[CanClose] = [self.tokenizer, *self._backends]  # with the tokenizer, a chat's rendering ends
+        closing = self._thread.submit(close_all, owned)  # after the step under way
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, close_all, owned)
+            if self._task is not None:
+                await asyncio.wait([self._task])
+            await asyncio.shield(asyncio.wrap_future(closing))  # the end of `asyncio.run` cancels this task, too
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)
@@ -424,6 +427,7 @@ class EngineLoop:
 
     async def _step(self) -> None:
         """Decide, compute on the other thread, deliver; or sleep if there is nothing to do."""
+        self._wake.clear()  # what comes from now on ends the next sleep
         if self._lost is not None:
             raise self._lost
         if not self._begun:
@@ -458,7 +462,6 @@ class EngineLoop:
                 self._engine.stats.engine_failures += 1
                 logger.error("the engine lost track of its blocks: %s", error)
             self._idle.set()
-        self._wake.clear()
         await self._wake.wait()
 
     def _begin(self, batch: Batch | None) -> None:

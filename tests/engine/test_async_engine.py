@@ -335,6 +335,39 @@ async def test_a_cancelled_close_still_closes() -> None:
     assert backend.is_closed
 
 
+@pytest.mark.parametrize("num_turns", range(2, 6))
+async def test_a_close_that_the_end_of_asyncio_run_cancels_still_closes(
+    num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    class Thread(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, **options: Any) -> None:
+            gate.set()  # only now the step under way ends
+            super().shutdown(wait, **options)
+
+    backend = FakeBackend()
+    backend.gate = gate
+    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+    monkeypatch.setattr(engine, "_thread", Thread(1))
+    await engine.start()
+    reader = asyncio.create_task(collect(engine, "hello"))
+    await asyncio.to_thread(backend.has_begun.wait, 10)
+    closing = asyncio.create_task(engine.close())
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    for task in asyncio.all_tasks():
+        if task.get_name() == "brlite-close":
+            task.cancel()
+    done, _ = await asyncio.wait([closing, reader], timeout=10)
+    gate.set()
+
+    assert backend.is_closed
+    assert done == {closing, reader}
+    with pytest.raises(NotReady):
+        reader.result()
+
+
 async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> None:
     tasks_before, threads_before = asyncio.all_tasks(), set(threading.enumerate())
     async with running() as (engine, backend):

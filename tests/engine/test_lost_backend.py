@@ -23,8 +23,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 class MortalBackend(FakeBackend):
     """`die` is what happens when a process dies: whoever watches is told, and no step is computed from then on."""
 
-    def __init__(self) -> None:
-        super().__init__(max_num_seqs=2)
+    def __init__(self, max_draft_tokens: int = 0) -> None:
+        super().__init__(max_num_seqs=2, max_draft_tokens=max_draft_tokens)
         self.lost: BackendLost | None = None
         self._tell: Callable[[BackendLost], None] = lambda error: None
 
@@ -43,9 +43,10 @@ class MortalBackend(FakeBackend):
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[tuple[EngineLoop, MortalBackend, list[str]]]:
-    backend, losses = MortalBackend(), list[str]()
-    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+async def running(draft: FakeBackend | None = None) -> AsyncIterator[tuple[EngineLoop, MortalBackend, list[str]]]:
+    backend, losses = MortalBackend(0 if draft is None else 4), list[str]()
+    inner = Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig(), draft_backend=draft)
+    engine = EngineLoop(inner, backend)
     engine.watch(lambda: losses.append("lost"))
     async with engine:
         yield engine, backend, losses
@@ -96,6 +97,23 @@ async def test_a_loss_between_two_steps_is_noticed_without_a_request(
         assert losses == ["lost"]
         with pytest.raises(NotReady):
             await fate(engine, "after")
+
+
+async def test_a_loss_while_the_draft_model_computes_is_noticed_although_its_request_is_aborted(
+    eventually: Callable[[Callable[[], bool]], None],
+) -> None:
+    draft = FakeBackend()
+    draft.gate = threading.Event()
+    async with running(draft) as (engine, backend, losses):
+        reader = asyncio.create_task(fate(engine, "hello"))
+        await eventually(draft.has_begun.is_set)
+        reader.cancel()
+        backend.die()
+        await asyncio.wait([reader])
+        draft.gate.set()
+        await eventually(lambda: not engine.is_running)
+
+        assert losses == ["lost"]
 
 
 async def test_a_loss_that_is_told_after_the_end_disturbs_nobody() -> None:
