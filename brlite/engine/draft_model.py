@@ -164,18 +164,14 @@ class DraftModel:
             draft = self._followed[seq]
             begin, end = draft.num_computed_tokens, draft.num_tokens
             num = min(num, self.info.max_model_len - end + 1)
-            num_tokens = min(end - begin, budget)
-            if num < 1 or num_tokens < 1 or not self._blocks.grow(draft, end + num - 1):
+            token_ids, sampling = draft.token_ids[begin : min(end, begin + budget)], None
+            draft.has_failed = max(token_ids, default=0) >= self.info.vocab_size  # padding in the served model's head
+            if draft.has_failed or num < 1 or not token_ids or not self._blocks.grow(draft, end + num - 1):
                 continue
-            budget -= num_tokens
-            is_whole = begin + num_tokens == end
-            if is_whole:
+            budget -= len(token_ids)
+            if begin + len(token_ids) == end:
                 num_draft_tokens[seq.seq_id] = num
-            sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens) if is_whole else None
-            token_ids = draft.token_ids[begin : begin + num_tokens]
-            if max(token_ids) >= self.info.vocab_size:  # ids of padding in the served model's head
-                draft.has_failed = True
-                continue
+                sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens)
             runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, draft.block_table, sampling))
         return DraftPlan(Batch(runs), num_draft_tokens, start) if runs else None
 

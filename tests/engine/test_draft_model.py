@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Batch, ScheduledSeq
-from brlite.engine.draft_model import FIRST_TRIAL_STEPS
+from brlite.engine.draft_model import FIRST_TRIAL_STEPS, DraftPlan
 from brlite.engine.engine import Engine
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.engine.conftest import Driver
@@ -164,6 +165,26 @@ def test_tokens_that_the_served_model_does_not_have_are_never_given_to_it() -> N
 
     assert driver.token_ids(request_id) == reference_tokens(b"hello", 20)
     assert num_drafted(batches) == 0
+
+
+def test_a_plan_has_no_draft_tokens_of_a_sequence_that_the_small_model_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver, plans = make(), list[DraftPlan]()
+    model = driver.engine.draft_model
+    assert model is not None
+    monkeypatch.setattr(model, "info", msgspec.structs.replace(model.info, vocab_size=128))
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda plan: [plans.append(plan), run(plan)][1])
+
+    answers = {driver.submit(prompt, max_tokens=20): prompt for prompt in ("hello", "é")}
+    driver.finish()
+
+    for request_id, prompt in answers.items():
+        assert driver.token_ids(request_id) == reference_tokens(prompt.encode(), 20)
+    assert plans
+    for plan in plans:
+        assert plan.num_draft_tokens.keys() == {seq.seq_id for seq in plan.batch.seqs}
 
 
 def forecast_seconds(batch: Batch) -> float:
