@@ -14,7 +14,16 @@ import numpy as np
 from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.logits_processors import run_processors
 from brlite.chat.turns import joined_text
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    BackendInfo,
+    Batch,
+    SampledToken,
+    SamplingInput,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+    Undrawn,
+)
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
 from brlite.tokenizer.infill import InfillText, InfillTokens
@@ -245,7 +254,9 @@ class FakeBackend:
         if seq.sampling is None:
             return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
         tokens = list(self._draw(batch, seq, seq.sampling, context))
-        return SeqResult(seq.seq_id, tokens, prompt_logprobs) if tokens else SeqResult.not_finite(seq.seq_id)
+        if not tokens:
+            return SeqResult.undrawn(seq.seq_id, Undrawn.NOT_FINITE)
+        return SeqResult(seq.seq_id, tokens, prompt_logprobs)
 
     def _draw(
         self, batch: Batch, seq: ScheduledSeq, sampling: SamplingInput, context: list[int]

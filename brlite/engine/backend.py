@@ -262,13 +262,8 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
             if token.token_id != expected:
                 break
         if prompt_logprobs and not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-            return cls.not_finite(seq.seq_id)
+            return cls.undrawn(seq.seq_id, Undrawn.NOT_FINITE)
         return cls(seq.seq_id, tokens, prompt_logprobs)
-
-    @classmethod
-    def not_finite(cls, seq_id: int) -> SeqResult:
-        """The result of a sequence whose logits hold NaN or an infinity."""
-        return cls.undrawn(seq_id, Undrawn.NOT_FINITE)
 
     @classmethod
     def undrawn(cls, seq_id: int, reason: Undrawn) -> SeqResult:

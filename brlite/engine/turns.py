@@ -24,7 +24,8 @@ class TurnQueue:
     Requests of one `priority` are a class; lower numbers come first. Methods without a sequence apply to the first
     class that has sequences. `next` stays the same until it is taken or removed, or an earlier class gets a sequence.
 
-    All operations take constant time. Only a class's first and last sequence take time linear in the classes.
+    Operations take constant time, but for a class's first and last sequence, which take time linear in the classes, and
+    `next`, linear in the sequences that were put back.
     """
 
     def __init__(self) -> None:

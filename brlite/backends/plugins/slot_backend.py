@@ -219,7 +219,7 @@ class SlotBackend:
             logits = np.stack(work.logits[: len(seq.prompt_targets)])
             prompt_logprobs = self._sampler.token_logprobs(logits, seq.prompt_targets, seq.num_prompt_logprobs)
         if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-            return SeqResult.not_finite(seq.seq_id)
+            return SeqResult.undrawn(seq.seq_id, Undrawn.NOT_FINITE)
         return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 
 

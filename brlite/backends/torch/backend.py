@@ -107,7 +107,7 @@ class TorchBackend:
         Sets torch's number of threads, which holds for the whole process. Raises `ConfigError` if memory is too small.
         """
         spec, engine = plan.spec, plan.engine
-        device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
+        device = select_device(engine.device, spec.devices[0])
         torch.set_num_threads(plan.num_threads)
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:

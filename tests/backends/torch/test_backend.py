@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from brlite.backends.torch.backend import TorchBackend
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks, Undrawn
 from brlite.errors import ConfigError
 from brlite.models.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
@@ -189,8 +189,8 @@ def test_a_token_that_makes_nan_fails_its_own_sequence_and_leaves_no_trace(tmp_p
     logprobs = run(backend, span(2, 0, [1, 66, 2], None, prompt_targets=[66, 2]))[0]
     after = run(backend, ScheduledSeq(3, 0, PROMPTS[2], table(0), SamplingInput(GREEDY, 0, 0)))[0]
 
-    assert poisoned == SeqResult.not_finite(0)
-    assert logprobs == SeqResult.not_finite(2)
+    assert poisoned == SeqResult.undrawn(0, Undrawn.NOT_FINITE)
+    assert logprobs == SeqResult.undrawn(2, Undrawn.NOT_FINITE)
     assert beside == healthy
     assert after.tokens == healthy.tokens
 

@@ -22,6 +22,7 @@ from brlite.engine.backend import (
     ScheduledSeq,
     SeqResult,
     TokenMasks,
+    Undrawn,
 )
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import BackendLost
@@ -168,7 +169,7 @@ def test_a_row_that_is_not_finite_ends_its_sequence_and_the_step_behind_it_goes_
     first = backend.launch(Batch([run(0, 0, [66]), run(1, 0, [7])]))
     second = backend.launch(Batch([run(seq_id, 1, [0], takes_last_draw=True) for seq_id in (0, 1)]))
 
-    assert first().seqs[0] == SeqResult.not_finite(0)
+    assert first().seqs[0] == SeqResult.undrawn(0, Undrawn.NOT_FINITE)
     assert len(second().seqs[1].tokens) == 1
 
 
