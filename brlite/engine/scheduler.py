@@ -6,6 +6,7 @@ prefix-cache hit, a decode and a preemption all change that one number.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from operator import attrgetter
@@ -163,8 +164,7 @@ class Scheduler:
                 scheduled[seq] = 1
             elif num_left:
                 growing.append(seq)  # it needs one more block
-        num_answers = len(self.running) - len(prompts)
-        budget = self._num_paced_tokens(num_answers, prompts)
+        budget, last_start = self._paced_limits(prompts)
         num_held_back = self._max_num_batched_tokens - budget  # prompts do not get these tokens, drafts may
         num_preemptions = self.num_preemptions
         budget -= len(scheduled)
@@ -174,6 +174,8 @@ class Scheduler:
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # After a preemption blocks are scarce: a sequence admitted now would be preempted next.
         while budget > 0 and num_preemptions == self.num_preemptions and (matched := self._match_next()) is not None:
+            if len(matched) * block_size > last_start:
+                break  # the budget is too large for it; the next step's is not
             prompts.append(self._admit(matched))
             scheduled[prompts[-1]] = min(prompts[-1].num_left, budget)
             budget -= scheduled[prompts[-1]]
@@ -190,16 +192,23 @@ class Scheduler:
         """What the draft model should draft before the next step, by `Speculation.plan`."""
         return None if self._match_next() is not None else self.speculation.plan(self.running, now)
 
-    def _num_paced_tokens(self, num_answers: int, prompts: list[Sequence]) -> int:
-        """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
-        if self.pace is None or not num_answers:
-            return self._max_num_batched_tokens
-        start = max((seq.num_scheduled_tokens for seq in prompts), default=0)
-        start = max(start, len(self._match_next() or ()) * self._blocks.block_size)
-        num_chunk_tokens = self.pace.num_chunk_tokens(start, num_answers)
-        if num_chunk_tokens is None:
-            return self._max_num_batched_tokens
-        return min(self._max_num_batched_tokens, num_answers + num_chunk_tokens)
+    def _paced_limits(self, prompts: list[Sequence]) -> tuple[int, int]:
+        """How many tokens the step may have, and the latest position at which one of its prompts may go on.
+
+        Both are bounded while answers run: the tokens fit the time of `pace` at that position.
+        """
+        unbounded = self._max_num_batched_tokens, sys.maxsize
+        if self.pace is None or not self.running:
+            return unbounded
+        matched = self._match_next()
+        starts = [seq.num_scheduled_tokens for seq in prompts]
+        if matched is not None:
+            starts.append(len(matched) * self._blocks.block_size)
+        answers = [seq.num_scheduled_tokens for seq in self.running if seq.num_left <= 1] if starts else []
+        if not answers:
+            return unbounded
+        num_tokens = len(answers) + self.pace.num_chunk_tokens(max(starts), answers)
+        return min(self._max_num_batched_tokens, num_tokens), max(starts)
 
     def _share(self, seq: Sequence, budget: int) -> int:
         """The tokens that a running prompt may have in a step: half the budget while a shorter prompt comes after it.
