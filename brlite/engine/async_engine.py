@@ -38,7 +38,7 @@ from brlite.engine.guidance import StepGuidance
 from brlite.engine.logits_processors import Processors
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.prompt_encoder import PromptEncoder
-from brlite.engine.request import Origin, Request, Sink
+from brlite.engine.request import Origin, Request, Sink, TextSink
 from brlite.engine.stats import EngineStats
 from brlite.errors import (
     BackendLost,
@@ -200,12 +200,15 @@ class EngineLoop:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served."""
+    def submit(self, request: Request, sink: Sink, text_sink: TextSink | None = None) -> None:
+        """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served.
+
+        `text_sink` is for a request with one completion: making its deltas is most of the cost of a token.
+        """
         self._check_loop()
         if not self.is_running:
             raise NotReady("the engine is not running", retry_after_seconds=RETRY_SECONDS)
-        self._engine.add_request(request, sink)
+        self._engine.add_request(request, sink, text_sink)
         self._idle.clear()
         self._wake.set()
 

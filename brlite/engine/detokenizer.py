@@ -77,7 +77,9 @@ class Detokenizer:
             text = "" if stop_reason is None or not self._include_stop else self._read(token_id)
             self.finish_reason, self.stop_reason = "stop", stop_reason
             return text + self.finish()
-        text = self._read(token_id)
+        is_special = self._stop or self._partial or token_id in self._skipped_token_ids
+        shown = None if is_special else self._whole_text(token_id)  # as in `_read`, without its call
+        text = self._read(token_id) if shown is None else shown
         self._num_left -= 1
         if self._num_left or self.finish_reason is not None:
             return text

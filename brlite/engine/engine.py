@@ -15,7 +15,7 @@ import secrets
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -38,7 +38,6 @@ from brlite.engine.backend import (
 from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.beam_sequences import BeamSequences
 from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
-from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.logits_processors import Factory, ProcessorMaker, ProcessorTimes
@@ -48,8 +47,8 @@ from brlite.engine.request import (
     RequestState,
     Sequence,
     Sink,
-    TokenCounts,
-    sibling_seed,
+    TextSink,
+    add_sequence,
 )
 from brlite.engine.request_queue import RequestQueue
 from brlite.engine.scheduler import Runs, Scheduler, scheduled_seq
@@ -57,7 +56,7 @@ from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import FinishReason, SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -142,7 +141,7 @@ class Engine:
         """Raise `InvalidRequest` for a request of plain integer ids that even an idle engine could not serve."""
         admit(request, self.info, self.limits)
 
-    def add_request(self, request: Request, sink: Sink) -> None:
+    def add_request(self, request: Request, sink: Sink, text_sink: TextSink | None = None) -> None:
         """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
@@ -173,6 +172,7 @@ class Engine:
             max_tokens=max_tokens,
             ends=ends | {token_id: token_id for token_id in params.stop_token_ids},
             sink=sink,
+            text_sink=text_sink if params.n == 1 and params.logprobs is None else None,
             seed=secrets.randbits(64) if seed is None else seed % 2**64,
             arrival_time=self._clock(),
             cache_root=self._cache_root(request),
@@ -289,7 +289,8 @@ class Engine:
             if seq.status == "running":
                 self._take_in(seq, num_tokens, seq_result, now)
             if len(state.sequences) == 1 and state.search is None:
-                self._deliver(state)  # while its delta is still in the processor's cache
+                if state.output.outputs:
+                    self._deliver(state)  # while its delta is still in the processor's cache
             else:
                 later[state] = None
         num_generated = self.stats.generation_tokens - num_generated
@@ -420,6 +421,11 @@ class Engine:
             assert result.tokens[0].logprob is not None, "the parameters of a search ask for it"
             state.search.take(seq.seq_id, result.tokens[0].logprob)
             self.stats.note_tokens(1, None)
+        elif seq.is_plain and len(result.tokens) == 1:  # as `_append_all`, with a third of its instructions
+            token_id, detokenizer = result.tokens[0].token_id, seq.detokenizer
+            seq.token_ids.append(token_id)
+            text = detokenizer.push(token_id)
+            self._give(seq, result.tokens, text, detokenizer.finish_reason, now)
         else:
             self._append_all(seq, result.tokens, now)
 
@@ -459,20 +465,35 @@ class Engine:
         if matcher is not None and matcher.is_complete and matcher.num_tokens == num_before + num_tokens:
             text, finish_reason = text + detokenizer.finish(), "stop"
         if num_tokens:
-            delta = CompletionOutput(index=seq.index, text=text, token_ids=token_ids[begin:])
-            if tokens[0].logprob is not None:
-                delta.logprobs = [token.logprob for token in tokens[:num_tokens] if token.logprob is not None]
-            if finish_reason is None:
-                seq.state.add_delta(delta)
-            else:
-                delta.finish_reason, delta.stop_reason = finish_reason, detokenizer.stop_reason
-                self._finish(seq, delta)
-            self.stats.note_tokens(num_tokens, now - seq.last_token_time if num_before else None)
-            seq.last_token_time = now
-            if not num_before:
-                seq.first_token_time = now
+            self._give(seq, tokens[:num_tokens], text, finish_reason, now)
         if matcher is not None and matcher.error is not None and seq.status == "running":
             self._end_as_error(seq, matcher.error)
+
+    def _give(
+        self, seq: Sequence, tokens: list[SampledToken], text: str, finish_reason: FinishReason | None, now: float
+    ) -> None:
+        """Give the text of appended tokens to the text sink, or add it and the tokens to the request's delta."""
+        state, num_tokens, is_taken = seq.state, len(tokens), False
+        if finish_reason is None and state.text_sink is not None:
+            try:
+                is_taken = state.text_sink(text, num_tokens)
+            except Exception:
+                self._drop_reader(state)
+                is_taken = True
+        if not is_taken:
+            delta = CompletionOutput(index=seq.index, text=text, token_ids=[token.token_id for token in tokens])
+            if tokens[0].logprob is not None:
+                delta.logprobs = [token.logprob for token in tokens if token.logprob is not None]
+            if finish_reason is None:
+                state.add_delta(delta)
+            else:
+                delta.finish_reason, delta.stop_reason = finish_reason, seq.detokenizer.stop_reason
+                self._finish(seq, delta)
+        is_first = len(seq.token_ids) == seq.num_prompt_tokens + num_tokens
+        self.stats.note_tokens(num_tokens, None if is_first else now - seq.last_token_time)
+        seq.last_token_time = now
+        if is_first:
+            seq.first_token_time = now
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
         """End one completion for which no token can be drawn. Others of its request continue."""
@@ -506,10 +527,14 @@ class Engine:
     def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
         try:
             state.sink(output)
-        except Exception:  # a failing sink must not end other requests
-            logger.exception("the reader of request %s failed", state.request.request_id)
-            state.sink = lambda output: None
-            self.abort(state.request.request_id)
+        except Exception:
+            self._drop_reader(state)
+
+    def _drop_reader(self, state: RequestState) -> None:
+        """Abort a request whose sink has raised. Others go on."""
+        logger.exception("the reader of request %s failed", state.request.request_id)
+        state.sink, state.text_sink = lambda output: None, None
+        self.abort(state.request.request_id)
 
     def _end_aborted(self) -> None:
         aborted, self._aborted = self._aborted, []
@@ -548,45 +573,3 @@ class Engine:
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
-
-
-def add_sequence(
-    tokenizer: Tokenizer, seq_ids: Iterator[int], clock: Callable[[], float], state: RequestState
-) -> Sequence:
-    """Add a sequence of its prompt to a request, and do not queue it."""
-    request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
-    index = len(state.sequences)
-    counts = TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None
-    is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
-    reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
-    detokenizer = Detokenizer(
-        tokenizer,
-        params.stop,
-        ends=state.ends,
-        max_tokens=state.max_tokens,
-        include_stop=params.include_stop_str_in_output,
-        skip_special_tokens=params.skip_special_tokens,
-        min_tokens=params.min_tokens,
-        shown_token_ids=request.shown_token_ids,
-    )
-    seq = Sequence(
-        seq_id=next(seq_ids),
-        index=index,
-        state=state,
-        token_ids=list(prompt_token_ids),
-        num_prompt_tokens=len(prompt_token_ids),
-        seed=sibling_seed(state.seed, index) if index else state.seed,
-        detokenizer=detokenizer,
-        counts=counts,
-        cache_root=state.cache_root,
-        is_plain=not (is_restricted or reports_prompt or counts is not None or params.dry_multiplier),
-        waiting_since=clock(),
-        block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
-        matcher=None if request.grammar is None else request.grammar.matcher(),
-        repetitions=state.make_repetitions(tokenizer) if params.dry_multiplier else None,
-        processors=None
-        if request.processors is None
-        else LogitsProcessors(request.processors[index], prompt_token_ids),
-    )
-    state.sequences.append(seq)
-    return seq

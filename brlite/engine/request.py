@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,8 @@ from brlite.tokenizer import Tokenizer
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
 Sink = Callable[[RequestOutput | BrliteError], None]
+# Is offered the text and the number of tokens of a delta that has nothing else. False: the sink must get the delta.
+TextSink = Callable[[str, int], bool]
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
@@ -230,6 +232,7 @@ class RequestState:
     partial_prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     pooling: Pooling | None = None
     search: BeamSearch | None = None
+    text_sink: TextSink | None = None
     prompt_repetitions: Repetitions | None = None  # of the prompt, for the completions that are not made yet
     is_aborted: bool = False
 
@@ -284,3 +287,45 @@ class RequestState:
 def sibling_seed(seed: int, index: int) -> int:
     """The seed of the completion at `index`: the request's own for the first, spread over 64 bits for the others."""
     return (seed + index * _GOLDEN_RATIO_64) % 2**64
+
+
+def add_sequence(
+    tokenizer: Tokenizer, seq_ids: Iterator[int], clock: Callable[[], float], state: RequestState
+) -> Sequence:
+    """Add a sequence of its prompt to a request, and do not queue it."""
+    request, params, prompt_token_ids = state.request, state.request.params, state.request.prompt_token_ids
+    index = len(state.sequences)
+    counts = TokenCounts(prompt_token_ids, params.repeat_last_n) if params.has_penalties else None
+    is_restricted = params.min_tokens or request.bad_words or request.grammar or request.processors
+    reports_prompt = request.pooling is not None or params.prompt_logprobs is not None
+    detokenizer = Detokenizer(
+        tokenizer,
+        params.stop,
+        ends=state.ends,
+        max_tokens=state.max_tokens,
+        include_stop=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        min_tokens=params.min_tokens,
+        shown_token_ids=request.shown_token_ids,
+    )
+    seq = Sequence(
+        seq_id=next(seq_ids),
+        index=index,
+        state=state,
+        token_ids=list(prompt_token_ids),
+        num_prompt_tokens=len(prompt_token_ids),
+        seed=sibling_seed(state.seed, index) if index else state.seed,
+        detokenizer=detokenizer,
+        counts=counts,
+        cache_root=state.cache_root,
+        is_plain=not (is_restricted or reports_prompt or counts is not None or params.dry_multiplier),
+        waiting_since=clock(),
+        block_digests=state.sequences[0].block_digests.copy() if state.sequences else [],
+        matcher=None if request.grammar is None else request.grammar.matcher(),
+        repetitions=state.make_repetitions(tokenizer) if params.dry_multiplier else None,
+        processors=None
+        if request.processors is None
+        else LogitsProcessors(request.processors[index], prompt_token_ids),
+    )
+    state.sequences.append(seq)
+    return seq

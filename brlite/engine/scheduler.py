@@ -331,12 +331,13 @@ def _grouped(seqs: Iterable[Sequence], key: Callable[[Request], str]) -> dict[st
 
 def scheduled_seq(seq: Sequence, num_tokens: int) -> ScheduledSeq:
     """A run of a sequence as plain data, for a `Batch`."""
-    request, token_ids, drafts = seq.state.request, seq.token_ids, seq.draft_token_ids
+    token_ids, drafts = seq.token_ids, seq.draft_token_ids
     start, length = seq.num_computed_tokens + seq.num_in_flight_tokens, len(token_ids)
     if seq.is_plain and start == length - 1 and not drafts:  # most runs: half of the instructions
-        sampling = SamplingInput(request.params, seq.seed, length - seq.num_prompt_tokens)
-        return ScheduledSeq(seq.seq_id, start, token_ids[start:], seq.block_table, sampling)
-    end, pooling, pooling_input = start + num_tokens, request.pooling, None
+        sampling = SamplingInput(seq.state.request.params, seq.seed, length - seq.num_prompt_tokens)
+        return ScheduledSeq(seq.seq_id, start, [token_ids[start]], seq.block_table, sampling)
+    request, end, pooling_input = seq.state.request, start + num_tokens, None
+    pooling = request.pooling
     if seq.state.pooling == "mean":
         total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
         pooling_input = PoolingInput(num_tokens, total, pooling if end >= length else None, length)

@@ -147,7 +147,11 @@ class EngineStats:
     def note_tokens(self, num_tokens: int, seconds: float | None) -> None:
         """Record a step's tokens of a sequence, `seconds` after its previous one if any: an equal part for each."""
         self.generation_tokens += num_tokens
-        if seconds is not None:
+        if seconds is None:
+            return
+        if num_tokens == 1:
+            self._latencies.append(seconds)
+        else:
             self._latencies += [seconds / num_tokens] * num_tokens
 
     def note_step(self, num_tokens: int, seconds: float) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -40,7 +41,9 @@ class WriteTurn:
 
     def flush(self) -> None:
         streams, self.streams = self.streams, []
+        now = time.monotonic()
         for stream in streams:
+            stream.last_write = now
             try:
                 stream.flush()
             except Exception:  # a failing transport must not hold up the other streams
@@ -67,7 +70,8 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._turn = request.app.get(WRITE_TURN) or WriteTurn()  # without the middlewares: a turn of its own
         self._unsent = b""  # if not empty, the stream is in `_turn`, which flushes it
-        self._last_write = 0.0
+        self.last_write = 0.0  # by the monotonic clock
+        self.is_clear = False  # whether the last write went out whole, to a client that is there
         self._comment_timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> EventStream:
@@ -86,30 +90,38 @@ class EventStream:
         if transport is None:
             raise ConnectionResetError("the client left before the first event")
         self._transport = transport
-        self._last_write = self._loop.time()
+        self.last_write = time.monotonic()
         self._start_comments()
 
     def write(self, events: bytes) -> bool:
         """Write framed events in the next turn of the loop. Returns False and writes nothing if the client has left."""
         if self._transport.is_closing():
             return False
-        if not events:
-            return True  # an encoder withheld them; a chunk without bytes would end the response
-        if not self._unsent:
-            streams = self._turn.streams
-            if not streams:
-                self._loop.call_soon(self._turn.flush)
-            streams.append(self)
-        self._unsent += b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events
-        self._last_write = self._loop.time()
+        if events:  # a chunk without bytes would end the response
+            self.append(events)
         return True
+
+    def append(self, events: bytes) -> None:
+        """Write at least one event in the next turn, for a stream that `is_clear`. The transport is not touched yet."""
+        if self._is_chunked:
+            events = b"%x\r\n%b\r\n" % (len(events), events)
+        if self._unsent:
+            self._unsent += events
+            return
+        self._unsent, streams = events, self._turn.streams
+        if not streams:
+            self._loop.call_soon(self._turn.flush)
+        streams.append(self)
 
     def flush(self) -> None:
         """Write now what `write` has taken."""
-        unsent, self._unsent = self._unsent, b""
+        unsent, self._unsent, transport = self._unsent, b"", self._transport
         # uvloop raises, and asyncio warns, on a write after close.
-        if unsent and not self._transport.is_closing():
-            self._transport.write(unsent)
+        if transport.is_closing():
+            self.is_clear = False
+        elif unsent:
+            transport.write(unsent)
+            self.is_clear = not transport.get_write_buffer_size()
 
     def comment(self) -> bool:
         """Write a comment line, which clients ignore."""
@@ -168,7 +180,7 @@ class EventStream:
             self._comment_timer = None
 
     def _comment_if_silent(self) -> None:
-        silence = self._loop.time() - self._last_write
+        silence = time.monotonic() - self.last_write
         if silence >= self._comment_seconds and not self.is_backlogged:
             self.comment()
             silence = 0.0

@@ -36,26 +36,19 @@ class EventBuilder:
         self._warnings = tuple(warnings)
         self._is_plain = not call.echo and call.params.logprobs is None
         self._tracks: dict[int, TokenTrack] = {}
-        self._num_prompt = self._num_completion = self._num_cached = 0  # tokens so far
+        self._num_prompt = self.num_completion = self._num_cached = 0  # tokens so far
         self._counted_prompts: set[int] = set()
         self._counters: dict[int, ReasoningTokenCounter | None] = {}  # by choice
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
         self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
-        # Whether the only choice's events have nothing but text, until the last one.
+        # Whether the only choice's events, but the first and the last, have nothing but text. The caller may encode it,
+        # and add its tokens to `num_completion`.
         has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens
         is_single = len(call.prompts) == call.params.n == 1
-        self._is_text_only = self._is_plain and replies is None and is_single and not has_more
+        self.is_text_only = self._is_plain and replies is None and is_single and not has_more
         self._untold_token_ids: dict[int, list[int]] = {}  # by choice
         self._begun_choices: set[int] = set()
-
-    def only_text(self, output: RequestOutput) -> str | None:
-        """The text of an output whose events have nothing else; its tokens are counted. None: `events` makes them."""
-        if output.finished or not (self._is_text_only and self._counted_prompts):
-            return None
-        (completion,) = output.outputs
-        self._num_completion += len(completion.token_ids)
-        return completion.text
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
         """The events of an output. No event for a part of a character, or of a possible stop string.
@@ -101,7 +94,7 @@ class EventBuilder:
             self._num_cached += output.num_cached_tokens
         if not self._call.is_echo_only:
             for completion in output.outputs:
-                self._num_completion += len(completion.token_ids)
+                self.num_completion += len(completion.token_ids)
                 if self._replies is None:
                     continue
                 choice = self._choice(prompt_index, completion)
@@ -118,14 +111,14 @@ class EventBuilder:
     def usage(self) -> TokenUsage:
         """The tokens used so far."""
         num_reasoning = sum(counter.num_tokens for counter in self._counters.values() if counter is not None)
-        return TokenUsage(self._num_prompt, self._num_completion, self._num_cached, num_reasoning)
+        return TokenUsage(self._num_prompt, self.num_completion, self._num_cached, num_reasoning)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events and warnings of a response that is not streamed: one event a choice unless `keeps_order`."""
         params = self._call.params
         if params.ranks_answers:  # the tokens of dropped completions count too
             for output in outputs:
-                self._num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
+                self.num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
         if self._replies is not None:

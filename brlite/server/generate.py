@@ -46,6 +46,7 @@ from brlite.server.served_model import ModelTable, ServedModel
 TIMEOUT_HEADER = "X-Request-Timeout"
 LOADING_COMMENT_SECONDS = 1.0
 STOPPING_RETRY_SECONDS = 1
+NOT_MADE = "the answer could not be made"
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
 AnyCall = TypeVar("AnyCall", bound=Generation | PromptCall | Tokenization | Detokenization)
@@ -251,7 +252,7 @@ class Delivery:
         for index, request in enumerate(made.requests):
             if key.weight != 1 or priority:
                 request = msgspec.structs.replace(request, weight=key.weight, priority=priority)
-            engine.submit(request, partial(self._receive, index))
+            engine.submit(request, partial(self._receive, index), self.take_text)
         warnings = (*self._call.warnings, *made.warnings, *made.truncations, *raised)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
@@ -297,8 +298,12 @@ class Delivery:
             if text_end is not None and not output.finished and any(text_end(each.text) for each in output.outputs):
                 asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
         except Exception:  # the engine logs it; without an error the handler would wait forever
-            self.fail(EngineError("the answer could not be made"))
+            self.fail(EngineError(NOT_MADE))
             raise
+
+    def take_text(self, text: str, num_tokens: int) -> bool:
+        """Take a delta that is text alone. False: `_receive` must get it."""
+        return False
 
     def _charge_search(self, output: RequestOutput) -> None:
         """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
@@ -374,6 +379,7 @@ class StreamDelivery(Delivery):
     """
 
     _state: StreamState = "waiting"
+    _writes_text = False  # whether deltas that are text alone need no events; not before the first one
     _stream: EventStream | RecordedStream  # once begun
 
     async def _begin(self) -> None:
@@ -431,13 +437,27 @@ class StreamDelivery(Delivery):
         for index, output in outputs.items():
             self._write(index, output)
 
+    def take_text(self, text: str, num_tokens: int) -> bool:
+        """Write the text while the client keeps up."""
+        if not self._writes_text or self._outputs or self._state != "sending":
+            return False
+        stream, builder = self._stream, self._builder
+        if builder is None or not stream.is_clear:
+            return False
+        builder.num_completion += num_tokens
+        try:
+            data = self._encoder.encode_text(text) if text else b""
+            if data:  # else the encoder withheld it
+                stream.append(data)
+        except Exception:  # as in `_receive`
+            self.fail(EngineError(NOT_MADE))
+            raise
+        return True
+
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
-        text = self._builder.only_text(output)
-        if text is None:
-            data = b"".join(map(self._encoder.encode, self._builder.events(index, output)))
-        else:
-            data = self._encoder.encode_text(text) if text else b""
+        data = b"".join(map(self._encoder.encode, self._builder.events(index, output)))
+        self._writes_text = self._builder.is_text_only and self._text_end is None
         if not self._stream.write(data):
             self._state = "over"  # the client has left; not every server cancels the handler then
             self._changed.set()

@@ -30,6 +30,7 @@ class RecordedStream:
     """
 
     is_backlogged = False
+    is_clear = True
 
     def __init__(self) -> None:
         self.kept: KeptEvents | None = None  # until it has an encoder
@@ -49,6 +50,8 @@ class RecordedStream:
         """Wake the clients: the encoder has kept these events."""
         self._notify()
         return True
+
+    append = write
 
     @contextmanager
     def commenting(self, what: Callable[[], str], seconds: float) -> Iterator[None]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
 from brlite.engine.backend import SampledToken, ScheduledSeq, SeqResult, StepResult, Undrawn
-from brlite.engine.outputs import TokenLogprob
+from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, TokenCounts
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
 from brlite.sampling_params import SamplingParams
@@ -202,6 +202,67 @@ def test_a_reader_that_fails_does_not_harm_the_others(make_driver: MakeDriver) -
     driver.finish()
 
     assert driver.token_ids(good) == reference_tokens(b"abc", 8)
+
+
+def test_a_text_sink_gets_what_is_text_alone_and_the_sink_gets_the_rest(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    alone = driver.submit("abc", max_tokens=12)
+    driver.finish()
+    texts, outputs = list[str](), list[RequestOutput]()
+
+    def take_text(text: str, num_tokens: int) -> bool:
+        if not outputs or len(texts) == 5:  # the first delta tells more than text; later the reader is busy
+            texts.append("")
+            return False
+        texts.append(text)
+        assert num_tokens == 1
+        return True
+
+    request = Request(
+        request_id="r", prompt_token_ids=list(b"abc"), params=SamplingParams(temperature=0, max_tokens=12)
+    )
+    driver.engine.add_request(request, outputs.append, take_text)  # type: ignore[arg-type]
+    driver.finish()
+
+    first, busy, last = outputs
+    text = [*texts[:5], busy.outputs[0].text, *texts[6:]]
+    assert first.outputs[0].text + "".join(text) + last.outputs[0].text == driver.text(alone)
+    assert last.finished
+    assert last.outputs[0].finish_reason == "length"
+    assert driver.engine.stats.generation_tokens == 24
+
+
+@pytest.mark.parametrize("params", [{"n": 2}, {"logprobs": 1}])
+def test_a_text_sink_gets_nothing_of_a_request_with_more_than_text(
+    make_driver: MakeDriver, params: dict[str, int]
+) -> None:
+    driver, outputs = make_driver(), list[RequestOutput]()
+
+    request = Request(
+        request_id="r", prompt_token_ids=list(b"abc"), params=SamplingParams(temperature=0, max_tokens=4, **params)
+    )  # type: ignore[arg-type]
+    driver.engine.add_request(request, outputs.append, lambda text, num_tokens: True)  # type: ignore[arg-type]
+    driver.finish()
+
+    assert sum(len(each.token_ids) for output in outputs for each in output.outputs) == 4 * params.get("n", 1)
+
+
+def test_a_text_sink_that_fails_ends_its_own_request_alone(make_driver: MakeDriver) -> None:
+    driver, outputs = make_driver(), list[object]()
+    good = driver.submit("abc")
+
+    def broken(text: str, num_tokens: int) -> bool:
+        raise ValueError("the reader broke")
+
+    request = Request(
+        request_id="r", prompt_token_ids=list(b"def"), params=SamplingParams(temperature=0, max_tokens=100)
+    )
+    driver.engine.add_request(request, outputs.append, broken)
+    driver.finish()
+
+    assert driver.token_ids(good) == reference_tokens(b"abc", 8)
+    assert outputs == []
+    assert driver.engine.stats.finished["abort"] == 1
 
 
 @pytest.mark.parametrize(

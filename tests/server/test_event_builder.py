@@ -18,15 +18,14 @@ def output(text: str, *, finished: bool = False, index: int = 0) -> RequestOutpu
     return RequestOutput(request_id="r", prompt_token_ids=[1, 2, 3], outputs=[completion], finished=finished)
 
 
-def test_the_text_alone_is_that_of_the_event() -> None:
+def test_text_that_is_only_counted_leaves_the_other_events_as_they_are() -> None:
     short, long = (EventBuilder(CALL, ByteTokenizer(), ("w",)) for _ in range(2))
 
-    assert short.only_text(output("a")) is None, "the first output counts the prompt"
+    assert short.is_text_only
     assert short.events(0, output("a")) == long.events(0, output("a"))
     for text in ("b", "", "c"):
-        assert short.only_text(output(text)) == text
+        short.num_completion += 2
         assert long.events(0, output(text)) == ([Event(choice=0, text=text)] if text else [])
-    assert short.only_text(output("d", finished=True)) is None, "the last event has a finish reason and warnings"
     assert short.events(0, output("d", finished=True)) == long.events(0, output("d", finished=True))
     assert short.usage() == long.usage()
 
@@ -39,7 +38,4 @@ def test_events_of_several_choices_or_with_more_than_text_are_made() -> None:
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), continuous_usage=True),
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), tells_token_ids=True),
     ):
-        builder = EventBuilder(call, ByteTokenizer(), ())
-        builder.events(0, output("a"))
-
-        assert builder.only_text(output("b")) is None
+        assert not EventBuilder(call, ByteTokenizer(), ()).is_text_only
