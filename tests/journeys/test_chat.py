@@ -14,4 +14,4 @@ def test_a_chat_is_in_the_queue_after_few_calls():
 
     assert len(chat.calls) <= 50
     assert len(chat.functions) <= 48
-    assert len(chat.files) <= 18
+    assert len(chat.files) <= 19
