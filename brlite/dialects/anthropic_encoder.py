@@ -246,15 +246,13 @@ def _tool_use_id(call_id: str) -> str:
 def _stop(event: Event, *, has_calls: bool) -> tuple[StopReason, str | None]:
     """The stop reason, and the client's stop sequence that ended the answer, if one did.
 
-    At the length limit it is never "tool_use": the call may be cut.
+    Where the length limit or a stop sequence has cut a call, it is not "tool_use".
     """
     if event.finish_reason == "length":
         return "max_tokens", None
-    if has_calls:
-        return "tool_use", None
-    if isinstance(event.stop_reason, str):
+    if isinstance(event.stop_reason, str) and event.finish_reason != "tool_calls":
         return "stop_sequence", event.stop_reason
-    return "end_turn", None
+    return ("tool_use" if has_calls else "end_turn"), None
 
 
 def _content(events: Sequence[Event]) -> tuple[list[ContentBlock], list[str]]:

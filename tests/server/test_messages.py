@@ -395,6 +395,21 @@ async def test_a_call_that_is_cut_is_no_call_to_make(serve: Serve) -> None:
     assert all(block.type != "tool_use" or block.input == {} for block in answer.content)
 
 
+async def test_a_call_that_a_stop_sequence_cuts_is_no_call_to_make(serve: Serve) -> None:
+    client = await serve()
+
+    answer = await ask(client, CALL, tools=TOOLS, stop_sequences=["Par"])
+    async with client.messages.stream(
+        model="toy", max_tokens=1000, messages=[says(CALL)], tools=TOOLS, stop_sequences=["Par"]
+    ) as stream:
+        streamed = await stream.get_final_message()
+    whole = await ask(client, f"{CALL}\nRome", tools=TOOLS, stop_sequences=["Rome"])
+
+    for message in (answer, streamed):
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "Par")
+    assert (whole.stop_reason, whole.content[0].input) == ("tool_use", {"city": "Paris", "days": 2})
+
+
 async def test_each_refusal_has_its_exception(serve: Serve) -> None:
     keys = (
         KeyConfig(name="one", key="one"),
