@@ -132,7 +132,7 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         plan, measure = msgspec.structs.replace(plan, packed_file=packed_file), None
-        if plan.precision.weights == "int4":
+        if plan.model.precision.weights == "int4":
             from brlite.backends.native.calibration import measure_importance
 
             if packed_file is None:

@@ -188,10 +188,12 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
 
     `keeps_forms` says whether the backend has forms for quantized files, as native code always has.
     """
+    weights, set_by_precision = model.precision.weights, f"{spec.precision}, set by precision"
+    if spec.precision != "auto" and weights in ("bfloat16", "int8"):
+        return set_by_precision
     quantized = quantized_formats(model.formats)
-    keeps_some = model.precision.weights == "stored" or (quantized and model.precision.weights == "int4")
-    if spec.precision != "auto" and not keeps_some:
-        return f"{spec.precision}, set by precision"
+    if not quantized and weights == "int4":
+        return set_by_precision
     if not quantized and model.precision != PRECISIONS["bf16"]:
         return f"{name_of(model.precision)}, which the bundle was made for (auto)"
     if not quantized:
@@ -209,7 +211,7 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool,
         else:
             parts = [f"{change} in {number} of {count} matrices" for change, number in changes.items()]
             uses.append(f"{stored_as} is {' and '.join(parts)}{', else kept' if sum(changes.values()) < count else ''}")
-    decided_by = "auto" if spec.precision == "auto" else f"{spec.precision}, set by precision"
+    decided_by = "auto" if spec.precision == "auto" else set_by_precision
     return f"the file's own: {', '.join(uses)} ({decided_by})"
 
 

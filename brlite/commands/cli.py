@@ -144,9 +144,10 @@ def _status_of(args: argparse.Namespace) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(shown(f"brlite: error: {where}{error.strerror or error}"), file=sys.stderr)
         return EXIT_FAILED
-    except (MemoryError, RuntimeError, SystemError) as error:
+    except (ImportError, MemoryError, RuntimeError, SystemError) as error:
         # An extension that gets no memory may return without an exception, which Python reports as a SystemError.
-        has_no_memory = isinstance(error, MemoryError) or str(error).endswith("without exception set")
+        signs = ("without exception set", "failed to map segment from shared object")
+        has_no_memory = isinstance(error, MemoryError) or str(error).rstrip().endswith(signs)
         if not has_no_memory and NO_THREAD not in str(error):
             raise
         reason = "no memory is left" if has_no_memory else "the system gives no further thread"

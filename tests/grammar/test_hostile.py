@@ -35,4 +35,4 @@ def test_it_is_refused_soon_and_other_streams_go_on(ends: dict[str, dict[str, An
 
     assert end["error"].startswith("structured: ")
     assert len(end["error"]) < 600
-    assert end["seconds"] < 1  # of CPU, the other stream's included; 0.05 on an idle machine
+    assert end["seconds"] < 3  # of CPU, the other stream's included; 0.6 at most on an idle machine

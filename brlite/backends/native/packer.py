@@ -111,19 +111,17 @@ class PackingThreads(ThreadPoolExecutor):
 
 
 class Packer:
-    """Fills memory with a decoder's weights, tensor by tensor, on the threads of `pool`."""
+    """Fills memory with a decoder's weights, tensor by tensor, on the threads of `pool`.
+
+    `importance` is of matrices that are rounded to 4 bits. That is quicker without it.
+    """
 
     def __init__(self, library: ctypes.CDLL, layout: Layout, memory: NativeMemory, pool: ThreadPoolExecutor) -> None:
         self._library = library
         self._layout = layout
         self._bytes = memory.bytes()
         self._pool = pool
-
-    def put_all(self, plan: LoadPlan, importance: Importance | None = None) -> None:
-        """Pack the plan's tensors. `importance` is of matrices that are rounded to 4 bits; without it that is quick."""
-        self._importance = importance or {}
-        for target, tensor in placed_tensors(plan):
-            self.put(target, tensor)
+        self.importance: Importance = {}
 
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
@@ -133,7 +131,7 @@ class Packer:
         if packed.form == "vector":
             out.view(np.float32)[start : start + num_rows] = read_vector(packed, tensor)
             return
-        importance = self._importance.get(target.parameter)
+        importance = self.importance.get(target.parameter)
         pack = partial(pack_rows, self._library, packed, out, importance=importance)
         if num_rows <= ROWS_AT_A_TIME:
             pack(start, tensor)
@@ -225,9 +223,12 @@ def load_weights(
         # Its threads end before the memory that they write to is released.
         with PackingThreads(plan.num_threads) as pool:
             packer = Packer(library, layout, memory, pool)
-            packer.put_all(plan)
+            for target, tensor in placed_tensors(plan):
+                packer.put(target, tensor)
             if measure is not None:
-                packer.put_all(plan, measure(PackedWeights(layout, memory, [])))
+                packer.importance = measure(PackedWeights(layout, memory, []))
+                for target, tensor in placed_tensors(plan):
+                    packer.put(target, tensor)
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:
             try:
