@@ -84,7 +84,7 @@ def load_backend(
 def check_native_only(spec: ModelSpec, obstacle: str) -> None:
     """Raise `ConfigError` for a precision that only native kernels have. `obstacle` is why they cannot be used."""
     if spec.precision in NATIVE_ONLY:
-        raise ConfigError(f"precision {spec.precision} is of native kernels only, but {obstacle}")
+        raise ConfigError(f"precision {spec.precision} needs native kernels, but {obstacle}")
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
@@ -135,8 +135,6 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
         if plan.model.precision.weights == "int4":
             from brlite.backends.native.calibration import measure_importance
 
-            if packed_file is None:
-                logger.info("model %s is rounded to 4 bits at each start; serialize_file keeps the result", spec.name)
             measure = partial(measure_importance, library, plan)
         return NativeBackend(library, plan, opened=opened, measure=measure)
 

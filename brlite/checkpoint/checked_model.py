@@ -115,7 +115,7 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
     if spec.precision == "a_bf16_w_int4" and spec.tensor_parallel > 1:
-        raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; precision a_bf16_w_int4 is of one rank only")
+        raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; precision a_bf16_w_int4 allows one rank only")
     check_num_ranks(config, spec.tensor_parallel)
 
 

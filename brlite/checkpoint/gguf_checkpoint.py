@@ -36,8 +36,8 @@ class GgufCheckpoint(LocatedTensors):
         if ROPE_FREQS in tensors:
             file, freqs = tensors.pop(ROPE_FREQS)
             if math.prod(freqs.shape) > MAX_DIVISORS:
-                found = f"must have a number for two of a head, at most {MAX_DIVISORS}: {freqs.shape}"
-                raise ModelError(f"{file}: {ROPE_FREQS} {found}")
+                allowed = f"must have one number for each pair of a head's dimensions, at most {MAX_DIVISORS}"
+                raise ModelError(f"{file}: {ROPE_FREQS} {allowed}; its shape is {freqs.shape}")
             (divisors,) = (
                 tensor.float32().reshape(-1).tolist() for tensor in LocatedTensors({file: [freqs]}).tensors()
             )

@@ -22,6 +22,8 @@ from brlite.models.network import MatrixPart, Parameter
 from brlite.models.precision import INT4_FORMS, PRECISIONS, MatrixForm, Precision, name_of
 from brlite.models.shards import LANES, Shard, rank_parameters, shard_config, shard_slices
 
+READING = "reading the weights"  # a stage of a load
+
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All that a backend needs to load a model, decided before any weight is read.
@@ -75,21 +77,21 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         num_bits = 4 if INT4_FORMS.intersection(forms) else 6 if "q6_k" in forms else 8
         return f"{activations}_w_int{num_bits}"
 
-    def report(self, fraction: float, stage: str = "reading the weights") -> None:
+    def report(self, fraction: float, stage: str = READING) -> None:
         """Report which fraction of `stage` is done, 0 to 1, if there is a callback."""
         if self.on_progress is not None:
             self.on_progress(stage, fraction)
 
 
 NOT_QUANTIZED = F32.name
-KEPT, ROUNDED, CUT, WIDENED = "kept", "rounded to int8", "rounded to 4 bits", "widened to bfloat16"
+KEPT, ROUNDED_TO_INT8, ROUNDED_TO_INT4, WIDENED = "kept", "rounded to int8", "rounded to 4 bits", "widened to bfloat16"
 # A quantized format → the form in memory that keeps its codes, in torch and in native code. Others are not listed.
 CARD_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 NATIVE_FORMS = CARD_FORMS | {name: block.form for name, block in BLOCKS.items()}
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
-def placed_tensors(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
+def placed_tensors(plan: LoadPlan, stage: str = READING) -> Iterator[tuple[WeightTarget, StoredTensor]]:
     """Yields every tensor of the checkpoint that the model uses, with its target. Its bytes have not been read yet.
 
     With a shard, yields only the parts that the rank holds, with their targets in the rank's own parameters. Reports
@@ -106,7 +108,7 @@ def placed_tensors(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]
             yield target, placed
             del placed
             num_placed += math.prod(target.shape)
-            plan.report(num_placed / total)
+            plan.report(num_placed / total, stage)
         del tensor  # its bytes may be in memory: free them before the next one is read
 
 
@@ -231,7 +233,7 @@ def _stored_matrices(model: CheckedModel, num_ranks: int, *, is_native: bool) ->
                 if form is None and (is_native or stored_as in PLAIN_FORMATS):
                     continue  # a vector, or an embedding that no format quantizes
                 is_kept = form == (NATIVE_FORMS if is_native else CARD_FORMS).get(stored_as)
-                rounded = CUT if form in INT4_FORMS else ROUNDED
+                rounded = ROUNDED_TO_INT4 if form in INT4_FORMS else ROUNDED_TO_INT8
                 change = WIDENED if form is None else KEPT if is_kept else rounded
                 found.setdefault(stored_as, {}).setdefault(change, set()).add(name)
     return found

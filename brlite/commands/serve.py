@@ -170,7 +170,10 @@ async def _load_first(manager: ModelManager) -> None:
 
 
 class ModelLoader:
-    """Loads models for `ModelManager`, and shows the progress on the terminal. No disk that hangs keeps the process."""
+    """Loads models for `ModelManager`, and shows the progress on the terminal.
+
+    A disk that hangs does not keep the process from ending.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config

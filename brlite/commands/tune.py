@@ -99,6 +99,10 @@ def advise(precision: str, sizes: Sizes, room: int) -> Advice:
 
 
 def choose(rows: Sequence[Advice]) -> Advice | None:
-    """The row to recommend, None if none fits. A coarser precision wins only by a longer context or a larger batch."""
+    """The row to recommend, None if none fits. A coarser precision wins only by a longer context or a larger batch.
+
+    Rounding to 4 bits costs most: it is for models that do not fit otherwise.
+    """
     fitting = [row for row in rows if row.context]
+    fitting = [row for row in fitting if row.precision != "a_bf16_w_int4"] or fitting
     return max(fitting, key=lambda row: (min(row.context, TYPICAL_CONTEXT), row.batch, -rows.index(row)), default=None)

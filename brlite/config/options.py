@@ -207,7 +207,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         PrecisionOption,
         option(
             "auto: quantized weights stay quantized, a bundle has its own precision, others are bf16; "
-            "native kernels: a_int8_w_int8: activations are int8, too; a_bf16_w_int4: weights are rounded to 4 bits"
+            "only native kernels have a_int8_w_int8 (activations are int8, too) and a_bf16_w_int4 (weights in 4 bits)"
         ),
     ] = "auto"
     build_seq: Annotated[

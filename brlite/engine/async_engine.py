@@ -203,7 +203,8 @@ class EngineLoop:
     def submit(self, request: Request, sink: Sink, text_sink: TextSink | None = None) -> None:
         """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served.
 
-        `text_sink` is for a request with one completion: making its deltas is most of the cost of a token.
+        `text_sink` is offered each delta's text first, for one completion without logprobs: a token without a delta
+        object costs much less.
         """
         self._check_loop()
         if not self.is_running:

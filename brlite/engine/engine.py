@@ -355,7 +355,10 @@ class Engine:
 
         For the state that an interrupt leaves, such as Ctrl-C: it may come between any two lines of the engine.
         """
-        self._begin(None if self.draft_model is None else self.draft_model.backend)
+        draft = self.draft_model
+        self._begin(None if draft is None else draft.backend)
+        if draft is not None and self.draft_model is not None:
+            self.draft_model.is_off = draft.is_off
         self._set_gauges()
 
     def check_idle(self) -> None:

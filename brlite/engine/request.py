@@ -26,7 +26,8 @@ from brlite.tokenizer import Tokenizer
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
 Sink = Callable[[RequestOutput | BrliteError], None]
-# Is offered the text and the number of tokens of a delta that has nothing else. False: the sink must get the delta.
+# Is offered the text and the number of tokens of each delta but a completion's last. False, as for the first one: the
+# sink must get the delta.
 TextSink = Callable[[str, int], bool]
 
 _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15

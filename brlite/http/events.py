@@ -102,7 +102,7 @@ class EventStream:
         return True
 
     def append(self, events: bytes) -> None:
-        """Write at least one event in the next turn, for a stream that `is_clear`. The transport is not touched yet."""
+        """Write at least one event in the next turn. It does not look at the transport: only while `is_clear`."""
         if self._is_chunked:
             events = b"%x\r\n%b\r\n" % (len(events), events)
         if self._unsent:

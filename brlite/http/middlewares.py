@@ -187,6 +187,10 @@ def drop_tracebacks(error: BaseException | None) -> None:
     They refer to frames, and frames often to the error. Such a cycle would keep the request's body until the garbage
     collector runs, while `BodyBudget` no longer counts it.
     """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__ or error.__cause__
+    errors, seen = [error], set[int]()  # a cause may lead to its own effect
+    while errors:
+        error = errors.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            error.__traceback__ = None
+            errors += (error.__context__, error.__cause__)

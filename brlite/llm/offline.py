@@ -304,7 +304,12 @@ class _Run:
                         self._on_finished(self._numbers[output.request_id], output)
             raise self._error
         except Exception as error:  # empty the engine for the next call
-            self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
+            interrupted = EngineError("generation was interrupted")
+            try:
+                self._engine.end_all(error if isinstance(error, BrliteError) else interrupted)
+            except BaseException:
+                self._engine.reset()
+                raise
             raise
         except BaseException:
             self._engine.reset()

@@ -57,7 +57,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
             found = forwarder.find_stored(head, request[API_KEY])
             if found is None:
                 return await handler(request)
-            has_body = request.method == "POST" and request.body_exists  # a cancel has none, of whatever type
+            has_body = request.method == "POST" and request.body_exists  # a cancel has none, whatever type it names
             body = await read_body(request, limits) if has_body else b""
             return await run(request, Inbound(head, body, request[API_KEY], None, None), found)
         body = await read_body(request, limits)

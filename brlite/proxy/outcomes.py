@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 # nothing about the upstream.
 Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
 
-
 WRONG_KEY = (401, 403)  # statuses: the upstream does not accept the proxy's key, or filters contents
 
 

@@ -117,7 +117,7 @@ def test_the_absent_package_is_told_from_one_that_does_not_load():
 @pytest.mark.parametrize("precision", sorted(NATIVE_ONLY))
 def test_what_only_native_kernels_have_is_refused_where_torch_would_compute(model, engine, reason, precision):
     spec = ModelSpec(name="tiny", path=str(model), precision=precision, build_seq=64)
-    line = re.escape(f"precision {precision} is of native kernels only, but {reason}")
+    line = re.escape(f"precision {precision} needs native kernels, but {reason}")
 
     with pytest.raises(ConfigError, match=f"^{line}$"):
         build_engine(Config(model=[spec], engine=engine))
@@ -128,7 +128,7 @@ def test_what_only_native_kernels_have_is_refused_where_torch_would_compute(mode
 def test_rounding_to_four_bits_is_refused_with_ranks(model):
     spec = ModelSpec(name="tiny", path=str(model), precision="a_bf16_w_int4", build_seq=64, tensor_parallel=2)
 
-    with pytest.raises(ConfigError, match=r"^tensor_parallel is 2; precision a_bf16_w_int4 is of one rank only$"):
+    with pytest.raises(ConfigError, match=r"^tensor_parallel is 2; precision a_bf16_w_int4 allows one rank only$"):
         build_engine(Config(model=[spec]))
 
 

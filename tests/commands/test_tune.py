@@ -58,6 +58,16 @@ def test_the_most_exact_precision_that_gives_as_much_is_advised() -> None:
     assert choose([exact]) is exact
 
 
+def test_rounding_to_four_bits_is_advised_only_where_nothing_else_fits() -> None:
+    def rows(room: int) -> list[Advice]:
+        small, large = sizes(4 * GIB, 2**17), sizes(7 * GIB, 2**17)
+        return [advise("a_bf16_w_int8", large, room), advise("a_bf16_w_int4", small, room)]
+
+    found = [choose(rows(room * GIB)) for room in (9, 6)]
+
+    assert [each and each.precision for each in found] == ["a_bf16_w_int8", "a_bf16_w_int4"]
+
+
 def test_the_printed_toml_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_tiny_model(tmp_path / "tiny")
     write_byte_tokenizer(folder)

@@ -287,6 +287,9 @@ def test_a_draft_model_that_fails_is_used_no_more_and_harms_no_request(caplog: p
     assert driver.engine.draft_model.is_off
     assert driver.engine.stats.draft_model_failures == 1
 
+    driver.engine.reset()
+    assert driver.engine.draft_model.is_off
+
 
 def test_no_block_of_the_small_model_is_held_when_nothing_runs() -> None:
     driver = make()

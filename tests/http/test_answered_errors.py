@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from brlite.errors import EngineError, QueueFull
+from brlite.http.middlewares import drop_tracebacks
 from tests.limits import PATIENCE_SECONDS
 
 
@@ -144,3 +145,19 @@ async def test_redirects_of_an_application_still_work(http_server, connect) -> N
 
     assert answer.startswith(b"HTTP/1.1 302 ")
     assert b"Location: /y" in answer
+
+
+def test_tracebacks_are_dropped_of_all_errors_that_led_to_one_also_in_a_circle() -> None:
+    first, second, third = errors = [raised(ValueError()) for _ in range(3)]
+    first.__cause__, first.__context__ = second, third
+    second.__cause__ = first
+
+    drop_tracebacks(first)
+
+    assert [error.__traceback__ for error in errors] == [None] * 3
+
+
+def raised(error: Exception) -> Exception:
+    with pytest.raises(type(error)) as caught:
+        raise error
+    return caught.value

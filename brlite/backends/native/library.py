@@ -145,7 +145,7 @@ def run_self_tests(functions: ctypes.CDLL) -> dict[str, int]:
 def first_failed_check(functions: ctypes.CDLL, isa: int) -> int:
     """0, or the number of the first check in which an instruction set computes other bits than the generic kernels.
 
-    These compute only the checks whose result is not the known one: they take longer than all that a start needs.
+    The generic kernels are slow: they compute a check only if its result is not the known one.
     """
     for number, known in enumerate(CHECKSUMS):
         found = functions.brlite_self_test(isa, number)

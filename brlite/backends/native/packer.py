@@ -195,7 +195,7 @@ def load_weights(
 ) -> PackedWeights:
     """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision.
 
-    With `measure` they are packed twice: by the importance of inputs that `measure` finds with the first result.
+    Of the matrices for which `measure` finds the importance of inputs, with the first result, they are packed again.
     """
     model, shard = plan.model, plan.shard
     layout = packed_layout(library, held_parameters(model, shard), matrix_parts(model, shard))
@@ -227,7 +227,8 @@ def load_weights(
                 packer.put(target, tensor)
             if measure is not None:
                 packer.importance = measure(PackedWeights(layout, memory, []))
-                for target, tensor in placed_tensors(plan):
+            for target, tensor in placed_tensors(plan, "rounding to 4 bits") if packer.importance else ():
+                if target.parameter in packer.importance:
                     packer.put(target, tensor)
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:

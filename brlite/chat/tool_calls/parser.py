@@ -301,8 +301,8 @@ def _written_one_by_one(arguments: str, notation: Mapping[str, Any]) -> str:
 def typed_value(text: str, schema: Any) -> str:
     """The JSON text of a value that a format writes without quotes.
 
-    It is a string if the schema says so, if the text is not JSON, or if its JSON is of a type that the schema has not,
-    but has strings: a postcode by `{"type": ["string", "null"]}`.
+    It is a string if the schema says so, if the text is not JSON, or if its JSON is of a type that the schema does not
+    allow, while it allows strings: a postcode by `{"type": ["string", "null"]}`.
     """
     if not is_string(schema):
         try:

@@ -18,12 +18,14 @@ from brlite.backends.native.calibration import measure_importance
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.native.packer import load_weights
 from brlite.backends.sizes import measure
+from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.load_plan import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.sampling_params import SamplingParams
 from tests.backends.native_models import EMBEDDING, MAX_CONTEXT, make_checkpoint, make_tensors, random_ids
 from tests.load_plans import make_plan
+from tests.quantized_files import LAYERS, MIXES, write_quantized
 
 Matrix = npt.NDArray[np.float32]
 GROUP = 32
@@ -146,6 +148,20 @@ def test_importance_has_the_same_bits_on_any_instruction_set_and_threads(native_
         for name, importance in each.items():
             assert importance.mean() == pytest.approx(1)
             assert np.array_equal(importance, found[0][name])
+
+
+def test_of_a_quantized_file_only_what_is_rounded_is_measured(tmp_path: Path, native_library: NativeLibrary) -> None:
+    """Q4_K_M: v, in one matrix with q and k, and down are Q6_K. The default model has nothing to round."""
+    spec = ModelSpec(name="m", precision="a_bf16_w_int4", build_seq=64, build_batch=2)
+    found = {}
+    for mix in ("q4_k_m", "default"):
+        write_quantized(tmp_path / f"{mix}.gguf", MIXES[mix])
+        plan = make_plan(open_checkpoint(tmp_path / f"{mix}.gguf"), spec)
+        with closing(load_weights(native_library.functions, plan)) as weights:
+            found[mix] = set(measure_importance(native_library, plan, weights))
+
+    assert found["q4_k_m"] == {f"layers.{layer}.{name}.weight" for layer in range(LAYERS) for name in ("qkv", "down")}
+    assert found["default"] == set()
 
 
 def test_importance_lowers_the_error_of_what_the_model_computes(native_library: NativeLibrary) -> None:
