@@ -56,7 +56,11 @@ def live(backend: NativeBackend, *, has_long: bool = True) -> list[Story]:
     return [live_alone(backend, prompt, seed) for seed, prompt in enumerate(prompts)]
 
 
-@pytest.fixture(scope="module", params=[(name, precision) for name in MODELS for precision in PRECISIONS], ids="-".join)
+# Not rounded to 4 bits: those panels are a Q4_1 file's, of test_quantized.py.
+ALL = [(name, precision) for name in MODELS for precision in PRECISIONS if precision != "a_bf16_w_int4"]
+
+
+@pytest.fixture(scope="module", params=ALL, ids="-".join)
 def alone(request: pytest.FixtureRequest, native_library: NativeLibrary) -> Iterator[Alone]:
     name, precision = request.param
     with closing(load_native(native_library, name, precision)) as backend:
