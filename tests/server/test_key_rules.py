@@ -15,7 +15,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, KeyConfig, LimitsConfig, ModelSpec
 from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
-from brlite.engine.request import Request, Sink
+from brlite.engine.request import Request
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import printable_token
@@ -185,9 +185,9 @@ async def test_a_request_may_put_itself_behind_its_keys_class_and_not_before(
     client = await limited(priority=-2, backend={"hidden_size": 4})
     seen, add = list[int](), Engine.add_request
 
-    def add_request(engine: Engine, request: Request, sink: Sink) -> None:
+    def add_request(engine: Engine, request: Request, *sinks: Any) -> None:
         seen.append(request.priority)
-        add(engine, request, sink)
+        add(engine, request, *sinks)
 
     monkeypatch.setattr(Engine, "add_request", add_request)
     body = chat_body() if path == CHAT else {"model": MODEL, "input": "hi"}
