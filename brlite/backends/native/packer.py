@@ -195,7 +195,7 @@ def load_weights(
 ) -> PackedWeights:
     """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision.
 
-    Of the matrices for which `measure` finds the importance of inputs, with the first result, they are packed again.
+    `measure` finds, with these weights, how much inputs matter. The matrices that it names are packed again by that.
     """
     model, shard = plan.model, plan.shard
     layout = packed_layout(library, held_parameters(model, shard), matrix_parts(model, shard))
@@ -225,11 +225,11 @@ def load_weights(
             packer = Packer(library, layout, memory, pool)
             for target, tensor in placed_tensors(plan):
                 packer.put(target, tensor)
-            if measure is not None:
-                packer.importance = measure(PackedWeights(layout, memory, []))
-            for target, tensor in placed_tensors(plan, "rounding to 4 bits") if packer.importance else ():
-                if target.parameter in packer.importance:
-                    packer.put(target, tensor)
+            if measure is not None and (importance := measure(PackedWeights(layout, memory, []))):
+                packer.importance = importance
+                for target, tensor in placed_tensors(plan, "rounding to 4 bits"):
+                    if target.parameter in importance:
+                        packer.put(target, tensor)
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:
             try:

@@ -57,11 +57,10 @@ uint32_t to_half_bits(uint32_t bits) {
     return (magnitude < 0x00800000 ? bits & 0x80000000 : kept) & 0xffff0000;
 }
 
-// The nearest integer, ties to even, for |x| < 2^22: the addition rounds away the fraction.
-float nearest(float x) {
-    const float large = 12582912.0f;  // 1.5 * 2^23
-    return (x + large) - large;
-}
+// 1.5 * 2^23. Added to x, |x| < 2^22, it rounds away the fraction, ties to even.
+constexpr float LARGE = 12582912.0f;
+
+float nearest(float x) { return (x + LARGE) - LARGE; }
 
 void pack_group(const float* weights, uint8_t* group, int column) {
     uint32_t bits[BRLITE_GROUP];
@@ -206,13 +205,13 @@ double sum_of(const Four& four) {
 
 // The code of each weight that is nearest on the line.
 void find_codes(const Group& group, const Line& line, Four* codes) {
-    const Four none = {}, most = none + 15.0f, large = none + 12582912.0f;  // 1.5 * 2^23, as in `nearest`
+    const Four none = {}, most = none + 15.0f;
     const float inverse = line.scale > 0 ? 1 / line.scale : 0;
     for (int i = 0; i < NUM_FOURS; i++) {
         Four code = (group.weights[i] - line.minimum) * inverse;
         code = code > none ? code : none;
         code = code < most ? code : most;
-        codes[i] = (code + large) - large;
+        codes[i] = (code + LARGE) - LARGE;
     }
 }
 
