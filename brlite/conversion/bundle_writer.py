@@ -153,7 +153,7 @@ class _Bundling:
         self._files: dict[str, FileRecord] = {}
 
     def run(self) -> tuple[Manifest, Rounding | None]:
-        sweep(self._folder, "")
+        sweep(self._folder)
         previous = read_progress(self._folder)
         old_names = set[str]() if previous is None else previous.files.keys()
         if previous is None or previous.source != self._plan.draft.source:

@@ -36,7 +36,7 @@ class NewFile:
 
     def __init__(self, file: Path, num_bytes: int = 0) -> None:
         self._file = file
-        sweep(file.parent, f"{file.name}.")
+        sweep(file.parent, file.name)
         self._handle, self.temporary = create_temporary(file)
         self._lock = threading.Lock()
         self._num_unflushed = 0

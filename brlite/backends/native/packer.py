@@ -204,7 +204,7 @@ def load_weights(
     key = PackedFileKey(LAYOUT_VERSION, weights_name, plan.checkpoint.identity + part, layout.num_bytes)
     file = None if plan.packed_file is None else _trusted(plan.packed_file, plan.checkpoint.path)
     if file is not None:
-        sweep(file.parent, f"{file.name}.")
+        sweep(file.parent, file.name)
         try:
             with PackingThreads(plan.num_threads) as pool:
                 mapped = MappedPackedFile(file, key, library, pool, plan.report)
