@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 STAYS = "the config stays as it was: %s"
+FAILURES = (BrliteError, OSError)  # the second for a folder that may not be searched, or a drive that is lost
 READ_SECONDS = 15.0  # for all files of a config; one FIFO has 10 s
 FORWARDING = ("upstream", "proxy")
 LIVE_SECTIONS = (*FORWARDING, "keys", "key")
@@ -125,7 +126,7 @@ class Reloader:
         """Read the config again and apply it. If it has any error, the whole old one stays."""
         try:
             self._run_by(self._read())
-        except BrliteError as error:
+        except FAILURES as error:
             logger.error(STAYS, error)
 
     def _read(self) -> Reading:
@@ -177,7 +178,7 @@ class Reloader:
                     self._is_asked.clear()
                     try:
                         self._run_by(await self._elsewhere(self._read, "the config"))
-                    except BrliteError as error:
+                    except FAILURES as error:
                         logger.error(STAYS, error)
                     # The next check finds changes made during the read. The new config may name another keys file.
                     after = await self._elsewhere(self._stamps, "the config's files")

@@ -52,9 +52,13 @@ def load_manual_config(text: str, path: Path) -> Config:
     manual = convert(data, ManualConfig, source=str(path))
     for contradiction in _contradictions(manual):
         raise ConfigError(f"{path}: {contradiction}")
+    try:
+        weights_path = _weights_path(manual)
+    except OSError as error:
+        raise ConfigError(f"{path}: model_file = {show(manual.model_file)}: {error.strerror}") from None
     model = {
         "name": manual.model,
-        "path": _weights_path(manual),
+        "path": weights_path,
         "precision": manual.model_precision,
         "build_seq": manual.build_seq,
         "build_batch": manual.build_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import pty
@@ -117,6 +118,26 @@ async def test_a_config_with_anything_wrong_changes_nothing(start, log, text: st
     (line,) = log()
     assert line.startswith("the config stays as it was: ")
     assert reason in line
+
+
+async def test_a_file_that_cannot_be_looked_at_changes_nothing_and_is_followed_on(start, log, eventually) -> None:
+    running = start(poll_seconds=QUICK)
+    read = running.reloader._source.load
+    failures = [OSError(errno.ESTALE, "Stale file handle", str(running.path))]
+
+    def load() -> Config:
+        if failures:
+            raise failures.pop()
+        return read()
+
+    running.reloader._source = running.reloader._source._replace(load=load)
+    async with running.reloader:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(lambda: not failures)
+        running.path.write_text(TWO)
+        await eventually(lambda: running.models == ["a", "b"])
+
+    assert log()[0].startswith("the config stays as it was: [Errno")
 
 
 async def test_keys_change_and_are_not_shown(start, log) -> None:

@@ -99,6 +99,8 @@ BAD_VALUES = [
     ({"devices": [0, 0]}, "devices = [0, 0]: allowed is each device once"),
     ({"devices": 0}, "devices = 0: allowed is a list, each a whole number from 0 to 1023"),
     ({"all_models": []}, "all_models = []: allowed is a table, each value a string"),
+    ({"model_file": "x" * 300}, f'model_file = "{"x" * 78}…: File name too long'),
+    ({"model_file": "~nobody-here/x"}, 'model_file = "~nobody-here/x": Could not determine home directory'),
     ({"tensor_parallel": 2}, "tensor_parallel = 2: no such field; allowed are model, cached_dir, input_name, "),
 ]
 
