@@ -10,6 +10,7 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -24,8 +25,8 @@ Buffer = bytes | memoryview
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The size and hash of a file's content."""
 
-    num_bytes: int
-    sha256: str
+    num_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class NewFile:
