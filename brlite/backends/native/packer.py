@@ -28,6 +28,7 @@ from brlite.backends.native.packed_file import (
 )
 from brlite.checkpoint.load_plan import NATIVE_FORMS, LoadPlan, held_parameters, matrix_parts, placed_tensors
 from brlite.checkpoint.stored_tensor import Bytes, Float32, StoredTensor, from_bfloat16, to_bfloat16
+from brlite.errors import ModelError
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
 from brlite.models.families.family import WeightTarget
@@ -39,6 +40,7 @@ T = TypeVar("T")
 Importance = Mapping[str, Float32]  # matrix → how much the square of an error counts, by its input [num_inputs]
 
 LAYOUT_VERSION = 3  # raised by every change that packs the same weights into other bytes
+MAX_HALF = 65504  # of half precision, which the scale and the minimum of 32 weights in 4 bits have
 ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
 
 
@@ -178,6 +180,9 @@ def pack_rows(
         library.brlite_pack_codes(packed.format, codes.ctypes.data, scales.ctypes.data, offsets_address, *place)
     elif packed.format == INT4_MIN:
         values = tensor.float32()
+        if (largest := max(float(values.max()), -float(values.min()))) > MAX_HALF:
+            found = f"{tensor.name} has a weight of {largest:.6g}; a_bf16_w_int4 holds weights up to {MAX_HALF}"
+            raise ModelError(f"{found}: choose another precision")
         library.brlite_pack_int4(values.ctypes.data, None if importance is None else importance.ctypes.data, *place)
     else:
         values = tensor.float32()

@@ -22,6 +22,7 @@ from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.load_plan import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.errors import ModelError
 from brlite.sampling_params import SamplingParams
 from tests.backends.native_models import EMBEDDING, MAX_CONTEXT, make_checkpoint, make_tensors, random_ids
 from tests.load_plans import make_plan
@@ -199,6 +200,17 @@ def test_a_model_of_sixteen_bits_is_served_in_four(native_library: NativeLibrary
     assert len(result.tokens) == 1
     assert info.precision == "a_bf16_w_int4"
     assert measure(plan.model, plan.spec, plan.engine).dtype == "int4 and int8"  # int8: the head, here the embedding
+
+
+def test_a_weight_beyond_half_precision_is_refused_with_its_tensor(native_library: NativeLibrary) -> None:
+    """Its scale or minimum would be infinite, and so the model's answers."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    large = make_tensors("llama")[name]
+    large[3, 5] = -70_000
+    plan = make_plan(make_checkpoint("llama", **{name: large}), int4_plan().spec)
+
+    with pytest.raises(ModelError, match=rf"{name} has a weight of 70\d+; .* choose another precision"):
+        load_weights(native_library.functions, plan)
 
 
 def test_a_second_load_maps_what_the_first_has_rounded(tmp_path: Path, native_library: NativeLibrary) -> None:
