@@ -102,6 +102,7 @@ def locate_model(
         name = path
     hub = hub_of(parse_model_name(name))
     kind: type[ModelError] = ModelError
+    cause: BaseException | None = None
     failures = [f"no file or folder {name} is here"] if path is not None or _may_be_a_path(name) else []
     for source in sources(hub):
         try:
@@ -112,6 +113,7 @@ def locate_model(
             logger.info("model %s: %s: %s", name, source.title, error)
             failures.append(f"{source.title}: {error}")
             kind = ModelUnreachable if isinstance(error, ModelUnreachable) else kind
+            cause = cause or error.__cause__
         else:
             is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
             remark = " (quantized to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
@@ -121,7 +123,7 @@ def locate_model(
     here = [repository.name for repository in cached_repositories(hub.cache())]
     near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
     hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
-    raise kind(f"model {name} was not found: {tried}{hint}")
+    raise kind(f"model {name} was not found: {tried}{hint}") from cause
 
 
 def _may_be_a_path(name: str) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ class Repository:
             raise ModelError(
                 f"{show_bytes(num_bytes)} are needed at {self.folder.parent}, where {show_bytes(free)} are free; "
                 f"{variable} chooses another folder, `brlite models rm NAME` makes room"
-            )
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def num_bytes(self) -> int:
         """The bytes that the repository takes on the disk, with the parts of an interrupted download."""

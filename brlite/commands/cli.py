@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import os
 import signal
@@ -22,13 +23,16 @@ from brlite.commands.command_line import CommandParser
 from brlite.errors import BrliteError, CannotListen, ModelUnreachable
 from brlite.files.quoting import shown
 from brlite.process.output import queued_output
-from brlite.process.signals import leave_process_1, reset_child_signal
+from brlite.process.signals import Terminated, leave_process_1, reset_child_signal, terminated_by_signals
 from brlite.process.streams import configure_logging, open_closed_streams, print_data, show_all_text
 
 NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the number of the signal, as a shell reports it
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # also of the `OSError` that caused one of our errors
 
 # Read when torch loads: how long its threads spin before they sleep. Without a bound, a step takes several times longer
 # on cores shared with other programs, and hardly less on idle ones (`bench/kernels.md`, "Threads that wait").
@@ -38,7 +42,7 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_NUM_THREADS": "1", "TOKENIZE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `brlite …`. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run `brlite …`. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     return _run(command_parser(), argv)
 
 
@@ -109,6 +113,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             status = _status_of(args)
         sys.stdout.flush()
         return status
+    except Terminated as end:
+        return EXIT_SIGNAL + end.number
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -134,10 +140,12 @@ def _status_of(args: argparse.Namespace) -> int:
         gc.enable()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # an import may raise ImportError for KeyboardInterrupt
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return int(command.run(args))
+        with terminated_by_signals():
+            return int(command.run(args))
     except BrliteError as error:
         print("\n".join(f"brlite: error: {line}" for line in shown(str(error)).splitlines()), file=sys.stderr)
-        return EXIT_FAILED if isinstance(error, CannotListen | ModelUnreachable) else EXIT_BAD_INPUT
+        is_disk_full = getattr(error.__cause__, "errno", None) in DISK_FULL
+        return EXIT_FAILED if is_disk_full or isinstance(error, CannotListen | ModelUnreachable) else EXIT_BAD_INPUT
     except BrokenPipeError:
         raise
     except OSError as error:  # a folder that cannot be searched, a disk that is full

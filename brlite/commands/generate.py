@@ -143,4 +143,4 @@ def _opened(target: str) -> Iterator[TextIO]:
     except BrokenPipeError:
         raise  # the reader closed the pipe: no error
     except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from error

@@ -81,7 +81,7 @@ def pull(name: str) -> int:
         try:
             found = locate_model(name, None, sources=local_sources)
         except ModelError:
-            raise error from None
+            raise error from error.__cause__
         print(f"brlite: not brought up to date: {shown(str(error))}", file=sys.stderr)
     print(found)
     return 0

@@ -326,7 +326,7 @@ def _save(path: Path, saved: SavedAnswers, say: Say) -> None:
     try:
         write_whole(path, data)
     except OSError as error:
-        raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from error
     say(f"saved to {path}: {len(data)} bytes")
 
 

@@ -8,6 +8,7 @@ tensor.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -239,7 +240,8 @@ def _room(plan: BundlePlan) -> str:
     there = sum(file.stat().st_size for file in plan.folder.iterdir()) if plan.folder.exists() else 0
     needed, free = plan.num_bytes, shutil.disk_usage(parent).free + there
     if needed > free:
-        raise ModelError(f"{plan.folder}: {show_bytes(needed)} are needed, but the disk has {show_bytes(free)} free")
+        what = f"{plan.folder}: {show_bytes(needed)} are needed, but the disk has {show_bytes(free)} free"
+        raise ModelError(what) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return f"{plan.folder}: {show_bytes(needed)} are needed, {show_bytes(free)} free"
 
 

@@ -1,4 +1,4 @@
-"""Signals as calls on the event loop's thread, and the duties of process 1, as `tini` does them.
+"""Signals as calls on the event loop's thread or as exceptions, and the duties of process 1, as `tini` does them.
 
 In a container the command may be process 1. Orphans become its children: those of probes and `kubectl exec`, and
 grandchildren whose parent has died. Only process 1 can reap them. The command itself runs in a
@@ -9,11 +9,57 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import asyncio
+
+ENDING = tuple(number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None)
+REPEATED_SECONDS = 1.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP. What handles Ctrl-C handles them too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def terminated_by_signals() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP raise `Terminated` on the main thread, as SIGINT raises KeyboardInterrupt.
+
+    Otherwise they would end the process at once, and its temporary files would stay. Signals within a second count as
+    one: wrappers such as `timeout` signal both their child and its group. A later one ends the process at once. Does
+    nothing on another thread, and for a signal that is ignored, as under `nohup`, or has a handler.
+    """
+    first_at: float | None = None
+
+    def end(number: int, _: FrameType | None) -> None:
+        nonlocal first_at
+        if first_at is None:
+            first_at = time.monotonic()
+            raise Terminated(number)
+        if time.monotonic() > first_at + REPEATED_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def add_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals, call: Callable[[], object]) -> None:

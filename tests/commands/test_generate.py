@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from brlite.commands import generate
+from brlite.commands.cli import EXIT_FAILED, main
 from brlite.commands.generate import Answers
 from brlite.config.options import Config, ModelSpec
 from brlite.engine.outputs import CompletionOutput, RequestOutput
@@ -93,6 +94,16 @@ def test_what_was_finished_before_an_error_is_kept(fake_llm, tmp_path: Path, err
         generate.generate(Config(), str(source), str(target), {})
 
     assert prompts_of(target.read_text()) == ["a", "c"]
+
+
+def test_a_full_disk_is_a_line_and_status_1(fake_llm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").write_text("a\nb\n")
+    fake_llm.order = (0, 1)
+
+    assert main(["generate", "--input", str(tmp_path / "in"), "--output", "/dev/full"]) == EXIT_FAILED
+
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "brlite: error: /dev/full: cannot be written: No space left on device"
 
 
 def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_a_model_that_cannot_be_had_is_one_line_and_status_2_or_1_if_it_may_pass
     assert said in printed.err
     assert printed.err.count("\n") == 1
     assert printed.err.count("the Hugging Face hub") == 1
+
+
+def test_a_disk_without_room_is_status_1(
+    server: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brlite.checkpoint.repository.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+
+    assert main(["pull", "org/model"]) == EXIT_FAILED
+
+    assert "are needed at" in capsys.readouterr().err
 
 
 def test_models_lists_what_is_here_with_size_and_memory(

@@ -370,17 +370,18 @@ def test_closed_streams_end_no_command_with_a_traceback(closed: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_ctrl_c_while_a_command_reads_its_input_is_130() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_command_reads_its_input_is_its_status(number: signal.Signals) -> None:
     with subprocess.Popen(
         [BRLITE, "generate", *TOY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         process.stdin.write("a line\n" * 20_000)  # more than a pipe holds: it reads
         process.stdin.flush()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
 
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in said
 
 
