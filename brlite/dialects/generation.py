@@ -104,7 +104,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     - `timeout_seconds`: after this time an error ends the answer.
     - `priority`: lower values are served first; None: the key's.
     - `is_strict`: the request is refused if there would be a warning.
-    - `tells_token_ids`: the answer has the token ids of prompt and answer; `tells_prompt_logprobs`: the prompt's
+    - `returns_token_ids`: the answer has the token ids of prompt and answer; `returns_prompt_logprobs`: the prompt's
       logprobs.
     - `make_text_end`: makes a function that is called with each piece of the answer's text. If it returns True, the
       generation ends there.
@@ -133,8 +133,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     timeout_seconds: float | None = None
     priority: int | None = None
     is_strict: bool = False
-    tells_token_ids: bool = False
-    tells_prompt_logprobs: bool = False
+    returns_token_ids: bool = False
+    returns_prompt_logprobs: bool = False
     make_text_end: Callable[[], Callable[[str], bool]] | None = None
 
 

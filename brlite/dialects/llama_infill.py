@@ -175,7 +175,7 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
         continuous_usage=True,
         field_names=field_names,
         warnings=warnings,
-        tells_token_ids=bool(body.stream or body.return_tokens),
+        returns_token_ids=bool(body.stream or body.return_tokens),
         make_text_end=partial(LineEnd, indent, line_seconds) if indent or line_seconds is not None else None,
         line_seconds=line_seconds,
         indent=indent,

@@ -376,8 +376,8 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
         "names_are_ids": bool(body.return_tokens_as_token_ids),
         "truncation": None if cut is None else truncation(cut, body.truncation_side),
         "warnings": more.warnings,
-        "tells_token_ids": bool(body.return_token_ids),
-        "tells_prompt_logprobs": body.prompt_logprobs is not None,
+        "returns_token_ids": bool(body.return_token_ids),
+        "returns_prompt_logprobs": body.prompt_logprobs is not None,
     }
 
 

@@ -41,13 +41,13 @@ class EventBuilder:
         self._counters: dict[int, ReasoningTokenCounter | None] = {}  # by choice
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
-        self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
+        self._returns_tokens = call.returns_token_ids or call.returns_prompt_logprobs
         # Whether the only choice's events, but the first and the last, have nothing but text. The caller may encode it,
         # and add its tokens to `num_completion`.
-        has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._tells_tokens
+        has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._returns_tokens
         is_single = len(call.prompts) == call.params.n == 1
         self.is_text_only = self._is_plain and replies is None and is_single and not has_more
-        self._untold_token_ids: dict[int, list[int]] = {}  # by choice
+        self._unsent_token_ids: dict[int, list[int]] = {}  # by choice
         self._begun_choices: set[int] = set()
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
@@ -67,7 +67,7 @@ class EventBuilder:
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
-            text, tokens = (completion.text, None) if self._is_plain else self._told(prompt_index, output, completion)
+            text, tokens = (completion.text, None) if self._is_plain else self._text_and_tokens(prompt_index, output, completion)
             num_events = len(events)
             if text or tokens or completion.finish_reason is not None:
                 event = Event(
@@ -82,7 +82,7 @@ class EventBuilder:
                 events += [event] if self._replies is None else self._read(event, self._replies)
             if call.echoed_text and choice not in self._echoed_choices:
                 events[num_events:] = self._with_echo(choice, events[num_events:])
-            if self._tells_tokens:
+            if self._returns_tokens:
                 events[num_events:] = self._with_tokens(prompt_index, output, completion, events[num_events:])
         return events
 
@@ -141,20 +141,20 @@ class EventBuilder:
     ) -> list[Event]:
         """Add the token ids and prompt logprobs that the call requests to new events. Without events, keep the ids."""
         choice = self._choice(prompt_index, completion)
-        untold = self._untold_token_ids.pop(choice, []) + completion.token_ids
+        unsent = self._unsent_token_ids.pop(choice, []) + completion.token_ids
         if not events:
-            self._untold_token_ids[choice] = untold
+            self._unsent_token_ids[choice] = unsent
             return events
         is_first = choice not in self._begun_choices
         self._begun_choices.add(choice)
-        if self._call.tells_token_ids:
-            events[-1] = structs.replace(events[-1], token_ids=untold)
+        if self._call.returns_token_ids:
+            events[-1] = structs.replace(events[-1], token_ids=unsent)
             if is_first:
                 events[0] = structs.replace(events[0], prompt_token_ids=output.prompt_token_ids)
-        if self._call.tells_prompt_logprobs and is_first:
+        if self._call.returns_prompt_logprobs and is_first:
             entries = self._prompt_logprobs.get(prompt_index, [])
-            told = [None if entry is None else self._token(entry, 0) for entry in entries]
-            events[0] = structs.replace(events[0], prompt_tokens=told)
+            prompt_tokens = [None if entry is None else self._token(entry, 0) for entry in entries]
+            events[0] = structs.replace(events[0], prompt_tokens=prompt_tokens)
         return events
 
     def _read(self, event: Event, replies: ChatReplies) -> list[Event]:
@@ -189,7 +189,7 @@ class EventBuilder:
             )
         return events
 
-    def _told(
+    def _text_and_tokens(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
     ) -> tuple[str, list[Token] | None]:
         """The text and tokens of a delta. The first delta of a choice contains the echoed prompt."""
@@ -266,7 +266,7 @@ def token_text(token_id: int, tokenizer: Tokenizer) -> TokenText:
     return TokenText(token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id))
 
 
-class ToldToken(NamedTuple):
+class ShownToken(NamedTuple):
     """A token that an answer shows, and the offset of its text in characters."""
 
     entry: TokenLogprob
@@ -301,21 +301,21 @@ class TokenTrack:
         self._skipped_token_ids = skipped_token_ids
         self._counter = OffsetCounter(start)
         self._num_sent = start
-        self._waiting: list[ToldToken] = []
+        self._waiting: list[ShownToken] = []
 
-    def take(self, completion: CompletionOutput) -> list[ToldToken]:
+    def take(self, completion: CompletionOutput) -> list[ShownToken]:
         """The tokens to send with this delta. If a stop string ended the reply, tokens behind the cut are dropped."""
         for entry in completion.logprobs or ():
             is_skipped = entry.token_id in self._skipped_token_ids
             data = b"" if is_skipped else self._tokenizer.token_bytes(entry.token_id)
-            self._waiting.append(ToldToken(entry, self._counter.add(data)))
+            self._waiting.append(ShownToken(entry, self._counter.add(data)))
         self._num_sent += len(completion.text)
         if completion.finish_reason is not None and not isinstance(completion.stop_reason, str):
-            num_told = len(self._waiting)
+            num_shown = len(self._waiting)
         else:
-            num_told = sum(token.offset < self._num_sent for token in self._waiting)  # offsets never fall
-        told, self._waiting = self._waiting[:num_told], self._waiting[num_told:]
-        return told
+            num_shown = sum(token.offset < self._num_sent for token in self._waiting)  # offsets never fall
+        shown, self._waiting = self._waiting[:num_shown], self._waiting[num_shown:]
+        return shown
 
 
 def prompt_offsets(text: str | None, token_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -30,7 +30,7 @@ from brlite.dialects.openai_tokens import Detokenization, Tokenization
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput, RequestTimes
-from brlite.engine.request import Request
+from brlite.engine.request import Request, TextSink
 from brlite.errors import BrliteError, EngineError, InvalidRequest, RequestTimeout, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.body import keep_body, read_body
@@ -174,6 +174,8 @@ class Delivery:
     charged to the key and logged. A refusal uses the field names of the client's dialect.
     """
 
+    take_text: TextSink | None = None  # takes deltas that are text alone; only a stream has it
+
     def __init__(
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
     ) -> None:
@@ -300,10 +302,6 @@ class Delivery:
         except Exception:  # the engine logs it; without an error the handler would wait forever
             self.fail(EngineError(NOT_MADE))
             raise
-
-    def take_text(self, text: str, num_tokens: int) -> bool:
-        """Take a delta that is text alone. False: `_receive` must get it."""
-        return False
 
     def _charge_search(self, output: RequestOutput) -> None:
         """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
@@ -438,7 +436,7 @@ class StreamDelivery(Delivery):
             self._write(index, output)
 
     def take_text(self, text: str, num_tokens: int) -> bool:
-        """Write the text while the client keeps up."""
+        """Write the text while the client keeps up. False: `_receive` must get it."""
         if not self._writes_text or self._outputs or self._state != "sending":
             return False
         stream, builder = self._stream, self._builder

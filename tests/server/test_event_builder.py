@@ -36,6 +36,6 @@ def test_events_of_several_choices_or_with_more_than_text_are_made() -> None:
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(n=2)),
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(logprobs=0)),
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), continuous_usage=True),
-        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), tells_token_ids=True),
+        Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), returns_token_ids=True),
     ):
         assert not EventBuilder(call, ByteTokenizer(), ()).is_text_only
