@@ -157,7 +157,7 @@ class EngineLoop:
 
         Raises `EngineError` after `close`, and where its loop has failed.
         """
-        if self._own_loop.loop is not None:
+        if self._own_loop.loop is not None or self._closing is not None:
             self._check_loop()
             if self.is_running and self._closing is None:
                 return

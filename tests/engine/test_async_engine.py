@@ -424,6 +424,15 @@ async def test_a_closed_engine_refuses_work() -> None:
         await collect(engine, "hello")
 
 
+async def test_an_engine_that_was_closed_before_its_start_cannot_be_started() -> None:
+    backend = FakeBackend()
+    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
+    await engine.close()
+
+    with pytest.raises(EngineError, match="cannot be started again"):
+        await engine.start()
+
+
 async def test_where_the_system_gives_no_thread_masks_are_filled_all_the_same(monkeypatch):
     backend = FakeBackend(max_model_len=64)
     async with EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend) as engine:
