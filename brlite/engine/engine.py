@@ -115,7 +115,6 @@ class Engine:
         """Set the state of an engine without requests and cached blocks."""
         info = self.info
         self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
-        self._preemptions_before = self.stats.preemptions
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._scheduler = Scheduler(info, self.config, self._blocks, draft_backend)
         self.draft_model, self.may_draft = self._scheduler.speculation.model, self._scheduler.speculation.may_draft
@@ -135,7 +134,6 @@ class Engine:
     def continue_stats(self, stats: EngineStats) -> None:
         """Continue the statistics of an engine that served the same model before. Call it before the first request."""
         self.stats = self._queue.stats = stats
-        self._preemptions_before = stats.preemptions
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request of plain integer ids that even an idle engine could not serve."""
@@ -240,7 +238,9 @@ class Engine:
         return batch
 
     def _decide(self) -> Batch | None:
+        num_preemptions = self._scheduler.num_preemptions
         runs, start = self._scheduler.schedule(self._clock()), self._clock()
+        self.stats.preemptions += self._scheduler.num_preemptions - num_preemptions
         seqs, guided, processors = list[ScheduledSeq](), list[GuidedSeq](), dict[int, LogitsProcessors]()
         for seq, num_tokens in runs.items():
             if not seq.is_started:
@@ -571,8 +571,7 @@ class Engine:
         self._send(state, error)
 
     def _set_gauges(self) -> None:
-        self.stats.num_running = len({seq.state for seq in self._scheduler.running})
-        self.stats.num_waiting = len(self._requests) - self.stats.num_running
+        self.stats.num_running = len(self._scheduler.running)
+        self.stats.num_waiting = self._scheduler.waiting.num_waiting
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
-        self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions

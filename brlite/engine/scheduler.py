@@ -65,7 +65,7 @@ class Scheduler:
     @property
     def is_empty(self) -> bool:
         """Whether no sequence runs or waits."""
-        return not self.running and not len(self.waiting)
+        return not self.running and not self.waiting.num_waiting
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence."""

@@ -32,12 +32,9 @@ class TurnQueue:
         self._classes: dict[int, Tenants] = {}  # only classes with waiting sequences
         self._priorities: list[int] = []  # the keys of `_classes`, sorted
         self._returned: OrderedDict[Sequence, None] = OrderedDict()
-        self._num_waiting = 0
+        self.num_waiting = 0
         self._last = ""  # the tenant that had the last turn
         self._num_in_a_row = 0  # how many turns it has had in a row
-
-    def __len__(self) -> int:
-        return len(self._returned) + self._num_waiting
 
     @property
     def has_turns(self) -> bool:
@@ -91,12 +88,13 @@ class TurnQueue:
         group[seq] = None
         if is_first:
             group.move_to_end(seq, last=False)
-        self._num_waiting += 1
+        self.num_waiting += 1
 
     def put_back(self, seq: Sequence) -> None:
         """Queue a sequence whose turn has come already, such as one that lost its blocks: before all of its class."""
         self._returned[seq] = None
         self._returned.move_to_end(seq, last=False)
+        self.num_waiting += 1
 
     def take(self, seq: Sequence) -> None:
         """Take out the sequence whose turn it is. Its group's next turn comes last, and so does its tenant's.
@@ -120,6 +118,7 @@ class TurnQueue:
 
     def remove(self, seq: Sequence) -> None:
         """Take out any sequence that waits."""
+        self.num_waiting -= 1
         if seq in self._returned:
             del self._returned[seq]
             return
@@ -127,7 +126,6 @@ class TurnQueue:
         tenants = self._classes[priority]
         groups = tenants[request.tenant]
         del groups[request.group][seq]
-        self._num_waiting -= 1
         if not groups[request.group]:
             del groups[request.group]
         if not groups:

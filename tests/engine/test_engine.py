@@ -98,6 +98,16 @@ def test_n_completions_cost_one_prefill_and_differ_by_their_seeds(make_driver: M
     assert driver.token_ids(request_id) == reference_tokens(prompt, 6, seed=5)
 
 
+def test_the_gauges_count_sequences(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=4)
+    driver.submit("abc", n=6, max_tokens=4)
+
+    driver.step()
+    driver.step()
+
+    assert (driver.engine.stats.num_running, driver.engine.stats.num_waiting) == (4, 2)
+
+
 def test_a_preempted_sequence_is_computed_again_and_says_the_same(make_driver: MakeDriver) -> None:
     driver = make_driver(num_blocks=9, max_num_seqs=3, max_model_len=32)
 
