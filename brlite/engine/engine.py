@@ -154,7 +154,7 @@ class Engine:
             group=request.group or request.request_id,
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        has_room = len(self._queue) < self.limits.max_waiting
+        has_room = request.is_exempt_from_queue_timeout or len(self._queue) < self.limits.max_waiting
         displaced = None if has_room else self._queue.make_room(request)
         seed, pooling = params.seed, request.pooling
         ends: dict[int, int | None] = {} if params.ignore_eos else dict.fromkeys(self.tokenizer.eos_token_ids)

@@ -35,13 +35,13 @@ class RequestQueue(dict[str, RequestState]):
         return [each for each in self.values() if not (each.is_aborted or each.request.is_exempt_from_queue_timeout)]
 
     def make_room(self, request: Request) -> tuple[RequestState, QueueFull] | None:
-        """The waiting request to end in favour of a new one, with its error. None if there is room.
+        """The waiting request to end in favour of a new one that counts, with its error. None if there is room.
 
         That is the newest request of the lowest class, if the new one's class comes before it. Else it is the newest
         of the tenant with most requests. Raises `QueueFull` if neither applies.
         """
         counted, most = self.counted(), self._limits.max_waiting
-        if request.is_exempt_from_queue_timeout or len(counted) < most:
+        if len(counted) < most:
             return None
         counts = Counter(state.request.tenant for state in counted)
         longest, num_longest = counts.most_common(1)[0]
