@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
 FALLBACK_NOTE = "torch computes, which is several times slower than native kernels: {reason}"
+_TORCH_THREADS: list[int] = []  # their number before each native backend in use; torch has one number for the process
 
 
 def load_backend(
@@ -125,18 +126,35 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     from brlite.backends.native.backend import NativeBackend
 
     with ExitStack() as opened:  # the backend closes it
-        torch = sys.modules.get("torch")
-        if torch is not None and "brlite.backends.torch.backend" not in sys.modules and torch.get_num_threads() > 1:
-            # torch's threads would take cores from the step's.
-            logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())
-            opened.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
+        use_one_torch_thread(opened)
         plan, measure = msgspec.structs.replace(plan, packed_file=packed_file), None
         if plan.model.precision.weights == "int4":
             from brlite.backends.native.calibration import measure_importance
 
             measure = partial(measure_importance, library, plan)
         return NativeBackend(library, plan, opened=opened, measure=measure)
+
+
+def use_one_torch_thread(opened: ExitStack) -> None:
+    """Let torch compute on one thread, since others would take cores from the step's.
+
+    When `opened` is closed, and each other one that was given before, torch has its threads again.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or "brlite.backends.torch.backend" in sys.modules:
+        return
+    num_threads = torch.get_num_threads()
+    if num_threads > 1:
+        logger.info("torch computes on 1 thread, not %d, while native kernels are in use", num_threads)
+        torch.set_num_threads(1)
+    _TORCH_THREADS.append(num_threads)
+
+    def restore() -> None:
+        before = _TORCH_THREADS.pop()
+        if before > 1 and not _TORCH_THREADS:
+            torch.set_num_threads(before)
+
+    opened.callback(restore)
 
 
 def _load_torch(plan: LoadPlan, *notes: str) -> Backend:

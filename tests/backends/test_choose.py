@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from brlite.backends.choose import find_obstacle
+from brlite.backends.choose import find_obstacle, use_one_torch_thread
 from brlite.backends.plugins.contract import with_static_context
 from brlite.backends.sizes import sizes_at
 from brlite.backends.torch import device
@@ -49,6 +51,22 @@ def test_native_kernels_need_no_torch(model, native_library, capsys):
     assert generate(model) == 0
 
     assert '"finish_reason"' in capsys.readouterr().out
+
+
+def test_torch_has_its_threads_again_after_the_last_native_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [8]
+    torch = SimpleNamespace(get_num_threads=lambda: numbers[-1], set_num_threads=numbers.append)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.delitem(sys.modules, "brlite.backends.torch.backend", raising=False)
+    first, second = ExitStack(), ExitStack()
+    use_one_torch_thread(first)
+    use_one_torch_thread(second)
+
+    first.close()
+    assert numbers == [8, 1]
+
+    second.close()
+    assert numbers == [8, 1, 8]
 
 
 @pytest.mark.parametrize("size", ["vocab_size", "hidden_size", "intermediate_size", "num_heads"])
