@@ -149,7 +149,7 @@ class TokenMasks:
     def publish(self, row: int) -> None:
         """Declare a row complete. Call it for each row, even if its sequence fails. Any thread may call it."""
         self.is_filled[row] = 1
-        if all(self.is_filled):
+        if 0 not in self.is_filled:
             self._are_all_filled.set()
 
     def wait(self, timeout: float = MASK_WAIT_SECONDS) -> None:
