@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from brlite.grammar.patterns import FORMAT_PATTERNS, PatternRefused, pattern_size
+from brlite.grammar.patterns import FORMAT_PATTERNS, WHOLE_FORMATS, PatternRefused, pattern_size
 from brlite.grammar.schema_references import SchemaRefused
 from brlite.grammar.schema_walk import WalkedSchema, parse_schema
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning
@@ -30,13 +30,12 @@ _OBJECT_KEYWORDS = frozenset(
     }
 )
 _STRING_FORMATS = {
-    "date": r"[1-9]\d{3}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)",
+    **WHOLE_FORMATS,
     "time": r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)",
     "email": r"[A-Za-z0-9_+-]{1,64}(\.[A-Za-z0-9_+-]{1,32}){0,4}@([A-Za-z0-9]{1,63}\.){1,4}[A-Za-z]{2,24}",
 }
-_STRING_FORMATS["date-time"] = f"{_STRING_FORMATS['date']}T{_STRING_FORMATS['time']}"
+_STRING_FORMATS["date-time"] = f"{WHOLE_FORMATS['date'][1:-1]}T{_STRING_FORMATS['time']}"
 
 
 class WrittenAnswer(msgspec.Struct, frozen=True):

@@ -58,7 +58,7 @@ _DATE = (
 _TIME = r":[0-5]\d:[0-5]\d"
 FORMAT_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}.*{_TIME}"}
 # The texts of a format, as the library and `FORMAT_PATTERNS` allow them together.
-_WHOLE_FORMATS = {
+WHOLE_FORMATS = {
     "uuid": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
     "date": "^(([0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})-"
     "((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
@@ -121,7 +121,7 @@ def name_pattern(schema: Mapping[str, Any]) -> str | None:
             return None
         return rf"^[\s\S]{{{least},{most}}}$" if least or most != "" else ""
     if said.keys() == {"format"}:
-        return _WHOLE_FORMATS.get(said["format"])
+        return WHOLE_FORMATS.get(said["format"])
     return said["pattern"] if said.keys() == {"pattern"} and isinstance(said["pattern"], str) else None
 
 
