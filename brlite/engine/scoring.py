@@ -29,13 +29,13 @@ class ScoringHead(msgspec.Struct, frozen=True):
     has_sigmoid: bool = True
     template: PairTemplate | None = None
 
-    def check_instruction(self, instruction: str | None, param: str = "instruction") -> None:
+    def check_instruction(self, instruction: str | None) -> None:
         """Raise `InvalidRequest` for an instruction for which the prompt of a pair has no place."""
         if instruction is not None and not (self.template and self.template.takes_instruction):
             raise InvalidRequest(
-                f"{param} has no effect: the prompt of a pair has no place for it (score_template without "
+                "instruction has no effect: the prompt of a pair has no place for it (score_template without "
                 "{instruction}); write it into the query",
-                param=param,
+                param="instruction",
                 code="unsupported_parameter",
             )
 

@@ -57,7 +57,9 @@ class PairTemplate:
             )
         self.takes_instruction = "instruction" in names
         ids = {tokenizer.token_text(token_id): token_id for token_id in tokenizer.special_token_ids}
-        for name in set(_ROLES.findall(text)) - ids.keys():
+        for name in _ROLES.findall(text):
+            if name in ids:
+                continue
             encoded = tokenizer.encode(name, add_special_tokens=False)
             if len(encoded) != 1:
                 reason = f"{one_line(name, MAX_EXCERPT)} is no token of the model; set score_template to none or a file"
