@@ -52,11 +52,6 @@ class ChatReplies:
         self._format = reply_format
         self._begins_inside = self._is_over = False  # state of the reasoning at the end of the prompt
 
-    @property
-    def is_named(self) -> bool:
-        """Whether the client named the function to call. As at OpenAI, the finish reason of such a reply is `stop`."""
-        return self._choice.is_named
-
     def begin(self, prompt_token_ids: Sequence[int]) -> None:
         """Find out whether the reasoning is open or closed at the end of the prompt. Call it before `structured`."""
         if self._format.marks is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from msgspec import structs
@@ -22,6 +23,20 @@ from brlite.server.chat_replies import ChatReplies
 from brlite.tokenizer import Tokenizer
 
 
+@dataclass(slots=True)
+class Choice:
+    """What is sent of one choice so far. `parser` and `counter` read a reply; None: it is plain text."""
+
+    index: int
+    prompt_index: int
+    parser: ReplyParser | None
+    counter: ReasoningTokenCounter | None
+    track: TokenTrack | None = None
+    is_echoed: bool = False
+    has_begun: bool = False  # the token ids and logprobs of its prompt are sent
+    unsent_token_ids: list[int] = field(default_factory=list)
+
+
 class EventBuilder:
     """Makes the events of one call. The index of a choice is prompt index * `n` + completion index."""
 
@@ -31,24 +46,19 @@ class EventBuilder:
         """`replies` parses reasoning and tool calls of a chat; without it replies are plain text."""
         self._call = call
         self._replies = replies
-        self._parsers: dict[int, ReplyParser] = {}  # by choice
         self._tokenizer = tokenizer
         self._warnings = tuple(warnings)
         self._is_plain = not call.echo and call.params.logprobs is None
-        self._tracks: dict[int, TokenTrack] = {}
         self._num_prompt = self.num_completion = self._num_cached = 0  # tokens so far
         self._counted_prompts: set[int] = set()
-        self._counters: dict[int, ReasoningTokenCounter | None] = {}  # by choice
+        self._choices: dict[int, Choice] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
-        self._echoed_choices: set[int] = set()
         self._returns_tokens = call.returns_token_ids or call.returns_prompt_logprobs
         # Whether the only choice's events, but the first and the last, have nothing but text. The caller may encode it,
         # and add its tokens to `num_completion`.
         has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._returns_tokens
         is_single = len(call.prompts) == call.params.n == 1
         self.is_text_only = self._is_plain and replies is None and is_single and not has_more
-        self._unsent_token_ids: dict[int, list[int]] = {}  # by choice
-        self._begun_choices: set[int] = set()
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
         """The events of an output. No event for a part of a character, or of a possible stop string.
@@ -67,11 +77,11 @@ class EventBuilder:
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
-            text, tokens = (completion.text, None) if self._is_plain else self._text_and_tokens(prompt_index, output, completion)
+            text, tokens = (completion.text, None) if self._is_plain else self._shown(choice, output, completion)
             num_events = len(events)
             if text or tokens or completion.finish_reason is not None:
                 event = Event(
-                    choice=choice,
+                    choice=choice.index,
                     text=text,
                     tokens=tokens,
                     finish_reason=completion.finish_reason,
@@ -79,11 +89,12 @@ class EventBuilder:
                     usage=usage,
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
-                events += [event] if self._replies is None else self._read(event, self._replies)
-            if call.echoed_text and choice not in self._echoed_choices:
+                events += [event] if choice.parser is None else self._read(event, choice.parser)
+            if call.echoed_text and not choice.is_echoed:
                 events[num_events:] = self._with_echo(choice, events[num_events:])
             if self._returns_tokens:
-                events[num_events:] = self._with_tokens(prompt_index, output, completion, events[num_events:])
+                choice.unsent_token_ids += completion.token_ids
+                events[num_events:] = self._with_tokens(choice, output, events[num_events:])
         return events
 
     def count(self, prompt_index: int, output: RequestOutput) -> None:
@@ -95,22 +106,20 @@ class EventBuilder:
         if not self._call.is_echo_only:
             for completion in output.outputs:
                 self.num_completion += len(completion.token_ids)
-                if self._replies is None:
-                    continue
-                choice = self._choice(prompt_index, completion)
-                if choice not in self._counters:
-                    self._counters[choice] = self._replies.token_counter()
-                counter = self._counters[choice]
-                if counter is not None:
+                if self._replies is not None and (counter := self._choice(prompt_index, completion).counter):
                     for token_id in completion.token_ids:
                         counter.feed(self._tokenizer.token_bytes(token_id))
 
-    def _choice(self, prompt_index: int, completion: CompletionOutput) -> int:
-        return prompt_index * self._call.params.n + completion.index
+    def _choice(self, prompt_index: int, completion: CompletionOutput) -> Choice:
+        index, replies = prompt_index * self._call.params.n + completion.index, self._replies
+        if index not in self._choices:
+            readers = (None, None) if replies is None else (replies.parser(), replies.token_counter())
+            self._choices[index] = Choice(index, prompt_index, *readers)
+        return self._choices[index]
 
     def usage(self) -> TokenUsage:
         """The tokens used so far."""
-        num_reasoning = sum(counter.num_tokens for counter in self._counters.values() if counter is not None)
+        num_reasoning = sum(each.counter.num_tokens for each in self._choices.values() if each.counter is not None)
         return TokenUsage(self._num_prompt, self.num_completion, self._num_cached, num_reasoning)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
@@ -123,45 +132,38 @@ class EventBuilder:
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
         if self._replies is not None:
             events = events if self._call.keeps_order else joined_events(events)
-            warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
+            parsers = (each.parser for each in self._choices.values())
+            warnings |= dict.fromkeys(line for parser in parsers if parser for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
 
-    def _with_echo(self, choice: int, events: list[Event]) -> list[Event]:
+    def _with_echo(self, choice: Choice, events: list[Event]) -> list[Event]:
         """A choice's first events, with the text of the continued message before them. That text is not parsed."""
         if not events:
             return events
-        self._echoed_choices.add(choice)
+        choice.is_echoed = True
         text = self._call.echoed_text
-        if self._replies is None:
+        if choice.parser is None:
             return [structs.replace(events[0], text=text + events[0].text), *events[1:]]
-        return [Event(choice=choice, text=text), *events]
+        return [Event(choice=choice.index, text=text), *events]
 
-    def _with_tokens(
-        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
-    ) -> list[Event]:
-        """Add the token ids and prompt logprobs that the call requests to new events. Without events, keep the ids."""
-        choice = self._choice(prompt_index, completion)
-        unsent = self._unsent_token_ids.pop(choice, []) + completion.token_ids
+    def _with_tokens(self, choice: Choice, output: RequestOutput, events: list[Event]) -> list[Event]:
+        """Add the token ids and prompt logprobs that the call requests to a choice's new events, if there are any."""
         if not events:
-            self._unsent_token_ids[choice] = unsent
             return events
-        is_first = choice not in self._begun_choices
-        self._begun_choices.add(choice)
+        token_ids, choice.unsent_token_ids = choice.unsent_token_ids, []
+        is_first, choice.has_begun = not choice.has_begun, True
         if self._call.returns_token_ids:
-            events[-1] = structs.replace(events[-1], token_ids=unsent)
+            events[-1] = structs.replace(events[-1], token_ids=token_ids)
             if is_first:
                 events[0] = structs.replace(events[0], prompt_token_ids=output.prompt_token_ids)
         if self._call.returns_prompt_logprobs and is_first:
-            entries = self._prompt_logprobs.get(prompt_index, [])
+            entries = self._prompt_logprobs.get(choice.prompt_index, [])
             prompt_tokens = [None if entry is None else self._token(entry, 0) for entry in entries]
             events[0] = structs.replace(events[0], prompt_tokens=prompt_tokens)
         return events
 
-    def _read(self, event: Event, replies: ChatReplies) -> list[Event]:
+    def _read(self, event: Event, parser: ReplyParser) -> list[Event]:
         """Split an event of a reply's text into events of reasoning, content and calls."""
-        parser = self._parsers.get(event.choice)
-        if parser is None:
-            parser = self._parsers[event.choice] = replies.parser()
         parts = parser.feed(event.text)
         if event.finish_reason is not None:
             parts += parser.finish(is_cut=event.finish_reason == "length")
@@ -178,7 +180,8 @@ class EventBuilder:
             events.append(Event(choice=event.choice, text=""))
         if events:
             reason = event.finish_reason
-            ends_with_calls = reason == "stop" and parser.has_calls and not replies.is_named
+            # As at OpenAI, the finish reason is `stop` if the client named the function to call.
+            ends_with_calls = reason == "stop" and parser.has_calls and not self._call.tool_choice.is_named
             events[-1] = structs.replace(
                 events[-1],
                 tokens=event.tokens,
@@ -189,14 +192,14 @@ class EventBuilder:
             )
         return events
 
-    def _text_and_tokens(
-        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
+    def _shown(
+        self, choice: Choice, output: RequestOutput, completion: CompletionOutput
     ) -> tuple[str, list[Token] | None]:
-        """The text and tokens of a delta. The first delta of a choice contains the echoed prompt."""
-        call, choice = self._call, self._choice(prompt_index, completion)
-        prompt, is_echoed = "", call.echo and choice not in self._echoed_choices
+        """The text and tokens that a delta shows. The first delta of a choice contains the echoed prompt."""
+        call = self._call
+        prompt, is_echoed = "", call.echo and not choice.is_echoed
         if is_echoed:
-            self._echoed_choices.add(choice)
+            choice.is_echoed = True
             if output.prompt is not None:
                 prompt = output.prompt
             else:  # the prompt was given as token ids, or truncated
@@ -207,15 +210,15 @@ class EventBuilder:
         tokens: list[Token] = []
         if is_echoed:
             offsets = prompt_offsets(output.prompt, output.prompt_token_ids, self._tokenizer)
-            entries = self._prompt_logprobs.get(prompt_index, [None] * len(offsets))
+            entries = self._prompt_logprobs.get(choice.prompt_index, [None] * len(offsets))
             for token_id, offset, entry in zip(output.prompt_token_ids, offsets, entries, strict=True):
                 tokens.append(self._token(entry or TokenLogprob(token_id, 0.0), offset, is_first=entry is None))
-        if choice not in self._tracks:
+        if choice.track is None:
             skipped = self._tokenizer.special_token_ids if call.params.skip_special_tokens else frozenset[int]()
             if self._replies is not None:
                 skipped = skipped - self._replies.shown_token_ids()
-            self._tracks[choice] = TokenTrack(self._tokenizer, skipped, len(prompt))
-        tokens += [self._token(entry, offset) for entry, offset in self._tracks[choice].take(completion)]
+            choice.track = TokenTrack(self._tokenizer, skipped, len(prompt))
+        tokens += [self._token(entry, offset) for entry, offset in choice.track.take(completion)]
         return prompt + completion.text, tokens
 
     def _token(self, entry: TokenLogprob, offset: int, *, is_first: bool = False) -> Token:
