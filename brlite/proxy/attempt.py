@@ -301,12 +301,10 @@ class Attempt:
         connection = self._connection
         if not connection.is_used or self.first_byte_at is not None:
             return False
-        has_arrived = False if isinstance(error, BrokenPipeError) else connection.has_all_arrived
-        if has_arrived is False:
+        if isinstance(error, BrokenPipeError) or connection.has_all_arrived is False:
             return True  # however late a busy event loop sees it
         # An early reset shows that the request was not read. After an orderly end (FIN) it may have been read.
-        is_early = self._loop.time() - self._sent_at < STALE_SECONDS
-        return is_early and (error is not None or has_arrived is None)
+        return error is not None and self._loop.time() - self._sent_at < STALE_SECONDS
 
     def _begin(self, head: AnswerHead, length: int | None, data: bytes) -> None:
         """Handle a complete head: refuse, relay, answer or buffer."""

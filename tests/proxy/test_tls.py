@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import openai
 import pytest
 
@@ -19,11 +22,13 @@ from brlite.app import create_app, fast_paths
 from brlite.config.options import Config, ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError, UpstreamError
 from brlite.http.listen import HttpServer
+from brlite.proxy import attempt
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
 from brlite.server.served_model import ModelTable
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripts import GOOD_PLAIN
 from tests.proxy.services import GATED, Gated, ask
@@ -51,6 +56,7 @@ asyncio.run(ask())
 print(len(ssl.create_default_context().get_ca_certs()))
 """
 
+CUT_HANDSHAKE = "it closed the connection in the TLS handshake"
 Connect = Callable[..., openai.AsyncOpenAI]
 
 # fmt: off
@@ -126,8 +132,8 @@ async def test_an_upstream_whose_certificate_is_not_good_is_not_asked(
     assert why not in caught.value.message
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="its asyncio does not tell a protocol that TLS has ended")
-async def test_a_request_that_was_read_on_a_kept_connection_is_not_sent_again(folder: Path) -> None:
+@pytest.mark.parametrize("is_orderly", [True, False], ids=["close_notify", "the end of the connection alone"])
+async def test_a_request_that_was_read_on_a_kept_connection_is_not_sent_again(folder: Path, is_orderly: bool) -> None:
     num_read = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -137,7 +143,7 @@ async def test_a_request_that_was_read_on_a_kept_connection_is_not_sent_again(fo
             await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split()[0]))
             num_read += 1
             writer.write(answer)
-        writer.close()
+        writer.close() if is_orderly else writer.transport.abort()
 
     server = await asyncio.start_server(serve, "localhost", 0, ssl=tls_context(folder))
     async with server, proxy(f"https://localhost:{server.sockets[0].getsockname()[1]}", folder / "cert.pem") as url:
@@ -150,6 +156,63 @@ async def test_a_request_that_was_read_on_a_kept_connection_is_not_sent_again(fo
 
     assert [answer.status for answer in answers] == [200, 502]
     assert num_read == 2
+
+
+@pytest.mark.parametrize("is_reset", [True, False])
+async def test_a_kept_connection_that_had_been_closed_is_not_used_however_late_that_is_seen(
+    folder: Path, is_reset: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "STALE_SECONDS", 0.0)  # each loss is seen too late
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE_SECONDS)
+
+        def answer_one() -> ssl.SSLSocket:
+            peer = tls_context(folder).wrap_socket(listener.accept()[0], server_side=True)
+            assert peer.recv(65536).startswith(b"POST ")
+            peer.sendall(GOOD_PLAIN)
+            return peer
+
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        config = UpstreamConfig(url=url, models=("far",), ca_file=str(folder / "cert.pem"), health_path="")
+        async with run_proxy(config) as proxy:
+            client = await Client.connect(proxy.port)
+            client.send(post({"model": "far"}))
+            peer, first = await asyncio.gather(asyncio.to_thread(answer_one), client.answer())
+
+            if is_reset:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            next(iter(proxy.server._connections._members)).data_received(
+                post({"model": "far"})
+            )  # before the loop sees the end
+            again, second = await asyncio.gather(asyncio.to_thread(answer_one), client.answer())
+            again.close()
+            client.leave()
+
+    assert [answer.status for answer in (first, second)] == [200, 200]
+
+
+@pytest.mark.parametrize("is_checked", [False, True], ids=["a request", "a health check"])
+async def test_a_handshake_that_is_cut_is_named_in_the_log(
+    folder: Path, is_checked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with await asyncio.start_server(close, "127.0.0.1", 0) as server:
+        upstream = UpstreamConfig(url=f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", models=("far",))
+        if is_checked:
+            async with UpstreamClient(Upstream(upstream, ProxyConfig()), 5) as client:
+                with pytest.raises(UpstreamError, match=CUT_HANDSHAKE):
+                    await client.status("/health")
+        else:
+            async with run_proxy(msgspec.structs.replace(upstream, health_path="")) as proxy:
+                client = await Client.connect(proxy.port)
+                client.send(post({"model": "far"}))
+                assert (await client.answer()).status == 503
+                client.leave()
+            assert CUT_HANDSHAKE in caplog.text
 
 
 async def test_it_is_asked_how_it_is_with_the_same_trust(folder: Path, port: int) -> None:

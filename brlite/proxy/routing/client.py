@@ -128,7 +128,10 @@ class UpstreamClient:
 
 def reason_of(error: BaseException) -> str:
     """Why a connection could not be made or was lost. Never empty, although many errors have no text of their own."""
+    error = getattr(error, "os_error", error)  # the cause of an error of aiohttp
     if isinstance(error, OSError) and not isinstance(error, aiohttp.ClientError):
+        if isinstance(error, ConnectionResetError) and error.errno is None:
+            return "it closed the connection in the TLS handshake"  # asyncio's error for that has no text
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is not trusted: {error.verify_message}"
         if not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:

@@ -25,6 +25,7 @@ STAGGER_SECONDS = 0.25  # RFC 8305 §5: from the attempt to connect to one addre
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 seconds: `close` sends a reset
 _TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux (4.19): tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans
+_CLOSED_BY_PEER = (b"\x07", b"\x08")  # its first byte, the state: TCP_CLOSE after a reset, TCP_CLOSE_WAIT after a FIN
 
 
 def is_name(address: Address) -> bool:
@@ -77,6 +78,17 @@ class UpstreamConnection(asyncio.Protocol):
         if self.holder is not None:
             holder, self.holder = self.holder, None
             holder.connection_lost(exc)
+
+    @property
+    def is_closed_by_peer(self) -> bool:
+        """Whether the system knows of the upstream's end, which the event loop may not have seen yet.
+
+        For TLS: `has_all_arrived` is None when such a connection is lost, since its socket is closed already.
+        """
+        sock = self.transport.get_extra_info("socket")
+        if sys.platform != "linux" or sock is None:
+            return False
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) in _CLOSED_BY_PEER
 
     @property
     def has_sent_all(self) -> bool:
@@ -148,13 +160,15 @@ class ConnectionPool:
             self._next = self.names.in_turn() if len(self._known) > 1 else []
             if self._next:
                 for connection in reversed(self._idle):
-                    if connection.address == self._next[0] and not connection.transport.is_closing():
+                    if connection.address != self._next[0] or connection.transport.is_closing():
+                        continue
+                    if not (self.tls and connection.is_closed_by_peer):
                         self._idle.remove(connection)
                         return connection
                 return None
         while self._idle:
             connection = self._idle.pop()
-            if not connection.transport.is_closing():
+            if not connection.transport.is_closing() and not (self.tls and connection.is_closed_by_peer):
                 return connection
         return None
 
