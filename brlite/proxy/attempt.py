@@ -464,7 +464,7 @@ class Attempt:
             self._connection.abort()
         if state is RELAYING:
             self._seen = self._relay.seen
-            self.upstream.num_events += self._seen.num_events
+            self.upstream.counts.num_events += self._seen.num_events
         elif state is BUFFERING and not self.has_begun:
             self._seen = Seen(num_text_bytes=self._buffered.num_bytes)
         self.upstream.end(self._ticket, ending, now)

@@ -24,9 +24,9 @@ from brlite.http.errors import CLIENT_LEFT, status_of
 from brlite.proxy.attempt import UPSTREAM_RETRY_SECONDS, Attempt, Downstream
 from brlite.proxy.outcomes import OUTCOMES, Ending
 from brlite.proxy.request_model import Inbound, replace_model
-from brlite.proxy.routing.concurrency import Waiting
+from brlite.proxy.routing.concurrency import ConcurrencyLimit, Waiting
 from brlite.proxy.routing.listing import says_no_model
-from brlite.proxy.routing.route_table import Route
+from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.wire.heads import AnswerHead
 
@@ -60,6 +60,7 @@ class ExchangeOwner(Protocol):
 
     loop: asyncio.AbstractEventLoop
     config: ProxyConfig
+    table: RouteTable
 
     def reserve(self, exchange: Exchange) -> None: ...
     def over(self, exchange: Exchange) -> None: ...
@@ -88,6 +89,7 @@ class Exchange:
     __slots__ = (
         "_downstream",
         "_forwarder",
+        "_limit",
         "_queue_deadline",
         "_requested_route",
         "_tried",
@@ -101,6 +103,7 @@ class Exchange:
         "status",
     )
 
+    _limit: ConcurrencyLimit  # acquired in TRYING, waited for in QUEUED
     _waiting: Waiting  # QUEUED
     _queue_deadline: float  # QUEUED
 
@@ -134,7 +137,7 @@ class Exchange:
     def log_fields(self) -> dict[str, object]:
         """The exchange's fields in the access log."""
         fields: dict[str, object] = {"model": self._requested_route.model}
-        if self.route is not self._requested_route:
+        if self.route.model != self._requested_route.model:
             fields["fallback"] = self.route.model
         if self._tried:
             fields["upstream"] = self._tried[-1].name
@@ -147,7 +150,7 @@ class Exchange:
     def start(self) -> None:
         """Acquire the model's concurrency limit, or wait in its queue."""
         key = self.request.inbound.key
-        limit = self.route.limit
+        limit = self._limit = self.route.limit
         if limit.acquire(key.tenant):
             self._try_next()
             return
@@ -160,13 +163,15 @@ class Exchange:
             self._close(status_of(error).http)
 
     def _try_next(self) -> None:
+        if self.state is QUEUED:
+            self.route = self._forwarder.table.renewed(self.route)  # a reload may have changed its upstreams
         self.state = TRYING
         now = self._forwarder.loop.time()
         route = self.route
         if route.fallbacks and not route.is_available(now, self._tried):
             fallback = self._fallback(now)
             if fallback is not None:
-                route.limit.release(self.request.inbound.key.tenant)
+                self._limit.release(self.request.inbound.key.tenant)
                 self.route = fallback
                 self.start()
                 return
@@ -205,7 +210,7 @@ class Exchange:
 
     def attempt_completed(self) -> None:
         assert self.attempt is not None
-        self.route.limit.release(self.request.inbound.key.tenant)
+        self._limit.release(self.request.inbound.key.tenant)
         self._close(self.attempt.status)
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
@@ -229,7 +234,7 @@ class Exchange:
         if not self._may_try_another(attempt, self._forwarder.loop.time()):
             return False
         attempt.close(Ending.NO_MODEL)
-        upstream.num_retries += 1
+        upstream.counts.num_retries += 1
         self._try_next()
         return True
 
@@ -239,11 +244,11 @@ class Exchange:
         self._forwarder.report_failure(upstream, error)
         if ending is Ending.STALE and self._may_try_again(attempt):
             attempt.close(ending)
-            upstream.num_retries += 1
+            upstream.counts.num_retries += 1
             self._try(upstream, is_fresh=True)
         elif OUTCOMES[ending].is_safe and self._may_try_another(attempt, self._forwarder.loop.time()):
             attempt.close(ending)
-            upstream.num_retries += 1
+            upstream.counts.num_retries += 1
             self._try_next()
         else:
             # Without a retry, a lost kept connection counts as a broken response.
@@ -273,7 +278,7 @@ class Exchange:
                 self._downstream.write(event)
         else:
             self._downstream.cut()
-        self.route.limit.release(self.request.inbound.key.tenant)
+        self._limit.release(self.request.inbound.key.tenant)
         self._close(status_of(error).http)
 
     # The client and the clock
@@ -293,7 +298,7 @@ class Exchange:
             self._waiting.leave()
         elif self.state is TRYING:
             self._current.close(Ending.CLIENT_LEFT)
-            self.route.limit.release(self.request.inbound.key.tenant)
+            self._limit.release(self.request.inbound.key.tenant)
         else:
             return
         self._close(CLIENT_LEFT)

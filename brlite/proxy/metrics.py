@@ -27,8 +27,8 @@ MODEL_GAUGES: Rows[Route] = [
     ("brlite:proxy_queued", "Requests that wait in the queue.", lambda t: t.limit.num_waiting),
 ]
 UPSTREAM_COUNTERS: Rows[Upstream] = [
-    ("brlite:upstream_retries", "Attempts that were followed by another.", lambda u: u.num_retries),
-    ("brlite:upstream_events", "Events of relayed streams.", lambda u: u.num_events),
+    ("brlite:upstream_retries", "Attempts that were followed by another.", lambda u: u.counts.num_retries),
+    ("brlite:upstream_events", "Events of relayed streams.", lambda u: u.counts.num_events),
 ]
 UPSTREAM_GAUGES: Rows[Upstream] = [
     ("brlite:upstream_in_flight", "Requests that it works on.", lambda u: u.num_in_flight),
@@ -57,7 +57,7 @@ class ForwardingCollector(Collector):
         about = "Attempts to have a request answered, by outcome."
         outcomes = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
         for name, upstream in upstreams:
-            for outcome, count in upstream.outcomes.items():
+            for outcome, count in upstream.counts.outcomes.items():
                 outcomes.add_metric([name, outcome], count)
         yield outcomes
         yield from _families(CounterMetricFamily, UPSTREAM_COUNTERS, "upstream", upstreams)

@@ -65,5 +65,5 @@ async def test_a_late_loop_makes_no_error_of_a_connection_that_had_been_closed(
         client.leave()
 
     assert [(each.status, each.body) for each in (first, second)] == [(200, PLAIN)] * 2
-    assert upstream.num_retries == 1
-    assert (upstream.outcomes["answered"], upstream.outcomes["unknown"]) == (2, 1)
+    assert upstream.counts.num_retries == 1
+    assert (upstream.counts.outcomes["answered"], upstream.counts.outcomes["unknown"]) == (2, 1)

@@ -99,7 +99,7 @@ async def test_an_answer_about_the_request_keeps_its_status_whatever_its_form(
                     assert len(str(got.error["message"])) > len("The upstream answered 400: ")
                     assert got.error["code"] == "upstream_error"
                     assert is_closed(proxy)
-                    assert only(proxy).outcomes["failed"] == 0
+                    assert only(proxy).counts.outcomes["failed"] == 0
 
 
 async def test_an_answer_about_the_request_that_is_json_arrives_as_it_is() -> None:
@@ -144,7 +144,7 @@ async def test_what_is_longer_than_held_bytes_goes_on_in_parts_and_counts_as_ans
 
         assert {len(each.body) for each in answers} == {len(long) if is_stream else 9 * HELD_BYTES + 8}
         assert not any(each.is_cut for each in answers)
-        assert (is_closed(proxy), only(proxy).outcomes["answered"]) == (True, 6)
+        assert (is_closed(proxy), only(proxy).counts.outcomes["answered"]) == (True, 6)
 
 
 async def test_a_client_that_leaves_is_not_held_against_it() -> None:
@@ -159,7 +159,7 @@ async def test_a_client_that_leaves_is_not_held_against_it() -> None:
         client.leave()
         await wait_until(lambda: proxy.forwarder.num_active == 0)
 
-        assert (is_closed(proxy), only(proxy).outcomes["unknown"]) == (True, 1)
+        assert (is_closed(proxy), only(proxy).counts.outcomes["unknown"]) == (True, 1)
 
 
 async def test_without_descriptors_the_proxy_says_so_and_holds_it_against_nobody() -> None:
@@ -178,7 +178,7 @@ async def test_without_descriptors_the_proxy_says_so_and_holds_it_against_nobody
 
         assert (refused.status, refused.error["code"]) == (503, "not_ready")
         assert b"retry-after" in refused.fields
-        assert (is_closed(proxy), only(proxy).outcomes["failed"]) == (True, 0)
+        assert (is_closed(proxy), only(proxy).counts.outcomes["failed"]) == (True, 0)
         assert answered.body == PLAIN
 
 

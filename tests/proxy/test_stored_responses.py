@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     @property
     def num_answered(self) -> list[int]:
         """How many requests each upstream has answered."""
-        return [upstream.outcomes["answered"] for upstream in self.proxy.forwarder.table.upstreams]
+        return [upstream.counts.outcomes["answered"] for upstream in self.proxy.forwarder.table.upstreams]
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_a_client_that_has_all_events_of_a_stored_stream_gets_none_and_no_
     stream = await mine.retrieve(last.response.id, stream=True, starting_after=last.sequence_number)  # type: ignore[union-attr]  # it is response.completed
 
     assert [event async for event in stream] == []
-    assert setting.proxy.forwarder.table.upstreams[0].outcomes["failed"] == 0
+    assert setting.proxy.forwarder.table.upstreams[0].counts.outcomes["failed"] == 0
 
 
 @pytest.mark.parametrize("num_left", [0, 1, 2])

@@ -8,12 +8,13 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from brlite.config.options import KeyConfig, KeysConfig, ProxyConfig, UpstreamConfig
+from brlite.config.options import Config, KeyConfig, KeysConfig, ProxyConfig, UpstreamConfig
+from brlite.proxy.routing.route_table import RouteTable
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Call, ScriptedUpstream, Step, Then
-from tests.proxy.scripts import GOOD_PLAIN, GOOD_STREAM, PLAIN, answer
+from tests.proxy.scripts import DONE, GOOD_PLAIN, GOOD_STREAM, PLAIN, TOKENS, answer, chunks, sse
 
 BUSY = answer(b"429 Too Many Requests", b'{"error":{"message":"busy"}}', b"application/json", b"Retry-After: 50")
 
@@ -227,6 +228,36 @@ async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -
     assert b"retry-after" in (await waited).fields
     may_answer.set()
     assert (await first).body == PLAIN
+
+
+async def test_after_a_reload_queued_requests_go_to_the_new_upstream_and_old_streams_still_count(
+    start,
+) -> None:
+    proxy = ProxyConfig(max_in_flight=1)
+    group = await start(proxy, a=GOOD, b=GOOD)
+    may_end = asyncio.Event()
+
+    async def stream(call: Call) -> Then:
+        await call.send(sse(chunks(TOKENS[0], end=b"")))
+        await may_end.wait()
+        await call.send(chunks(*TOKENS[1:], DONE))
+        return "keep"
+
+    group.upstreams["a"].act = stream
+    running = asyncio.create_task(group.ask({"model": "a", "stream": True}))
+    await wait_until(lambda: group.num_asked()["a"] == 1)
+    queued = asyncio.create_task(group.ask({"model": "a"}))
+    await wait_until(lambda: group.proxy.forwarder.num_active == 2)
+    replacing = UpstreamConfig(url=group.upstreams["b"].url, name="a", models=("a",), health_path="")
+    config = Config(model=(), upstream=(replacing,), proxy=proxy)
+
+    group.proxy.forwarder.replace(config, RouteTable(config, group.proxy.forwarder.table))
+    may_end.set()
+
+    assert [(await running).body, (await queued).body] == [b"".join(TOKENS) + DONE, PLAIN]
+    assert group.num_asked() == {"a": 1, "b": 1}
+    counts = group.proxy.forwarder.table.upstreams[0].counts
+    assert (counts.outcomes["answered"], counts.num_events) == (2, len(TOKENS))
 
 
 @pytest.mark.parametrize("kind", ["named", "plain"])

@@ -102,6 +102,13 @@ class RouteTable:
             return next(iter(self.routes.values())) if self._is_only_one else None
         return self._by_name.get(name)
 
+    def renewed(self, route: Route) -> Route:
+        """What replaces a route of an earlier table. That route if its model, or its only upstream, is gone."""
+        now = self.routes.get(route.model, route)
+        if route.routes.get(route.model) is not route:  # it is for one upstream
+            return now.only(route.upstreams[0].name) or route
+        return now
+
     def names(self) -> Iterable[tuple[str, Route]]:
         """Every name that a request may use, with its route."""
         return self._by_name.items()

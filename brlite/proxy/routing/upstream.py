@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import get_args
 
+import msgspec
+
 from brlite.config.address import parse_address
 from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
@@ -23,6 +25,17 @@ from brlite.proxy.wire.heads import FORWARDED_PATHS, Heads, read_answer
 _KEY = re.compile(r"[!-~]+")
 
 
+class UpstreamCounts(msgspec.Struct):
+    """Counters for the metrics. One that replaces another of its name has the other's, whose last streams still count.
+
+    So counters never go back, and lose nothing.
+    """
+
+    outcomes: Counter[Outcome]
+    num_events: int = 0
+    num_retries: int = 0
+
+
 class Upstream:
     """A server behind this one. `num_in_flight` counts its requests; `is_healthy` is the result of its checks.
 
@@ -34,6 +47,7 @@ class Upstream:
         "_limits",
         "breaker",
         "config",
+        "counts",
         "failed_at",
         "heads",
         "is_healthy",
@@ -42,10 +56,7 @@ class Upstream:
         "lost_since",
         "missing",
         "name",
-        "num_events",
         "num_in_flight",
-        "num_retries",
-        "outcomes",
         "own_headers",
         "pool",
         "refuses_until",
@@ -80,9 +91,7 @@ class Upstream:
         self.num_in_flight = 0
         self.failed_at = -math.inf  # the loop's time of its last failure
         self.refuses_until = 0.0  # the loop's time at which its Retry-After ends
-        self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
-        self.num_events = 0
-        self.num_retries = 0
+        self.counts = UpstreamCounts(Counter(dict.fromkeys(get_args(Outcome), 0)))
 
     def __repr__(self) -> str:
         return f"Upstream({self.name})"
@@ -92,8 +101,8 @@ class Upstream:
         return self.config == config and self._limits == _limits(proxy)
 
     def continue_counts(self, before: Upstream) -> None:
-        """Continue the counters of the upstream that had this name before: counters never go back."""
-        self.outcomes, self.num_events, self.num_retries = before.outcomes, before.num_events, before.num_retries
+        """Share the counters of the upstream that had this name before."""
+        self.counts = before.counts
 
     def is_up(self, now: float) -> bool:
         """Whether its checks pass and its breaker is not open."""
@@ -122,10 +131,10 @@ class Upstream:
         """Register the end of a request."""
         self.num_in_flight -= 1
         if ending is ANSWERED and self.breaker.is_untroubled:
-            self.outcomes["answered"] += 1
+            self.counts.outcomes["answered"] += 1
             return
         row = OUTCOMES[ending]
-        self.outcomes[row.outcome] += 1
+        self.counts.outcomes[row.outcome] += 1
         if row.owner is None:
             self.breaker.succeeded(ticket)
         elif row.owner is Owner.UPSTREAM:
