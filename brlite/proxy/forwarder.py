@@ -13,10 +13,11 @@ from brlite.errors import InvalidRequest, LoopDetected, RequestError, stopping
 from brlite.http.api_key import ApiKey
 from brlite.http.errors import CLIENT_LEFT
 from brlite.proxy.attempt import Downstream
+from brlite.proxy.background_usage import BackgroundUsage
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwners
+from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwners, stored_response
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
@@ -55,6 +56,7 @@ class Forwarder:
         self.num_first_bytes: Counter[str] = Counter()
         self.first_byte_seconds: defaultdict[str, float] = defaultdict(float)
         self.owners = ResponseOwners(config.limits.max_owner_bytes)
+        self._background = BackgroundUsage(self.owners, lambda name: self.table.upstream(name))
         self._comment_seconds = config.limits.sse_comment_seconds
         self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
@@ -71,6 +73,7 @@ class Forwarder:
     async def __aexit__(self, *error: object) -> None:
         self.stop()
         await self._health.close()
+        await self._background.close()
         for upstream in self.table.upstreams:
             upstream.pool.close()
 
@@ -154,11 +157,14 @@ class Forwarder:
         key = exchange.request.inbound.key
         if key.has_rules:
             key.end()
+        usage = ForwardedUsage()
         if key.name:
             usage, at = self._usage(exchange), time.monotonic()
             key.spend(at, usage.prompt_tokens, usage.completion_tokens, num_reserved=exchange.num_reserved)
         if exchange.request.inbound.head.target.startswith(RESPONSES_PATH):
-            self.owners.note(exchange)
+            running = self.owners.note(exchange, usage.completion_tokens)
+            if running is not None and key.name:
+                self._background.follow(key, running)
 
     def reserve(self, exchange: Exchange) -> None:
         """Charge the key an estimate of the prompt's tokens when the request is sent; `over` corrects it."""
@@ -172,10 +178,10 @@ class Forwarder:
         A client that disconnects pays for its prompt even if no response had begun.
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
-        if inbound.head.target.startswith(RESPONSES_PATH) and stored_response_id(inbound.head) is not None:
-            return self.owners.late_usage(exchange)
         if attempt is None or not attempt.was_sent:
             return ForwardedUsage()
+        if inbound.head.target.startswith(RESPONSES_PATH) and (stored := stored_response_id(inbound.head)) is not None:
+            return self.owners.late_usage(inbound.key.tenant, stored, attempt.seen)
         has_answer = attempt.has_begun and attempt.status < 400
         if not (has_answer or exchange.status == CLIENT_LEFT):
             return ForwardedUsage()
@@ -186,6 +192,8 @@ class Forwarder:
                 return usage
             text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
             logger.warning(text, attempt.upstream.name, len(inbound.body), *usage)
+        elif not seen.num_events and (made := stored_response(seen.parts)) is not None and made.is_running:
+            return ForwardedUsage(exchange.num_reserved)  # nothing is generated yet
         return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:

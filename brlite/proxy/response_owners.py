@@ -18,7 +18,7 @@ from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.usage import ForwardedUsage, estimate_completion, is_possible, reported_usage
+from brlite.proxy.usage import ForwardedUsage, Seen, estimate_completion, is_possible, reported_usage
 from brlite.proxy.wire.heads import stored_response_id
 
 logger = logging.getLogger(__name__)
@@ -30,22 +30,30 @@ _ID = re.compile(r"[!-.0-~]{1,200}")
 
 
 class ResponseOwner(msgspec.Struct, frozen=True):
-    """The upstream that stores a response, and the model that made it. `is_counted`: its usage was reported."""
+    """The upstream that stores a response, and the model that made it. `num_counted`: its tokens that were charged."""
 
     upstream: str
     model: str
-    is_counted: bool
+    num_counted: int
 
 
-class _Response(msgspec.Struct):
+class StoredResponse(msgspec.Struct):
+    """The fields of a response object that are read. `is_running`: it is computed although no client waits for it."""
+
     id: str | None = None
     store: bool | None = None
+    background: object = None
+    status: object = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.background is True and self.status in ("queued", "in_progress")
 
 
-class _Answer(_Response):
+class _Answer(StoredResponse):
     """A response, or an event with one."""
 
-    response: _Response | None = None
+    response: StoredResponse | None = None
 
 
 class _Previous:
@@ -73,8 +81,8 @@ class ResponseOwners:
         if owner is None and self.store.is_enabled:
             for exchange in active:
                 inbound = exchange.request.inbound
-                if inbound.key.tenant == tenant and _makes_response(inbound) and _relayed_id(exchange) == response_id:
-                    return _owner(exchange)
+                if inbound.key.tenant == tenant and (made := _made(exchange)) is not None and made.id == response_id:
+                    return _owner(exchange, 0)
         return owner
 
     def owner_for(self, inbound: Inbound, active: Iterable[Exchange]) -> ResponseOwner | None:
@@ -94,66 +102,81 @@ class ResponseOwners:
             raise InvalidRequest(text, param=_PREVIOUS, code="previous_response_not_found")
         return owner
 
-    def note(self, exchange: Exchange) -> None:
-        """Record a finished exchange: keep the id of a new response, remove the id of a deleted one."""
+    def note(self, exchange: Exchange, num_counted: int) -> str | None:
+        """Record a finished exchange: keep the id of a new response, remove the id of a deleted one.
+
+        `num_counted` are the completion tokens that its key was charged. Returns the id of a response that the upstream
+        goes on to compute.
+        """
         inbound, attempt = exchange.request.inbound, exchange.attempt
         if attempt is None or not attempt.has_begun or attempt.status >= 400:
-            return
+            return None
         tenant, response_id = inbound.key.tenant, stored_response_id(inbound.head)
-        if response_id is None:
-            response_id = _relayed_id(exchange) if _makes_response(inbound) else None
-            if response_id is not None and self.store.get(tenant, response_id) is None:
-                self._put(tenant, response_id, _owner(exchange))
-        elif inbound.head.method == b"DELETE":
-            self.store.pop(tenant, response_id)
+        if response_id is not None:
+            if inbound.head.method == b"DELETE":
+                self.store.pop(tenant, response_id)
+            return None
+        made = _made(exchange)
+        if made is None or made.id is None:
+            return None
+        known, owner = self.store.get(tenant, made.id), _owner(exchange, num_counted)
+        if known is None or known.upstream != owner.upstream:
+            self._put(tenant, made.id, owner)
+            if known is not None:
+                text = "upstreams %s and %s made responses with the same id, %s: requests about it go to the second"
+                logger.warning(text, known.upstream, owner.upstream, made.id)
+        return made.id if made.is_running else None
 
-    def late_usage(self, exchange: Exchange) -> ForwardedUsage:
-        """The completion tokens of a stored response, when its usage is reported for the first time; else 0.
+    def late_usage(self, tenant: str, response_id: str, seen: Seen) -> ForwardedUsage:
+        """The completion tokens of a stored response that are not charged yet, if `seen` of it reports its usage.
 
         The usage of a response made in the background is reported when the response is retrieved later.
         """
-        attempt, inbound = exchange.attempt, exchange.request.inbound
-        response_id = stored_response_id(inbound.head)
-        usage = None if attempt is None else reported_usage(attempt.seen.parts)
-        if attempt is None or usage is None or response_id is None:
+        owner, usage = self.store.get(tenant, response_id), reported_usage(seen.parts)
+        if owner is None or usage is None:
             return ForwardedUsage()
-        owner = self.store.get(inbound.key.tenant, response_id)
-        if owner is None or owner.is_counted:
+        num_tokens = usage.completion_tokens
+        if not (is_good := is_possible(ForwardedUsage(0, num_tokens), 0, seen.num_text_bytes)):
+            num_tokens = estimate_completion(RESPONSES_PATH, seen)
+        num_late = num_tokens - owner.num_counted
+        if num_late <= 0:
             return ForwardedUsage()
-        self._put(inbound.key.tenant, response_id, msgspec.structs.replace(owner, is_counted=True))
-        late, num_text_bytes = ForwardedUsage(0, usage.completion_tokens), attempt.seen.num_text_bytes
-        if is_possible(late, 0, num_text_bytes):
-            return late
-        text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
-        logger.warning(text, owner.upstream, usage.completion_tokens)
-        return ForwardedUsage(0, estimate_completion(RESPONSES_PATH, attempt.seen))
+        self._put(tenant, response_id, msgspec.structs.replace(owner, num_counted=num_tokens))
+        if not is_good:
+            text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
+            logger.warning(text, owner.upstream, usage.completion_tokens)
+        return ForwardedUsage(0, num_late)
 
     def _put(self, tenant: str, response_id: str, owner: ResponseOwner) -> None:
         num_bytes = len(response_id) + len(owner.upstream) + len(owner.model) + OBJECT_BYTES
         self.store.put(tenant, response_id, owner, num_bytes)
 
 
-def _makes_response(inbound: Inbound) -> bool:
-    return inbound.head.target.partition(b"?")[0] == RESPONSES_PATH
-
-
-def _owner(exchange: Exchange) -> ResponseOwner:
+def _owner(exchange: Exchange, num_counted: int) -> ResponseOwner:
     assert exchange.attempt is not None  # its response contained an id
-    is_counted = reported_usage(exchange.attempt.seen.parts) is not None
-    return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, is_counted)
+    return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, num_counted)
 
 
-def _relayed_id(exchange: Exchange) -> str | None:
-    """The id of the relayed response object. None if its `store` is false, or no valid id has been seen yet."""
-    for part in () if exchange.attempt is None else exchange.attempt.seen.parts:
+def _made(exchange: Exchange) -> StoredResponse | None:
+    """The response that the exchange has made and relays, as last seen. None if no stored one has been seen yet."""
+    attempt = exchange.attempt
+    if attempt is None or exchange.request.inbound.head.target.partition(b"?")[0] != RESPONSES_PATH:
+        return None
+    return stored_response(attempt.seen.parts)
+
+
+def stored_response(parts: Iterable[bytes]) -> StoredResponse | None:
+    """The response object in the last part that has one. None if its `store` is false, or without a valid id."""
+    found = None
+    for part in parts:
         try:
             answer = _ANSWER.decode(part)
         except DECODE_ERRORS:
             continue
         response = answer.response or answer
         if response.id is not None and _ID.fullmatch(response.id) and response.store is not False:
-            return response.id
-    return None
+            found = response
+    return found
 
 
 def _previous_response_id(body: bytes) -> str | None:

@@ -19,9 +19,10 @@ from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
+from brlite.proxy import background_usage
 from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Client
-from tests.proxy.scripted import Call, ScriptedUpstream, Then
+from tests.proxy.scripted import Act, Call, ScriptedUpstream, Then
 
 Connect = Callable[..., openai.AsyncOpenAI]
 KEYS = tuple(KeyConfig(name=name, key=f"secret-{name}", admin=True) for name in "ab")
@@ -345,12 +346,67 @@ async def test_what_a_background_response_costs_is_counted_once_when_it_is_told(
     assert key is not None
 
     await client.responses.create(model="toy", input="hello", background=True)
-    at_first = key.usage.completion_tokens
     await client.responses.retrieve("resp_1")
     await client.responses.retrieve("resp_1")
 
-    assert key.usage.completion_tokens - at_first == 4000
+    assert key.usage.completion_tokens == 4000
     assert upstream.faults == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_what_a_background_response_costs_is_counted_though_its_client_never_retrieves_it(
+    stack: AsyncExitStack, connect: Connect, is_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.01)
+    running = {"id": "resp_1", "background": True, "status": "in_progress", "tools": ["x" * 4000], "usage": None}
+    done = {**running, "status": "completed", "usage": {"input_tokens": 3, "output_tokens": 4000}}
+    num_retrieved = 0
+
+    async def act(call: Call) -> Then:
+        nonlocal num_retrieved
+        if call.request.method == b"GET":
+            num_retrieved += 1
+            await call.send(json_answer(running if num_retrieved == 1 else done))
+        elif not is_stream:
+            await call.send(json_answer(running))
+        else:
+            await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+            for event in ({"type": "response.created", "response": running}, {"type": "x.delta", "delta": "Hello"}):
+                await call.send(b"data: %b\n\n" % msgspec.json.encode(event))
+            await call.wait_left()
+        return "close"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    client, key = setting.clients[0], setting.proxy.keys.find("secret-a")
+    assert key is not None
+
+    made = await client.responses.create(model="toy", input="hello", background=True, stream=is_stream)
+    if is_stream:
+        await anext(made)
+        await made.close()
+    await wait_until(lambda: num_retrieved == 2 and key.usage.completion_tokens == 4000)
+
+
+async def test_of_two_responses_with_one_id_the_later_is_meant(
+    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    def acting(text: str) -> Act:
+        async def act(call: Call) -> Then:
+            await call.send(json_answer({"id": "resp_1", "output": text}))
+            return "keep"
+
+        return act
+
+    upstreams = [await stack.enter_async_context(ScriptedUpstream(act=acting(text))) for text in ("first", "second")]
+    setting = await behind(stack, connect, *(upstream.url for upstream in upstreams))
+    responses = setting.clients[0].responses
+
+    made = [await responses.create(model="toy", input="hello") for _ in range(2)]
+    found = await responses.retrieve("resp_1")
+
+    assert [each.output for each in (*made, found)] == ["first", "second", "second"]
+    assert "upstreams u0 and u1 made responses with the same id, resp_1" in caplog.text
 
 
 async def test_a_stream_may_be_looked_at_while_it_runs(stack: AsyncExitStack, connect: Connect) -> None:

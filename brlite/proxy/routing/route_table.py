@@ -102,6 +102,9 @@ class RouteTable:
             return next(iter(self.routes.values())) if self._is_only_one else None
         return self._by_name.get(name)
 
+    def upstream(self, name: str) -> Upstream | None:
+        return next((upstream for upstream in self.upstreams if upstream.name == name), None)
+
     def renewed(self, route: Route) -> Route:
         """What replaces a route of an earlier table. That route if its model, or its only upstream, is gone."""
         now = self.routes.get(route.model, route)
