@@ -309,7 +309,10 @@ async def test_a_request_that_was_read_is_never_sent_twice_though_its_connection
     assert group.upstreams["a"].done["lost"] == 1
 
 
-@pytest.mark.parametrize("path", [b"/chat/completions", b"//v1/chat//completions/", b"/v1/chat/completions/?a=b"])
+@pytest.mark.parametrize(
+    "path",
+    [b"/chat/completions", b"//v1/chat//completions/", b"/v1/chat/completions/?a=b", b"/v%31/chat/completions"],
+)
 async def test_a_path_that_is_spelt_in_another_way_reaches_the_upstream_in_the_usual_one(start, path) -> None:
     group = await start(ProxyConfig(), a=GOOD)
     client = await Client.connect(group.proxy.port)

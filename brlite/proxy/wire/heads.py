@@ -40,6 +40,7 @@ FORWARDED_PATHS = frozenset(
 )
 # Requests about one stored response. Its id determines the upstream.
 _STORED = re.compile(rb"/v1/responses/([A-Za-z0-9_.:=~+-]{1,200})(/cancel|/input_items)?(?:\?[!-~]*)?")
+_NEEDLESS_ESCAPE = re.compile(rb"%(2[DEde]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9Aa]|5[Ff]|7[Ee])")  # RFC 3986 §6.2.2.2
 _STORED_METHODS = {None: (b"GET", b"DELETE"), b"/cancel": (b"POST",), b"/input_items": (b"GET",)}
 
 
@@ -372,9 +373,10 @@ def stored_response_id(head: RequestHead) -> str | None:
 
 
 def usual_spelling(path: bytes) -> bytes:
-    """A forwarded path without doubled or trailing slashes, and with `/v1`. Other paths are unchanged."""
+    """A forwarded path with `/v1`, without doubled or trailing slashes and needless escapes. Others are unchanged."""
     path, mark, query = path.partition(b"?")
-    spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
+    plain = _NEEDLESS_ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()), path)
+    spelt = b"/" + b"/".join(part for part in plain.split(b"/") if part)
     known = (each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS or _STORED.fullmatch(each))
     return next(known, path) + mark + query
 
