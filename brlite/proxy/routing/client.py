@@ -18,8 +18,8 @@ from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.http.access_log import printable
 from brlite.process.waiting import within
 from brlite.proxy.outcomes import WRONG_KEY
-from brlite.proxy.resolving import NameAddresses
 from brlite.proxy.routing.upstream import Upstream
+from brlite.proxy.wire.resolving import NameAddresses
 
 
 class _Resolver(AbstractResolver):

@@ -19,7 +19,7 @@ from brlite.config.address import Address
 from brlite.errors import ConfigError
 from brlite.files.quoting import reason
 from brlite.files.text_file import BYTE_ORDER_MARK, read_bounded
-from brlite.proxy.resolving import NameAddresses
+from brlite.proxy.wire.resolving import NameAddresses
 
 STAGGER_SECONDS = 0.25  # RFC 8305 §5: from the attempt to connect to one address to the attempt for the next
 

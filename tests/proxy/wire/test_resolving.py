@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from brlite.config.address import Address
-from brlite.proxy.resolving import NameAddresses, system_lookup
 from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection, is_name
+from brlite.proxy.wire.resolving import NameAddresses, system_lookup
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import wait_until
 
