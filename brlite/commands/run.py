@@ -32,6 +32,7 @@ HOST = "127.0.0.1"
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0
 SERVER_ERROR = "brlite: error: "
+CACHE_VARIABLES = ("BRLITE_CACHE", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,11 +49,15 @@ def run(args: argparse.Namespace) -> int:
         f"--{name}": getattr(args, name) for name in ("context", "device", "threads", "engine")
     }
     flags = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
+    folders = {name: os.environ.get(name, "") for name in CACHE_VARIABLES}
+    absolute = {name: os.path.abspath(folder) for name, folder in folders.items() if folder[:1] not in ("", "~", "$")}
     with temporary_folder(Path(gettempdir()), "brlite-run") as folder, ChildGroup() as group:
         log = folder / "log"
         command = [*python_module("brlite"), "serve", *flags, "--host", HOST, "--port", str(port)]
         with log.open("wb") as stderr:
-            server = group.start(command, env=child_environment(), stdout=subprocess.DEVNULL, stderr=stderr, cwd=folder)
+            server = group.start(
+                command, env=child_environment(**absolute), stdout=subprocess.DEVNULL, stderr=stderr, cwd=folder
+            )
         try:
             _wait_until_ready(server, port, log)
             print(f"serving at http://{HOST}:{port} until this chat ends", file=sys.stderr)

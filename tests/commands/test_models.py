@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from brlite.commands.cli import EXIT_FAILED, main
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
+from brlite.process.children import ChildGroup
 from brlite.sampling_params import SamplingParams
 from tests.checkpoint.hub_server import HubServer, files_of
 from tests.checkpoint.model_files import write_gguf
@@ -298,6 +300,29 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     asked = subprocess.run([BRLITE, "chat", "--url", f"localhost:{port}"], input="", capture_output=True, text=True)
     assert asked.returncode == 2  # nothing listens there any more
     assert not any(tmp_path.iterdir())
+
+
+def test_the_server_of_run_has_the_caches_of_this_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The server starts in another folder: there a relative cache is empty, and the model would be fetched again."""
+    started: list[dict[str, str]] = []
+
+    class Group(ChildGroup):
+        def start(self, command: Sequence[str], *, env: Mapping[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+            started.append({**env})
+            return super().start(["false"], env=env)
+
+    monkeypatch.setattr("brlite.commands.run.ChildGroup", Group)
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("HF_HOME", "hf"), ("BRLITE_CACHE", "../own"), ("XDG_CACHE_HOME", "~/x")):
+        monkeypatch.setenv(name, folder)
+
+    assert main(["run", "toy", "--engine", "toy"]) == 2
+
+    assert {name: started[0][name] for name in ("HF_HOME", "BRLITE_CACHE", "XDG_CACHE_HOME")} == {
+        "HF_HOME": str(tmp_path / "hf"),
+        "BRLITE_CACHE": str(tmp_path.parent / "own"),
+        "XDG_CACHE_HOME": "~/x",
+    }
 
 
 def test_run_does_not_chat_with_the_server_that_has_its_port() -> None:
