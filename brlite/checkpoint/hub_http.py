@@ -156,6 +156,9 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
     """The exception for an HTTP status. Its text, one line, tells the user what to do."""
     headers = error.headers
     code = headers.get("X-Error-Code", "")
+    host, text = urlsplit(error.url).netloc, one_line(headers.get("X-Error-Message") or error.reason or "", MAX_EXCERPT)
+    if host != urlsplit(hub.endpoint).netloc and not code and error.code not in TRANSIENT_STATUSES:  # a storage
+        return ModelError(f"{host}, to which {hub.title} redirects, answers {error.code} {text}")
     has_token = "the token of" if hub.token else "set"
     if error.code in (401, 403) and code == "GatedRepo":
         return ModelError(
@@ -171,13 +174,12 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
         )
     if error.code in (404, 410):
         return ModelError(f"there is no {repository}" if code != "EntryNotFound" else f"{repository} lacks that file")
-    text = one_line(headers.get("X-Error-Message") or error.reason or "", MAX_EXCERPT)
     if error.code in TRANSIENT_STATUSES:
         value = (headers.get("Retry-After") or "").strip()  # hubs do not send its other form, a date
         retry_after = float(value) if value.isdecimal() and len(value) < 8 else None
         hint = f"; it allows no request for {retry_after:.0f} s" if retry_after else ""
-        return PassingFailure(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}{hint}", retry_after)
-    return ModelError(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}")
+        return PassingFailure(f"{host} answers {error.code} {text}{hint}", retry_after)
+    return ModelError(f"{host} answers {error.code} {text}")
 
 
 def _said(error: object) -> str:

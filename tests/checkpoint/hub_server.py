@@ -27,6 +27,9 @@ class HubServer:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.wrong_hash: set[str] = set()
+        self.sent_instead: dict[str, bytes] = {}  # contents that are not those of the list
+        self.storage_refusal: int | None = None
+        self.shift = 0  # how much later in the file than asked a range begins
         self.cut_after: dict[str, int] = {}  # of each response, the bytes after which the connection is cut
         self.cuts_left = 0
         self.stalls_left = 0  # responses of weights that stop after some bytes
@@ -83,6 +86,9 @@ class HubServer:
             failure = self.failures.pop(0) if self.failures else None
         if is_storage:
             self.tokens_at_storage += filter(None, [request.headers.get("Authorization")])
+            if self.storage_refusal:
+                self._send(request, self.storage_refusal, {})
+                return
             self._send_file(request, unquote(url.path[1:]))
         elif failure or self.refusal:
             self._send(request, *(failure or self.refusal or (500, {})))
@@ -133,7 +139,7 @@ class HubServer:
         return {"Name": base, "Path": name, "Type": "blob", "Size": len(self.files[name]), "Sha256": sha256}
 
     def _send_file(self, request: BaseHTTPRequestHandler, name: str) -> None:
-        content = self.files[name]
+        content = self.sent_instead.get(name, self.files[name])
         wanted = request.headers.get("Range")
         if name.endswith((".safetensors", ".gguf")):
             self.ranges.append(wanted)
@@ -142,8 +148,11 @@ class HubServer:
         begin, end = 0, len(content)
         if wanted is not None and self.knows_ranges:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            begin, end = int(first), int(last) + 1
-        request.send_response(206 if wanted is not None and self.knows_ranges else 200)
+            begin, end = int(first) + self.shift, int(last) + 1
+        is_part = wanted is not None and self.knows_ranges
+        request.send_response(206 if is_part else 200)
+        if is_part:
+            request.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
         request.send_header("Content-Length", str(end - begin))
         request.end_headers()
         data = content[begin:end]

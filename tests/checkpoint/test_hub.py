@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,6 +296,27 @@ def test_a_server_without_ranges_is_read_from_the_start(hub: LocalHuggingFace, t
 
     assert target.read_bytes() == content
     assert hub.server.ranges == ["bytes=0-49999"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"sent_instead": {"model.safetensors": b"<html>Log in</html>"}}, "19 bytes are sent, where the list has "),
+        ({"shift": 7, "cut_after": {"model.safetensors": 500}, "cuts_left": 1}, "not the bytes from 500 on"),
+        ({"storage_refusal": 403}, ", to which the Hugging Face hub redirects, answers 403"),
+    ],
+    ids=["a page", "another range", "storage"],
+)
+def test_what_is_not_the_file_is_said_and_not_kept(hub: LocalHuggingFace, wrong: dict[str, Any], text: str) -> None:
+    for name, value in wrong.items():
+        setattr(hub.server, name, value)
+
+    with pytest.raises(ModelError, match=text):
+        fetch(hub)
+
+    hub.server.shift, hub.server.storage_refusal = 0, None
+    hub.server.sent_instead.clear()
+    assert open_checkpoint(fetch(hub)).shapes()
 
 
 def test_a_large_file_comes_in_segments_at_once(hub: LocalHuggingFace, tmp_path: Path) -> None:
