@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from brlite.checkpoint.stored_tensor import StoredTensor
 
 DIGEST_BYTES = 16
+NUM_SAMPLES, SAMPLE_BYTES = 64, 512  # of all files of a checkpoint together
 
 
 class Checkpoint(Protocol):
@@ -69,12 +70,18 @@ def naming(path: Path) -> Iterator[None]:
 def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -> str:
     """A short hex digest that changes with the config, any file's name, size or mtime, and any byte of its header.
 
-    The folder does not count: a model that is moved keeps its identity.
+    It changes, too, with all but small changes of a file's content, of which samples are read: builds of images may
+    give each file the same mtime, and fine-tuned weights have the size and the header of those before. The folder does
+    not count: a model that is moved keeps its identity.
     """
-    files = []
+    files, num_samples = [], max(2, NUM_SAMPLES // max(1, len(headers)))
     for file, header in headers.items():
-        status = file.stat()
-        files.append((file.name, status.st_size, status.st_mtime_ns, _digest(header)))
+        status, samples = file.stat(), b""
+        with file.open("rb", buffering=0) as stream:
+            for number in range(num_samples):
+                stream.seek(status.st_size * number // num_samples)
+                samples += stream.read(SAMPLE_BYTES)
+        files.append((file.name, status.st_size, status.st_mtime_ns, _digest(header), _digest(samples)))
     return _digest(json.dumps([config, files], sort_keys=True).encode())
 
 

@@ -68,6 +68,16 @@ def test_a_touched_file_is_another(write: Callable[[Path], Path], tmp_path: Path
     assert identity(tmp_path) != before
 
 
+@pytest.mark.parametrize("name", ["safetensors", "shards", "gguf"])
+def test_other_weights_of_the_same_size_time_and_header_are_another(name: str, tmp_path: Path) -> None:
+    file = WRITERS[name](tmp_path)
+    before, last = identity(tmp_path), file.read_bytes()[-file.stat().st_size // 8 :]
+
+    replace_bytes(file, last, bytes(255 - byte for byte in last))
+
+    assert identity(tmp_path) != before
+
+
 def test_a_renamed_file_is_another(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf")
     before = identity(tmp_path)

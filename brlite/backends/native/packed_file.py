@@ -27,6 +27,7 @@ from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.model_file import describe_file
 from brlite.files.new_file import NewFile
 from brlite.files.ownership import forbid_others_to_write
+from brlite.files.quoting import MAX_EXCERPT, one_line
 
 MAGIC = b"brlite\x00\x01"
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -100,7 +101,9 @@ class MappedPackedFile:
                 for name in PackedFileKey.__struct_fields__:
                     found, wanted = getattr(manifest.key, name), getattr(key, name)
                     if found != wanted:
-                        raise PackedFileError(f"its {name} is {found}, not {wanted}", is_ours=True)
+                        raise PackedFileError(
+                            f"its {name} is {one_line(found, MAX_EXCERPT)}, not {wanted}", is_ours=True
+                        )
                 self.status = os.fstat(file.fileno())
                 if (num_bytes := self.status.st_size - start) != key.num_bytes:
                     raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)

@@ -23,6 +23,7 @@ from brlite.backends.native.packed_file import (
     PackedFileError,
     PackedFileKey,
     checksums,
+    packed_file_header,
     write_packed_file,
 )
 from brlite.backends.native.packer import PackedWeights, load_weights
@@ -135,6 +136,16 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
     ):
         with pytest.raises(PackedFileError, match=r"its .* is .*, not "):
             open_image(image, library, pool, key)
+
+
+def test_what_a_file_says_of_itself_is_cut_and_escaped(
+    tmp_path: Path, library: ctypes.CDLL, pool: ThreadPoolExecutor
+) -> None:
+    path = tmp_path / "packed.brlite"
+    path.write_bytes(packed_file_header(PackedFileKey(1, "bf16", "\x1b" * 9000, 5), []))
+
+    with pytest.raises(PackedFileError, match=r"its identity is [\\x1b]{10,80}\.*, not abc$"):
+        open_image(path, library, pool, PackedFileKey(1, "bf16", "abc", 5))
 
 
 def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> PackedWeights:
