@@ -171,7 +171,12 @@ class Transfer:
                 position, end = 0, part.num_bytes  # the server has no range requests: it sends the whole file
             else:
                 raise ModelError(f"{part.file.name}: the server has no range requests; the next try starts anew")
-            _check_place(response, part.file, position)
+            name, num_bytes = part.file.name, part.num_bytes
+            length, place = (response.headers.get(header) or "" for header in ("Content-Length", "Content-Range"))
+            if response.status != 206 and length.isdecimal() and length != str(num_bytes):  # such as a page to log in
+                raise ModelError(f"{name}: {one_line(length, 20)} bytes are sent, where the list has {num_bytes}")
+            if response.status == 206 and place and not place.startswith(f"bytes {position}-"):
+                raise ModelError(f"{name}: {excerpt(place)} is sent, not the bytes from {position} on")
             while position < end and not self._is_over.is_set():
                 data = read_some(response, min(CHUNK_BYTES, end - position))
                 if not data:
@@ -187,15 +192,6 @@ class Transfer:
 
     def _sized_stage(self) -> SizedStage:
         return SizedStage(self._stage, self._total_bytes)
-
-
-def _check_place(response: Any, file: HubFile, begin: int) -> None:
-    """Raise `ModelError` if a response holds another file, such as a page to log in, or does not begin at `begin`."""
-    length, place = (response.headers.get(name) or "" for name in ("Content-Length", "Content-Range"))
-    if response.status != 206 and length.isdecimal() and length != str(file.num_bytes):
-        raise ModelError(f"{file.name}: {one_line(length, 20)} bytes are sent, where the list has {file.num_bytes}")
-    if response.status == 206 and place and not place.startswith(f"bytes {begin}-"):
-        raise ModelError(f"{file.name}: {excerpt(place)} is sent, not the bytes from {begin} on")
 
 
 class _PartFile:
