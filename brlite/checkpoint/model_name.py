@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
 from brlite.checkpoint.folder import WEIGHT_FILES
@@ -17,7 +17,7 @@ from brlite.checkpoint.model_file import TOOL_TEMPLATE_FILE, gguf_models, part_n
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.cache import expand_home
-from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line, reason
 
 HubName = Literal["huggingface", "modelscope"]
 
@@ -101,10 +101,17 @@ def may_be_a_name(path: str) -> bool:
     return not path.startswith(PATH_STARTS) and "/" in path and FULL_NAME.fullmatch(path) is not None
 
 
-def check_path(path: str) -> None:
-    """Raise `ModelError` if nothing exists at `path`, and it cannot be a model's name either."""
-    if not (given := expand_home(path)).exists() and not may_be_a_name(path):
-        raise ModelError(f"model path {given.absolute()} does not exist")
+def check_path(path: str) -> Path | None:
+    """What exists at `path`, None if it may be a model's name. Raises `ModelError` if it is neither."""
+    try:
+        given = expand_home(path)
+        if given.exists():
+            return given
+    except OSError as error:  # a folder that may not be searched, a name that is too long
+        raise ModelError(f"model path {one_line(path)}: {reason(error)}") from None
+    if not may_be_a_name(path):
+        raise ModelError(f"model path {one_line(given.absolute())} does not exist")
+    return None
 
 
 def check_name(name: str) -> None:

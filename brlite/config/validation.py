@@ -233,6 +233,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         at = f"model[{index}]"
         if spec.name in names[:index]:
             yield f"{at}.name = {show(spec.name)}: allowed is a name that no other model has"
+        if "\0" in spec.serialize_file:
+            yield f"{at}.serialize_file = {show(spec.serialize_file)}: allowed is a path without a zero byte"
         if len(set(spec.devices)) < len(spec.devices):
             yield f"{at}.devices = {show(spec.devices)}: allowed is each device once"
         if spec.tensor_parallel != len(spec.devices):

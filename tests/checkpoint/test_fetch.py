@@ -67,9 +67,18 @@ def test_a_given_path_is_taken_without_asking_anyone(tmp_path: Path) -> None:
     assert asked == []
 
 
-def test_a_given_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model path .*absent does not exist"):
-        locate_model("a/b", str(tmp_path / "absent"))
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/nowhere/absent", r"model path /nowhere/absent does not exist"),
+        ("/" + "x" * 300, r"model path /x.*: File name too long"),
+        ("~nobody-here/m", r"model path ~nobody-here/m: Could not determine home directory"),
+    ],
+    ids=["absent", "too long", "no home"],
+)
+def test_a_given_path_that_cannot_be_used_is_refused(path: str, text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        locate_model("a/b", path)
 
 
 def test_the_first_source_that_has_the_model_ends_the_search(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ BAD_FIELDS = [
     ("model = [{ build_batch = 0 }]", "model[0].build_batch = 0: allowed is a whole number from 1 to 4096"),
     ("model = [{ build_seq = -1 }]", "model[0].build_seq = -1: allowed is a whole number from 0 to 1000000000"),
     ("model = [{ devices = [-1] }]", "model[0].devices[0] = -1: allowed is a whole number from 0 to 1023"),
+    ('model = [{ serialize_file = "a\\u0000" }]', 'model[0].serialize_file = "a\\u0000": allowed is a path without'),
     ("model = [{ devices = [0, 0] }]", "model[0].devices = [0, 0]: allowed is each device once"),
     ("model = [{ devices = [0, 1] }]", "model[0].tensor_parallel = 1: allowed is the number of devices, here 2"),
     ("model = [{}, {}]", "model[1].name = "),
