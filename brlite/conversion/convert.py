@@ -91,6 +91,9 @@ def run(request: ConversionRequest) -> int:
         except NativeUnavailable as error:
             obstacle = str(error)
     plan = _plan(request, name, checkpoint, model, packing)
+    for source in (request.model_dir, request.traced or request.model_dir):
+        if plan.folder.exists() and plan.folder.samefile(source if source.is_dir() else source.parent):
+            raise ModelError(f"{plan.folder}: is what is to be converted; name another output_dir or model_name")
     check_folder(plan)
     finished = find_finished(plan)
     tokenizer = load_tokenizer(request.model_dir)

@@ -270,6 +270,21 @@ def test_a_bundle_can_be_converted_again(source: Path, tmp_path: Path, capsys: p
     assert capsys.readouterr().err == ""
 
 
+def test_a_bundle_is_not_converted_onto_itself(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shards would be removed before they are read."""
+    convert(source, tmp_path / "out")
+    bundle, link = tmp_path / "out" / "someone--tiny", tmp_path / "link"
+    before = sorted(bundle.iterdir())
+    link.symlink_to(bundle)
+
+    assert convert(link, tmp_path / "out") == 2
+
+    assert "someone--tiny: is what is to be converted; name another" in capsys.readouterr().err
+    assert sorted(bundle.iterdir()) == before
+
+
 @pytest.mark.model
 def test_a_real_model_from_gguf_says_the_same(
     smollm2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
