@@ -320,7 +320,7 @@ class ModelManager:
         for model in [model for model in self._models.values() if model.name not in self._sizes]:
             try:
                 num_bytes = await self._loader.known_bytes(model.spec)
-            except BrliteError as error:
+            except (BrliteError, OSError) as error:  # the second for a drive that is lost
                 if model.spec.load == "start":
                     raise
                 logger.warning("model %s cannot be loaded as it is: %s", model.name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import threading
@@ -795,6 +796,19 @@ async def test_a_size_that_is_known_only_later_counts_too(make_house: MakeHouse)
 
     assert status == 200
     assert await house.statuses() == {"a": "unloaded", "b": "ready"}
+
+
+async def test_a_model_on_demand_on_a_drive_that_is_lost_does_not_end_the_start(make_house: MakeHouse) -> None:
+    async def known_bytes(spec: ModelSpec) -> int:
+        if spec.name == "b":
+            raise OSError(errno.ESTALE, "Stale file handle", "/models/b")
+        return 6
+
+    house = await make_house(
+        on_demand("a", "b"), budget=10, prepare=lambda loader: setattr(loader, "known_bytes", known_bytes)
+    )
+
+    assert (await house.ask("a"))[0] == 200
 
 
 async def test_a_model_of_the_start_that_fails_ends_the_start(make_house: MakeHouse) -> None:
