@@ -29,6 +29,7 @@ from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
 from brlite.errors import BrliteError, ConfigError, InvalidRequest
 from brlite.files.new_file import write_whole
+from brlite.files.quoting import shown
 from brlite.llm import Assembly, build_engine
 from brlite.process.machine import physical_cores
 from brlite.sampling_params import SamplingParams
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_report(config: Config, task: Task, *, as_json: bool, load: Load = build_engine) -> int:
     """Verify and print it. Returns 1 for a difference."""
-    report = verify(load, config, task, (lambda line: None) if as_json else partial(print, flush=True))
+    report = verify(load, config, task, (lambda text: None) if as_json else lambda text: print(shown(text), flush=True))
     if as_json:
         print(msgspec.json.encode(report).decode())
     return 0 if report.is_equal else 1
@@ -220,6 +221,9 @@ def verify(load: Load, config: Config, task: Task, say: Say) -> ReplayReport:
         expected = replay.alone(engine, backend)
         runs: list[RunReport] = []
         if (before := task.before) is not None:
+            if sorted(each for each, _ in before.answers) != sorted(expected):
+                found = f"{len(before.answers)} saved answers are not the {len(expected)} of"
+                raise ConfigError(f"{found} {len(prompts)} prompts: the file is damaged, or of another version")
             runs.append(_report(SAVED_RUN, dict(before.answers), [expected], [f"of {before.heading}"], say))
         if task.save is not None:
             texts = tuple(task.texts or PROMPTS) if before is None else before.texts

@@ -259,6 +259,16 @@ def test_other_tokens_for_a_saved_text_are_named(tmp_path: Path) -> None:
         verify(Loader(), CONFIG, Task(before=before, max_tokens=MAX_TOKENS), lambda line: None)
 
 
+def test_missing_saved_answers_are_no_equal_ones(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    verify(Loader(), CONFIG, Task(["one", "another"], MAX_TOKENS, save=path), lambda line: None)
+    before = read_saved(path)
+    before = msgspec.structs.replace(before, answers=before.answers[:-1])
+
+    with pytest.raises(ConfigError, match="5 saved answers are not the 6 of 2 prompts: the file is damaged"):
+        verify(Loader(), CONFIG, Task(before=before, max_tokens=MAX_TOKENS), lambda line: None)
+
+
 @pytest.mark.parametrize("content", [b"", b"no", b"\xc1", msgspec.msgpack.encode({"heading": 1})])
 def test_a_file_that_was_not_saved_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "saved"
