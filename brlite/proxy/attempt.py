@@ -54,6 +54,7 @@ CONNECTING, SENT, BUFFERING, RELAYING, DONE = AttemptState
 # If a reused connection is reset within this time after a request was sent, the request was not read.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write
+FULL_READ_BYTES = 64 * 1024  # after so many bytes at once, more may be there
 UPSTREAM_RETRY_SECONDS = 1  # after a second another upstream may be free, or connections work again
 NOT_FOUND = 404
 EVENT_STREAM = b"text/event-stream"
@@ -248,6 +249,10 @@ class Attempt:
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
         self.deadline = self._heard_at + self._config.idle_seconds
+        if len(data) >= FULL_READ_BYTES:
+            # uvloop would read up to 32 times, 8 MB, before any other connection has its turn.
+            self._connection.transport.pause_reading()
+            self._loop.call_soon(self.continue_reading)
         if self.state is RELAYING:
             relay = self._relay
             if out := relay.feed(data):
@@ -401,6 +406,11 @@ class Attempt:
         if self.is_connected and not self._connection.transport.is_closing():
             self._connection.transport.resume_reading()
             self.deadline = self._loop.time() + self._config.idle_seconds
+
+    def continue_reading(self) -> None:
+        """Read on after a turn of the loop, unless the client has become slow."""
+        if self.deadline < math.inf:
+            self.resume()
 
     # Ends
 

@@ -72,6 +72,7 @@ class PathState(enum.Enum):
 HEAD, BODY, FORWARDING, PASSED, AIOHTTP, CLOSED = PathState
 
 PIPELINED_BYTES = 64 * 1024  # reading pauses when more bytes of pipelined requests are buffered
+TURN_BYTES = 16 * 1024  # of chunks that are read in one turn of the loop: up to 8 ms, for chunks of one byte
 NO_CONTENT = 204  # its responses must not have a Content-Length
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 OWN_LINES = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items()).encode()
@@ -217,13 +218,19 @@ class FastPath:
     def _read_body(self, data: bytes) -> None:
         arriving = self._arriving
         held, body = arriving.held, arriving.body
-        if not arriving.feed(data, self.shared.limits.max_body_bytes):
+        now, later = (data[:TURN_BYTES], data[TURN_BYTES:]) if arriving.head.is_chunked else (data, b"")
+        if not arriving.feed(now, self.shared.limits.max_body_bytes):
             del self._arriving
             held.release()
-            self._pass_on_for_good(bytes(arriving.raw))
+            self._pass_on_for_good(bytes(arriving.raw) + later)
+        elif later and not body.is_done:
+            self._unread = later
+            self._is_reading = False
+            self.transport.pause_reading()
+            self._go_on_soon()
         elif body.is_done:
             del self._arriving
-            self._unread = body.excess
+            self._unread = body.excess + later
             held.arrived()
             raw = bytes(arriving.raw).removesuffix(body.excess)
             self._take(arriving.head, held.key, bytes(arriving.payload), raw, held.num_bytes)

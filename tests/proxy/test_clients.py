@@ -10,11 +10,25 @@ from contextlib import AsyncExitStack
 import pytest
 
 from brlite.config.options import KeyConfig, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.proxy.attempt import FULL_READ_BYTES, Attempt
+from brlite.proxy.fast_path import TURN_BYTES, ArrivingRequest
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Step, Then
-from tests.proxy.scripts import EVENTS, GOOD_PLAIN, GOOD_STREAM, JSON_HEAD, PLAIN, TOKENS, chunks, event, length, sse
+from tests.proxy.scripts import (
+    DONE,
+    EVENTS,
+    GOOD_PLAIN,
+    GOOD_STREAM,
+    JSON_HEAD,
+    PLAIN,
+    TOKENS,
+    chunks,
+    event,
+    length,
+    sse,
+)
 from tests.rows import all_rows
 
 BODY = b'{"model":"m","stream":false}'
@@ -413,6 +427,49 @@ async def test_a_body_may_be_as_long_as_allowed_and_no_longer(serve, form) -> No
 
     assert [answer.status for answer in answers] == [200, 413]
     assert len(served.upstream.requests) == 1
+
+
+async def test_a_body_in_tiny_chunks_is_read_in_many_turns_of_the_loop(serve, monkeypatch) -> None:
+    sizes = []
+
+    def feed(arriving: ArrivingRequest, data: bytes, max_bytes: int) -> bool:
+        sizes.append(len(data))
+        return read(arriving, data, max_bytes)
+
+    read = ArrivingRequest.feed
+    monkeypatch.setattr(ArrivingRequest, "feed", feed)
+    served = await serve()
+    body = b'{"model":"m","x":"%b"}' % (b"x" * 50_000)
+
+    answer = await served.ask(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(*map(bytes, zip(body))))
+
+    assert (answer.status, answer.body) == (200, PLAIN)
+    assert served.upstream.requests[0].body["x"] == "x" * 50_000
+    assert max(sizes) <= TURN_BYTES < sum(sizes)
+
+
+async def test_an_upstream_that_sends_much_at_once_leaves_others_their_turns(serve, monkeypatch) -> None:
+    async def act(call: Call) -> Then:
+        await call.send(sse(chunks(*[TOKENS[0]] * 10_000, *TOKENS, DONE)))
+        return "keep"
+
+    is_reading = []
+
+    def take(attempt: Attempt, data: bytes) -> None:
+        connection = attempt._connection
+        read(attempt, data)
+        if len(data) >= FULL_READ_BYTES and attempt.is_connected:
+            is_reading.append(connection.transport.is_reading())
+
+    read = Attempt.data_received
+    monkeypatch.setattr(Attempt, "data_received", take)
+    served = await serve(act)
+
+    answer = await served.ask(post(STREAM_BODY))
+
+    assert answer.body.count(TOKENS[0]) == 10_001
+    assert is_reading
+    assert not any(is_reading)
 
 
 async def test_chunk_extensions_take_no_memory(serve) -> None:

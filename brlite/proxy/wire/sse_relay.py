@@ -26,7 +26,7 @@ COMMENT = b": keep-alive\n\n"
 MAX_CHOICES = 1024  # of one stream; each takes memory until its end
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
-_EVENT_END = re.compile(rb"\n\n|[\r\n]\r\n?")
+_EVENT_END = re.compile(rb"(?:\n\n|[\r\n]\r\n?)[\r\n]*")  # with the empty lines after it
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _LONG_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
 _JSON = msgspec.json.Decoder(msgspec.Raw)
