@@ -71,6 +71,7 @@ NOT_RUN_HERE = {
     "deployment-3": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
     "deployment-4": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "devices-1": "needs a card; `.ci/run` runs the check with --device cpu",
+    "devices-2": "needs two NUMA nodes",
     "installation-1": "the same command as README-1",
     "installation-2": "it builds in fresh venvs for minutes, and ends with a request to the wheel's own server",
     "installation-3": "it fetches all wheels; deploy/docker/Containerfile has the same step",
@@ -134,7 +135,7 @@ def test_each_shell_example_is_run_or_has_a_reason_not_to_be() -> None:
 def test_the_commands_of_shell_examples_have_arguments_that_exist(example: str) -> None:
     lines = example.replace("\\\n", " ")
 
-    for arguments in re.findall(r"^(?:torchrun .* |.*/bin/|)brlite (.*)$", lines, re.MULTILINE):
+    for arguments in re.findall(r"^(?:torchrun .* |numactl .* |.*/bin/|)brlite (.*?)&?$", lines, re.MULTILINE):
         assert cli.command_parser().parse_args(shlex.split(arguments, comments=True))
 
 

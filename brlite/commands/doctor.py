@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
 from brlite.files.cache import default_cache
-from brlite.process.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
+from brlite.process.machine import find_cpus, find_instruction_sets, find_memory, find_nodes, show_bytes
 
 PACKAGES = ("aiohttp", "msgspec", "numpy", "tokenizers", "sentencepiece", "gguf", "huggingface_hub", "uvloop")
 EXTRAS = {"torch": "cards, tensor parallelism over machines, .bin files", "ray": "Ray Serve"}  # package: what needs it
@@ -96,8 +96,20 @@ def _machine() -> Findings:
         "hardware threads": str(os.cpu_count()),
         "threads": f"{cpus.num_threads}, {cpus.decided_by}{fewer}",
         "memory": f"{show_bytes(memory.total)}, {show_bytes(memory.available)} free{limit}",
+        "NUMA nodes": describe_nodes(find_nodes()),
         "biren nodes": " ".join(sorted(map(str, Path("/dev").glob(BIREN_NODES)))) or "none",
     }
+
+
+def describe_nodes(nodes: Mapping[int, Collection[int]]) -> str:
+    """What brlite does with the nodes that `find_nodes` has found."""
+    if not nodes:
+        return "1"
+    shown = ", ".join(f"node {node} with {len(cpus)} CPUs" for node, cpus in nodes.items())
+    targets = [node for node, cpus in nodes.items() if cpus] or list(nodes)
+    if len(targets) == 1:
+        return f"{shown}; the weights are kept on node {targets[0]}"
+    return f"{shown}; weights are spread over them; tensor_parallel = {len(targets)} gives each its own"
 
 
 def _torch() -> Findings:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory, instruction sets, open files.
+"""What this process may use of the machine: cores, memory, NUMA nodes, instruction sets, open files.
 
 No other file reads these from the system. Uses no backend and no accelerator. Standard library only: the installation's
 compiler run imports it too. Every function takes the root of a file tree, so that tests describe another machine as a
@@ -61,13 +61,8 @@ def find_cpus(root: Path = ROOT, affinity: frozenset[int] | None = None) -> Cpus
 
     Quotas are those of the process's cgroup and of all cgroups above it, rounded down. The result is at least 1.
     """
-    cpus: set[int] = set()  # online, from a list such as `0-3,8`
-    for first, _, last in (part.partition("-") for part in _read(root / "sys/devices/system/cpu/online").split(",")):
-        if first.strip().isdecimal():
-            cpus.update(range(int(first), int(last or first) + 1))
-    online = frozenset(cpus or range(os.cpu_count() or 1))
-    if affinity is None:
-        affinity = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
+    online = _numbers(_read(root / "sys/devices/system/cpu/online")) or frozenset(range(os.cpu_count() or 1))
+    affinity = _affinity(online) if affinity is None else affinity
     cores = len({_core_of(cpu, root) for cpu in online})
     bound = len({_core_of(cpu, root) for cpu in affinity})
     candidates = [
@@ -77,6 +72,21 @@ def find_cpus(root: Path = ROOT, affinity: frozenset[int] | None = None) -> Cpus
     ]
     num_threads, decided_by = min(candidates, key=lambda candidate: candidate.num_threads)
     return Cpus(max(1, num_threads), decided_by)
+
+
+def find_nodes(root: Path = ROOT, affinity: frozenset[int] | None = None) -> dict[int, frozenset[int]]:
+    """The NUMA nodes whose memory this process may use, each with those of its CPUs that are in `affinity`.
+
+    `affinity` is by default the calling thread's. Empty on a machine with one node.
+    """
+    folder = root / "sys/devices/system/node"
+    nodes = _numbers(_read(folder / "has_memory"))
+    if len(nodes) < 2:
+        return {}
+    cpus = {node: _numbers(_read(folder / f"node{node}/cpulist")) for node in sorted(nodes)}
+    affinity = _affinity(frozenset().union(*cpus.values())) if affinity is None else affinity
+    allowed = _numbers(_fields(_read(root / "proc/self/status"), ":").get("Mems_allowed_list", "")) or nodes
+    return {node: beside & affinity for node, beside in cpus.items() if node in allowed}
 
 
 def physical_cores() -> int:
@@ -210,6 +220,17 @@ def _core_of(cpu: int, root: Path) -> tuple[str, str]:
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     package, core = (_read(topology / name).strip() for name in ("physical_package_id", "core_id"))
     return (package, core) if core else ("", str(cpu))
+
+
+def _affinity(everything: frozenset[int]) -> frozenset[int]:
+    """The CPUs that the calling thread may use; `everything` where the system does not say."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
+
+
+def _numbers(text: str) -> frozenset[int]:
+    """Those of a list such as `0-3,8`."""
+    parts = (part.partition("-") for part in text.split(",") if part.strip()[:1].isdecimal())
+    return frozenset(number for first, _, last in parts for number in range(int(first), int(last or first) + 1))
 
 
 def _first_processor(root: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 
 import brlite
-from brlite.commands.doctor import describe_native, examine, render, run
+from brlite.commands.doctor import describe_native, describe_nodes, examine, render, run
 from brlite.errors import NativeUnavailable
 
 
@@ -33,6 +33,22 @@ def test_findings_are_aligned_under_their_section():
     text = render({"one": {"a": "1", "long name": "2"}, "two": {"b": "3"}})
 
     assert text.splitlines() == ["one", "  a          1", "  long name  2", "two", "  b          3"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shown"),
+    [
+        ({}, "1"),
+        ({0: {0}, 1: set()}, "node 0 with 1 CPUs, node 1 with 0 CPUs; the weights are kept on node 0"),
+        (
+            {0: {0, 1}, 1: {2, 3}},
+            "node 0 with 2 CPUs, node 1 with 2 CPUs; "
+            "weights are spread over them; tensor_parallel = 2 gives each its own",
+        ),
+    ],
+)
+def test_what_is_done_about_numa_nodes_is_shown(nodes, shown):
+    assert describe_nodes(nodes) == shown
 
 
 def test_the_native_library_is_described_with_its_self_tests(native_library):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.process.machine import cpu_quotas, find_cpus, find_instruction_sets, find_memory, show_bytes
+from brlite.process.machine import cpu_quotas, find_cpus, find_instruction_sets, find_memory, find_nodes, show_bytes
 
 MEMINFO = "MemTotal:       8000000 kB\nMemFree:  1 kB\nMemAvailable:   5000000 kB\n"
 MOUNT = "36 25 0:30 {top} {point} rw,relatime shared:1 - {kind} cgroup {options}\n"
@@ -136,6 +136,28 @@ def test_affinity_counts_where_it_allows_less(tmp_path):
 
     assert cpus.num_threads == 2
     assert "the 3 CPUs that its affinity allows" in cpus.decided_by
+
+
+TWO_NODES = {
+    "sys/devices/system/node/has_memory": "0-1\n",
+    "sys/devices/system/node/node0/cpulist": "0-3\n",
+    "sys/devices/system/node/node1/cpulist": "4-6,7\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "affinity", "nodes"),
+    [
+        ({}, EVERYTHING, {}),
+        ({"sys/devices/system/node/has_memory": "0\n"}, EVERYTHING, {}),
+        (TWO_NODES, EVERYTHING, {0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}}),
+        (TWO_NODES, frozenset({5, 6}), {0: set(), 1: {5, 6}}),
+        ({**TWO_NODES, "proc/self/status": "Mems_allowed_list:\t1\n"}, EVERYTHING, {1: {4, 5, 6, 7}}),
+        ({**TWO_NODES, "sys/devices/system/node/node1/cpulist": "\n"}, EVERYTHING, {0: {0, 1, 2, 3}, 1: set()}),
+    ],
+)
+def test_nodes_have_the_cpus_and_the_memory_that_this_process_may_use(files, affinity, nodes, tmp_path):
+    assert find_nodes(lay_out(tmp_path, files), affinity) == nodes
 
 
 def test_a_system_without_any_of_these_files_has_a_cpu_and_memory(tmp_path):

@@ -10,7 +10,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 
 import msgspec
@@ -24,6 +24,7 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
+from brlite.backends.native.nodes import BoundThread, rank_cpus
 from brlite.backends.native.packer import Importance, PackedWeights, load_weights
 from brlite.backends.native.plan import NO_SQUARES, NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows, StepBuffers
@@ -42,7 +43,7 @@ from brlite.engine.backend import (
 )
 from brlite.errors import EngineError, RankGone
 from brlite.models.rope_tables import inverse_frequencies
-from brlite.process.machine import describe_cpu
+from brlite.process.machine import describe_cpu, find_nodes
 
 
 class NativeBackend:
@@ -66,13 +67,17 @@ class NativeBackend:
         If anything is raised, KeyboardInterrupt included, everything is released.
         """
         library = native.functions
-        with opened or ExitStack() as opened:
+        device = f"cpu ({describe_cpu()}, {native.isa_name})"  # of all nodes
+        cpus = rank_cpus(plan.shard, plan.num_threads, find_nodes()) if plan.shard else None
+        self._binding: AbstractContextManager[None] = BoundThread(cpus) if cpus else nullcontext()
+        with opened or ExitStack() as opened, self._binding:
             weights = loaded or load_weights(library, plan, measure)
             if loaded is None:
                 opened.callback(weights.close)
+                weights.place()
             cache = PagedCache(library, plan)
             opened.callback(cache.close)
-            self.info = _describe(native, plan, weights, cache)
+            self.info = _describe(native, device, plan, weights, cache)
             self._guard = BackendGuard()
             self._library = library
             self._vocab_size = plan.config.vocab_size
@@ -186,7 +191,8 @@ class NativeBackend:
         )
         if poolings is not None:
             batch.poolings, batch.num_poolings = ctypes.addressof(poolings.structs), len(poolings.structs)
-        error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
+        with self._binding:
+            error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error == abi.LOST_RANK:
             raise RankGone("another rank was lost during a step")
         if error:
@@ -248,7 +254,9 @@ class _Poolings:
             struct.num_rows, struct.total = seq.pooling.num_tokens, total.ctypes.data
 
 
-def _describe(native: NativeLibrary, plan: LoadPlan, weights: PackedWeights, cache: PagedCache) -> BackendInfo:
+def _describe(
+    native: NativeLibrary, device: str, plan: LoadPlan, weights: PackedWeights, cache: PagedCache
+) -> BackendInfo:
     config, spec, engine = plan.config, plan.spec, plan.engine
     block_size = cache.pages_per_block * LANES
     is_raised = block_size != engine.block_size
@@ -261,7 +269,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, weights: PackedWeights, cac
     fingerprint.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
     return BackendInfo(
         name="native",
-        device=f"cpu ({describe_cpu()}, {native.isa_name})",
+        device=device,
         dtype="bfloat16",
         precision=plan.precision_name,
         vocab_size=config.vocab_size,

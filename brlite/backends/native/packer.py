@@ -19,6 +19,7 @@ import numpy as np
 from brlite.backends.native.abi import INT4_MIN
 from brlite.backends.native.layout import BLOCK_FORMATS, CODED_FORMATS, FORMATS, Layout, PackedTensor, packed_layout
 from brlite.backends.native.memory import NativeMemory
+from brlite.backends.native.nodes import place_weights
 from brlite.backends.native.packed_file import (
     MappedPackedFile,
     PackedFileError,
@@ -59,6 +60,10 @@ class PackedWeights:
 
     def part_address(self, part: PackedTensor) -> int:
         return self._memory.address + part.offset
+
+    def place(self) -> None:
+        """Move the weights to the memory of the nodes that compute with them: see `place_weights`."""
+        place_weights(self._memory.address, self.layout.num_bytes)
 
     def close(self) -> None:
         """Release the memory. May be called twice."""
