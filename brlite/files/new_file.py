@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -32,13 +33,15 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class NewFile:
     """A file under a temporary name, at first `num_bytes` zeros. Written bytes are flushed to the disk as they come.
 
-    Any thread may write. Leaving the `with` statement before `publish` removes what was written.
+    Any thread may write. Leaving the `with` statement before `publish` removes what was written. So does the end of the
+    process while a daemon thread is in it, as where a server is stopped while it loads a model.
     """
 
     def __init__(self, file: Path, num_bytes: int = 0) -> None:
         self._file = file
         sweep(file.parent, file.name)
         self._handle, self.temporary = create_temporary(file)
+        self._remove = weakref.finalize(self, _remove, self.temporary, os.getpid())
         self._lock = threading.Lock()
         self._num_unflushed = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="brlite-flush")
@@ -55,7 +58,7 @@ class NewFile:
     def __exit__(self, *exception: object) -> None:
         self._flusher.shutdown()
         os.close(self._handle)
-        self.temporary.unlink(missing_ok=True)
+        self._remove()
 
     def write(self, data: Buffer, position: int) -> None:
         num_bytes = write_at(self._handle, data, position)
@@ -82,6 +85,12 @@ class NewFile:
         """Wait until all bytes are on the disk, then give the file its name, in place of a file that has it."""
         self.sync()
         self.temporary.replace(self._file)
+
+
+def _remove(file: Path, pid: int) -> None:
+    """Remove a file of the process `pid`. In a forked child, which inherits its finalizers, does nothing."""
+    if os.getpid() == pid:
+        file.unlink(missing_ok=True)
 
 
 def write_at(handle: int, data: Buffer, position: int) -> int:

@@ -66,6 +66,20 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_of_its_name(holde
         assert list(tmp_path.glob(".build.*")) == [folder]
 
 
+def test_a_file_that_a_daemon_thread_writes_is_removed_by_the_process_that_ends_but_not_by_its_fork(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from brlite.files.new_file import NewFile\n"
+        "new = NewFile(Path(sys.argv[1]))\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait(); print(new.temporary.exists())"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_names_are_left_alone(tmp_path):
     # A browser names its download `weights.gguf.part`; the last two are of other files of ours.
     names = ["thesis.txt", "weights", "weights.abcd.part", "weights.gguf.part", "weights.0a.0123abcd.part"]
