@@ -63,10 +63,11 @@ class BackgroundUsage:
         for _ in range(MAX_REQUESTS):
             await asyncio.sleep(seconds)
             seconds = min(seconds * 1.5, MAX_SECONDS)
-            owner = self._owners.store.get(key.tenant, response_id)
-            upstream = None if owner is None else self._find_upstream(owner.upstream)
-            if upstream is None:
+            if (owner := self._owners.store.get(key.tenant, response_id)) is None:
                 return
+            if (upstream := self._find_upstream(owner.upstream)) is None:
+                why = f"the config has no upstream {owner.upstream} any more"
+                break
             try:
                 async with self._turns, UpstreamClient(upstream, ANSWER_SECONDS) as client:
                     body = await client.read(path, MAX_BYTES)

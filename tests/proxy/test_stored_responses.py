@@ -20,6 +20,7 @@ from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig,
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.proxy import background_usage
+from brlite.proxy.routing.route_table import RouteTable
 from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Client
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Then
@@ -386,6 +387,31 @@ async def test_what_a_background_response_costs_is_counted_though_its_client_nev
         await anext(made)
         await made.close()
     await wait_until(lambda: num_retrieved == 2 and key.usage.completion_tokens == 4000)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_tokens_that_cannot_be_learnt_are_named_in_the_log(
+    stack: AsyncExitStack, connect: Connect, is_gone: bool, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(background_usage, "MAX_FAILURES", 2)
+    running = json_answer({"id": "resp_1", "background": True, "status": "in_progress"})
+
+    async def act(call: Call) -> Then:
+        await call.send(running if call.request.method == b"POST" else b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n")
+        return "keep"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    await setting.clients[0].responses.create(model="toy", input="hello", background=True)
+    if is_gone:
+        other = Config(model=(), upstream=(UpstreamConfig(url="http://a", models=("toy",), health_path=""),))
+        setting.proxy.forwarder.replace(other, RouteTable(other))
+
+    why = (
+        "the config has no upstream u0 any more" if is_gone else "upstream u0 answered 404 to GET /v1/responses/resp_1"
+    )
+    await wait_until(lambda: f"the tokens of resp_1, computed in the background, are not charged: {why}" in caplog.text)
 
 
 async def test_of_two_responses_with_one_id_the_later_is_meant(

@@ -15,11 +15,9 @@ from brlite.errors import UpstreamError
 from brlite.process.waiting import within
 from brlite.proxy.outcomes import WRONG_KEY
 from brlite.proxy.routing.client import UpstreamClient, reason_of
-from brlite.proxy.routing.health import MAX_LIST_BYTES, is_well
-from brlite.proxy.routing.listing import read_list
+from brlite.proxy.routing.health import is_well
+from brlite.proxy.routing.listing import MAX_LIST_BYTES, MODELS_PATH, read_list
 from brlite.proxy.routing.upstream import Upstream
-
-MODELS_PATH = "/v1/models"
 
 
 class Finding(NamedTuple):

@@ -18,7 +18,7 @@ from brlite.config.options import ProxyConfig
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.proxy.outcomes import is_own_fault
 from brlite.proxy.routing.client import UpstreamClient, WrongKey
-from brlite.proxy.routing.listing import read_list
+from brlite.proxy.routing.listing import MAX_LIST_BYTES, MODELS_PATH, read_list
 from brlite.proxy.routing.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ MIN_SUCCESSES = 2
 JITTER = 0.2  # without it, proxies that started together would check all upstreams at the same moments
 HASTE = 5
 CHECKS_PER_LIST = 6
-MAX_LIST_BYTES = 1024 * 1024
 NO_SUCH_PATH = (404, 405, 501)
 UNAVAILABLE = 503
 
@@ -191,7 +190,7 @@ class _Check:
         names = {config.rename.get(model, model) for model in config.models}
         upstream = self._upstream
         try:
-            upstream.listed, missing = read_list(await client.read("/v1/models", MAX_LIST_BYTES), names)
+            upstream.listed, missing = read_list(await client.read(MODELS_PATH, MAX_LIST_BYTES), names)
         except UpstreamError as error:
             if isinstance(error, WrongKey) and not self._has_said_wrong_key:
                 self._has_said_wrong_key = True

@@ -13,6 +13,9 @@ import msgspec
 from brlite.dialects.json_body import DECODE_ERRORS
 from brlite.errors import UpstreamError
 
+MODELS_PATH = "/v1/models"
+MAX_LIST_BYTES = 1024 * 1024
+
 
 class ListedModel(msgspec.Struct, frozen=True):
     """One model, by the upstream's name for it. None: not reported."""
