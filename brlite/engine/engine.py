@@ -320,16 +320,18 @@ class Engine:
                 chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs.items()]
                 self._scheduler.pace.observe(chunks, computing)
             return seconds
-        wait_cost = self._scheduler.speculation.wait_cost
-        if self.draft_model is None and wait_cost is None:
+        speculation = self._scheduler.speculation
+        if not self.may_draft or len(step.runs) > self.config.max_draft_seqs:
             return seconds
         num_rows = sum(1 + len(seq.draft_token_ids) for seq in step.runs)
         if self.draft_model is not None:
             self.draft_model.cost.observe_step(num_rows, computing)
-        is_plain = not (step.guidance or step.processors or has_model_drafts)
-        follows_one = step.is_ahead or all(seq.num_output_tokens for seq in step.runs)
-        if wait_cost is not None and is_plain and follows_one:
-            wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
+        if step.guidance or step.processors:
+            return seconds
+        if speculation.wait_cost is None:
+            speculation.row_times.observe(num_rows, computing, has_drafts=num_rows > len(step.runs))
+        elif not has_model_drafts and (step.is_ahead or all(seq.num_output_tokens for seq in step.runs)):
+            speculation.wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         return seconds
 
     def fail(self, error: Exception) -> None:

@@ -13,7 +13,7 @@ from brlite.config.options import EngineConfig
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_DRAFT_TOKENS, DraftModel, DraftPlan
-from brlite.engine.drafting import NgramDrafter, StepForecast, WaitCost
+from brlite.engine.drafting import NgramDrafter, RowTimes, StepForecast, WaitCost
 from brlite.engine.request import Sequence
 
 # A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
@@ -43,7 +43,7 @@ class Speculation:
         self.may_draft = drafts_text and info.verifies_drafts and self.max_draft_tokens > 0
         self.wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
         self._max_draft_seqs = config.max_draft_seqs
-        self._row_costs = info.row_costs
+        self.row_times = RowTimes(info.row_costs)
         self._blocks = blocks
         self._max_num_batched_tokens = max_num_batched_tokens
 
@@ -51,7 +51,7 @@ class Speculation:
         """Add drafts to a step while they pay: at most `budget`, and only in blocks that no other sequence needs."""
         may_draft = self.may_draft and len(running) <= self._max_draft_seqs
         may_use_ngrams = may_draft and (self.wait_cost is None or self._do_ngrams_pay(running))
-        forecast = StepForecast(self._max_num_batched_tokens - budget, self._row_costs)
+        forecast = StepForecast(self._max_num_batched_tokens - budget, self.row_times.costs)
         for seq, num_tokens in scheduled.items():
             forced = seq.matcher.forced if seq.matcher is not None else ()
             if not (forced or may_draft):
@@ -65,8 +65,7 @@ class Speculation:
             if forced or draft:  # that of a model is made already, since it pays
                 seq.draft_token_ids = forecast.add_forced(list(islice(forced or draft, limit)))
             elif may_use_ngrams and (drafter := _ngrams(seq)) is not None:
-                num_draft_tokens = forecast.add_draft_tokens(drafter.acceptance, limit)
-                seq.draft_token_ids = drafter.draft(seq.token_ids, num_draft_tokens)
+                seq.draft_token_ids = forecast.add_ngrams(drafter, seq.token_ids, limit)
             self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
             budget -= len(seq.draft_token_ids)
 
@@ -75,13 +74,13 @@ class Speculation:
 
         Before the result of the step under way, its draws are expected to be as often right as draft tokens were.
         """
-        forecast = StepForecast(len(running), self._row_costs)
+        forecast = StepForecast(len(running), self.row_times.costs)
         for seq in running:
             num_drawn = seq.num_output_tokens + seq.is_being_drawn
             limit = min(_max_after(seq, num_drawn), self.max_draft_tokens)
             if limit > 0 and (drafter := _ngrams(seq)) is not None:
                 chance = drafter.acceptance if seq.is_being_drawn else 1.0
-                forecast.add_draft_tokens(drafter.acceptance, limit, chance=chance)
+                forecast.add_draft_tokens(drafter.acceptance, limit, chance=chance, credit=drafter.credit)
         return forecast.gains(self._wait)
 
     @property
@@ -111,7 +110,7 @@ class Speculation:
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in running)
         if not is_decoding or num_seqs > self._max_draft_seqs:
             return None
-        forecast, wanted = StepForecast(num_seqs, self._row_costs), list[tuple[Sequence, int]]()
+        forecast, wanted = StepForecast(num_seqs, self.row_times.costs), list[tuple[Sequence, int]]()
         budget = self._max_num_batched_tokens - num_seqs
         for seq in running:
             limit = self._blocks.num_spare_slots(seq, num_reserved=num_seqs)
@@ -143,10 +142,11 @@ class Speculation:
             return 0
         drafter = _ngrams(seq)
         by_ngrams, by_model = copy.copy(forecast), copy.copy(forecast)
-        by_ngrams.add_draft_tokens(0.0 if drafter is None else drafter.acceptance, limit)
+        if drafter is not None:
+            by_ngrams.add_draft_tokens(drafter.acceptance, limit, credit=drafter.credit)
         num_draft_tokens = by_model.add_draft_tokens(draft.acceptance, limit, cost)
         num_missing = draft.num_tokens - draft.num_computed_tokens
-        catch_up_cost = cost * self._row_costs.other * max(0, num_missing - FEW_TOKENS)
+        catch_up_cost = cost * self.row_times.costs.other * max(0, num_missing - FEW_TOKENS)
         num_expected = min(seq.state.max_tokens - seq.num_output_tokens, max(EXPECTED_TOKENS, seq.num_output_tokens))
         if (by_model.rate / by_ngrams.rate - 1) * num_expected > catch_up_cost:
             forecast.add_draft_tokens(draft.acceptance, limit, cost)

@@ -219,7 +219,7 @@ def test_with_a_draft_model_no_text_takes_over_a_33rd_longer(
 
 
 def test_a_draft_model_that_does_not_pay_is_tried_again_ever_more_rarely() -> None:
-    driver = make(wrong, draft_seconds=0.02, budget=512)
+    driver = make(wrong, draft_seconds=0.02, budget=512, step_seconds=forecast_seconds)
 
     driver.submit("hello", max_tokens=512)
     driver.finish()

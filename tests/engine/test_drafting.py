@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.engine.backend import CARD_ROWS, CPU_ROWS
+from brlite.engine.backend import CARD_ROWS, CPU_ROWS, RowCosts
 from brlite.engine.drafting import (
     INITIAL_ACCEPTANCE,
     INITIAL_WAIT_COST,
     MAX_NEW_TOKENS,
     NgramDrafter,
+    RowTimes,
     StepForecast,
     WaitCost,
 )
@@ -119,6 +120,52 @@ def test_drafts_of_one_sequence_leave_less_to_those_of_the_next() -> None:
     lengths = [forecast.add_draft_tokens(0.6, 7) for _ in range(2)]
 
     assert lengths[0] > lengths[1]
+
+
+STEEP = RowCosts(4, 0.3, 0.4)
+
+
+@pytest.fixture
+def measured() -> RowTimes:
+    """What is known after many steps on a machine whose rows have `STEEP` costs."""
+    times = RowTimes(CPU_ROWS)
+    for _ in range(300):
+        for num_rows in (1, 2, 8):
+            times.observe(num_rows, 0.010 * STEEP.cost(num_rows), has_drafts=num_rows > 1)
+    return times
+
+
+def test_the_cost_of_rows_is_measured(measured: RowTimes) -> None:
+    assert measured.costs.cheap == pytest.approx(STEEP.cheap, abs=0.01)
+    assert measured.costs.other == pytest.approx(STEEP.other, abs=0.01)
+
+    measured.observe(2, 60.0, has_drafts=True)  # the machine slept
+
+    assert measured.costs.cheap < 1.2 * STEEP.cheap
+
+
+def test_a_cost_that_ended_drafts_is_forgotten(measured: RowTimes) -> None:
+    for _ in range(3000):
+        measured.observe(1, 0.010, has_drafts=False)
+
+    assert measured.costs.other < 1.1 * CPU_ROWS.other
+
+
+@pytest.mark.parametrize("num_tokens", [24, 64, 500])
+def test_a_text_that_deceives_every_draft_takes_hardly_longer(measured: RowTimes, num_tokens: int) -> None:
+    """Each token is what n-grams say, unless that is drafted: then it is another one."""
+    prompt = list(range(8))
+    token_ids, taken = prompt * 2, 0.0
+    drafter, oracle = NgramDrafter(len(prompt)), NgramDrafter(len(prompt))
+
+    for number in range(num_tokens):
+        expected = oracle.draft(token_ids, 1) if oracle.follow(token_ids) else prompt[:1]
+        is_expected = drafter.follow(token_ids)
+        draft = StepForecast(1, measured.costs).add_ngrams(drafter, token_ids, 7) if is_expected else []
+        token_ids += [100 + number] if draft else expected
+        taken += STEEP.cost(1 + len(draft))
+
+    assert num_tokens < taken < num_tokens / 0.97
 
 
 def test_the_wait_between_two_steps_is_measured_against_steps_that_were_launched_ahead() -> None:
