@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -19,9 +20,9 @@ from brlite.checkpoint.hub_http import HubAddress, get_json
 from brlite.checkpoint.model_name import ModelName, choose_files
 from brlite.checkpoint.repository import Repository
 from brlite.checkpoint.transfer import HubFile
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, ModelError
 from brlite.files.cache import default_cache
-from brlite.files.quoting import excerpt
+from brlite.files.quoting import excerpt, reason
 
 REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # of Hugging Face's library: seconds that the hub may take to list files
 SHORT_REACH_SECONDS = 3.0  # if another source may have the model, and the variable is not set
@@ -47,16 +48,18 @@ class HuggingFaceHub:
 
     def cache(self) -> Path:
         """The folder of its repositories on this machine."""
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE)
+        return Path(settings().HF_HUB_CACHE)
 
     def address(self) -> HubAddress:
         """Where to send requests. Raises `ModelError` in offline mode."""
-        from huggingface_hub import constants, get_token
+        from huggingface_hub import get_token
 
         check_online()
-        token = "" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token() or ""
+        constants = settings()
+        try:
+            token = "" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token() or ""
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the token in {constants.HF_TOKEN_PATH} cannot be read: {reason(error)}") from None
         return HubAddress(self.title, constants.ENDPOINT, token, "HF_TOKEN", float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
 
     def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing:
@@ -88,13 +91,11 @@ class ModelScopeHub:
         return default_cache() / "modelscope"
 
     def address(self) -> HubAddress:
-        from huggingface_hub import constants
-
         check_online()
         domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
         endpoint = domain if "://" in domain else f"https://{domain}"
         variable = "MODELSCOPE_API_TOKEN"
-        seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        seconds = float(settings().HF_HUB_DOWNLOAD_TIMEOUT)
         return HubAddress(self.title, endpoint.rstrip("/"), os.environ.get(variable, ""), variable, seconds)
 
     def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing:
@@ -119,6 +120,17 @@ class ModelScopeHub:
 Hub = HuggingFaceHub | ModelScopeHub
 
 
+def settings() -> ModuleType:
+    """The settings of Hugging Face's library, which it reads from the environment. Raises `ConfigError`."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise ConfigError(
+            f"a variable of Hugging Face's library, HF_HUB_…, has a wrong value: {reason(error)}"
+        ) from None
+    return constants
+
+
 def hub_of(name: ModelName) -> Hub:
     """The hub of a model's name."""
     return ModelScopeHub() if name.hub == "modelscope" else HuggingFaceHub()
@@ -126,18 +138,14 @@ def hub_of(name: ModelName) -> Hub:
 
 def check_online() -> None:
     """Raise `ModelError` in the offline mode of Hugging Face's library. It applies to all hubs."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
+    if settings().HF_HUB_OFFLINE:
         raise ModelError("not asked: HF_HUB_OFFLINE is set")
 
 
 def reach_limit(*, has_other_source: bool) -> float:
     """Seconds to wait for the hub's list of files: HF_HUB_ETAG_TIMEOUT, else 10, or 3 with another source."""
-    from huggingface_hub import constants
-
     is_set = REACH_VARIABLE in os.environ
-    return SHORT_REACH_SECONDS if has_other_source and not is_set else float(constants.HF_HUB_ETAG_TIMEOUT)
+    return SHORT_REACH_SECONDS if has_other_source and not is_set else float(settings().HF_HUB_ETAG_TIMEOUT)
 
 
 def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> Path:

@@ -27,7 +27,7 @@ from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
 from brlite.checkpoint.transfer import HubFile, OpenSpan, Transfer, Wanted
-from brlite.errors import ModelError
+from brlite.errors import ConfigError, ModelError
 from tests.checkpoint.hub_server import HubServer, files_of
 from tests.checkpoint.model_files import random_gguf_tensors, write_gguf
 from tests.limits import PATIENCE_SECONDS
@@ -571,6 +571,26 @@ def test_the_token_of_the_environment_is_sent(server: HubServer, tmp_path: Path)
 
     assert "then set HF_TOKEN to a token of that account" in refused.splitlines()[-1]
     assert "snapshots" in found
+
+
+def test_a_token_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\x84")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    with pytest.raises(ModelError, match=r"the token in .*/token cannot be read"):
+        HuggingFaceHub().address()
+
+
+def test_a_wrong_variable_of_the_library_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "abc")
+    monkeypatch.delattr(huggingface_hub, "constants")
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+
+    with pytest.raises(ConfigError, match=r"HF_HUB_…, has a wrong value: invalid literal .* 'abc'"):
+        HuggingFaceHub().cache()
 
 
 def test_modelscope_is_chosen_by_the_environment(server: HubServer, tmp_path: Path) -> None:
