@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -120,7 +119,7 @@ class ModelScopeHub:
 Hub = HuggingFaceHub | ModelScopeHub
 
 
-def settings() -> ModuleType:
+def settings() -> Any:
     """The settings of Hugging Face's library, which it reads from the environment. Raises `ConfigError`."""
     try:
         from huggingface_hub import constants
