@@ -94,10 +94,16 @@ def read_token_ids(value: Any) -> tuple[int, ...]:
 
 
 def read_biases(value: Any) -> dict[int, float]:
-    """Read a map of biases. Token ids may be strings of ASCII digits, because JSON keys are strings."""
+    """Read a map of biases. Token ids may be strings of ASCII digits, because JSON keys are strings.
+
+    So that no token has two biases, "07" is not read.
+    """
     biases = {} if value is None else dict(value)
     for key in biases:
-        if isinstance(key, str) and not (key.isascii() and key.isdigit()):  # int() would read " 1_0" and other digits
+        if not isinstance(key, str):
+            if str(key) in biases:
+                raise ValueError(key)
+        elif not (key.isascii() and key.isdigit()) or (key[0] == "0" and key != "0"):  # int() would read " 1_0"
             raise ValueError(key)
     return {int(key) if isinstance(key, str) else read_integer(key): read_number(bias) for key, bias in biases.items()}
 
