@@ -45,11 +45,20 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
                 one_line(mode, MAX_EXCERPT),
             )
     if not sizes:
-        sizes = (0,) if config.get("is_matryoshka") is True else ()
-        stated = config.get("matryoshka_dimensions")
-        if isinstance(stated, list) and stated and all(type(size) is int and size > 0 for size in stated):
-            sizes = tuple(sorted(stated))
+        sizes = _read_sizes(config, spec.name)
     return msgspec.structs.replace(spec, pooling=pooling, matryoshka_dimensions=sizes)
+
+
+def _read_sizes(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The lengths that embeddings may be cut to; (0,): any. A value of the wrong type counts as none."""
+    warning = "model %s: %s in its config.json must be %s, not %s: it is ignored"
+    is_any, sizes = config.get("is_matryoshka"), config.get("matryoshka_dimensions")
+    if not isinstance(is_any, bool | None):
+        logger.warning(warning, name, "is_matryoshka", "true or false", excerpt(is_any))
+    if isinstance(sizes, list | None) and all(type(size) is int and size > 0 for size in sizes or ()):
+        return tuple(sorted(sizes or ())) or ((0,) if is_any is True else ())
+    logger.warning(warning, name, "matryoshka_dimensions", "a list of whole numbers above 0", excerpt(sizes))
+    return (0,) if is_any is True else ()
 
 
 def attends_both_ways(config: Mapping[str, Any]) -> bool:

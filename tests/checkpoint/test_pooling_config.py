@@ -94,15 +94,25 @@ def test_a_model_that_attends_in_both_directions_has_no_embeddings_here(tmp_path
         ({"is_matryoshka": True}, (), (0,)),
         ({"is_matryoshka": True, "matryoshka_dimensions": [256, 64]}, (), (64, 256)),
         ({"matryoshka_dimensions": "all"}, (), ()),
+        ({"matryoshka_dimensions": [256, 0], "is_matryoshka": True}, (), (0,)),
+        ({"matryoshka_dimensions": [256], "is_matryoshka": "yes"}, (), (256,)),
+        ({"matryoshka_dimensions": None, "is_matryoshka": None}, (), ()),
         ({"matryoshka_dimensions": [256]}, (32,), (32,)),
     ],
 )
 def test_lengths_come_from_the_config_json_unless_the_option_names_them(
-    tmp_path: Path, config: dict[str, Any], option: tuple[int, ...], expected: tuple[int, ...]
+    tmp_path: Path,
+    config: dict[str, Any],
+    option: tuple[int, ...],
+    expected: tuple[int, ...],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     spec = settle_pooling(tmp_path, config, ModelSpec(name="tiny", matryoshka_dimensions=option))
 
     assert spec.matryoshka_dimensions == expected
+    assert ("it is ignored" in caplog.text) == (
+        "yes" in config.values() or config.get("matryoshka_dimensions") in ("all", [256, 0])
+    )
 
 
 @pytest.mark.parametrize("kind", ["mean", [1], {"a": 1}, True, None])
