@@ -1,8 +1,8 @@
 """A digest of the beginning of a prompt. `choice = "prefix"` uses it to choose an upstream.
 
 Everything before the first user message counts, of any length, since a prefix cache holds it: a system prompt,
-instructions, tools, up to `MAX_MESSAGES` earlier messages. Reads bodies of chats, completions, `/v1/messages` and
-`/v1/responses`. Uses nothing of models and upstreams.
+instructions, tools, up to `MAX_MESSAGES` earlier messages, each with up to `MAX_PARTS` parts. Reads bodies of chats,
+completions, `/v1/messages` and `/v1/responses`. Uses nothing of models and upstreams.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from brlite.files.text_file import BYTE_ORDER_MARK
 
 DIGEST_BYTES = 16
 MAX_MESSAGES = 1000  # a message takes 3 µs of the event loop; 1 MB of empty ones would take a second
+MAX_PARTS = 1000  # 333,000 empty ones would take 70 ms beside their decoding
 _NULL = msgspec.Raw(b"null")
 
 
@@ -93,6 +94,6 @@ def _parts(prompt: _Prompt, num_bytes: int) -> Iterator[bytes]:
 def _text(content: object) -> str:
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else ()
+    parts = content[:MAX_PARTS] if isinstance(content, list) else ()
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return "".join(text for text in texts if isinstance(text, str))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from brlite.proxy.prompt_start import DIGEST_BYTES, MAX_MESSAGES, prompt_start
+from brlite.proxy.prompt_start import DIGEST_BYTES, MAX_MESSAGES, MAX_PARTS, prompt_start
 from tests.proxy.test_request_model import json_values
 
 LONG = "x" * 12_000
@@ -134,6 +134,15 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt() -> None:
     body = b'{"messages":[{"role":"user","content":"hi"}],"model":"m"}'
 
     assert prompt_start(b"\xef\xbb\xbf" + body, 100) == prompt_start(body, 100) != b""
+
+
+def test_of_very_many_parts_the_first_are_compared() -> None:
+    parts = [{"type": "text", "text": "x"}] * MAX_PARTS
+
+    assert start(messages=[says("user", [*parts, {"text": "a"}])]) == start(messages=[says("user", parts)])
+    assert start(messages=[says("user", parts[1:])], num_bytes=2000) != start(
+        messages=[says("user", parts)], num_bytes=2000
+    )
 
 
 def test_of_very_many_messages_the_first_are_compared() -> None:
