@@ -164,6 +164,12 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
         given |= _without_others(body.samplers)
         if "infill" in body.samplers:
             warnings = (*warnings, INFILL_WARNING)
+    shown = [name for name in InfillAnswer.__struct_fields__ if name in (body.response_fields or ())]
+    others = [name for name in body.response_fields or () if name not in shown]
+    if unknown := [name for name in others if name and name.partition("/")[0] != "timings"]:  # llama.vim sends these
+        warnings = (*warnings, f"response_fields: the answer has none of {excerpt(unknown)}")
+    if others and not shown:
+        shown = ["warnings"]
     if body.max_tokens == 0:
         given["max_tokens"] = 1
     common, indent = generation_fields(body), body.n_indent or 0
@@ -179,7 +185,7 @@ def decode(data: bytes, limits: LimitsConfig) -> InfillGeneration:
         make_text_end=partial(LineEnd, indent, line_seconds) if indent or line_seconds is not None else None,
         line_seconds=line_seconds,
         indent=indent,
-        shown=tuple(body.response_fields or ()),
+        shown=tuple(shown),
         **{**common, "unset": tuple(name for name in common["unset"] if name not in given)},
     )
 

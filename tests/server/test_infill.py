@@ -264,11 +264,22 @@ async def test_what_an_editor_sends_is_answered(make_client: MakeClient, editor:
     status, answer = await client.post("/infill", body)
 
     assert status == 200, answer
+    assert "response_fields" not in str(answer.get("warnings"))
     if body["n_predict"]:
         assert set(answer["content"]) == set("abcd")
     if editor == "llama.vim":
         assert answer.keys() == {"content", "truncated", "tokens_cached", "warnings"}
         assert any("infill" in line for line in answer["warnings"])
+
+
+async def test_a_field_that_no_answer_has_is_said(make_client: MakeClient) -> None:
+    client = await make_client(next_token=next_letter, tokenizer=RepositoryTokenizer())
+
+    _, answer = await client.post("/infill", {**BODY, "response_fields": ["frob", "timings", "stop"]})
+    _, nothing = await client.post("/infill", {**BODY, "response_fields": ["frob"]})
+
+    said = ["response_fields: the answer has none of ['frob']"]
+    assert (answer, nothing) == ({"stop": True, "warnings": said}, {"warnings": said})
 
 
 def test_only_the_listed_samplers_run() -> None:
