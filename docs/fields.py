@@ -34,6 +34,7 @@ from brlite.dialects.fields import (
     UNUSUAL,
 )
 from brlite.dialects.llama_infill import InfillRequest
+from brlite.dialects.object_fields import Shape, shape_of
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
@@ -58,7 +59,8 @@ HEAD = """\
 
 Every field of the OpenAI, Anthropic, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in
 none of these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
-With `strict: true` (in a request, or `server.strict` for all) each warning is a 400 instead.
+With `strict: true` (in a request, or `server.strict` for all) each warning is a 400 instead. A field that is given
+twice in one object is a 400, and so is an object of more than 1,024 fields.
 
 This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do not edit it.
 
@@ -101,6 +103,17 @@ warning:
 | field | known to | accepted | instead |
 |---|---|---|---|
 """
+OBJECTS = """
+## In the objects of a request
+
+The same holds in objects, such as a message or a tool: a field that this server does not know is ignored, and the
+answer's `warnings` name it (`tools[].frob`) unless it is null. Objects of free content may have any fields: `metadata`,
+JSON schemas, arguments of calls, `chat_template_kwargs`, `documents` of a chat. These fields change no answer, and are
+accepted without a warning, since clients send them by default or send back what an answer had:
+
+| object | at | fields |
+|---|---|---|
+"""
 KINDS: dict[type[Any], str] = {
     inspect.IntType: "integer",
     inspect.FloatType: "number",
@@ -140,7 +153,7 @@ def render() -> str:
     ]
     obeyed += [OTHER, *other_names]
     others = [OTHERS, describe_rows(NOT_DECODED), ONE_ENDPOINT, describe_rows(OF_ONE_ENDPOINT)]
-    return "".join([HEAD, *obeyed, *others, GENERATION, describe_rows(OF_GENERATION)])
+    return "".join([HEAD, *obeyed, *others, GENERATION, describe_rows(OF_GENERATION), OBJECTS, *describe_objects()])
 
 
 def describe_value(name: str, endpoint: str) -> str:
@@ -154,6 +167,8 @@ def describe_value(name: str, endpoint: str) -> str:
 def describe_type(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.LiteralType):
         return " or ".join(f'"{value}"' for value in kind.values)
+    if isinstance(kind, inspect.Metadata):
+        return "object" if "holds" in (kind.extra or {}) else describe_type(kind.type)
     if isinstance(kind, inspect.UnionType):
         kinds = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
         has_number = any(isinstance(each, inspect.FloatType) for each in kinds)
@@ -162,10 +177,33 @@ def describe_type(kind: inspect.Type) -> str:
     return KINDS[type(kind)]
 
 
+def describe_objects() -> list[str]:
+    """Rows for the objects that may have fields without effect, each by the first of its paths."""
+    endpoints: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for endpoint, request in REQUESTS.items():
+        found, seen = [("", shape_of(request))], set[tuple[str, ...]]()
+        while found:  # an object may have others of its kind
+            path, shape = found.pop(0)
+            if shape.no_effect and shape.no_effect not in seen:
+                endpoints.setdefault((path, shape.no_effect), []).append(endpoint)
+            if not shape.no_effect or shape.no_effect not in seen:
+                found[:0] = inner_shapes(path, shape)
+            seen.add(shape.no_effect)
+    return [
+        f"| `{path}` | {', '.join(at)} | {', '.join(f'`{name}`' for name in names)} |\n"
+        for (path, names), at in endpoints.items()
+    ]
+
+
+def inner_shapes(path: str, shape: Shape) -> list[tuple[str, Shape]]:
+    items = [] if shape.item is None else [(f"{path}[]", shape.item)]
+    return [*items, *((f"{path}.{name}".lstrip("."), inner) for name, inner in shape.inner.items())]
+
+
 def show_default(name: str) -> str:
     default = PARAMETERS[name].default if name in PARAMETERS else None
     if name == "max_tokens":
-        return "completions: 16"
+        return "completions, infill: 16"
     return "" if default in (None, {}, ()) else f"`{json.dumps(default)}`"
 
 

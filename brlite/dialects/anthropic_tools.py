@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Struct
@@ -28,7 +28,10 @@ _INDEX = re.compile(r"\btools\[(\d+)\]")
 
 
 class MessagesTool(Struct, kw_only=True):
-    """A tool of any type. Other keys (`cache_control`, `defer_loading`) are ignored: the model gets all tools."""
+    """A tool of any type. The model gets all tools, at once."""
+
+    no_effect: ClassVar = ("cache_control", "defer_loading", "eager_input_streaming")
+    left_out: ClassVar = SERVER_TOOLS
 
     name: str | None = None
     type: str | None = None

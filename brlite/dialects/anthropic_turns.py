@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Raw, Struct, field
 
 from brlite.dialects.fields import not_text
 from brlite.dialects.json_body import decode_value, missing_field
+from brlite.dialects.object_fields import holds
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -42,7 +43,10 @@ TOOL_USE_PREFIX = "toolu_"
 
 
 class InputBlock(Struct):
-    """A block of any type. Other keys (`cache_control`, `signature`, `caller`) are ignored."""
+    """A block of any type."""
+
+    no_effect: ClassVar = ("cache_control", "caller", "signature", "toolset_name")
+    left_out: ClassVar = tuple(DROPPED_BLOCKS)
 
     type: str
     text: str | None = None
@@ -51,16 +55,18 @@ class InputBlock(Struct):
     name: str | None = None
     input: Raw = field(default_factory=lambda: Raw(b"null"))
     tool_use_id: str | None = None
-    content: Raw = field(default_factory=lambda: Raw(b"null"))
+    content: Annotated[Raw, holds(str | list[InputBlock])] = field(default_factory=lambda: Raw(b"null"))
     is_error: bool | None = None
-    source: Raw = field(default_factory=lambda: Raw(b"null"))
+    source: Annotated[Raw, holds(DocumentSource)] = field(default_factory=lambda: Raw(b"null"))
     title: str | None = None
     context: str | None = None
-    citations: Raw = field(default_factory=lambda: Raw(b"null"))
+    citations: Annotated[Raw, holds(Citations)] = field(default_factory=lambda: Raw(b"null"))
 
 
 class DocumentSource(Struct):
     """The text of a document: `data` of the type text, `content` of the type content."""
+
+    no_effect: ClassVar = ("media_type",)
 
     type: str
     data: str | None = None

@@ -15,6 +15,7 @@ from brlite import errors
 
 SERVER_FAULT = "The server had an error while processing your request."
 MAX_MESSAGE_LENGTH = 2000
+MAX_PARAM_LENGTH = 200
 
 # The paths of Anthropic's API, with or without a prefix that the application is mounted under.
 _ANTHROPIC_PATH = re.compile(r"(?:.*/v1)?/+messages(?:[/?].*)?")
@@ -89,7 +90,8 @@ def error_body(error: BaseException, path: str = "", request_id: str = "") -> by
         # Agents match this text, and then shorten their history.
         message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
     status = status._replace(code=error_code(error))
-    return envelope(status, message, getattr(error, "param", None), path, request_id)
+    param = getattr(error, "param", None)
+    return envelope(status, message, param and param[:MAX_PARAM_LENGTH], path, request_id)
 
 
 def envelope(status: Status, message: str, param: str | None, path: str, request_id: str = "") -> bytes:

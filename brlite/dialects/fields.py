@@ -5,8 +5,9 @@ similar fields.
 the ranges and defaults of sampling parameters. `OTHER_NAMES` are aliases of sampling parameters. `UNUSUAL` are sampling
 parameters that the structs lack; they are read only if a body has them. A field of `NOT_DECODED` is accepted if its
 value cannot change the answer (with a warning if it is not null and neither OpenAI's nor Anthropic's API has the
-field), and refused by name if it can. Any other field is ignored, with a warning in the answer. docs/fields.md is
-generated from this file.
+field), and refused by name if it can. Any other field is ignored, with a warning in the answer; so is a field of an
+object in the request that its struct lacks, unless it is one of its `no_effect`. docs/fields.md is generated from this
+file.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from brlite.dialects.json_body import decode_value, given_twice
+from brlite.dialects.object_fields import MAX_FIELD_LENGTH
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
 MAX_REPORTED_FIELDS = 16
-MAX_FIELD_LENGTH = 64
 
 OPENAI, ANTHROPIC, VLLM, VLLM_04 = "OpenAI", "Anthropic", "vLLM", "vLLM 0.4"
 LLAMA_CPP, SGLANG, TEI = "llama.cpp", "SGLang", "TEI"
@@ -112,7 +113,12 @@ OBEYED = (
     ObeyedField("stream", ALL_FIVE, ALL_SIX),
     ObeyedField("stream_options", ALL_THREE, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
     ObeyedField("n", BOTH, EVERYBODY),
-    ObeyedField("max_tokens", (*BOTH, MESSAGES, INFILL), ALL_SIX, "messages: required"),
+    ObeyedField(
+        "max_tokens",
+        (*BOTH, MESSAGES, INFILL),
+        ALL_SIX,
+        "messages: required; infill, and completions with `echo`: 0, too",
+    ),
     ObeyedField("temperature top_p", ALL_FIVE, ALL_SIX),
     ObeyedField("presence_penalty frequency_penalty seed", ALL_FIVE, EVERYBODY),
     ObeyedField("stop", (*ALL_THREE, INFILL), EVERYBODY),
@@ -149,7 +155,7 @@ OBEYED = (
     ObeyedField("strict", (*ALL_FIVE, *OF_PROMPTS), (), "each warning of the answer is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
-    ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),
+    ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX, "messages: an object"),
     ObeyedField("parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
     ObeyedField(
@@ -395,7 +401,7 @@ def read_undecoded(given: Mapping[str, msgspec.Raw], fields: Collection[str], ow
 def check_undecoded(
     given: Mapping[str, msgspec.Raw], fields: Collection[str], *, generates: bool = True
 ) -> tuple[str, ...]:
-    """A warning for each top-level field that has no effect. `given` are those that the request's struct lacks.
+    """A warning for each field that has no effect. `given` are those that the request's structs lack, by their paths.
 
     Raises `InvalidRequest` for a known field whose value would change the answer; it names what to use of `fields`,
     those of the struct. With `generates` the endpoint generates text.

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, to_builtins
 
@@ -64,6 +64,8 @@ StopType = Literal["eos", "word", "limit", "none"]
 
 
 class ExtraFile(Struct):
+    no_effect: ClassVar = ("time",)  # llama.vim's
+
     text: str
     filename: str = "tmp"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Struct, structs
@@ -18,6 +18,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Priority, Timeout, Truncation, in_client_words
 from brlite.dialects.json_body import check_num_entries, decode_value, given_twice
+from brlite.dialects.object_fields import holds
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
@@ -66,13 +67,13 @@ class GenerationFields(Struct, kw_only=True):
 class StructuredFields(GenerationFields, kw_only=True):
     """The common fields, and those that constrain the answer. Values that may be objects stay encoded until needed."""
 
-    response_format: msgspec.Raw = NULL
+    response_format: Annotated[msgspec.Raw, holds(ResponseFormat)] = NULL
     guided_json: msgspec.Raw = NULL
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
-    structured_outputs: msgspec.Raw = NULL
+    structured_outputs: Annotated[msgspec.Raw, holds(VllmStructuredOutputs)] = NULL
     json_schema: msgspec.Raw = NULL
     grammar: str | None = None
     regex: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -58,7 +58,9 @@ FUNCTION_CALL_ID = "call_function"  # for a call in the older `function_call` fo
 
 
 class ContentPart(Struct):
-    """A part of a message's content. Only text is supported; other keys are ignored."""
+    """A part of a message's content. Only text is supported."""
+
+    no_effect: ClassVar = ("annotations", "cache_control", "logprobs", "parsed", "prompt_cache_breakpoint")
 
     type: str
     text: str | None = None
@@ -66,8 +68,12 @@ class ContentPart(Struct):
 
 
 class ChatMessage(Struct):
-    """A turn of a chat. Other keys are ignored: clients send back those of other servers' answers (`id`,
-    `annotations`)."""
+    """A turn of a chat. Clients send back what other servers' answers have."""
+
+    no_effect: ClassVar = (
+        *("annotations", "id", "parsed"),  # OpenAI
+        *("provider_specific_fields", "reasoning_details", "thinking_blocks"),  # LiteLLM, OpenRouter
+    )
 
     role: str
     content: str | list[ContentPart] | None = None

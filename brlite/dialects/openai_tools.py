@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -24,6 +24,8 @@ _SCHEMA = msgspec.json.Decoder(dict[str, Any] | None)
 
 
 class ToolDefinition(Struct):
+    no_effect: ClassVar = ("cache_control",)
+
     type: str
     function: Tool | None = None
 
@@ -77,12 +79,16 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 class CalledFunction(Struct):
+    no_effect: ClassVar = ("parsed_arguments",)
+
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
 class TurnCall(Struct):
-    """A call in an assistant's turn. Other keys are ignored."""
+    """A call in an assistant's turn."""
+
+    no_effect: ClassVar = ("index",)
 
     function: CalledFunction
     id: str | None = None

@@ -5,7 +5,7 @@ Decodes a body to a `Generation`. Items, tools and the answer are in the other `
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -15,6 +15,7 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import NOTHING_MORE, OWN_PARAMETERS, not_supported
 from brlite.dialects.generation import Chat, Truncation
 from brlite.dialects.json_body import BodyDecoder, missing_field
+from brlite.dialects.object_fields import holds
 from brlite.dialects.openai import (
     GenerationFields,
     ReasoningEffort,
@@ -31,9 +32,9 @@ from brlite.dialects.responses_encoder import (
     ResponsesEncoder,
     encode_error,
 )
-from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
+from brlite.dialects.responses_items import InputItem, ItemReader, NothingStored, StoredResponses
 from brlite.dialects.responses_stored import FinishedResponse
-from brlite.dialects.responses_tools import decode_response_tools
+from brlite.dialects.responses_tools import ResponseTool, decode_response_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 from brlite.sampling_params import SamplingParams, StructuredOutput
@@ -83,7 +84,7 @@ class ReasoningConfig(Struct):
 
 
 class ResponsesRequest(GenerationFields, kw_only=True):
-    input: str | list[Raw] | None = None
+    input: str | list[Annotated[Raw, holds(InputItem)]] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -95,7 +96,7 @@ class ResponsesRequest(GenerationFields, kw_only=True):
     include: list[str] | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    tools: list[Raw] | None = None
+    tools: list[Annotated[Raw, holds(ResponseTool)]] | None = None
     tool_choice: str | ToolChoiceObject | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None

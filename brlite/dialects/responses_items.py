@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -84,9 +84,13 @@ class ItemTag(Struct):
 
 
 class InputItem(Struct, kw_only=True):
-    """An item of any kind. Other keys are ignored: clients send back those of an answer (`status`, `phase`)."""
+    """An item of any kind. Clients send back what an answer has."""
+
+    no_effect: ClassVar = ("caller", "parsed_arguments", "phase", "status")
+    left_out: ClassVar = tuple(HOSTED_ITEMS)
 
     type: str | None = None
+    id: str | None = None
     role: str | None = None
     content: str | list[ContentPart] | None = None
     call_id: str | None = None

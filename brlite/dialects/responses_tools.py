@@ -6,7 +6,7 @@ string.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
@@ -44,7 +44,10 @@ CUSTOM_PARAMETERS = msgspec.Raw(b'{"type":"object","properties":{"input":{"type"
 
 
 class ResponseTool(Struct, kw_only=True):
-    """A tool of any type. Other keys belong to hosted tools and are ignored."""
+    """A tool of any type. The model gets all tools, at once."""
+
+    no_effect: ClassVar = ("defer_loading", "output_schema")
+    left_out: ClassVar = tuple(DROPPED_TOOLS)
 
     type: str
     name: str | None = None
