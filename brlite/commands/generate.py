@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -118,7 +119,7 @@ def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
     if not line.lstrip().startswith("{"):
         return PromptJob(number, line, given)
     try:
-        fields: dict[str, Any] = json.loads(line)
+        fields: dict[str, Any] = json.loads(line, object_pairs_hook=_object)
         prompt = fields.pop("prompt")
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt must be a string")
@@ -130,6 +131,14 @@ def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
         raise ConfigError(f"line {number}: {error}") from None
     except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
         raise ConfigError(f"line {number} is not JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InvalidRequest(f"{name[:64]} is given twice in one object")
+    return fields
 
 
 @contextmanager

@@ -6,11 +6,10 @@ for the next load: if the server needs keys, it needs an operator's key.
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import BodyDecoder
 from brlite.errors import InvalidRequest, OperatorKeyRequired
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, KEYS
@@ -29,13 +28,13 @@ class ModelActionDone(Struct, kw_only=True):
     status: str
 
 
-_DECODER = msgspec.json.Decoder(ModelAction)
+_DECODER = BodyDecoder(ModelAction)
 
 
 async def load_model(request: web.Request) -> web.Response:
     """`POST /models/load`: responds when the model is in memory. Raises the same errors as a request to the model."""
     limits = request.app[CONFIG].limits
-    name = decode_json(await read_body(request, limits), _DECODER).model
+    name = _DECODER.decode(await read_body(request, limits))[0].model
     with admit(request, name) as model:
         model.keep()  # the later of an unload and a load counts
         await model.loaded(limits.max_wait_seconds, request[API_KEY].tenant)
@@ -44,7 +43,7 @@ async def load_model(request: web.Request) -> web.Response:
 
 async def unload_model(request: web.Request) -> web.Response:
     """`POST /models/unload`: responds at once. The model is unloaded as soon as no request uses it."""
-    name = decode_json(await read_body(request, request.app[CONFIG].limits), _DECODER).model
+    name = _DECODER.decode(await read_body(request, request.app[CONFIG].limits))[0].model
     if not (request.app[KEYS].is_open or request[API_KEY].is_admin):
         raise OperatorKeyRequired("models are unloaded with an operator's key (admin = true)")
     model = request.app[MODELS].find(name)

@@ -146,6 +146,14 @@ def test_a_line_that_is_no_json_is_named(line: str, tmp_path: Path) -> None:
         generate.generate(Config(), str(source), "-", {})
 
 
+def test_a_field_that_a_line_has_twice_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_text('{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}')
+
+    with pytest.raises(ConfigError, match="line 1: 1 is given twice in one object"):
+        generate.generate(Config(), str(source), "-", {})
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
 def test_answers_are_utf_8_in_any_locale(encoding: str) -> None:
     result = subprocess.run(
