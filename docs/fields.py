@@ -59,6 +59,7 @@ HEAD = """\
 
 Every field of the OpenAI, Anthropic, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in
 none of these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
+Numbers and lists may have a [limit](refusals.md#limits) below the largest value here.
 With `strict: true` (in a request, or `server.strict` for all) each warning is a 400 instead. A field that is given
 twice in one object is a 400, and so is an object of more than 1,024 fields.
 

@@ -156,7 +156,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: Annotated[
         int,
         _parameter(
-            "-1, 0 or a 64-bit integer, at least 1", "so many best tokens; -1 and 0: all", read=read_top_k, ge=-1
+            "-1, 0 or a 64-bit integer, at least 1",
+            "so many best tokens, at most the vocabulary's; -1 and 0: all",
+            read=read_top_k,
+            ge=-1,
         ),
     ] = -1
     min_p: Annotated[
