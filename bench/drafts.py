@@ -116,7 +116,10 @@ class Step(NamedTuple):
 
 
 class Times(NamedTuple):
-    """What a text took from its first token on: steps, seconds by the medians of such steps, and of processor time."""
+    """What a text took from the first token of its turn's last prompt on.
+
+    Steps, seconds by the medians of such steps, and seconds of processor time.
+    """
 
     num_steps: int = 0
     counted: float = 0.0
@@ -157,7 +160,7 @@ def _compare_texts(args: argparse.Namespace, stack: ExitStack) -> bool:
         if (model := engine._engine.draft_model) is not None:
             model.backend = LoggedBackend(model.backend, log, is_draft=True)
     texts, has_failed = _texts(engines[0].tokenizer, 1 if args.short else NUM_EACH), False
-    for num_streams in args.streams:
+    for num_streams in args.streams[:1] if args.short else args.streams:
         turns = [texts[first : first + num_streams] for first in range(0, len(texts), num_streams)]
         _turn(engines[0], turns[0], log)  # what is made once is made here
         done = [[_turn(engine, turn, log) for engine in engines] for turn in turns]
@@ -167,7 +170,7 @@ def _compare_texts(args: argparse.Namespace, stack: ExitStack) -> bool:
             Compared(text.kind, len(answer), *times)
             for turn, ((answers, plain), (_, drafted)) in zip(turns, done, strict=True)
             for text, answer, *times in zip(turn, answers, _times(plain, costs), _times(drafted, costs), strict=True)
-            if len(answer) > 1
+            if all(each.num_steps for each in times)
         ]
         print(_render(compared, costs, num_streams))
     return has_failed
@@ -231,6 +234,8 @@ def _render(compared: Sequence[Compared], costs: Mapping[StepKind, float], num_s
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for kind in (*KINDS, REPETITION, "any kind"):
         own = [each for each in compared if kind in (each.kind, "any kind")]
+        if not own:
+            continue
         cells = [f"{len(own)}, {kind}"]
         for field in ("counted", "processor"):
             ratios = [each.ratio(field) for each in own]
