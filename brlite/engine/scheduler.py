@@ -22,6 +22,7 @@ from brlite.engine.speculation import Speculation
 from brlite.engine.turns import TurnQueue
 
 Runs = dict[Sequence, int]  # the sequences of a step, each with the number of its tokens to compute
+_priority = attrgetter("state.priority")
 
 
 class Scheduler:
@@ -166,12 +167,12 @@ class Scheduler:
                 growing.append(seq)  # it needs one more block
         budget, last_start = self._paced_limits(prompts)
         num_held_back = self._max_num_batched_tokens - budget  # prompts do not get these tokens, drafts may
-        num_preemptions = self.num_preemptions
+        num_preemptions, victims = self.num_preemptions, list[Sequence]()
         budget -= len(scheduled)
         for seq in growing:
-            budget -= self._schedule_running(seq, budget, scheduled)
+            budget -= self._schedule_running(seq, budget, scheduled, victims)
         for seq in prompts:
-            budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
+            budget -= self._schedule_running(seq, self._share(seq, budget), scheduled, victims)
         # After a preemption blocks are scarce: a sequence admitted now would be preempted next.
         while budget > 0 and num_preemptions == self.num_preemptions and (matched := self._match_next()) is not None:
             if len(matched) * block_size > last_start:
@@ -224,8 +225,10 @@ class Scheduler:
         is_shorter_new = new is not None and new.num_tokens < num_left and self._match_next() is not None
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
-    def _schedule_running(self, seq: Sequence, budget: int, scheduled: Runs) -> int:
+    def _schedule_running(self, seq: Sequence, budget: int, scheduled: Runs, victims: list[Sequence]) -> int:
         """Schedule the sequence's tokens within the budget, and preempt the latest sequences if blocks are missing.
+
+        `victims` is one list for all calls of a step, at first empty: the running sequences, sorted only once.
 
         Returns the change in the step's number of tokens, negative if preemptions removed more than was added.
         """
@@ -234,7 +237,9 @@ class Scheduler:
             return 0
         returned = 0
         while not self._blocks.grow(seq, seq.num_scheduled_tokens + num_tokens):
-            victim = _latest_of_last_class(self.running)
+            if not victims:
+                victims += sorted(self.running, key=_priority)
+            victim = victims.pop()
             returned += scheduled.pop(victim, 0)
             self._stop(victim)
             self.waiting.put_back(victim)
@@ -289,7 +294,7 @@ class Scheduler:
         """
         if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
-        priority, latest = self.waiting.next.state.priority, _latest_of_last_class(self.running)
+        priority, latest = self.waiting.next.state.priority, max(reversed(self.running), key=_priority)
         if latest.state.priority > priority and self._match_next() is None:
             return latest, next(iter(self.waiting.tenants)), None
         if len(self.running) < self._max_num_seqs:
@@ -313,7 +318,8 @@ class Scheduler:
 
     def _stop(self, seq: Sequence) -> None:
         """Preempt a running sequence: free its blocks. The caller queues it."""
-        self.running.remove(seq)
+        place = next(place for place in reversed(range(len(self.running))) if self.running[place] is seq)
+        del self.running[place]  # mostly the last one
         self._blocks.release(seq)
         seq.status = "waiting"
         seq.waiting_since = self._now
@@ -362,11 +368,6 @@ def _depends_on_last_draw(seq: Sequence) -> bool:
     has_window = seq.counts is not None and seq.counts.is_windowed
     is_edited = has_window or seq.repetitions is not None or seq.processors is not None
     return is_edited or seq.matcher is not None or bool(seq.state.request.bad_words)
-
-
-def _latest_of_last_class(running: list[Sequence]) -> Sequence:
-    """The sequence to preempt first: the latest of those with the highest `priority` number."""
-    return max(reversed(running), key=lambda seq: seq.state.priority)
 
 
 def _sampling_input(seq: Sequence, position: int) -> SamplingInput:
