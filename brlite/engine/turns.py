@@ -24,14 +24,13 @@ class TurnQueue:
     Requests of one `priority` are a class; lower numbers come first. Methods without a sequence apply to the first
     class that has sequences. `next` stays the same until it is taken or removed, or an earlier class gets a sequence.
 
-    Operations take constant time, but for a class's first and last sequence, which take time linear in the classes, and
-    `next`, linear in the sequences that were put back.
+    Operations take time linear in the classes, not in the sequences.
     """
 
     def __init__(self) -> None:
         self._classes: dict[int, Tenants] = {}  # only classes with waiting sequences
         self._priorities: list[int] = []  # the keys of `_classes`, sorted
-        self._returned: OrderedDict[Sequence, None] = OrderedDict()
+        self._returned: dict[int, Group] = {}  # that were put back, by class; only classes with some
         self.num_waiting = 0
         self._last = ""  # the tenant that had the last turn
         self._num_in_a_row = 0  # how many turns it has had in a row
@@ -40,11 +39,11 @@ class TurnQueue:
     def has_turns(self) -> bool:
         """Whether sequences wait for a turn and no sequence that was put back comes before them."""
         seq = self.next
-        return seq is not None and seq not in self._returned
+        return seq is not None and self.waits_for_turn(seq)
 
     def waits_for_turn(self, seq: Sequence) -> bool:
         """Whether a sequence is queued and was not put back."""
-        return seq.status == "waiting" and seq not in self._returned
+        return seq.status == "waiting" and seq not in self._returned.get(seq.state.priority, ())
 
     @property
     def _tenants(self) -> Tenants:
@@ -68,9 +67,9 @@ class TurnQueue:
     @property
     def next(self) -> Sequence | None:
         """The sequence whose turn it is."""
-        returned = min(self._returned, key=lambda seq: seq.state.priority, default=None)
-        if returned is not None and (not self._priorities or returned.state.priority <= self._priorities[0]):
-            return returned
+        returned = min(self._returned, default=None)
+        if returned is not None and (not self._priorities or returned <= self._priorities[0]):
+            return next(iter(self._returned[returned]))
         if not self._priorities:
             return None
         groups = next(iter(self._tenants.values()))
@@ -92,8 +91,9 @@ class TurnQueue:
 
     def put_back(self, seq: Sequence) -> None:
         """Queue a sequence whose turn has come already, such as one that lost its blocks: before all of its class."""
-        self._returned[seq] = None
-        self._returned.move_to_end(seq, last=False)
+        returned = self._returned.setdefault(seq.state.priority, OrderedDict())
+        returned[seq] = None
+        returned.move_to_end(seq, last=False)
         self.num_waiting += 1
 
     def take(self, seq: Sequence) -> None:
@@ -101,7 +101,7 @@ class TurnQueue:
 
         A tenant keeps its turn until it has had as many in a row as its weight.
         """
-        is_turn = seq not in self._returned
+        is_turn = self.waits_for_turn(seq)
         self.remove(seq)
         request = seq.state.request
         tenants = self._classes.get(seq.state.priority, OrderedDict())
@@ -119,10 +119,13 @@ class TurnQueue:
     def remove(self, seq: Sequence) -> None:
         """Take out any sequence that waits."""
         self.num_waiting -= 1
-        if seq in self._returned:
-            del self._returned[seq]
-            return
         request, priority = seq.state.request, seq.state.priority
+        returned = self._returned.get(priority, OrderedDict())
+        if seq in returned:
+            del returned[seq]
+            if not returned:
+                del self._returned[priority]
+            return
         tenants = self._classes[priority]
         groups = tenants[request.tenant]
         del groups[request.group][seq]
@@ -136,9 +139,13 @@ class TurnQueue:
 
     def change_class(self, state: RequestState, priority: int) -> None:
         """Move a request's waiting sequences to another class, and give it the next turn there."""
-        waiting = list(filter(self.waits_for_turn, state.sequences))
+        waiting = [seq for seq in state.sequences if seq.status == "waiting"]
+        returned = [seq for seq in waiting if not self.waits_for_turn(seq)]
         for seq in waiting:
             self.remove(seq)
         state.priority = priority
         for seq in reversed(waiting):
-            self.add(seq, is_first=True)
+            if seq in returned:
+                self.put_back(seq)
+            else:
+                self.add(seq, is_first=True)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 
 from brlite.config.options import LimitsConfig
+from brlite.engine.request import Request
+from brlite.engine.turns import TurnQueue
 from brlite.errors import QueueFull, QueueTimeout
+from brlite.sampling_params import SamplingParams
 from tests.engine.conftest import PATIENT, Driver
 from tests.fakes import reference_tokens
 
@@ -289,3 +293,20 @@ def test_a_request_that_has_not_begun_waits_for_earlier_classes_and_then_is_refu
 
     assert isinstance(driver.errors[behind], QueueTimeout)
     assert driver.engine.stats.promotions == 0
+
+
+def test_what_was_put_back_changes_its_class_with_its_request() -> None:
+    turns = TurnQueue()
+    request = Request(request_id="r", prompt_token_ids=[1], params=SamplingParams())
+    first, last = (Mock(status="waiting", state=Mock(request=request, priority=priority)) for priority in (1, 5))
+    for seq in (first, last):
+        seq.state.sequences = [seq]
+        turns.put_back(seq)
+    assert turns.next is first
+
+    turns.change_class(last.state, 0)
+    assert turns.next is last
+
+    turns.take(last)
+    turns.take(first)
+    assert (turns.next, turns.num_waiting) == (None, 0)
