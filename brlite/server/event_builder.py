@@ -90,8 +90,13 @@ class EventBuilder:
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
                 events += [event] if choice.parser is None else self._read(event, choice.parser)
-            if call.echoed_text and not choice.is_echoed:
-                events[num_events:] = self._with_echo(choice, events[num_events:])
+            if call.echoed_text and not choice.is_echoed and len(events) > num_events:
+                choice.is_echoed = True
+                if choice.parser is None:
+                    first = events[num_events]
+                    events[num_events] = structs.replace(first, text=call.echoed_text + first.text)
+                else:  # the text of the continued message is not parsed
+                    events.insert(num_events, Event(choice=choice.index, text=call.echoed_text))
             if self._returns_tokens:
                 choice.unsent_token_ids += completion.token_ids
                 events[num_events:] = self._with_tokens(choice, output, events[num_events:])
@@ -135,16 +140,6 @@ class EventBuilder:
             parsers = (each.parser for each in self._choices.values())
             warnings |= dict.fromkeys(line for parser in parsers if parser for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
-
-    def _with_echo(self, choice: Choice, events: list[Event]) -> list[Event]:
-        """A choice's first events, with the text of the continued message before them. That text is not parsed."""
-        if not events:
-            return events
-        choice.is_echoed = True
-        text = self._call.echoed_text
-        if choice.parser is None:
-            return [structs.replace(events[0], text=text + events[0].text), *events[1:]]
-        return [Event(choice=choice.index, text=text), *events]
 
     def _with_tokens(self, choice: Choice, output: RequestOutput, events: list[Event]) -> list[Event]:
         """Add the token ids and prompt logprobs that the call requests to a choice's new events, if there are any."""
