@@ -22,6 +22,8 @@ from tests.tiny_models import NETWORKS, TINY_CONFIGS, tiny_tensors, write_tiny_m
 
 NUM_BLOCKS = LENGTH // BLOCK_SIZE
 SCATTERED = list(range(2 * NUM_BLOCKS, 0, -2))
+# Torch adds up products of one row and of many in different orders: with AVX-512 logits differed by 1.02e-5.
+SAME_LOGITS = 5e-5
 REFERENCES = {"baichuan": reference_baichuan.logits, "chatglm": reference_chatglm.logits}
 
 
@@ -81,7 +83,7 @@ def test_sliding_window_hides_what_is_further_back() -> None:
 
     narrow, wide = (Runner(load_tiny(model)).whole(token_ids, SCATTERED) for model in ("mistral-window", "mistral"))
 
-    assert max_difference(narrow[:11], wide[:11]) <= 1e-5
+    assert max_difference(narrow[:11], wide[:11]) <= SAME_LOGITS
     assert max_difference(narrow[11:], wide[11:]) > 0.1
 
 
@@ -92,7 +94,7 @@ def test_chunked_prompt_gives_the_same_logits_as_a_whole_one(decoder: Decoder, s
 
     logits = Runner(decoder).chunked(token_ids, SCATTERED, sizes)
 
-    assert max_difference(logits, expected) <= 1e-5
+    assert max_difference(logits, expected) <= SAME_LOGITS
 
 
 def test_blocks_shared_by_two_sequences_serve_both_as_their_own_would(decoder: Decoder) -> None:
@@ -104,7 +106,7 @@ def test_blocks_shared_by_two_sequences_serve_both_as_their_own_would(decoder: D
 
     logits = runner.step([(len(prefix), token_ids[len(prefix) :], [4, 7, 1, *range(33, 40)])])[0]
 
-    assert max_difference(logits, expected) <= 1e-5
+    assert max_difference(logits, expected) <= SAME_LOGITS
 
 
 def test_sequences_in_one_step_compute_what_each_would_alone(decoder: Decoder) -> None:
@@ -120,7 +122,7 @@ def test_sequences_in_one_step_compute_what_each_would_alone(decoder: Decoder) -
     logits = together.step(pieces)
 
     for row, piece in zip(logits, pieces, strict=True):
-        assert max_difference(row, apart.step([piece])[0]) <= 1e-5
+        assert max_difference(row, apart.step([piece])[0]) <= SAME_LOGITS
 
 
 def test_an_unwritten_slot_of_a_reused_block_never_shows_even_if_a_nan_was_there(decoder: Decoder) -> None:
@@ -134,7 +136,7 @@ def test_an_unwritten_slot_of_a_reused_block_never_shows_even_if_a_nan_was_there
 
     logits = runner.whole(token_ids, [5, 6])
 
-    assert max_difference(logits, expected) <= 1e-5
+    assert max_difference(logits, expected) <= SAME_LOGITS
 
 
 @pytest.mark.parametrize("name", NETWORKS)
