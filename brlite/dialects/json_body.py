@@ -25,7 +25,6 @@ MAX_PROBLEM_LENGTH = 160
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 # A pair of surrogates, half of one (the group), or any other escape.
 _ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
-_compact = functools.partial(msgspec.json.format, indent=-1)
 _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -54,12 +53,13 @@ class BodyDecoder(Generic[T]):
             text.isascii() or text.decode()  # msgspec does not check the UTF-8 of values that it skips
             decoded = self._decoder.decode(text)
             known = msgspec.json.encode(self._skeleton.decode(text))
-            if len(known) == len(text) or len(_compact(known)) == len(_compact(text)):
-                return decoded, {}
         except DECODE_ERRORS:
             decoded, known = decode_json(body, self._decoder), b"{}"
+        if len(known) == len(text):
+            return decoded, {}
         try:
-            return decoded, find_unknown(text, self._shape, known)
+            text, known = msgspec.json.format(text, indent=-1), msgspec.json.format(known, indent=-1)
+            return decoded, find_unknown(text, self._shape, known) if len(known) < len(text) else {}
         except RecursionError:
             raise _not_json("it is nested too deeply", "") from None
 

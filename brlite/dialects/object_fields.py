@@ -108,18 +108,17 @@ def skeleton(shape: Shape, depth: int = MAX_DEPTH) -> Any:
 def find_unknown(body: bytes, shape: Shape, known: bytes) -> dict[str, Raw]:
     """The fields that no struct declares, by their paths, such as `tools[].frob`, each with its first value.
 
-    Those that are null are left out, except for the body's own. `body` is an object that is valid for the type, without
-    space around it, and `known` is what its skeleton keeps. Raises `InvalidRequest` for a field that an object has
+    Those that are null are left out, except for the body's own. `body` is an object that is valid for the type, and
+    `known` is what its skeleton keeps, both without spaces. Raises `InvalidRequest` for a field that an object has
     twice, and for too many fields or objects.
     """
+    # Escapes may be all that differs. Object by object, the search takes ten times as long.
+    if not (num_others := _num_keys(body) - _num_keys(known)):
+        return {}
     fields = _FIELDS.decode(body)
     check_num_fields(fields)
     others = {name: raw for name, raw in fields.items() if name not in shape.names}
-    if others:
-        known = known[:-1] + b"," * (len(known) > 2) + msgspec.json.encode(others)[1:]
-    body, known = msgspec.json.format(body, indent=-1), msgspec.json.format(known, indent=-1)
-    # Only spaces and escapes differ. Object by object, the search takes ten times as long.
-    if len(known) == len(body) or _num_keys(known) == _num_keys(body):
+    if _num_keys(msgspec.json.encode(others)) == num_others:
         return others
     search = _Search()
     search.visit(body, shape, "", MAX_DEPTH)
@@ -127,8 +126,9 @@ def find_unknown(body: bytes, shape: Shape, known: bytes) -> dict[str, Raw]:
 
 
 def _num_keys(compact: bytes) -> int:
-    """In a string the quote is escaped; a key may end with a backslash, which is escaped, too."""
-    return compact.count(b'":') - compact.count(b'\\":') + compact.count(b'\\\\":')
+    """The keys of all objects. In a string the quote is escaped, by an odd number of backslashes."""
+    compact = compact.replace(b"\\\\", b"__")
+    return compact.count(b'":') - compact.count(b'\\":')
 
 
 def check_num_fields(fields: Mapping[str, Raw], path: str = "") -> None:

@@ -289,7 +289,7 @@ def test_a_body_of_known_fields_is_not_searched(monkeypatch: pytest.MonkeyPatch,
     def never(*args: object) -> Any:
         raise AssertionError("it is searched")
 
-    monkeypatch.setattr("brlite.dialects.json_body.find_unknown", never)
+    monkeypatch.setattr("brlite.dialects.object_fields._Search.visit", never)
     body = {
         "messages": [{"role": "user", "content": "é"}],
         "n": 2,
@@ -327,6 +327,9 @@ def unknown(body: str) -> list[str]:
         ('{"m\\u0065ssages":[],"\\u006e":1}', []),
         ('{"messages":[{"role":"user","fr\\u006fb" : 1,"\\\\":1}]}', ["messages[].\\", "messages[].frob"]),
         ('{"messages":[{"role":"user"' + ',"a":{"role":1}' + '}],"a":1}', ["a", "messages[].a"]),
+        ('{"messages":[],"raw":["\\u005c\\":",{"name":"f","frob":1}]}', ["raw[].frob"]),
+        ('{"messages":[],"raw":["\\\\\\u0022:",{"name":"f","frob":1}]}', ["raw[].frob"]),
+        ('{"messages":[],"raw":["\\u00e9","\\\\:",{"name":"f","frob":1}]}', ["raw[].frob"]),
     ],
 )
 def test_fields_of_objects_that_no_struct_declares_come_by_their_paths(body: str, expected: list[str]) -> None:
@@ -344,6 +347,7 @@ def test_fields_of_objects_that_no_struct_declares_come_by_their_paths(body: str
         ('{"messages":[],"tools":[{"function":{"name":"f"},"function":{"name":"g"}}]}', "tools[].function"),
         ('{"messages":[],"raw":[{"name":"f" , "name":"f"}]}', "raw[].name"),
         ('{"messages":[],"extra":"a\\",\\"n\\":1","extra":"a"}', "extra"),
+        ('{"messages":[{"role":"user","role":"system"}],"raw":["\\u005c\\":"]}', "messages[].role"),
         ('{"messages":[],"' + "x" * 999 + '":1,"' + "x" * 999 + '":2}', "x" * 64),
     ],
 )
@@ -436,7 +440,7 @@ def slow_search(body: str) -> list[str] | str:
 @given(
     message=objects("role", st.just('"user"')),
     tool=objects("function", objects("name", st.just('"f"'))),
-    more=st.sampled_from(["", ',"frob":null', ',"extra":{"a":1,"a":2}', ',"n":1,"n":2']),
+    more=st.sampled_from(["", ',"frob":null', ',"raw":["\\u005c\\":"]', ',"extra":{"a":1,"a":2}', ',"n":1,"n":2']),
 )
 @settings(max_examples=100)
 def test_the_search_agrees_with_a_slow_one(message: str, tool: str, more: str) -> None:
