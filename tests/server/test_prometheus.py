@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,24 @@ async def run_prometheus(folder: Path, *targets: str) -> AsyncIterator[str]:
         f"--web.listen-address=127.0.0.1:{port}",
         stderr=asyncio.subprocess.DEVNULL,
     )
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{port}"
+        await ready(url)
+        yield url
     finally:
         process.terminate()
         await process.wait()
+
+
+async def ready(url: str) -> None:
+    """Return when it answers queries: it listens earlier, and says 503 until then."""
+    async with aiohttp.ClientSession() as session, asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with session.get(f"{url}/-/ready") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.1)
 
 
 async def found(session: aiohttp.ClientSession, url: str, query: str) -> list[Any]:
@@ -114,14 +127,11 @@ async def found(session: aiohttp.ClientSession, url: str, query: str) -> list[An
     loop = asyncio.get_running_loop()
     deadline = loop.time() + PATIENCE_SECONDS
     while loop.time() < deadline:
-        try:
-            async with session.get(f"{url}/api/v1/query", params={"query": query}) as response:
-                answer = await response.json(content_type=None)
-            assert answer["status"] == "success", answer
-            if answer["data"]["result"]:
-                return list(answer["data"]["result"])
-        except aiohttp.ClientError:
-            pass  # it has not begun to listen
+        async with session.get(f"{url}/api/v1/query", params={"query": query}) as response:
+            answer = await response.json(content_type=None)
+        assert answer["status"] == "success", answer
+        if answer["data"]["result"]:
+            return list(answer["data"]["result"])
         await asyncio.sleep(0.2)
     raise AssertionError(f"{query} found nothing")
 
