@@ -16,6 +16,8 @@ from tests.process.servers import BRLITE, TOY
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
+EMPTY_PROMPT = "\n>\n"
+
 
 class Tmux:
     """A tmux server of its own, with one window of 80 × 24 characters."""
@@ -36,19 +38,24 @@ class Tmux:
             time.sleep(0.05)
         return screen
 
+    def type(self, *keys: str) -> None:
+        """Press keys, once there is a prompt: before it the terminal itself shows what is typed."""
+        self.screen_with(EMPTY_PROMPT)
+        self("send-keys", *keys)
+
 
 @pytest.fixture
 def tmux(tmp_path: Path) -> Iterator[Tmux]:
     terminal = Tmux(tmp_path / "tmux", [BRLITE, "chat", *TOY, "--max-tokens", "6"])
-    terminal.screen_with("/help shows the commands")
+    assert "/help shows the commands" in terminal.screen_with(EMPTY_PROMPT)
     yield terminal
     terminal("kill-server")
 
 
 def test_keys_of_a_terminal_edit_the_line_and_its_history(tmux: Tmux) -> None:
-    tmux("send-keys", "hello wrld", "Left", "Left", "Left", "o", "Enter")
+    tmux.type("hello wrld", "Left", "Left", "Left", "o", "Enter")
     tmux.screen_with("[6 tokens")
-    tmux("send-keys", "Up", "Home", "oh ")
+    tmux.type("Up", "Home", "oh ")
 
     screen = tmux.screen_with("> oh hello world")
     assert "> hello world\n" in screen
