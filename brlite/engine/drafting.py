@@ -17,7 +17,7 @@ INITIAL_ACCEPTANCE = 0.2
 TIME_WEIGHT = 0.1  # weight of the last step in the running mean of step times
 NEWEST_WEIGHT = 0.2  # of the last draft token in `acceptance`: a right one starts drafting, a few wrong ones end it
 MARGIN = 1.2  # a draft token must yield its cost times this: the best of many estimates is often too high
-INITIAL_CREDIT, CREDIT_SHARE = 0.15, 0.02  # so wrong drafts cost an answer of 24 tokens at most 3 % of its time
+INITIAL_CREDIT, CREDIT_SHARE = 0.15, 0.02  # so wrong drafts cost a single answer of 24 tokens about 3 % of its time
 ROW_WEIGHT, FORGETTING = 0.03, 0.001  # in the cost of a row: the weight of the last step with drafts, and without
 MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 
@@ -32,7 +32,8 @@ class NgramDrafter:
     draft tokens, is measured without a trial: drafting starts as soon as a text repeats itself, and not before.
 
     `credit` is the most that the next draft may cost, in the time of a token without drafts. Each token of the answer
-    adds `CREDIT_SHARE`, each right draft token 1, and a draft takes its cost. So no text takes much longer with drafts.
+    adds `CREDIT_SHARE`, each right draft token 1, and a draft takes its cost. So a single text takes hardly longer with
+    drafts. Of several texts, each also waits for the drafts of the others.
     """
 
     def __init__(self, num_prompt_tokens: int) -> None:
