@@ -8,11 +8,14 @@ machine with one node nothing is done.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
 import platform
+from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,10 +27,10 @@ from brlite.process.machine import find_nodes, show_bytes
 logger = logging.getLogger(__name__)
 
 STRIPE_BYTES = 2**21  # on one node: a huge page
-MAX_PAGES = 2**14  # moved by one call: the system ends a call at the first page that it cannot move
+MOVED_BYTES = 2**26  # by one call: the system ends a call at the first page that it cannot move
 # The system calls move_pages and get_mempolicy, which the C library does not have.
 CALLS = {"x86_64": (279, 239), "aarch64": (239, 236)}
-MIN_SHARE = 0.75  # of its part, that a node has at least
+MAX_ELSEWHERE = 0.25  # of the weights, without a warning
 MOVE = 2  # MPOL_MF_MOVE: only pages that no other process maps
 DEFAULT, BIND, INTERLEAVE, LOCAL = 0, 2, 3, 4  # memory policies
 POLICY_FLAGS = 0b111 << 13
@@ -35,18 +38,30 @@ MAX_NODES = 1024
 
 
 class BoundThread:
-    """In a `with` block the calling thread runs on `cpus` only, and so do threads that it starts there, for good."""
+    """In a `with` block the calling thread runs on `cpus` only, and so do threads that it starts there, for good.
+
+    Where the system does not allow that, as after a change of the container's cpuset, the thread runs on any CPU from
+    then on. The log says so once.
+    """
 
     def __init__(self, cpus: Collection[int]) -> None:
-        self.cpus = cpus
+        self._cpus = cpus  # empty: it is not bound any more
         self._before: Collection[int] = ()
 
     def __enter__(self) -> None:
+        if not self._cpus:
+            return
         self._before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self.cpus)
+        try:
+            os.sched_setaffinity(0, self._cpus)
+        except OSError as error:
+            logger.warning("a rank's thread cannot be bound to CPUs of its NUMA nodes: %s", error.strerror)
+            self._cpus = ()
 
     def __exit__(self, *exception: object) -> None:
-        os.sched_setaffinity(0, self._before)
+        if self._cpus:
+            with suppress(OSError):  # none of them is allowed any more: the system has chosen others
+                os.sched_setaffinity(0, self._before)
 
 
 def rank_cpus(shard: Shard, num_threads: int, nodes: Mapping[int, Collection[int]]) -> frozenset[int]:
@@ -79,35 +94,39 @@ def place_weights(address: int, num_bytes: int) -> None:
             return
         usable = [node for node in nodes if policy in (DEFAULT, LOCAL) or node in allowed] or list(nodes)
         targets = [node for node in usable if nodes[node] or policy == INTERLEAVE] or usable
-        found = move_memory(address, num_bytes, targets)
+        found, num_elsewhere = move_memory(address, num_bytes, targets)
     except OSError as error:
-        logger.warning(
-            "the weights are not spread over NUMA %s: %s; a container needs the capability SYS_NICE for it",
-            *(_show(list(nodes)), error.strerror),
-        )
+        hint = "; a container needs the capability SYS_NICE for it" if error.errno == errno.EPERM else ""
+        logger.warning("the weights are not spread over NUMA %s: %s%s", _show(list(nodes)), error.strerror, hint)
         return
     lie = ", ".join(f"{show_bytes(found[node])} on NUMA node {node}" for node in sorted(found))
-    if min(found.get(node, 0) for node in targets) < MIN_SHARE * sum(found.values()) / len(targets):
+    if num_elsewhere > MAX_ELSEWHERE * sum(found.values()):
+        where = f"{show_bytes(num_elsewhere)} not on {_show(targets)} in turn"
         reason = "there is no room for more, or another process has them in memory"
-        logger.warning("weights: %s, and not as much as possible on %s: %s", lie, _show(targets), reason)
+        logger.warning("weights: %s, and %s: %s", lie, where, reason)
     else:
         logger.info("weights: %s", lie)
 
 
-def move_memory(address: int, num_bytes: int, nodes: list[int]) -> dict[int, int]:
-    """Move this process's memory to `nodes`, `STRIPE_BYTES` on each in turn. Returns node → bytes that lie there then.
+def move_memory(address: int, num_bytes: int, nodes: list[int]) -> tuple[dict[int, int], int]:
+    """Move this process's memory to `nodes`, `STRIPE_BYTES` on each in turn.
 
-    Raises `OSError` where the system does not allow it. Memory that was not touched yet does not count.
+    Returns node → bytes that lie there then, and how many of them were to lie elsewhere. Memory that was not touched
+    yet does not count. Raises `OSError` where the system does not allow it.
     """
-    pages = np.arange(address // mmap.PAGESIZE * mmap.PAGESIZE, address + num_bytes, mmap.PAGESIZE, dtype=np.uint64)
-    wanted = np.array(nodes, np.int32)[(pages // STRIPE_BYTES % len(nodes)).astype(np.intp)]
     # Linux 6.1 to 6.4 does not move pages that its own balancing of nodes watches, until they are read.
     np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))[:: mmap.PAGESIZE].max()
-    for first in range(0, len(pages), MAX_PAGES):
-        _move_pages(pages[first : first + MAX_PAGES], wanted[first : first + MAX_PAGES])
-    found = _move_pages(pages, None)
-    numbers, counts = np.unique(found[found >= 0], return_counts=True)
-    return {int(node): mmap.PAGESIZE * int(count) for node, count in zip(numbers, counts, strict=True)}
+    in_turn, end = np.array(nodes, np.int32), address + num_bytes
+    lie, num_elsewhere = Counter[int](), 0
+    for first in range(address // mmap.PAGESIZE * mmap.PAGESIZE, end, MOVED_BYTES):
+        pages = np.arange(first, min(end, first + MOVED_BYTES), mmap.PAGESIZE, dtype=np.uint64)
+        wanted = in_turn[(pages // STRIPE_BYTES % len(nodes)).astype(np.intp)]
+        _move_pages(pages, wanted)
+        found = _move_pages(pages, None)
+        num_elsewhere += mmap.PAGESIZE * int(np.count_nonzero((found != wanted) & (found >= 0)))
+        for node, count in zip(*np.unique(found[found >= 0], return_counts=True), strict=True):
+            lie[int(node)] += mmap.PAGESIZE * int(count)
+    return dict(lie), num_elsewhere
 
 
 def _move_pages(pages: npt.NDArray[np.uint64], nodes: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
