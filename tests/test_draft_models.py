@@ -197,9 +197,9 @@ def test_a_wrong_draft_table_is_one_line(tmp_path: Path, toml: str, problem: str
 
 
 def test_a_draft_model_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
-    config = make_config({**folders, "gone": Path("/nowhere/model")}, "gone")
+    config = make_config({**folders, "gone": Path("/proc/absent/model")}, "gone")
 
-    with pytest.raises(ModelError, match="draft: model path /nowhere/model does not exist"):
+    with pytest.raises(ModelError, match="draft: model path /proc/absent/model does not exist"):
         LLM(config=config)
 
 

@@ -175,7 +175,7 @@ def test_the_port_answers_before_the_model_is_loaded(smollm2_path: Path) -> None
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("arguments", [["--model", "/nowhere/at/all"], ["no-such-file.toml"]])
+@pytest.mark.parametrize("arguments", [["--model", "/proc/absent/model"], ["no-such-file.toml"]])
 def test_what_cannot_be_served_is_one_line_and_status_2(arguments: list[str], tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("brlite")), "serve", *arguments, "--port", "0"]
 

@@ -283,7 +283,7 @@ def test_progress_is_told_by_stage(folder: Path) -> None:
     [
         ({"build_seq": 4096}, ConfigError, "build_seq"),
         ({"vocab_size": 301}, (ConfigError, ModelError), "vocab_size"),
-        ({"path": "/nowhere"}, ModelError, "/nowhere"),
+        ({"path": "/proc/absent"}, ModelError, "/proc/absent"),
         ({"tensor_parallel": 5, "devices": (0, 1, 2, 3, 4)}, ConfigError, "tensor_parallel"),
     ],
 )

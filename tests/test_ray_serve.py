@@ -65,7 +65,7 @@ def test_an_application_needs_no_more_than_a_config() -> None:
         ({"replicas": "2"}, 'replicas = "2": no such field; did you mean min_replicas? allowed are config'),
         ({"max_replicas": "many"}, 'max_replicas = "many": allowed is a whole number'),
         ({"min_replicas": "2"}, "min_replicas = 2: allowed is max_replicas at most"),
-        ({"config": "/nowhere.toml"}, "/nowhere.toml: cannot be read"),
+        ({"config": "/proc/absent.toml"}, "/proc/absent.toml: cannot be read"),
         ({"config": {"model": [{"name": "a", "path": "/a"}, {"name": "b", "path": "/b"}]}}, "serves one model"),
         ({"config": {"upstream": [{"url": "http://a", "models": ["a"]}]}}, "serves one model"),
         ({"config": {"model": [{"load": "on_demand"}]}}, "allowed is start"),

@@ -70,7 +70,7 @@ def test_a_given_path_is_taken_without_asking_anyone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("/nowhere/absent", r"model path /nowhere/absent does not exist"),
+        ("/proc/absent/model", r"model path /proc/absent/model does not exist"),
         ("/" + "x" * 300, r"model path /x.*: File name too long"),
         ("~nobody-here/m", r"model path ~nobody-here/m: Could not determine home directory"),
     ],

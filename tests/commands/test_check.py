@@ -258,11 +258,11 @@ def test_more_ranks_than_heads_are_refused(tmp_path, model):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ('[keys]\nfile = "/nowhere/keys"', "/nowhere/keys"),
+        ('[keys]\nfile = "/proc/absent/keys"', "/proc/absent/keys"),
         ('[[key]]\nname = "a"\nenv = "NO_SUCH_KEY"', "NO_SUCH_KEY"),
         ('[keys]\nkeys = ["sk"]\n[[key]]\nname = "a"\nkey = "sk"', "each key needs its own"),
         (
-            '[[model]]\nname = "tiny"\npath = "MODEL"\nchat_template = "/nowhere/chat.jinja"\nbuild_seq = 64',
+            '[[model]]\nname = "tiny"\npath = "MODEL"\nchat_template = "/proc/absent/chat.jinja"\nbuild_seq = 64',
             "chat.jinja",
         ),
         ('[[model]]\nname = "tiny"\npath = "BROKEN"\nbuild_seq = 64', "model.safetensors"),
@@ -307,19 +307,19 @@ def test_contradictions_are_said_together(tmp_path, capsys):
 
 def test_all_models_that_are_wrong_are_said(tmp_path, capsys):
     (tmp_path / "config.toml").write_text(
-        '[[model]]\nname = "a"\npath = "/absent/a"\n[[model]]\nname = "b"\npath = "/absent/b"\n'
-        '[keys]\nfile = "/absent/keys"\n'
+        '[[model]]\nname = "a"\npath = "/proc/absent/a"\n[[model]]\nname = "b"\npath = "/proc/absent/b"\n'
+        '[keys]\nfile = "/proc/absent/keys"\n'
     )
 
     assert main(["check", str(tmp_path / "config.toml")]) == 2
 
     said = capsys.readouterr().err
-    assert all(path in said for path in ("/absent/a", "/absent/b", "/absent/keys"))
+    assert all(path in said for path in ("/proc/absent/a", "/proc/absent/b", "/proc/absent/keys"))
 
 
 def test_offline_a_config_of_another_machine_is_checked_by_its_fields(tmp_path, capsys):
     good = (
-        '[[model]]\nname = "a"\npath = "/absent/a"\n[keys]\nfile = "/absent/keys"\n'
+        '[[model]]\nname = "a"\npath = "/proc/absent/a"\n[keys]\nfile = "/proc/absent/keys"\n'
         '[[upstream]]\nurl = "http://10.0.0.1:1"\nmodels = ["c"]\n'
     )
     (tmp_path / "good.toml").write_text(good)

@@ -100,9 +100,9 @@ async def test_a_new_upstream_gets_requests_and_the_old_one_stays_what_it_was(st
         ("[server", "not valid TOML"),
         (TWO + "[proxy]\nmax_queued = -1", "proxy.max_queued = -1: allowed is "),
         (TWO + '[[key]]\nname = "team"\nenv = "NOBODY_SET_THIS"', "NOBODY_SET_THIS"),
-        (TWO + '[keys]\nfile = "/nowhere/keys"', "/nowhere/keys"),
+        (TWO + '[keys]\nfile = "/proc/absent/keys"', "/proc/absent/keys"),
         (TWO + 'api_key_env = "NOBODY_SET_THIS"', "NOBODY_SET_THIS"),
-        (TWO.replace("http:", "https:") + 'ca_file = "/nowhere/ca.pem"', "/nowhere/ca.pem"),
+        (TWO.replace("http:", "https:") + 'ca_file = "/proc/absent/ca.pem"', "/proc/absent/ca.pem"),
         ("", "no upstream would be left"),
     ],
 )

@@ -72,7 +72,7 @@ FLAGS = [
     ("serve --model", "expected one argument"),
     ("serve --model absent.gguf", "absent.gguf"),
     ("serve --model ./absent", "absent"),
-    ("serve --model /absent/model", "/absent/model"),
+    ("serve --model /proc/absent/model", "/proc/absent/model"),
     ("serve --max-model-len 4096", "did you mean --context?"),
     ("serve -c 4096", "did you mean --context?"),
     ("serve --ctx-size 4096", "did you mean --context?"),
@@ -339,7 +339,7 @@ def test_another_program_on_the_port_is_no_server_of_models(
 @pytest.mark.parametrize(
     "environment",
     [
-        {"HOME": "/absent"},
+        {"HOME": "/proc/absent"},
         {"BRLITE_ENGINE": " "},
         {"HOME": ""},
         {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0"},

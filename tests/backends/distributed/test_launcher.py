@@ -189,7 +189,10 @@ def test_a_secret_may_come_in_a_file(tmp_path: Path) -> None:
     ("environment", "message"),
     [
         ({"BRLITE_RANK_SECRET": "short"}, "BRLITE_RANK_SECRET: has 5 bytes; allowed are 16 to 4096"),
-        ({"BRLITE_RANK_SECRET_FILE": "/nowhere"}, "BRLITE_RANK_SECRET_FILE: /nowhere: cannot be read: No such file"),
+        (
+            {"BRLITE_RANK_SECRET_FILE": "/proc/absent"},
+            "BRLITE_RANK_SECRET_FILE: /proc/absent: cannot be read: No such file",
+        ),
         ({"BRLITE_RANK_SECRET_FILE": "/dev/null"}, "BRLITE_RANK_SECRET_FILE: /dev/null: has 0 bytes"),
         ({"BRLITE_RANK_SECRET_FILE": "/dev/zero"}, "BRLITE_RANK_SECRET_FILE: /dev/zero: has 4097 bytes"),
     ],

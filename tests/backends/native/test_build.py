@@ -123,8 +123,8 @@ def test_two_may_build_the_same_library_at_once(stub, sources, target):
 
 
 def test_a_compiler_that_cannot_be_started_is_reported(sources, target):
-    with pytest.raises(NativeUnavailable, match="No such file or directory: '/nowhere/compiler'"):
-        build_library(target, ["/nowhere/compiler"], sources=sources)
+    with pytest.raises(NativeUnavailable, match="No such file or directory: '/proc/absent/compiler'"):
+        build_library(target, ["/proc/absent/compiler"], sources=sources)
 
 
 def test_a_folder_that_cannot_be_made_is_reported(stub, sources, tmp_path):
@@ -232,7 +232,7 @@ command.run()
 """
 
 
-def install(folder: Path, compiler: list[str], built_before: Path = Path("/nowhere")) -> list[Path]:
+def install(folder: Path, compiler: list[str], built_before: Path = Path("/proc/absent")) -> list[Path]:
     """What setuptools leaves in `folder`."""
     environment = {**os.environ, "CXX": " ".join(compiler)}
     command = [sys.executable, "-c", INSTALL, str(folder), str(built_before)]
