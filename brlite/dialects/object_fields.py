@@ -21,7 +21,7 @@ from brlite.errors import InvalidRequest
 MAX_DEPTH = 6  # objects in objects: the body, a message, a tool's result, a document, its source, a block
 MAX_FIELDS = 1024  # of one object
 MAX_FIELD_LENGTH = 64  # of what an error or a warning shows
-MAX_SEARCHED = 8192  # objects of one body, in 30 ms; the longest chat has 4096 messages
+MAX_SEARCHED = 32_768  # fields and list items of one body, in 0.1 s at most; the longest chat has 4096 messages
 MAX_FOUND = 16  # fields in objects; no more are reported
 
 _KEY = re.compile(rb'[\s,{]*("[^"\\]*(?:\\.[^"\\]*)*")\s*:\s*', re.DOTALL)
@@ -151,23 +151,17 @@ class _Search:
         if not depth:
             return
         if data.startswith(b"[") and shape.item is not None:
-            for item in _ITEMS.decode(data):
-                if self._num_found and not self._num_left:
+            items = _ITEMS.decode(data)
+            self._count(len(items))
+            for item in items:
+                if self._is_enough:
                     return
                 self.visit(bytes(item), shape.item, f"{path}[]", depth)
-        if not shape.names or not data.startswith(b"{"):
+        if self._is_enough or not shape.names or not data.startswith(b"{"):
             return
-        if not self._num_left:
-            if self._num_found:
-                return
-            raise InvalidRequest(
-                f"a field of {path} is not known or is given twice; a request with such a field may have at most "
-                f"{MAX_SEARCHED} objects",
-                param=path,
-            )
-        self._num_left -= 1
         fields = _FIELDS.decode(data)
         check_num_fields(fields, path)
+        self._count(len(fields))
         if len(msgspec.json.encode(fields)) != len(data):
             _check_once(data, fields, path)
         if not fields.keys() <= shape.names and not _is_left_out(fields, shape):
@@ -177,11 +171,21 @@ class _Search:
                 place = join_path(path, name)
                 self._num_found += bool(path) and place not in self.unknown
                 self.unknown.setdefault(place, value)
-            if self._num_found >= MAX_FOUND:
-                self._num_left = 0
         for name, inner in shape.inner.items():
             if name in fields:
                 self.visit(bytes(fields[name]), inner, join_path(path, name), depth - 1)
+
+    @property
+    def _is_enough(self) -> bool:
+        return self._num_found >= MAX_FOUND or (self._num_found > 0 and self._num_left <= 0)
+
+    def _count(self, num_values: int) -> None:
+        self._num_left -= num_values
+        if self._num_left < 0 and not self._num_found:
+            raise InvalidRequest(
+                "a field is not known or is given twice. It cannot be named: the objects of the request have more than "
+                f"{MAX_SEARCHED} fields and list items"
+            )
 
 
 def _is_left_out(fields: Mapping[str, Raw], shape: Shape) -> bool:

@@ -363,13 +363,14 @@ def test_what_is_free_content_may_have_a_key_twice() -> None:
 
 
 def test_the_search_is_bounded() -> None:
-    many = '{"role":"user"},' * 8_200 + '{"role":"user","frob":1}'
+    many = '{"role":"user"},' * 16_400 + '{"role":"user","frob":1}'
     deep = '{"messages":[],"tree":' + '{"tree":' * 300 + '{"frob":1}' + "}" * 301
 
     assert unknown(deep) == []  # what decodes requests refuses this depth
     assert unknown('{"messages":[{"role":"user","frob":1},' + many + "]}") == ["messages[].frob"]
     for body, said in (
-        ('{"messages":[' + many + "]}", "at most 8192 objects"),
+        ('{"messages":[' + many + "]}", "more than 32768 fields"),
+        ('{"messages":[{"role":"user","frob":null}],"raw":[' + "1," * 32_767 + "1]}", "more than 32768 fields"),
         ('{"messages":[],' + ",".join(f'"x{index}":1' for index in range(1025)) + "}", "must have at most 1024 fields"),
     ):
         with pytest.raises(InvalidRequest, match=said):
