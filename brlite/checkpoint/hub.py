@@ -51,10 +51,10 @@ class HuggingFaceHub:
 
     def address(self) -> HubAddress:
         """Where to send requests. Raises `ModelError` in offline mode."""
-        from huggingface_hub import get_token
-
         check_online()
         constants = settings()
+        from huggingface_hub import get_token
+
         try:
             token = "" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token() or ""
         except (OSError, ValueError) as error:

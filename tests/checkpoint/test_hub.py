@@ -27,7 +27,7 @@ from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
 from brlite.checkpoint.transfer import HubFile, OpenSpan, Transfer, Wanted
-from brlite.errors import ConfigError, ModelError
+from brlite.errors import ModelError
 from tests.checkpoint.hub_server import HubServer, files_of
 from tests.checkpoint.model_files import random_gguf_tensors, write_gguf
 from tests.limits import PATIENCE_SECONDS
@@ -582,15 +582,16 @@ def test_a_token_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tm
         HuggingFaceHub().address()
 
 
-def test_a_wrong_variable_of_the_library_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
+@pytest.mark.parametrize("method", ["cache", "address"])
+def test_a_wrong_variable_of_the_library_is_a_line(method: str) -> None:
+    """The library reads its variables once, so that this takes a process of its own."""
+    code = f"from brlite.checkpoint.hub import HuggingFaceHub; HuggingFaceHub().{method}()"
+    environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "abc"}
 
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "abc")
-    monkeypatch.delattr(huggingface_hub, "constants")
-    monkeypatch.delitem(sys.modules, "huggingface_hub.constants")
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stderr
 
-    with pytest.raises(ConfigError, match=r"HF_HUB_…, has a wrong value: invalid literal .* 'abc'"):
-        HuggingFaceHub().cache()
+    wrong = "a variable of Hugging Face's library, HF_HUB_…, has a wrong value: invalid literal"
+    assert said.splitlines()[-1].startswith(f"brlite.errors.ConfigError: {wrong}")
 
 
 def test_modelscope_is_chosen_by_the_environment(server: HubServer, tmp_path: Path) -> None:
