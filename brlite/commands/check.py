@@ -27,6 +27,7 @@ from brlite.config.render import render, toml_schema
 from brlite.config.validation import find_problems
 from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
 from brlite.errors import BrliteError, ConfigError
+from brlite.files.quoting import shown
 from brlite.http.keys import ApiKeys
 from brlite.models.precision import PRECISIONS
 from brlite.process.machine import find_memory, show_bytes
@@ -90,11 +91,12 @@ def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = Fals
     routes = [line for target in table for line in _describe_route(target, config.proxy)]
     lines = describe(config, reports, find_memory().available)
     note = ["offline: the files, the memory and the keys of the machine were not looked at"] if is_offline else []
-    print("\n".join([render(config), "", *routes, *lines, *note]), flush=True)
+    print(shown("\n".join([render(config), "", *routes, *lines, *note])), flush=True)
     if not dial:
         return 0
     results = asyncio.run(dial_all(table.upstreams, config.proxy))
-    print("\n".join(["", *(result.line for result in results)] if results else ["", "there is no upstream to dial"]))
+    lines = [result.line for result in results] or ["there is no upstream to dial"]
+    print(shown("\n".join(["", *lines])))
     return 0 if all(result.is_good for result in results) else 1
 
 

@@ -112,7 +112,7 @@ def find_own_config() -> Path | None:
         raise ConfigError(f"{DEFAULT_CONFIG} is not loaded by default: {reason}; to use it, give its name as CONFIG")
     # Printed, not logged: the file itself sets the log's level.
     lines = [f"using {DEFAULT_CONFIG.absolute()}", *sent_variables(load_config(DEFAULT_CONFIG))]
-    print("\n".join(f"brlite: {line}" for line in lines), file=sys.stderr, flush=True)
+    print("\n".join(f"brlite: {shown(line)}" for line in lines), file=sys.stderr, flush=True)
     return DEFAULT_CONFIG
 
 

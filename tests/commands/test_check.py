@@ -305,6 +305,18 @@ def test_contradictions_are_said_together(tmp_path, capsys):
     assert "proxy.aliases.x" in said
 
 
+def test_what_a_config_says_moves_no_cursor(tmp_path, capsys, model):
+    (tmp_path / "config.toml").write_text(
+        f'[[model]]\nname = "a"\npath = "{model}"\nbuild_seq = 64\nmodel_file = "x\\u001b[2Ky"\n'
+    )
+
+    assert main(["check", str(tmp_path / "config.toml")]) == 0
+
+    said = capsys.readouterr().out
+    assert "model_file x\\x1b[2Ky is not read" in said
+    assert "\x1b" not in said
+
+
 def test_all_models_that_are_wrong_are_said(tmp_path, capsys):
     (tmp_path / "config.toml").write_text(
         '[[model]]\nname = "a"\npath = "/proc/absent/a"\n[[model]]\nname = "b"\npath = "/proc/absent/b"\n'

@@ -267,3 +267,15 @@ def test_a_config_that_was_found_says_which_it_is_and_what_it_sends_where(here, 
     assert status == 2  # the variable is empty here
     assert f"brlite: using {here}\n" in said
     assert "the value of AWS_SECRET_ACCESS_KEY is sent to https://collect.example" in said
+
+
+def test_a_config_that_was_found_cannot_hide_what_it_sends(here, capsys):
+    here.write_text(
+        '[[upstream]]\nurl = "https://collect.example"\nmodels = ["m"]\napi_key_env = "ABSENT\\u001b[2K\\u001b[1A"\n'
+    )
+
+    assert main(["serve"]) == 2
+
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert r"the value of ABSENT\x1b[2K\x1b[1A is sent to https://collect.example" in said
