@@ -92,7 +92,10 @@ def run(request: ConversionRequest) -> int:
             obstacle = str(error)
     plan = _plan(request, name, checkpoint, model, packing)
     for source in (request.model_dir, request.traced or request.model_dir):
-        if plan.folder.exists() and plan.folder.samefile(source if source.is_dir() else source.parent):
+        files = source.iterdir() if source.is_dir() else (source,)  # they may be links, as in the hub's cache
+        if plan.folder.exists() and any(
+            file.exists() and plan.folder.samefile(file.resolve().parent) for file in files
+        ):
             raise ModelError(f"{plan.folder}: is what is to be converted; name another output_dir or model_name")
     check_folder(plan)
     finished = find_finished(plan)

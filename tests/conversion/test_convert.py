@@ -270,14 +270,20 @@ def test_a_bundle_can_be_converted_again(source: Path, tmp_path: Path, capsys: p
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("is_folder_linked", [True, False])
 def test_a_bundle_is_not_converted_onto_itself(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_folder_linked: bool, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its shards would be removed before they are read."""
     convert(source, tmp_path / "out")
     bundle, link = tmp_path / "out" / "someone--tiny", tmp_path / "link"
     before = sorted(bundle.iterdir())
-    link.symlink_to(bundle)
+    if is_folder_linked:
+        link.symlink_to(bundle)
+    else:
+        link.mkdir()
+        for file in before:
+            (link / file.name).symlink_to(file)
 
     assert convert(link, tmp_path / "out") == 2
 
