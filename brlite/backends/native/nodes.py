@@ -55,7 +55,9 @@ class BoundThread:
         try:
             os.sched_setaffinity(0, self._cpus)
         except OSError as error:
-            logger.warning("a rank's thread cannot be bound to CPUs of its NUMA nodes: %s", error.strerror)
+            logger.warning(
+                "a rank's thread runs on any CPU, for it cannot be bound to those of its NUMA nodes: %s", error.strerror
+            )
             self._cpus = ()
 
     def __exit__(self, *exception: object) -> None:

@@ -69,7 +69,7 @@ def test_a_thread_that_may_not_be_bound_runs_on_with_one_warning(caplog: pytest.
             assert os.sched_getaffinity(0) == before
 
     (record,) = caplog.records
-    assert "cannot be bound to CPUs of its NUMA nodes: Invalid argument" in record.message
+    assert "cannot be bound to those of its NUMA nodes: Invalid argument" in record.message
 
 
 def test_a_thread_whose_former_cpus_are_gone_is_left_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
