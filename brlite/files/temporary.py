@@ -83,7 +83,9 @@ def sweep(folder: Path, name: str = "") -> None:
 
 def _cut(name: str) -> str:
     """What a temporary name has of its file's name, which may be as long as the system allows."""
-    return os.fsdecode(os.fsencode(name)[:MAX_NAME_BYTES])
+    encoded = os.fsencode(name)
+    # Half a character would be no name on macOS and Windows.
+    return name if len(encoded) <= MAX_NAME_BYTES else encoded[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _lock(handle: int) -> None:

@@ -96,7 +96,9 @@ def test_a_name_as_long_as_the_system_allows_has_temporary_ones(tmp_path):
     target = tmp_path / ("é" * 127)  # 254 bytes
 
     write_whole(target, b"content")
-    os.close(create_temporary(target)[0])
+    handle, temporary = create_temporary(target)
+    os.close(handle)
+    assert temporary.name.startswith("é" * 120 + ".")  # no half character
     sweep(tmp_path, target.name)
 
     assert list(tmp_path.iterdir()) == [target]
