@@ -13,6 +13,7 @@ from pathlib import Path
 import brlite
 from brlite.backends.native.build import find_compiler
 from brlite.backends.native.library import NativeLibrary, find_library, run_self_tests
+from brlite.backends.native.nodes import show_nodes
 from brlite.backends.sizes import known_sizes
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
@@ -107,9 +108,10 @@ def describe_nodes(nodes: Mapping[int, Collection[int]]) -> str:
         return "1"
     shown = ", ".join(f"node {node} with {len(cpus)} CPUs" for node, cpus in nodes.items())
     targets = [node for node, cpus in nodes.items() if cpus] or list(nodes)
+    where = show_nodes(targets)
     if len(targets) == 1:
-        return f"{shown}; the weights are kept on node {targets[0]}"
-    return f"{shown}; weights are spread over them; tensor_parallel = {len(targets)} gives each its own"
+        return f"{shown}; the weights are kept on {where}"
+    return f"{shown}; weights are spread over {where}; tensor_parallel = {len(targets)} gives each its own"
 
 
 def _torch() -> Findings:

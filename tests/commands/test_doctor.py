@@ -41,9 +41,9 @@ def test_findings_are_aligned_under_their_section():
         ({}, "1"),
         ({0: {0}, 1: set()}, "node 0 with 1 CPUs, node 1 with 0 CPUs; the weights are kept on node 0"),
         (
-            {0: {0, 1}, 1: {2, 3}},
-            "node 0 with 2 CPUs, node 1 with 2 CPUs; "
-            "weights are spread over them; tensor_parallel = 2 gives each its own",
+            {0: {0, 1}, 1: {2, 3}, 2: set()},
+            "node 0 with 2 CPUs, node 1 with 2 CPUs, node 2 with 0 CPUs; "
+            "weights are spread over nodes 0 and 1; tensor_parallel = 2 gives each its own",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def rank_cpus(shard: Shard, num_threads: int, nodes: Mapping[int, Collection[int
     if own == computing:
         return frozenset()
     cpus = frozenset(cpu for node in own for cpu in nodes[node])
-    found = f"rank {shard.rank} of {shard.size}: {num_threads} threads, NUMA {_show(own)} with {len(cpus)} CPUs"
+    found = f"rank {shard.rank} of {shard.size}: {num_threads} threads, NUMA {show_nodes(own)} with {len(cpus)} CPUs"
     if len(cpus) < num_threads:
         logger.warning("%s: too few, so its threads run on any node", found)
         return frozenset()
@@ -99,11 +99,11 @@ def place_weights(address: int, num_bytes: int) -> None:
         found, num_elsewhere = move_memory(address, num_bytes, targets)
     except OSError as error:
         hint = "; a container needs the capability SYS_NICE for it" if error.errno == errno.EPERM else ""
-        logger.warning("the weights are not spread over NUMA %s: %s%s", _show(list(nodes)), error.strerror, hint)
+        logger.warning("the weights are not spread over NUMA %s: %s%s", show_nodes(list(nodes)), error.strerror, hint)
         return
     lie = ", ".join(f"{show_bytes(found[node])} on NUMA node {node}" for node in sorted(found))
     if num_elsewhere > MAX_ELSEWHERE * sum(found.values()):
-        where = f"{show_bytes(num_elsewhere)} not on {_show(targets)} in turn"
+        where = f"{show_bytes(num_elsewhere)} not on {show_nodes(targets)} in turn"
         reason = "there is no room for more, or another process has them in memory"
         logger.warning("weights: %s, and %s: %s", lie, where, reason)
     else:
@@ -157,7 +157,7 @@ def _call(index: int, *arguments: Any) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _show(nodes: list[int]) -> str:
+def show_nodes(nodes: list[int]) -> str:
     """`node 0`, `nodes 0 and 1`, `nodes 0, 1 and 2`."""
     *first, last = map(str, nodes)
     return f"nodes {', '.join(first)} and {last}" if first else f"node {last}"
