@@ -199,9 +199,12 @@ class Reloader:
 
     def _stamps(self) -> Stamps:
         """Time, size and inode of each file that the config was read from. None for a missing file."""
-        keys_file = self.config.keys.file
+        files, keys_file = [*self._source.files], self.config.keys.file
+        if keys_file is not None:
+            with suppress(OSError):  # `~user`, and users cannot be looked up now: reading the config reports it
+                files.append(expand_home(keys_file))
         stamps: dict[Path, tuple[int, int, int] | None] = {}
-        for path in (*self._source.files, *((expand_home(keys_file),) if keys_file is not None else ())):
+        for path in files:
             try:
                 found = path.stat()
                 stamps[path] = found.st_mtime_ns, found.st_size, found.st_ino

@@ -18,6 +18,7 @@ from brlite.commands.reload import ConfigSource, FileWatch, Reloader
 from brlite.config.load import load_config
 from brlite.config.options import Config
 from brlite.errors import ConfigError, ModelNotFound, Unauthorized
+from brlite.files.cache import expand_home
 from brlite.http.keys import ApiKeys
 from brlite.proxy.forwarder import Forwarder
 from brlite.server.served_model import ModelTable, ServedModel
@@ -138,6 +139,26 @@ async def test_a_file_that_cannot_be_looked_at_changes_nothing_and_is_followed_o
         await eventually(lambda: running.models == ["a", "b"])
 
     assert log()[0].startswith("the config stays as it was: [Errno")
+
+
+async def test_a_home_that_cannot_be_looked_up_for_a_while_ends_no_following(
+    start, log, eventually, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "keys").write_text("sk-one\n")
+    running = start(ONE + '[keys]\nfile = "~/keys"\n', poll_seconds=QUICK)
+    failures = [OSError(errno.ENOENT, "Could not determine home directory", "~/keys")] * 5
+
+    def look_up(path: str) -> Path:
+        if failures:
+            raise failures.pop()
+        return expand_home(path)
+
+    monkeypatch.setattr("brlite.commands.reload.expand_home", look_up)
+    async with running.reloader:
+        await eventually(lambda: not failures)
+        running.path.write_text(TWO)
+        await eventually(lambda: running.models == ["a", "b"])
 
 
 async def test_keys_change_and_are_not_shown(start, log) -> None:
