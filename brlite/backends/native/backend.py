@@ -67,7 +67,7 @@ class NativeBackend:
         If anything is raised, KeyboardInterrupt included, everything is released.
         """
         library = native.functions
-        device = f"cpu ({describe_cpu()}, {native.isa_name})"  # of all nodes
+        device = f"cpu ({describe_cpu()}, {native.isa_name})"  # before the binding, which hides CPUs
         cpus = rank_cpus(plan.shard, plan.num_threads, find_nodes()) if plan.shard else None
         self._binding: AbstractContextManager[None] = BoundThread(cpus) if cpus else nullcontext()
         with opened or ExitStack() as opened, self._binding:
