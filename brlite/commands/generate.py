@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from brlite.commands.given_config import ask_for, given_config, given_sampling
 from brlite.config.options import Config
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest
-from brlite.files.text_file import TextError, decode_text
+from brlite.files.text_file import TextError, decode_text, unique_fields
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 
@@ -119,7 +118,7 @@ def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
     if not line.lstrip().startswith("{"):
         return PromptJob(number, line, given)
     try:
-        fields: dict[str, Any] = json.loads(line, object_pairs_hook=_object)
+        fields: dict[str, Any] = json.loads(line, object_pairs_hook=unique_fields)
         prompt = fields.pop("prompt")
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt must be a string")
@@ -131,14 +130,6 @@ def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
         raise ConfigError(f"line {number}: {error}") from None
     except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
         raise ConfigError(f"line {number} is not JSON: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidRequest(f"{name[:64]} is given twice in one object")
-    return fields
 
 
 @contextmanager

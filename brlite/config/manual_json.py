@@ -16,6 +16,7 @@ from brlite.config.options import Config, Count, DeviceIndex, Text
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError
 from brlite.files.cache import expand_home
+from brlite.files.text_file import unique_fields
 from brlite.models.precision import PrecisionName
 
 
@@ -43,7 +44,7 @@ def load_manual_config(text: str, path: Path) -> Config:
     Raises a one-line `ConfigError` naming file, field, value and what is allowed.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        data = json.loads(text, object_pairs_hook=unique_fields, parse_constant=_refuse_constant)
         json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate must fail here, not when it is printed
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
@@ -98,14 +99,6 @@ def _contradictions(manual: ManualConfig) -> Iterator[str]:
         yield f"devices = {show(manual.devices)}: allowed is each device once"
     if tensor_parallel != len(manual.devices):
         yield f"{at}: allowed as TP is the number of devices, here {len(manual.devices)}"
-
-
-def _unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {show(next(name for name in fields if names.count(name) > 1))} appears twice")
-    return fields
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """Reads text that people write: configs, keys, templates, prompts, JSON files, request bodies.
 
-A byte order mark is removed, and CR LF ends a line as LF does. Interprets no format. Reading a pipe or a device is
-limited in size and time, so that it cannot block a start.
+A byte order mark is removed, and CR LF ends a line as LF does. Interprets no format; `unique_fields` is for those who
+read JSON. Reading a pipe or a device is limited in size and time, so that it cannot block a start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import os
 import select
 import stat
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from brlite.files.quoting import excerpt
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 MAX_TEXT_BYTES = 16 * 2**20  # of a config, a key file, a template: far above real sizes
@@ -59,6 +63,18 @@ def decode_text(data: bytes) -> str:
         return data.removeprefix(BYTE_ORDER_MARK).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise TextError(f"byte {error.start} is not UTF-8") from None
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `object_pairs_hook` of `json.loads`. Raises `ValueError` for a field that it has twice.
+
+    Readers differ in which one of the two counts.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{excerpt(name)} is given twice in one object")
+    return fields
 
 
 def other_encoding(data: bytes) -> str | None:

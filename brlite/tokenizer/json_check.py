@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from brlite.errors import ModelError
 from brlite.files.quoting import reason
+from brlite.files.text_file import unique_fields
 from brlite.tokenizer.charsmap import check_charsmap
 
 MAX_GROWTH = 64  # how many times as long the steps may make a text; published ones stay below 10
@@ -35,7 +36,7 @@ class TokenizerCost(NamedTuple):
 def check_tokenizer_json(path: Path, text: str) -> TokenizerCost:
     """Raises `ModelError` for a file that could exhaust or crash the process."""
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: {reason(error)}") from None
     if not isinstance(content, dict):
@@ -62,14 +63,6 @@ def _is_linear(model: dict[str, Any]) -> bool:
     if kind == "Unigram":
         return max((len(piece) for piece, _ in model["vocab"]), default=0) <= MAX_TRIED
     return kind in ("BPE", "WordLevel")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Refuses a repeated key: the library may take the other value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("has an object with the same key twice")
-    return found
 
 
 def _check_ids(content: dict[str, Any], num_bytes: int) -> None:

@@ -150,7 +150,7 @@ def test_a_field_that_a_line_has_twice_is_named(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.write_text('{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}')
 
-    with pytest.raises(ConfigError, match="line 1: 1 is given twice in one object"):
+    with pytest.raises(ConfigError, match="line 1 is not JSON: '1' is given twice in one object"):
         generate.generate(Config(), str(source), "-", {})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from brlite.commands.generate import read_lines
 from brlite.config.load import load_config
 from brlite.config.options import Config, KeysConfig
 from brlite.errors import ConfigError, ModelError
-from brlite.files.text_file import TextError, decode_text, read_text
+from brlite.files.text_file import TextError, decode_text, read_text, unique_fields
 from brlite.http.keys import ApiKeys
 
 MARK = b"\xef\xbb\xbf"
@@ -148,3 +149,13 @@ def test_json_lines_behind_a_byte_order_mark_are_json(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(MARK + json.dumps({"prompt": "hi"}).encode())
 
     assert list(read_lines(str(tmp_path / "p.jsonl"))) == [(1, '{"prompt": "hi"}')]
+
+
+def test_a_field_that_an_object_has_twice_is_found_in_time_linear_in_its_fields():
+    text = "{" + ",".join(f'"{number}": 0' for number in range(100_000)) + ', "99999": 1}'
+    began = time.process_time()
+
+    with pytest.raises(ValueError, match="'99999' is given twice in one object"):
+        json.loads(text, object_pairs_hook=unique_fields)
+
+    assert time.process_time() < began + 10  # one search for each field took 100 s

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"decoder": {"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 10)] * 10}},
         "times as long",
     ),
-    "a key that stands twice": ({"normalizer": "TWICE"}, "the same key twice"),
+    "a key that stands twice": ({"normalizer": "TWICE"}, "is given twice in one object"),
     "an id beyond its end": ({"post_processor": template_processing(2**32 - 1)}, "token ids must be from 0 to"),
     "a number for a step": ({"normalizer": 5}, ""),
     "a broken expression": ({"pre_tokenizer": split("(")}, ""),
