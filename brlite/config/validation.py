@@ -228,11 +228,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if not config.model and not config.upstream:
         yield "model = []: at least one [[model]] or [[upstream]] is required"
-    names = [spec.name for spec in config.model]
+    seen: set[str] = set()
     for index, spec in enumerate(config.model):
         at = f"model[{index}]"
-        if spec.name in names[:index]:
+        if spec.name in seen:
             yield f"{at}.name = {show(spec.name)}: allowed is a name that no other model has"
+        seen.add(spec.name)
         if "\0" in spec.serialize_file:
             yield f"{at}.serialize_file = {show(spec.serialize_file)}: allowed is a path without a zero byte"
         if len(set(spec.devices)) < len(spec.devices):
@@ -243,10 +244,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{found}; list one for each rank, as in devices = [0, 1]"
         if spec.draft is not None and config.engine.name is not None:
             yield f"{at}.draft: engine {config.engine.name} takes no draft model; allowed is one without engine.name"
-    names = [key.name for key in config.key]
+    seen = set()
     for index, key in enumerate(config.key):
-        if key.name in names[:index]:
+        if key.name in seen:
             yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
+        seen.add(key.name)
         if (key.key is None) == (key.env is None):
             yield f"key[{index}]: exactly one of key and env is required"
     yield from _proxy_contradictions(config)
