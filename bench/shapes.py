@@ -2,7 +2,7 @@
 
     python bench/shapes.py 1.1b FOLDER            # TinyLlama's shape, 2.2 GB, for brlite, transformers and vLLM
     python bench/shapes.py 1.1b FOLDER --gguf     # and FOLDER.Q8_0.gguf for llama.cpp, from the same weights
-    python bench/shapes.py 1.1b FOLDER --gguf Q4_0,Q4_K_M    # such files: codes of Q4_K and Q6_K are random
+    python bench/shapes.py 1.1b FOLDER --gguf Q4_0,Q4_K_M    # such files: codes of all but Q8_0 and Q4_0 are random
     python bench/shapes.py --short                # a tiny one of each, written, read back and removed: for CI
 
 The tokenizer is a byte-level BPE, trained on the bench's own texts, so that prompts have as many tokens as usual; the
@@ -35,7 +35,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 NUM_TRAINED = 8000  # at most: the texts give fewer
 WEIGHT_SCALE = 0.02
 ROWS_AT_A_TIME = 4096
-MIXES = ("Q8_0", "Q4_0", "Q4_K_M")
+MIXES = ("Q8_0", "Q4_0", "Q4_K_M", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 # Name → hidden size, intermediate size, layers, heads, key/value heads, vocabulary.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -98,7 +98,7 @@ def _kind(name: str, mix: str) -> gguf.GGMLQuantizationType | None:
     is_even = name.startswith("blk.") and int(name.split(".")[1]) % 2 == 0
     if part == "output" or (mix == "Q4_K_M" and part in ("attn_v", "ffn_down") and is_even):
         return gguf.GGMLQuantizationType.Q6_K
-    return gguf.GGMLQuantizationType.Q4_0 if mix == "Q4_0" else gguf.GGMLQuantizationType.Q4_K
+    return gguf.GGMLQuantizationType[mix.removesuffix("_M")]
 
 
 def llama_config(sizes: tuple[int, int, int, int, int, int], **fields: object) -> dict[str, Any]:

@@ -50,20 +50,34 @@ MIXES: dict[str, dict[str, str]] = {
         "token_embd": "Q5_0",
     },
     "q8_0": {"": "Q8_0", "output": "Q8_0"},
+    "iq4_xs": {"": "IQ4_XS", "attn_v": "IQ4_NL", "output": "Q6_K"},
+    "iq4_nl": {"": "IQ4_NL", "ffn_down": "MXFP4", "token_embd": "IQ4_XS"},
+    "mxfp4": {"": "MXFP4", "attn_v": "Q8_0", "output": "Q8_0"},
 }
-SUPER_BLOCKS = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}  # bytes, and where their numbers in half precision are
+# Bytes of a block of those that are random here, and where its numbers in half precision are. MXFP4 has an exponent.
+RANDOM_BLOCKS = {
+    "Q4_K": (144, (0, 2)),
+    "Q6_K": (210, (208,)),
+    "IQ4_NL": (18, (0,)),
+    "IQ4_XS": (136, (0,)),
+    "MXFP4": (17, ()),
+}
+SUPER_BLOCKS = ("Q4_K", "Q6_K", "IQ4_XS")  # of 256 weights
 
 
 def quantize(values: npt.NDArray[np.float32], kind: str, generator: np.random.Generator) -> npt.NDArray[Any]:
     """Rows in a type's blocks: of these values, or of any, where the package cannot make them."""
     if kind == "F16":
         return values.astype(np.float16)
-    if kind not in SUPER_BLOCKS:
+    if kind not in RANDOM_BLOCKS:
         return gguf.quants.quantize(values, Kind[kind])
-    num_bytes, halves = SUPER_BLOCKS[kind]
-    blocks = generator.integers(0, 256, (len(values), values.shape[1] // 256, num_bytes), dtype=np.uint8)
+    num_bytes, halves = RANDOM_BLOCKS[kind]
+    size = 256 if kind in SUPER_BLOCKS else 32
+    blocks = generator.integers(0, 256, (len(values), values.shape[1] // size, num_bytes), dtype=np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = generator.integers(119, 123, blocks.shape[:2])  # scales from 2^-8 to 2^-5
     for at in halves:
-        scales = generator.uniform(2e-5, 8e-5, blocks.shape[:2]) * (16 if at == 2 else 1)
+        scales = generator.uniform(2e-5, 8e-5, blocks.shape[:2]) * (16 if at == 2 or size == 32 else 1)
         blocks[..., at : at + 2] = scales.astype("<f2")[..., None].view(np.uint8)
     return blocks.reshape(len(values), -1)
 

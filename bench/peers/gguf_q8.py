@@ -22,7 +22,14 @@ Q8_0 = gguf.GGMLQuantizationType.Q8_0
 F32 = gguf.GGMLQuantizationType.F32
 Kind = gguf.GGMLQuantizationType
 # Where a block's numbers in half precision are, and what they become.
-SUPER_BLOCKS: Mapping[Kind, Mapping[int, float]] = {Kind.Q4_K: {0: 1e-4, 2: 7e-4}, Kind.Q6_K: {208: 2e-5}}
+RANDOM_BLOCKS: Mapping[Kind, Mapping[int, float]] = {
+    Kind.Q4_K: {0: 1e-4, 2: 7e-4},
+    Kind.Q6_K: {208: 2e-5},
+    Kind.IQ4_NL: {0: 3e-4},
+    Kind.IQ4_XS: {0: 2e-5},
+    Kind.MXFP4: {},
+}
+MXFP4_EXPONENTS = 119, 122  # of scales from 2^-8 to 2^-6
 # What the writer states itself, and what would be untrue of the new file.
 SKIPPED_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 ROWS_AT_A_TIME = 1024
@@ -49,7 +56,7 @@ def write_gguf(
 ) -> None:
     """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all; they come as `shapes` says.
 
-    Matrices become Q8_0, or what `kinds` says; blocks of Q4_K and Q6_K are random, since gguf cannot make them.
+    Matrices become Q8_0, or what `kinds` says; blocks of `RANDOM_BLOCKS` are random: gguf cannot make most of them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -89,7 +96,7 @@ def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
 def _encode(tensor: np.ndarray, kind: Kind) -> np.ndarray:
     if tensor.ndim != 2:
         return np.ascontiguousarray(tensor, dtype=np.float32)
-    if kind in SUPER_BLOCKS:
+    if kind in RANDOM_BLOCKS:
         return _random_blocks(tensor.shape, kind)
     blocks = [tensor[row : row + ROWS_AT_A_TIME] for row in range(0, len(tensor), ROWS_AT_A_TIME)]
     return np.concatenate([gguf.quants.quantize(round_to_bfloat16(block), kind) for block in blocks])
@@ -101,7 +108,9 @@ def _random_blocks(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
     random = np.random.default_rng(shape[0])
     blocks = np.frombuffer(random.bytes(int(np.prod(shape)) // elements * num_bytes), np.uint8).copy()
     blocks = blocks.reshape(shape[0], -1, num_bytes)
-    for begin, scale in SUPER_BLOCKS[kind].items():
+    if kind == Kind.MXFP4:
+        blocks[..., 0] = random.integers(*MXFP4_EXPONENTS, blocks.shape[:2])
+    for begin, scale in RANDOM_BLOCKS[kind].items():
         blocks[..., begin : begin + 2] = np.array([scale], "<f2").view(np.uint8)
     return blocks.reshape(shape[0], -1)
 

@@ -133,5 +133,5 @@ def _format(type_id: int, name: str) -> Format:
         block_bytes,
         lambda data: gguf.quants.dequantize(data, kind),
         None if coding is None else coding.decode,
-        BLOCKS[kind.name].halves if kind.name in BLOCKS else (),
+        BLOCKS[kind.name].are_finite if kind.name in BLOCKS else None,
     )

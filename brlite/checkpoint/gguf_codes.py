@@ -1,7 +1,7 @@
 """Unpacks GGML's quantized blocks into codes, scales and minimums, for the formats whose codes are kept in memory.
 
 A weight is scale · code + minimum. `CODINGS` lists these formats: in each of them, 32 weights share a scale, as in the
-kernels. `BLOCKS` lists those whose blocks native code packs as they are; Q4_K is in both, as torch has its codes.
+kernels. `BLOCKS` lists those whose blocks native code packs as they are. Some are in both, as torch has their codes.
 All others are dequantized and then rounded to int8.
 """
 
@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brlite.checkpoint.stored_tensor import Bytes, Coded
+from brlite.checkpoint.stored_tensor import Bytes, Coded, are_finite
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.precision import MatrixForm
 
 IQ4_NL_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
 )  # llama.cpp's kvalues_iq4nl
+E2M1_DOUBLES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 class Coding(NamedTuple):
@@ -71,14 +72,41 @@ def _q5_0(blocks: Bytes) -> Coded:
     return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
 
 
+def _iq4_xs(blocks: Bytes) -> Coded:
+    """As `_q4_k`: 6-bit integers less 32, times a half-precision number; each product is rounded to half precision."""
+    super_scale = blocks[..., :2].copy().view("<f2").astype(np.float32)
+    pairs = np.arange(8) // 2, np.arange(8) % 2 * 4
+    lower = blocks[..., 4 + pairs[0]] >> pairs[1].astype(np.uint8) & 15  # [R, N, 8]
+    upper = blocks[..., 2:4].copy().view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    scales = (super_scale * (lower.astype(np.int16) + 16 * upper.astype(np.int16) - 32)).astype("<f2")
+    codes = IQ4_NL_VALUES[_nibbles(blocks[..., 8:].reshape(*blocks.shape[:2], 8, 16))]
+    return _coded(codes.view(np.uint8), scales.view(np.uint8))
+
+
+def _mxfp4(blocks: Bytes) -> Coded:
+    """E2M1 numbers as twice themselves, with half of the scale 2^(e - 127). Scales below 2^-24 become 0."""
+    scales = np.ldexp(np.float32(1), blocks[..., :1].astype(np.int32) - 128).astype("<f2")
+    return _coded(E2M1_DOUBLES[_nibbles(blocks[..., 1:])].view(np.uint8), scales.view(np.uint8))
+
+
 class BlockFormat(NamedTuple):
-    """The form of a format's matrices in native code, and where in a block its half-precision numbers begin."""
+    """The form of a format's matrices in native code, and what tells whether the scales of blocks are finite."""
 
     form: MatrixForm
-    halves: tuple[int, ...]
+    are_finite: Callable[[Bytes], bool]
 
 
-BLOCKS: dict[str, BlockFormat] = {"Q4_K": BlockFormat("q4_k", (0, 2)), "Q6_K": BlockFormat("q6_k", (208,))}
+def _halves_at(*places: int) -> Callable[[Bytes], bool]:
+    return lambda blocks: all(are_finite(blocks[..., at : at + 2].copy().view("<u2")) for at in places)
+
+
+BLOCKS: dict[str, BlockFormat] = {
+    "Q4_K": BlockFormat("q4_k", _halves_at(0, 2)),
+    "Q6_K": BlockFormat("q6_k", _halves_at(208)),
+    "IQ4_NL": BlockFormat("iq4_nl", _halves_at(0)),
+    "IQ4_XS": BlockFormat("iq4_xs", _halves_at(0)),
+    "MXFP4": BlockFormat("mxfp4", lambda blocks: not (blocks[..., 0] == 255).any()),  # 255 is NaN in E8M0
+}
 
 # A block's layout is defined in llama.cpp, ggml-common.h.
 CODINGS: dict[str, Coding] = {
@@ -92,4 +120,6 @@ CODINGS: dict[str, Coding] = {
         18,
         lambda blocks: _coded(IQ4_NL_VALUES[_nibbles(blocks[..., 2:])].view(np.uint8), blocks[..., :2]),
     ),
+    "IQ4_XS": Coding("int8_f16", 136, _iq4_xs),
+    "MXFP4": Coding("int8_f16", 17, _mxfp4),
 }

@@ -48,8 +48,8 @@ class Format(NamedTuple):
     """How a file stores numbers: `block_elements` of them in `block_bytes`. `widen` turns bytes [..., B] into [..., N].
 
     `decode` turns rows [R, B] of a quantized format into codes and scales. It is None for formats whose codes
-    are not kept in memory. `halves` are the bytes of a block at which its half-precision numbers begin; only of formats
-    whose blocks are kept.
+    are not kept in memory. `are_finite` says of blocks [..., B] whether all of their scales are finite; only formats
+    whose blocks are kept have it.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Format(NamedTuple):
     block_bytes: int
     widen: Callable[[Bytes], Float32]
     decode: Callable[[Bytes], Coded] | None = None
-    halves: tuple[int, ...] = ()
+    are_finite: Callable[[Bytes], bool] | None = None
 
 
 F32 = Format("F32", 1, 4, lambda data: data.view("<f4"))
@@ -65,6 +65,11 @@ F16 = Format("F16", 1, 2, lambda data: data.view("<f2").astype(np.float32))
 BF16 = Format("BF16", 1, 2, lambda data: from_bfloat16(data.view("<u2")))
 PLAIN_FORMATS = {plain.name: plain for plain in (F32, F16, BF16)}
 ALLOWED_DTYPES = "F32, F16 and BF16"
+
+
+def are_finite(halves: npt.NDArray[np.uint16]) -> bool:
+    """Whether these bits of half-precision numbers are of finite ones."""
+    return not (halves & HALF_EXPONENT == HALF_EXPONENT).any()
 
 
 class StoredTensor(msgspec.Struct, frozen=True):
@@ -123,23 +128,22 @@ class StoredTensor(msgspec.Struct, frozen=True):
             codes = coded.codes[:, self.columns.start : self.columns.stop]
             offsets = None if coded.offsets is None else np.ascontiguousarray(coded.offsets[:, groups])
             coded = Coded(np.ascontiguousarray(codes), np.ascontiguousarray(coded.scales[:, groups]), offsets)
-        self._check_finite(coded.scales, *(() if coded.offsets is None else (coded.offsets,)))
+        if not (are_finite(coded.scales) and (coded.offsets is None or are_finite(coded.offsets))):
+            raise self._not_finite(", or is beyond half precision")
         return coded
 
     def blocks(self) -> Bytes:
-        """The whole rows as blocks [R, N, block_bytes], of a format that has `halves`. Raises as `coded` does."""
-        assert self.format.halves, f"{self.name} is not kept in blocks"
+        """The whole rows as blocks [R, N, block_bytes], of a format that has `are_finite`. Raises as `coded` does."""
+        assert self.format.are_finite is not None, f"{self.name} is not kept in blocks"
         assert len(self.columns) == self.row_elements, f"{self.name} is cut within its rows"
         blocks = self.stored(self.rows).reshape(len(self.rows), -1, self.format.block_bytes)
-        self._check_finite(*(blocks[..., at : at + 2].copy().view("<u2") for at in self.format.halves))
+        if not self.format.are_finite(blocks):
+            raise self._not_finite()
         return np.ascontiguousarray(blocks)
 
-    def _check_finite(self, *scales: npt.NDArray[np.uint16]) -> None:
-        if any((halves & HALF_EXPONENT == HALF_EXPONENT).any() for halves in scales):
-            source = "" if self.file is None else f"{self.file}: "
-            raise ModelError(
-                f"{source}{excerpt(self.name)} has a scale that is not finite, or is beyond half precision"
-            )
+    def _not_finite(self, more: str = "") -> ModelError:
+        source = "" if self.file is None else f"{self.file}: "
+        return ModelError(f"{source}{excerpt(self.name)} has a scale that is not finite{more}")
 
     def float32(self) -> Float32:
         """The numbers in a new array that the caller may change. None is rounded.

@@ -19,7 +19,8 @@ BFLOAT16_BYTES = 2
 KV_SCALE_BYTES = FLOAT32_BYTES
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 QUANTIZATION_GROUP = 32  # this many inputs of an output row share one scale of 2 bytes, in integer weights
-# Bytes of a group with its scale, and its minimum or zero point. A block of q4_k and q6_k, 8 groups, has 148 and 210.
+# Bytes of a group with its scale, and its minimum or zero point. A block has 8 groups: of q4_k 148 bytes, of q6_k 210,
+# of iq4_xs 138.
 GROUP_BYTES: dict[MatrixForm, float] = {
     "int8": 34,
     "int8_f16": 34,
@@ -28,6 +29,9 @@ GROUP_BYTES: dict[MatrixForm, float] = {
     "int4_zero": 20,
     "q4_k": 18.5,
     "q6_k": 26.25,
+    "iq4_nl": 18,
+    "iq4_xs": 17.25,
+    "mxfp4": 17,
 }
 # In torch on a card: a scale in float32, or scale and offset in half precision.
 CARD_GROUP_BYTES: dict[MatrixForm, int] = {"int8": 36, "int8_f16": 36, "int4": 20, "int4_min": 20, "int4_zero": 20}

@@ -15,10 +15,13 @@ PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int
 NATIVE_ONLY: frozenset[PrecisionOption] = frozenset({"a_int8_w_int8", "a_bf16_w_int4"})
 
 # The form of a matrix in memory. int8 is rounded by us, with scales in bfloat16. The forms after it keep the codes of
-# quantized files: 8 or 4 bits, with scales (and minimums, or zero points) in half precision. The last two keep GGML's
-# formats of these names whole. Only native code has them; torch has int4_min and int8 in their place.
-MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero", "q4_k", "q6_k"]
-INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero", "q4_k"})
+# quantized files: 8 or 4 bits, with scales (and minimums, or zero points) in half precision. The last five keep GGML's
+# formats of these names whole; the codes of the last three stand for the numbers of a table. Only native code has them;
+# torch has int4_min, int8_f16 and int8 in their place.
+MatrixForm = Literal[
+    "bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero", "q4_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4"
+]
+INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero", "q4_k", "iq4_nl", "iq4_xs", "mxfp4"})
 
 
 class Precision(NamedTuple):

@@ -12,10 +12,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import pytest
 
-from brlite.backends.native.abi import INT4, INT4_MIN, INT4_ZERO, INT8_F16, Q4_K, Q6_K
+from brlite.backends.native import abi
+from brlite.backends.native.abi import INT4, INT4_MIN, INT4_ZERO, INT8_F16, IQ4_NL, IQ4_XS, MXFP4, Q4_K, Q6_K
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.native.packer import load_weights
@@ -33,7 +35,14 @@ from tests.quantized_files import HEAD_DIM, HEADS, HIDDEN, KV, KV_HEADS, LAYERS,
 from tests.quantized_folders import CASES, write_folder
 
 NUM_SCHEDULES = 4
-OF_BYTES = ("q8_0", "q4_0", "q4_k_m", "awq")  # those that are computed with int8 activations, too: one of each form
+OF_BYTES = (
+    "q8_0",
+    "q4_0",
+    "q4_k_m",
+    "iq4_xs",
+    "iq4_nl",
+    "awq",
+)  # those that are computed with int8 activations, too: one of each form
 FOLDERS = ("gptq", "awq", "fp8-block")  # those that are computed with; of all others only the packed rows are compared
 
 
@@ -153,8 +162,34 @@ def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, nativ
                     *(part.format, loaded.part_address(part), target.start - part.first_row + row),
                     *(part.num_inputs, out[row].ctypes.data),
                 )
-            assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K)
+            assert part.format in (INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4)
             assert np.array_equal(out, values), name
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_any_block_of_a_table_is_the_files_numbers(name: str, native_library: NativeLibrary) -> None:
+    """Also in the last panel, which has 5 of 16 rows, and for scales of any size. MXFP4's two smallest count as 0."""
+    generator, num_inputs = np.random.default_rng(1), 768 if name == "IQ4_XS" else 736
+    block_inputs, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    blocks = generator.integers(0, 256, (37, num_inputs // block_inputs, block_bytes), dtype=np.uint8)
+    if name == "MXFP4":
+        exponents = np.arange(blocks[..., 0].size) % 252  # with more the largest number is beyond float32
+        blocks[..., 0] = exponents.reshape(blocks.shape[:2])
+    else:
+        blocks[..., 1] &= 0xBB  # finite
+    expected = gguf.quants.dequantize(blocks.reshape(37, -1), gguf.GGMLQuantizationType[name])
+    if name == "MXFP4":
+        expected.reshape(37, -1, 32)[blocks[..., 0] < 2] = 0
+
+    format_, library = getattr(abi, name), native_library.functions
+    panels = np.zeros(library.brlite_packed_bytes(format_, 37, num_inputs), np.uint8)
+    library.brlite_pack_blocks(format_, blocks.ctypes.data, 0, 37, num_inputs, panels.ctypes.data)
+    found = np.empty_like(expected)
+    for row, values in enumerate(found):
+        library.brlite_unpack_row(format_, panels.ctypes.data, row, num_inputs, values.ctypes.data)
+
+    assert np.isfinite(expected).all()
+    assert np.array_equal(found, expected)
 
 
 def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, native_library: NativeLibrary) -> None:
@@ -179,7 +214,12 @@ def test_sizes_are_told_before_anything_is_read(quantized: Quantized) -> None:
 @pytest.mark.parametrize(
     ("mix", "precision"),
     [
-        *(("q4_k_m", "a_bf16_w_int4"), ("q8_0", "a_bf16_w_int8"), ("default", "a_bf16_w_int4")),
+        *(
+            ("q4_k_m", "a_bf16_w_int4"),
+            ("iq4_xs", "a_bf16_w_int4"),
+            ("q8_0", "a_bf16_w_int8"),
+            ("default", "a_bf16_w_int4"),
+        ),
         *(("awq", "a_bf16_w_int4"), ("fp8-block", "a_bf16_w_int8")),
     ],
 )

@@ -68,6 +68,13 @@ def test_a_quantized_file_is_kept_and_every_change_is_said(is_native: bool, text
     assert described(model, is_native=is_native) == text
 
 
+def test_a_four_bit_file_with_tables_is_kept() -> None:
+    model = stored_model({"": "IQ4_XS", "v": "IQ4_NL", "down": "MXFP4"}, head_dim=32)
+
+    assert matrix_parts(model)["layers.0.qkv.weight"] == (MatrixPart("iq4_xs", 96), MatrixPart("iq4_nl", 32))
+    assert described(model) == "the file's own: IQ4_XS is kept, IQ4_NL is kept, MXFP4 is kept (auto)"
+
+
 def test_a_matrix_that_becomes_int8_for_a_border_within_sixteen_rows_is_not_said_to_be_kept() -> None:
     """Heads of 24 rows: k begins at row 48, a multiple of 16, and v at row 72."""
     model = stored_model({"": "Q4_0", "v": "Q4_1"}, head_dim=24)

@@ -61,7 +61,7 @@ def open_model(path: Path) -> None:
         tensor.float32()
         if tensor.format.decode is not None:
             tensor.coded()
-        if tensor.format.halves:
+        if tensor.format.are_finite is not None:
             tensor.blocks()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 15
+ABI_VERSION = 16
 
 MAX_HEAD_DIM = 256
 MAX_SIZE = 2**30  # of a matrix's rows and columns, which int32 holds, also rounded up to whole panels and groups
@@ -22,7 +22,7 @@ HEAD_ROWS = 32
 # The index is the number in C++. Of two that a processor has, the later one is faster.
 ISAS = ("generic", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 
-INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K = range(8)
+INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO, Q4_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4 = range(11)
 
 LOST_RANK = 8  # `brlite_run` returns this after a rank was lost
 

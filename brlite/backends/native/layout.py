@@ -13,7 +13,19 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from brlite.backends.native.abi import BF16, INT4, INT4_MIN, INT4_ZERO, INT8, INT8_F16, Q4_K, Q6_K
+from brlite.backends.native.abi import (
+    BF16,
+    INT4,
+    INT4_MIN,
+    INT4_ZERO,
+    INT8,
+    INT8_F16,
+    IQ4_NL,
+    IQ4_XS,
+    MXFP4,
+    Q4_K,
+    Q6_K,
+)
 from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.network import MatrixPart, Parameter
@@ -31,9 +43,12 @@ FORMATS: dict[MatrixForm, int] = {
     "int4_zero": INT4_ZERO,
     "q4_k": Q4_K,
     "q6_k": Q6_K,
+    "iq4_nl": IQ4_NL,
+    "iq4_xs": IQ4_XS,
+    "mxfp4": MXFP4,
 }
 CODED_FORMATS = (INT8_F16, INT4, INT4_MIN, INT4_ZERO)  # formats whose codes come from a quantized file
-BLOCK_FORMATS = (Q4_K, Q6_K)  # formats that are made of the file's blocks
+BLOCK_FORMATS = (Q4_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4)  # formats that are made of the file's blocks
 
 # In packed files the norms of a layer come first, in this order, then the rest in the order of the operations.
 FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Importance = Mapping[str, Float32]  # matrix → how much the square of an error counts, by its input [num_inputs]
 
-LAYOUT_VERSION = 3  # raised by every change that packs the same weights into other bytes
+LAYOUT_VERSION = 4  # raised by every change that packs the same weights into other bytes
 MAX_HALF = 65504  # of half precision, which the scale and the minimum of 32 weights in 4 bits have
 ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs; whole panels
 

@@ -207,7 +207,8 @@ class NativePlan:
         """Format of the activations: that of the matrix with the most requirements. All are bfloat16, or none is."""
         tensors = self._weights.layout.tensors.values()
         formats = {part.format for parts in tensors for part in parts if part.form == "panels"}
-        by_demand = (abi.Q4_K, abi.INT4_MIN, abi.INT4_ZERO, abi.INT4, abi.Q6_K, abi.INT8_F16, abi.INT8, abi.BF16)
+        with_sums = (abi.Q4_K, abi.INT4_MIN, abi.INT4_ZERO, abi.INT4, abi.Q6_K, abi.IQ4_NL, abi.IQ4_XS, abi.MXFP4)
+        by_demand = (*with_sums, abi.INT8_F16, abi.INT8, abi.BF16)
         return next(each for each in by_demand if each in formats)
 
     def _attention(self, max_positions: int) -> abi.Attention:

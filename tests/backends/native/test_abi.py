@@ -74,7 +74,23 @@ def test_the_instruction_sets_of_cpp_are_in_the_order_of_python() -> None:
     ("enum", "names"),
     [
         ("isa", [name.upper() for name in abi.ISAS] + ["NUM_ISAS"]),
-        ("format", ["INT8", "BF16", "INT8_F16", "INT4", "INT4_MIN", "INT4_ZERO", "Q4_K", "Q6_K", "NUM_FORMATS"]),
+        (
+            "format",
+            [
+                "INT8",
+                "BF16",
+                "INT8_F16",
+                "INT4",
+                "INT4_MIN",
+                "INT4_ZERO",
+                "Q4_K",
+                "Q6_K",
+                "IQ4_NL",
+                "IQ4_XS",
+                "MXFP4",
+                "NUM_FORMATS",
+            ],
+        ),
         ("kind", ["EMBED", "NORM", "LINEAR", "ADD", "ROPE", "ATTEND", "QUANTIZE", "SILU", "GATE"]),
     ],
 )

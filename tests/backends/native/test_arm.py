@@ -18,7 +18,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 LESS = f'case "$*" in *isa_generic.cpp*) level=-O0 ;; *) level=-O1 ;; esac; exec {COMPILER} "$@" $level'
 SYSTEM_ROOT = "/usr/aarch64-linux-gnu"  # where Debian has the C library of the processor
 RESULTS = Path(__file__).with_name("toy_results.cpp")
-NUM_RESULTS = 23  # precisions of weights, cache and activations
+NUM_RESULTS = 32  # precisions of weights, cache and activations
 PROCESSORS = {"cortex-a72": "neon", "cortex-a76": "neon_dotprod", "max": "neon_i8mm"}  # the fastest kernels of each
 
 pytestmark = pytest.mark.skipif(

@@ -12,12 +12,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 15
+#define BRLITE_ABI_VERSION 16
 #define BRLITE_KERNEL_VERSION 5  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
 #define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers (Q6_K: 16)
-#define BRLITE_BLOCK 256       // inputs in a block of Q4_K and Q6_K
+#define BRLITE_BLOCK 256       // inputs in a block of Q4_K, Q6_K and IQ4_XS
 #define BRLITE_CHUNK_PAGES 16  // pages in a chunk of attention: 256 tokens
 #define BRLITE_MAX_HEAD_DIM 256
 #define BRLITE_HEAD_ROWS 32  // rows of logits in memory at once
@@ -46,9 +46,11 @@ enum brlite_isa {
 //   INT8_F16   scale * code, -128 .. 127        INT4_MIN    scale * code + minimum, 0 .. 15
 //   INT4       scale * (code - 8), 0 .. 15      INT4_ZERO   scale * (code - zero point), both 0 .. 15
 //   Q4_K       scale * code + minimum, 0 .. 15  Q6_K        scale * (code - 32), 0 .. 63
+//   IQ4_NL, IQ4_XS, MXFP4   scale * table[code], 0 .. 15; the table's 16 numbers are bytes
 // with one scale and one minimum or zero point a group: exactly the values that a quantized file stores. They are in
-// IEEE half precision; those of Q4_K and Q6_K, GGML's formats of these names, are integers of a byte times a number in
-// half precision, of which each block of inputs has one.
+// IEEE half precision; those of Q4_K, Q6_K and IQ4_XS, GGML's formats of these names, are integers of a byte times a
+// number in half precision, of which each block of inputs has one. Those of MXFP4 are powers of two. The two
+// smallest that a file can have, 2^-127 and 2^-126, count as 0.
 enum brlite_format {
     BRLITE_INT8,
     BRLITE_BF16,
@@ -58,6 +60,9 @@ enum brlite_format {
     BRLITE_INT4_ZERO,
     BRLITE_Q4_K,
     BRLITE_Q6_K,
+    BRLITE_IQ4_NL,
+    BRLITE_IQ4_XS,
+    BRLITE_MXFP4,
     BRLITE_NUM_FORMATS,
 };
 
@@ -217,7 +222,8 @@ void brlite_pack_int4(const float* rows, const float* importance, int32_t first,
 // precision. `num_inputs` is a multiple of 32.
 void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
                        int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
-// Pack rows [num_rows][num_inputs / 256] of GGML's blocks of Q4_K (144 bytes) or Q6_K (210 bytes).
+// Pack rows of GGML's blocks: of 256 inputs of Q4_K (144 bytes), Q6_K (210) or IQ4_XS (136), or of 32 inputs of IQ4_NL
+// (18) or MXFP4 (17).
 void brlite_pack_blocks(int32_t format, const uint8_t* blocks, int32_t first, int32_t num_rows, int32_t num_inputs,
                         void* panels);
 // Unpack one row to float32 [num_inputs].

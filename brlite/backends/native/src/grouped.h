@@ -11,7 +11,8 @@
 //
 // AVX2 and AVX-512 without VNNI multiply unsigned bytes by signed ones, and add pairs of products, in 16 bits. That is
 // exact for int4 codes: a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. Of 6-bit codes two quads
-// are added, at most 4 * 63 * 127 = 32004, before the sums become 32 bits long. Codes of 8 bits would overflow.
+// are added, at most 4 * 63 * 127 = 32004, before the sums become 32 bits long. Codes of 8 bits would overflow, and so
+// would the numbers of a table.
 // Activations are stored twice, since all panels can read the same ones: as int16, multiplied as those with one scale a
 // row, and as bytes. The other instruction sets have only the int16 form.
 #pragma once
@@ -36,12 +37,6 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     _mm_storeu_si128((__m128i*)(to + LANES), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
 }
 
-// The bytes of inputs `first` to `first + 7` of an int4 panel's group, and the quad of their lower or upper 4 bits.
-INLINE Int8::Pair load_int4(const uint8_t* group, int first) { return _mm512_loadu_si512(group + first * LANES / 2); }
-INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
-    return _mm512_and_si512(is_upper ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-}
-
 #elif defined(BRLITE_HAS_AVX2)
 
 constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
@@ -54,16 +49,6 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi8(of_0, of_4));
 }
 
-INLINE Int8::Pair load_int4(const uint8_t* group, int first) {
-    const __m256i* bytes = (const __m256i*)(group + first * LANES / 2);
-    return {_mm256_loadu_si256(bytes), _mm256_loadu_si256(bytes + 1)};
-}
-INLINE Int8::Pair int4_quad(Int8::Pair bytes, bool is_upper) {
-    const __m256i code = _mm256_set1_epi8(15);
-    if (is_upper) bytes = {_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)};
-    return {_mm256_and_si256(bytes.low, code), _mm256_and_si256(bytes.high, code)};
-}
-
 #endif
 
 #if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
@@ -72,15 +57,17 @@ constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num
 
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <int FORMAT>
-INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
+INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, const uint8_t* table) {
     if constexpr (FORMAT == BRLITE_Q6_K) {
         UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
-    if constexpr (is_int4(FORMAT)) {
-        const Int8::Pair bytes = load_int4(group, first);
-        quads[0] = int4_quad(bytes, false);
-        quads[1] = int4_quad(bytes, true);
+    if constexpr (code_bits(FORMAT) == 4) {
+        const Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
+        UNROLLED for (int i = 0; i < 2; i++) {
+            quads[i] = Int8::int4_codes(bytes, i);
+            if constexpr (has_table(FORMAT)) quads[i] = Int8::look_up(table, quads[i]);
+        }
         return;
     }
     const __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
@@ -103,15 +90,17 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // a
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 template <int FORMAT>
-INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first) {
+INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, const uint8_t* table) {
     if constexpr (FORMAT == BRLITE_Q6_K) {
         UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
-    if constexpr (is_int4(FORMAT)) {
-        const Int8::Pair bytes = load_int4(group, first);
-        quads[0] = int4_quad(bytes, false);
-        quads[1] = int4_quad(bytes, true);
+    if constexpr (code_bits(FORMAT) == 4) {
+        const Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
+        UNROLLED for (int i = 0; i < 2; i++) {
+            quads[i] = Int8::int4_codes(bytes, i);
+            if constexpr (has_table(FORMAT)) quads[i] = Int8::look_up(table, quads[i]);
+        }
         return;
     }
     const __m256i plus_128 = _mm256_set1_epi8(-128);
@@ -143,7 +132,7 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, l
 // As `sum_integers`. `rows` begin with the group of activations.
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half) {
+                      const GroupOfRows& activations, int half, const uint8_t* table) {
     constexpr int SUMS = sums_of_grouped_row(ROWS);
     Int8::Sum parts[SUMS][ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) {
@@ -156,7 +145,7 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     }
     UNROLLED for (int i = 0; i < group_inputs(FORMAT) / 8; i++) {
         Int8::Pair quads[2];
-        load_quads<FORMAT>(quads, group, 8 * i);
+        load_quads<FORMAT>(quads, group, 8 * i, table);
         const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + 8 * i;
         UNROLLED for (int k = 0; k < 2; k++) UNROLLED for (int r = 0; r < ROWS; r++)
             add_quad(parts[(2 * i + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
@@ -232,7 +221,7 @@ template <int ROWS>
 INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride) {
     Words words[ROWS];
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
-        const Int8::Pair bytes = load_int4(group, i), lower = int4_quad(bytes, false);
+        const Int8::Pair bytes = Int8::load_bytes(group + i * LANES / 2), lower = Int8::int4_codes(bytes, false);
         UNROLLED for (int r = 0; r < ROWS; r++) {
             const int8_t* inputs = rows + r * row_stride + i;
             if (i == 0)
@@ -240,7 +229,7 @@ INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int
             else
                 add_quad(words[r], lower, inputs);
         }
-        const Int8::Pair upper = int4_quad(bytes, true);
+        const Int8::Pair upper = Int8::int4_codes(bytes, true);
         UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], upper, rows + r * row_stride + i + 4);
     }
     UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(sum_words(words[r]));
@@ -264,7 +253,7 @@ INLINE void sum_q6_k_group(Floats (&sums)[ROWS], const uint8_t* group, const int
 
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half) {
+                      const GroupOfRows& activations, int half, const uint8_t* table) {
     const int16_t* integers = (const int16_t*)rows;
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
@@ -274,7 +263,7 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
         sum_q6_k_group(sums, group, bytes, row_bytes, activations, half);
     } else {
         sum_integers<FORMAT>(sums, group, integers + half * group_inputs(FORMAT), row_bytes / (long)sizeof *integers,
-                             activations, half);
+                             activations, half, table);
     }
 }
 
@@ -291,8 +280,8 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
 
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half) {
-    sum_integers<FORMAT>(sums, group, rows + half * group_inputs(FORMAT), row_size, activations, half);
+                      const GroupOfRows& activations, int half, const uint8_t* table) {
+    sum_integers<FORMAT>(sums, group, rows + half * group_inputs(FORMAT), row_size, activations, half, table);
 }
 
 #endif

@@ -383,6 +383,21 @@ INLINE Floats from_bytes(const uint8_t* from) {
 #endif
 }
 
+// 2^(byte - 127), and 0 for a byte of 0.
+INLINE Floats from_exponents(const uint8_t* from) {
+#if defined(BRLITE_HAS_AVX512)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)), 23);
+#elif defined(BRLITE_HAS_AVX2)
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)),
+                  high = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + LANES / 2)));
+    return {(__m256)_mm256_slli_epi32(low, 23), (__m256)_mm256_slli_epi32(high, 23)};
+#else
+    Ints exponents;
+    read(exponents, from);
+    return from_bits(exponents << 23);
+#endif
+}
+
 // IEEE half precision to float, exactly. Correct also under FlushToZero, for subnormal halves too.
 INLINE Floats from_fp16(const uint16_t* from) {
 #if defined(BRLITE_HAS_AVX512)

@@ -5,6 +5,8 @@
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
 //   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 offsets, if it has them |
 //   Q4_K panel, one block of 256 inputs:  | 16 halves for the scales | 16 for the minimums | 8 groups of int4 |
+//   IQ4_NL panel, one group of 32 inputs: | as int4, with scales of 2 bytes; MXFP4: of 1 byte |
+//   IQ4_XS panel, one block of 256 inputs: | 16 halves for the scales | 8 groups of int4, with scales of 1 byte |
 //   Q6_K panel, one block of 256 inputs:  | 16 halves for the scales | 16 groups of 16 inputs: see step.h |
 //   bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
@@ -37,7 +39,9 @@ struct Tile {
     long row_size;
     int num_inputs;
     float* out;  // [rows][16]
-    long ahead;  // prefetch distance in bytes; 0: no prefetch
+    int format;
+    const uint8_t* table;  // of a format that has one: `table_of`
+    long ahead;            // prefetch distance in bytes; 0: no prefetch
 };
 
 // Prefetches to L2, for one row of integers to L1. With more rows L1 made a step slower: that replaces data in use.
@@ -52,8 +56,8 @@ template <int FORMAT>
 struct Scaling {
     Floats scales, offsets;
 
-    INLINED Scaling(const uint8_t* group, const Factors& factors) {
-        scales = scales_of(FORMAT, group + code_bytes(FORMAT), factors);
+    INLINED Scaling(int format, const uint8_t* group, const Factors& factors) {
+        scales = scales_of(format, group + code_bytes(FORMAT), factors);
         if constexpr (has_offsets(FORMAT)) offsets = offsets_of(FORMAT, group + code_bytes(FORMAT), factors);
     }
 
@@ -71,15 +75,19 @@ struct Scaling {
 // of 4-bit codes is exact as a float, too, with and without the zero point's part; so is that of 16 6-bit codes.
 template <int FORMAT, int ROWS, bool HAS_INT8_ROWS>
 static void multiply_integers(const Tile& tile) {
-    constexpr bool IS_BESIDE = pairs_of_line(FORMAT, ROWS) && !(HAS_INT8_ROWS && code_bits(FORMAT) < 8);
+    constexpr bool IS_BESIDE =
+        pairs_of_line(FORMAT, ROWS) && !(HAS_INT8_ROWS && code_bits(FORMAT) < 8 && !has_table(FORMAT));
+    // One kernel computes all formats with a table: its time does not depend on reading their scales.
+    const int format = has_table(FORMAT) ? tile.format : FORMAT;
+    const long bytes = group_bytes(format);
     const uint8_t* group = tile.panel;
     Factors factors;
     Floats totals[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += group_inputs(FORMAT), group += group_bytes(FORMAT)) {
-        if (has_blocks(FORMAT) && first % BRLITE_BLOCK == 0) {
-            factors.read(FORMAT, group);
-            group += block_head_bytes(FORMAT);
+    for (int first = 0; first < tile.num_inputs; first += group_inputs(FORMAT), group += bytes) {
+        if (has_blocks(format) && first % BRLITE_BLOCK == 0) {
+            factors.read(format, group);
+            group += block_head_bytes(format);
         }
         if (!IS_BESIDE && tile.ahead) fetch<ROWS == 1>(group + tile.ahead, group_bytes(FORMAT));
         const int index = first / BRLITE_GROUP, half = first % BRLITE_GROUP / group_inputs(FORMAT);
@@ -87,10 +95,12 @@ static void multiply_integers(const Tile& tile) {
         const long start = index * BRLITE_GROUP;
         Floats sums[ROWS];
         if constexpr (HAS_INT8_ROWS)
-            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + start, tile.row_size, activations, half);
+            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + start, tile.row_size, activations, half,
+                              tile.table);
         else
-            sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size, activations, half);
-        const Scaling<FORMAT> scaling(group, factors);
+            sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size, activations, half,
+                                 tile.table);
+        const Scaling<FORMAT> scaling(format, group, factors);
         UNROLLED for (int r = 0; r < ROWS; r++) {
             const Floats sum = scaling.scaled(sums[r], activations[r]);
             totals[r] = totals[r] + (HAS_INT8_ROWS ? sum * splat(activations[r].scale) : sum);
@@ -127,7 +137,8 @@ typedef void (*TileKernel)(const Tile&);
 #define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
 static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
     TILES(BRLITE_INT8),     TILES(BRLITE_BF16),      TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
-    TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO), TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K)};
+    TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO), TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K),
+    TILES(BRLITE_IQ4_NL),   TILES(BRLITE_IQ4_NL),    TILES(BRLITE_IQ4_NL)};
 #undef TILES
 #define TILE(f, rows) multiply_integers<f, (rows < MAX_GROUPED_ROWS ? rows : MAX_GROUPED_ROWS), true>
 #define TILES(f)                                                               \
@@ -136,7 +147,9 @@ static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
 static const TileKernel GROUPED_KERNELS[BRLITE_NUM_FORMATS][12] = {TILES(BRLITE_INT8),     {},
                                                                    TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
                                                                    TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO),
-                                                                   TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K)};
+                                                                   TILES(BRLITE_Q4_K),     TILES(BRLITE_Q6_K),
+                                                                   TILES(BRLITE_IQ4_NL),   TILES(BRLITE_IQ4_NL),
+                                                                   TILES(BRLITE_IQ4_NL)};
 #undef TILES
 #undef TILE
 
@@ -182,6 +195,8 @@ INLINE void multiply_panel(const Product& product, int panel) {
                            product.input.row_size,
                            padded_inputs(op.num_inputs),
                            sums,
+                           op.format,
+                           table_of(op.format),
                            ahead};
         // Prefetch the output: its rows are far apart, each in another memory page.
         const float* out = product.output + (long)first * op.row_size + panel * LANES;

@@ -55,6 +55,18 @@ struct Int8 {
         const Pair codes = q6_k_codes(group, q6_k_vector(pair));
         return q6_k_byte(pair) ? _mm512_srli_epi16(codes, 8) : _mm512_and_si512(codes, _mm512_set1_epi16(255));
     }
+    static constexpr int TABLE_BIAS = 128;
+    INLINE Pair load_bytes(const uint8_t* at) { return _mm512_loadu_si512(at); }
+    INLINE Pair int4_codes(Pair bytes, bool is_upper) {
+        return _mm512_and_si512(is_upper ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+    }
+    INLINE Pair look_up(const uint8_t* table, Pair codes) {
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), codes);
+    }
+    INLINE Pair load_table(const uint8_t* at, int i, const uint8_t* table) {
+        const Pair numbers = look_up(table, int4_codes(load_bytes(at), i % 2));
+        return i >= 2 ? _mm512_srli_epi16(numbers, 8) : _mm512_and_si512(numbers, _mm512_set1_epi16(255));
+    }
 #if defined(BRLITE_HAS_VNNI)
     typedef const Row* Broadcast;
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
@@ -166,6 +178,25 @@ struct Int8 {
         const __m256i lower = _mm256_set1_epi16(255);
         return {_mm256_and_si256(codes.low, lower), _mm256_and_si256(codes.high, lower)};
     }
+    static constexpr int TABLE_BIAS = 128;
+    INLINE Pair load_bytes(const uint8_t* at) {
+        return {_mm256_loadu_si256((const __m256i*)at), _mm256_loadu_si256((const __m256i*)(at + 32))};
+    }
+    INLINE Pair int4_codes(Pair bytes, bool is_upper) {
+        const __m256i code = _mm256_set1_epi8(15);
+        if (is_upper) bytes = {_mm256_srli_epi16(bytes.low, 4), _mm256_srli_epi16(bytes.high, 4)};
+        return {_mm256_and_si256(bytes.low, code), _mm256_and_si256(bytes.high, code)};
+    }
+    INLINE Pair look_up(const uint8_t* table, Pair codes) {
+        const __m256i numbers = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+        return {_mm256_shuffle_epi8(numbers, codes.low), _mm256_shuffle_epi8(numbers, codes.high)};
+    }
+    INLINE Pair load_table(const uint8_t* at, int i, const uint8_t* table) {
+        const Pair numbers = look_up(table, int4_codes(load_bytes(at), i % 2));
+        const __m256i lower = _mm256_set1_epi16(255);
+        if (i >= 2) return {_mm256_srli_epi16(numbers.low, 8), _mm256_srli_epi16(numbers.high, 8)};
+        return {_mm256_and_si256(numbers.low, lower), _mm256_and_si256(numbers.high, lower)};
+    }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
 #if defined(BRLITE_HAS_VNNI)
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
@@ -263,6 +294,19 @@ struct Int8 {
         };
         return {code(shift), code(16 + shift)};
     }
+    static constexpr int TABLE_BIAS = 0;
+    INLINE Pair load_table(const uint8_t* at, int i, const uint8_t* table) {
+        int8_t even[LANES], odd[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            uint16_t words[2];
+            memcpy(words, at + 4 * lane, sizeof words);
+            even[lane] = (int8_t)table[words[0] >> 4 * i & 15], odd[lane] = (int8_t)table[words[1] >> 4 * i & 15];
+        }
+        Pair pair;
+        read(pair.even, even);
+        read(pair.odd, odd);
+        return pair;
+    }
     INLINE Pair load_shifted_int4(const uint8_t* at, int i) { return load_int4(at, i); }  // not used: one sum
     INLINE Sum shifted_back(Sum sum, int) { return sum; }
     INLINE Broadcast broadcast(const Row* row, int) { return {row[0], row[1]}; }
@@ -302,6 +346,20 @@ constexpr int panels_at_once(int) { return 1; }
 #endif
 
 // ---- what they are used for --------------------------------------------------------------------------------------
+
+// The table of a format, if it has one, as `look_up` wants it: plus TABLE_BIAS, which makes bytes unsigned where that
+// takes fewer instructions. Sums then start at -TABLE_BIAS times the sum of the activations.
+struct Table {
+    alignas(NUM_CODES) uint8_t bytes[NUM_CODES];
+    constexpr Table(const int8_t (&numbers)[NUM_CODES]) : bytes() {
+        for (int i = 0; i < NUM_CODES; i++) bytes[i] = (uint8_t)(numbers[i] + Int8::TABLE_BIAS);
+    }
+};
+static constexpr Table IQ4_TABLE = IQ4_NUMBERS, E2M1_TABLE = E2M1_NUMBERS;
+static_assert(Int8::TABLE_BIAS == 0 || Int8::TABLE_BIAS == 128, "sums start at minus_128_sums");
+INLINE const uint8_t* table_of(int format) {
+    return !has_table(format) ? nullptr : format == BRLITE_MXFP4 ? E2M1_TABLE.bytes : IQ4_TABLE.bytes;
+}
 
 struct NothingBeside {
     INLINED void operator()(int) const {}
@@ -362,6 +420,24 @@ INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* pane
             Int8::shifted_back(sums[i][r][0], i);
 }
 
+// The same for a format with a table. Pairs 0 and 2 of each four are looked up at once, and so are 1 and 3.
+template <int SUMS, int ROWS, class Beside>
+INLINE void add_table_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const uint8_t* table,
+                            const Int8::Row* rows, long row_stride, Beside beside) {
+#if defined(BRLITE_HAS_DOTPROD)
+    return add_quads<ROWS>(&sums[0][0][0], 1, TablePanel{{panel}, table}, rows, row_stride, BRLITE_GROUP);
+#endif
+    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4, panel += 64) {
+        UNROLLED for (int k = 0; k < 4; k++) {
+            const int i = k % 2 * 2 + k / 2;
+            const Int8::Pair weights = Int8::load_table(panel, i, table);
+            UNROLLED for (int r = 0; r < ROWS; r++)
+                Int8::add(sums[k % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * (first + i), 0));
+            beside(k);
+        }
+    }
+}
+
 // As `add_pairs`, for one group of a Q6_K panel, whose codes are 0 to 63.
 template <int SUMS, int ROWS>
 INLINE void add_q6_k_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* group, const Int8::Row* rows,
@@ -397,7 +473,7 @@ struct GroupOfRows {
 // linear.h.
 #if defined(BRLITE_HAS_AVX2) && !defined(BRLITE_HAS_VNNI)
 constexpr int pairs_of_line(int format, int num_rows) {
-    return num_rows > 1 || format == BRLITE_Q6_K ? 0 : is_int4(format) ? 4 : 2;
+    return num_rows > 1 || format == BRLITE_Q6_K ? 0 : code_bits(format) == 4 ? 4 : 2;
 }
 // asm: GCC would move prefetches to the start of the group.
 INLINE void fetch_line(const uint8_t* line) { asm volatile("prefetcht0 %0" ::"m"(*line)); }
@@ -422,7 +498,7 @@ struct FetchBeside {
 // large.
 template <int FORMAT, int ROWS>
 INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size,
-                         const GroupOfRows& activations, int half) {
+                         const GroupOfRows& activations, int half, const uint8_t* table) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
     Int8::Sum parts[SUMS][ROWS][1];
     UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(parts[i]);
@@ -434,6 +510,10 @@ INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8:
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
         UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_32_sums[half]);
         add_q6_k_pairs(parts, group, rows, row_size);
+    } else if constexpr (has_table(FORMAT)) {
+        if (Int8::TABLE_BIAS)
+            UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_128_sums);
+        add_table_pairs(parts, group, table, rows, row_size, beside);
     } else {
         const uint8_t* panel[1] = {group};
         add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2, beside);
@@ -458,6 +538,7 @@ struct Factors {
 // The scales of a group, which are at `at`, and its minimums or zero points.
 INLINE Floats scales_of(int format, const uint8_t* at, const Factors& factors) {
     if (has_blocks(format)) return from_bytes(at) * factors.scales;
+    if (format == BRLITE_MXFP4) return from_exponents(at);
     return format == BRLITE_INT8 ? from_halves((const uint16_t*)at) : from_fp16((const uint16_t*)at);
 }
 INLINE Floats offsets_of(int format, const uint8_t* at, const Factors& factors) {

@@ -61,6 +61,15 @@ struct Int8 {
         return {vreinterpretq_s16_u16(codes[0]), vreinterpretq_s16_u16(codes[2]), vreinterpretq_s16_u16(codes[1]),
                 vreinterpretq_s16_u16(codes[3])};
     }
+    static constexpr int TABLE_BIAS = 0;
+    INLINE Pair load_table(const uint8_t* at, int i, const uint8_t* table) {
+        const auto numbers = [table](int16x8_t codes) INLINED {
+            const int8x16_t found = vqtbl1q_s8(vld1q_s8((const int8_t*)table), vreinterpretq_u8_s16(codes));
+            return vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s8(found), 8), 8);  // upper bytes are of code 0
+        };
+        const Pair codes = load_int4(at, i);
+        return {numbers(codes.even_low), numbers(codes.even_high), numbers(codes.odd_low), numbers(codes.odd_high)};
+    }
     INLINE Pair load_shifted_int4(const uint8_t* at, int i) { return load_int4(at, i); }  // not used: one sum
     INLINE Sum shifted_back(Sum sum, int) { return sum; }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
@@ -219,6 +228,21 @@ struct Int4Panel {
         return quad;
     }
     INLINED static uint8x16_t order() { return uint8x16_t{1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14}; }
+};
+
+// The same, of a format with a table.
+struct TablePanel {
+    Int4Panel panel;
+    const uint8_t* table;
+
+    template <int HALF>
+    INLINED Quad quad(int first) const {
+        Quad quad = panel.quad<HALF>(first);
+        UNROLLED for (int i = 0; i < 4; i++) quad.quarters[i] =
+            vqtbl1q_s8(vld1q_s8((const int8_t*)table), vreinterpretq_u8_s8(quad.quarters[i]));
+        return quad;
+    }
+    INLINED static uint8x16_t order() { return Int4Panel::order(); }
 };
 
 // A group of Q6_K codes.

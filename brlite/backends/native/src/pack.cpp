@@ -146,27 +146,83 @@ void place_group(const BlockOfQ6K& block, int index, uint8_t* group, int column)
     group[code_bytes(BRLITE_Q6_K) + column] = (uint8_t)block.factors[index];
 }
 
+struct BlockOfIQ4NL {
+    uint16_t scale;
+    uint8_t codes[16];  // of the first 16 inputs in the lower 4 bits
+};
+static_assert(sizeof(BlockOfIQ4NL) == 18, "as in a file");
+
+struct BlockOfIQ4XS {
+    uint16_t scale;
+    uint16_t upper;    // 2 bits for each of 8 factors
+    uint8_t lower[4];  // 4 bits
+    uint8_t codes[8][16];
+};
+static_assert(sizeof(BlockOfIQ4XS) == 136, "as in a file");
+
+struct BlockOfMXFP4 {
+    uint8_t exponent;
+    uint8_t codes[16];
+};
+static_assert(sizeof(BlockOfMXFP4) == 17, "as in a file");
+
+// 32 codes of a table: the first 16 in the lower 4 bits.
+void place_halves(const uint8_t (&from)[16], uint8_t* group, int column) {
+    uint8_t codes[BRLITE_GROUP];
+    for (int i = 0; i < BRLITE_GROUP; i++) codes[i] = from[i % 16] >> 4 * (i / 16);
+    place_int4(codes, group, column);
+}
+
+void place_group(const BlockOfIQ4NL& block, int, uint8_t* group, int column) {
+    place_halves(block.codes, group, column);
+    memcpy(group + code_bytes(BRLITE_IQ4_NL) + 2 * column, &block.scale, 2);
+}
+
+void place_group(const BlockOfIQ4XS& block, int index, uint8_t* group, int column) {
+    place_halves(block.codes[index], group, column);
+    const int factor = (block.lower[index / 2] >> 4 * (index % 2) & 15) | (block.upper >> 2 * index & 3) << 4;
+    group[code_bytes(BRLITE_IQ4_XS) + column] = (uint8_t)(factor - 32);
+}
+
+void place_group(const BlockOfMXFP4& block, int, uint8_t* group, int column) {
+    place_halves(block.codes, group, column);
+    // One less, since the table has twice the numbers.
+    group[code_bytes(BRLITE_MXFP4) + column] = (uint8_t)std::max(block.exponent - 1, 0);
+}
+
 void place_head(const BlockOfQ4K& from, uint8_t* block, int column) {
     const uint16_t minimum = from.minimum ^ 0x8000;
     memcpy(block + 2 * column, &from.scale, 2);
     memcpy(block + 2 * (BRLITE_LANES + column), &minimum, 2);
 }
 
-void place_head(const BlockOfQ6K& from, uint8_t* block, int column) { memcpy(block + 2 * column, &from.scale, 2); }
+template <class Block>
+void place_head(const Block& from, uint8_t* block, int column) {
+    memcpy(block + 2 * column, &from.scale, 2);
+}
 
-// Packs a row of blocks. Of the last one, only the groups that hold inputs.
+// Packs rows of blocks. Of a row's last block, only the groups that hold inputs.
 template <int FORMAT, class Block>
-void pack_row_of_blocks(const uint8_t* blocks, int num_inputs, Place to) {
-    uint8_t* at = to.panel;
+void pack_rows_of_blocks(const uint8_t* blocks, int first_row, int num_rows, int num_inputs, void* panels) {
+    constexpr int INPUTS = has_blocks(FORMAT) ? BRLITE_BLOCK : BRLITE_GROUP;
     Block block;
-    for (int first = 0; first < num_inputs; first += group_inputs(FORMAT), at += group_bytes(FORMAT)) {
-        const int index = first % BRLITE_BLOCK / group_inputs(FORMAT);
-        if (index == 0) {
-            memcpy(&block, blocks + first / BRLITE_BLOCK * sizeof block, sizeof block);
-            place_head(block, at, to.column);
-            at += block_head_bytes(FORMAT);
+    for (int row = first_row; row < first_row + num_rows; row++) {
+        const Place to = place_of(FORMAT, row, num_inputs, panels);
+        uint8_t* at = to.panel;
+        for (int first = 0; first < num_inputs; first += group_inputs(FORMAT), at += group_bytes(FORMAT)) {
+            const int index = first % INPUTS / group_inputs(FORMAT);
+            if (index == 0) {
+                memcpy(&block, blocks, sizeof block);
+                blocks += sizeof block;
+            }
+            if constexpr (has_blocks(FORMAT)) {
+                if (index == 0) {
+                    place_head(block, at, to.column);
+                    at += block_head_bytes(FORMAT);
+                }
+            }
+            place_group(block, index, at, to.column);
         }
-        place_group(block, index, at, to.column);
     }
 }
 
@@ -351,16 +407,13 @@ void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* sca
 
 void brlite_pack_blocks(int32_t format, const uint8_t* blocks, int32_t first, int32_t num_rows, int32_t num_inputs,
                         void* panels) {
-    const bool is_q4_k = format == BRLITE_Q4_K;
-    const size_t row_bytes = (size_t)brlite::rounded(num_inputs, BRLITE_BLOCK) / BRLITE_BLOCK *
-                             (is_q4_k ? sizeof(brlite::BlockOfQ4K) : sizeof(brlite::BlockOfQ6K));
-    for (int row = 0; row < num_rows; row++, blocks += row_bytes) {
-        const brlite::Place to = brlite::place_of(format, first + row, num_inputs, panels);
-        if (is_q4_k)
-            brlite::pack_row_of_blocks<BRLITE_Q4_K, brlite::BlockOfQ4K>(blocks, num_inputs, to);
-        else
-            brlite::pack_row_of_blocks<BRLITE_Q6_K, brlite::BlockOfQ6K>(blocks, num_inputs, to);
-    }
+    using namespace brlite;
+    const auto pack = format == BRLITE_Q4_K     ? pack_rows_of_blocks<BRLITE_Q4_K, BlockOfQ4K>
+                      : format == BRLITE_Q6_K   ? pack_rows_of_blocks<BRLITE_Q6_K, BlockOfQ6K>
+                      : format == BRLITE_IQ4_NL ? pack_rows_of_blocks<BRLITE_IQ4_NL, BlockOfIQ4NL>
+                      : format == BRLITE_IQ4_XS ? pack_rows_of_blocks<BRLITE_IQ4_XS, BlockOfIQ4XS>
+                                                : pack_rows_of_blocks<BRLITE_MXFP4, BlockOfMXFP4>;
+    pack(blocks, first, num_rows, num_inputs, panels);
 }
 
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out) {

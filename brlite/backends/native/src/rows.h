@@ -140,7 +140,8 @@ INLINE int code_at(int format, const uint8_t* group, int column, int i) {
     }
     uint16_t word;
     memcpy(&word, group + pair / 4 * 4 * LANES + 2 * lane, sizeof word);
-    return word >> 4 * (pair % 4) & 15;
+    const int code = word >> 4 * (pair % 4) & 15;
+    return !has_table(format) ? code : (format == BRLITE_MXFP4 ? E2M1_NUMBERS : IQ4_NUMBERS)[code];
 }
 
 static void unpack_integers(int format, const uint8_t* panels, int row, int num_inputs, float* out) {

@@ -75,7 +75,9 @@ constexpr Check CHECKS[] = {
     {BRLITE_INT8_F16, BRLITE_BF16, 2, true, SHORT},  {BRLITE_INT4, BRLITE_INT8, 1, true, SHORT},
     {BRLITE_INT4_MIN, BRLITE_BF16, 1, true, SHORT},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true, SHORT},
     {BRLITE_Q4_K, BRLITE_INT8, 2, false, SHORT},     {BRLITE_Q6_K, BRLITE_BF16, 1, false, SHORT},
-    {BRLITE_Q4_K, BRLITE_BF16, 1, true, SHORT},      {BRLITE_Q6_K, BRLITE_INT8, 2, true, SHORT}};
+    {BRLITE_Q4_K, BRLITE_BF16, 1, true, SHORT},      {BRLITE_Q6_K, BRLITE_INT8, 2, true, SHORT},
+    {BRLITE_IQ4_NL, BRLITE_BF16, 2, false, SHORT},   {BRLITE_IQ4_XS, BRLITE_INT8, 1, true, SHORT},
+    {BRLITE_MXFP4, BRLITE_BF16, 1, false, SHORT}};
 constexpr int NUM_CHECKS = sizeof CHECKS / sizeof *CHECKS;
 
 class Checksum {

@@ -104,25 +104,36 @@ inline int head_size(const brlite_attention& attention) { return rounded(attenti
 
 // Whether activations of this format are int16.
 constexpr bool takes_int16(int format) { return format != BRLITE_BF16; }
-constexpr bool has_blocks(int format) { return format == BRLITE_Q4_K || format == BRLITE_Q6_K; }
+constexpr bool has_blocks(int format) {
+    return format == BRLITE_Q4_K || format == BRLITE_Q6_K || format == BRLITE_IQ4_XS;
+}
 constexpr bool has_minimums(int format) { return format == BRLITE_INT4_MIN || format == BRLITE_Q4_K; }
 constexpr bool has_offsets(int format) { return has_minimums(format) || format == BRLITE_INT4_ZERO; }
 constexpr bool is_int4(int format) { return format == BRLITE_INT4 || has_offsets(format); }
+constexpr bool has_table(int format) {
+    return format == BRLITE_IQ4_NL || format == BRLITE_IQ4_XS || format == BRLITE_MXFP4;
+}
 
 // Whether products of int16 need the sums of groups of activations.
-constexpr bool needs_sums(int format) { return is_int4(format) || format == BRLITE_Q6_K; }
+constexpr bool needs_sums(int format) { return is_int4(format) || format == BRLITE_Q6_K || has_table(format); }
 
 // Inputs that share a scale, and bytes of their codes in a panel. Scales follow the codes, then minimums or zero
 // points, if any. A block begins with its numbers in half precision, by which its groups' scales and minimums are
 // multiplied.
 constexpr int group_inputs(int format) { return format == BRLITE_Q6_K ? BRLITE_GROUP / 2 : BRLITE_GROUP; }
-constexpr int code_bits(int format) { return is_int4(format) ? 4 : format == BRLITE_Q6_K ? 6 : 8; }
+constexpr int code_bits(int format) { return is_int4(format) || has_table(format) ? 4 : format == BRLITE_Q6_K ? 6 : 8; }
 constexpr long code_bytes(int format) { return group_inputs(format) * BRLITE_LANES * code_bits(format) / 8; }
 constexpr long scale_bytes(int format) { return BRLITE_LANES * (has_offsets(format) ? 2 : 1); }
 constexpr long group_bytes(int format) {
-    return code_bytes(format) + scale_bytes(format) * (has_blocks(format) ? 1 : 2);
+    return code_bytes(format) + scale_bytes(format) * (has_blocks(format) || format == BRLITE_MXFP4 ? 1 : 2);
 }
 constexpr long block_head_bytes(int format) { return has_blocks(format) ? 2 * scale_bytes(format) : 0; }
+
+// The numbers that codes of formats with a table stand for: GGML's kvalues_iq4nl, and twice those of E2M1 (OCP
+// Microscaling), whose scales count half.
+constexpr int NUM_CODES = 16;
+constexpr int8_t IQ4_NUMBERS[NUM_CODES] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t E2M1_NUMBERS[NUM_CODES] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // The bytes of a Q6_K group's sixteen inputs: three vectors of 64 have a code each in the lower 6 bits of their bytes;
 // their upper 2 bits are those of a fourth. This is the vector of a pair of inputs, and the byte of each word that it

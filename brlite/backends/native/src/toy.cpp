@@ -63,7 +63,7 @@ const float* Toy::vector(int size, float base, float spread) {
 }
 
 const void* Toy::matrix(int num_outputs, int num_inputs) {
-    if (has_blocks(weight_format_)) return matrix_of_blocks(num_outputs, num_inputs);
+    if (has_blocks(weight_format_) || has_table(weight_format_)) return matrix_of_blocks(num_outputs, num_inputs);
     if (weight_format_ != BRLITE_INT8 && weight_format_ != BRLITE_BF16)
         return quantized_matrix(num_outputs, num_inputs);
     std::vector<float> weights((size_t)num_outputs * num_inputs);
@@ -90,16 +90,26 @@ const void* Toy::quantized_matrix(int num_outputs, int num_inputs) {
     return panels.data();
 }
 
-// Any bytes, but for the numbers in half precision: from 2^-24 to 2^-6.
+// Any bytes, but for the numbers in half precision: from 2^-24 to 2^-6; and for exponents: scales from 2^-15 to 1.
 const void* Toy::matrix_of_blocks(int num_outputs, int num_inputs) {
-    const size_t block_bytes = weight_format_ == BRLITE_Q4_K ? 144 : 210, first_half = block_bytes == 144 ? 0 : 208;
-    std::vector<uint8_t> blocks((size_t)num_outputs * rounded(num_inputs, BRLITE_BLOCK) / BRLITE_BLOCK * block_bytes);
+    struct Block {
+        size_t bytes, first_half, num_halves;
+    };
+    const Block block = weight_format_ == BRLITE_Q4_K     ? Block{144, 0, 2}
+                        : weight_format_ == BRLITE_Q6_K   ? Block{210, 208, 1}
+                        : weight_format_ == BRLITE_IQ4_XS ? Block{136, 0, 1}
+                        : weight_format_ == BRLITE_IQ4_NL ? Block{18, 0, 1}
+                                                          : Block{17, 0, 0};
+    const int block_inputs = has_blocks(weight_format_) ? BRLITE_BLOCK : BRLITE_GROUP;
+    std::vector<uint8_t> blocks((size_t)num_outputs * rounded(num_inputs, block_inputs) / block_inputs * block.bytes);
     for (uint8_t& byte : blocks) byte = (uint8_t)random_.below(256);
-    for (size_t at = first_half; at < blocks.size(); at += block_bytes)
-        for (size_t i = at; i < at + (block_bytes == 144 ? 4 : 2); i += 2) {
+    for (size_t at = block.first_half; at < blocks.size(); at += block.bytes) {
+        if (!block.num_halves) blocks[at] = (uint8_t)(112 + random_.below(16));
+        for (size_t i = 0; i < block.num_halves; i++) {
             const uint16_t half = (uint16_t)random_.below(0x2400);
-            memcpy(&blocks[i], &half, sizeof half);
+            memcpy(&blocks[at + 2 * i], &half, sizeof half);
         }
+    }
     auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
     brlite_pack_blocks(weight_format_, blocks.data(), 0, num_outputs, rounded(num_inputs, BRLITE_GROUP), panels.data());
     return panels.data();
