@@ -71,6 +71,8 @@ class BackgroundUsage:
             try:
                 async with self._turns, UpstreamClient(upstream, ANSWER_SECONDS) as client:
                     body = await client.read(path, MAX_BYTES)
+                if (response := stored_response((body,))) is None:
+                    raise UpstreamError(f"answered GET {path} with no response object")
             except UpstreamError as error:
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
@@ -80,7 +82,6 @@ class BackgroundUsage:
             num_failures = 0
             usage = self._owners.late_usage(key.tenant, response_id, Seen((body,), num_text_bytes=len(body)))
             key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
-            response = stored_response((body,))
-            if response is None or not response.is_running:
+            if not response.is_running:
                 return
         logger.warning("the tokens of %s, computed in the background, are not charged: %s", response_id, why)

@@ -128,21 +128,23 @@ class ResponseOwners:
         return made.id if made.is_running else None
 
     def late_usage(self, tenant: str, response_id: str, seen: Seen) -> ForwardedUsage:
-        """The completion tokens of a stored response that are not charged yet, if `seen` of it reports its usage.
+        """The completion tokens of a stored response that are not charged yet, as `seen` of it reports or shows.
 
-        The usage of a response made in the background is reported when the response is retrieved later.
+        A response made in the background reports its usage when it is retrieved later. A stream of its events that is
+        left before the end reports none: what it showed is estimated.
         """
         owner, usage = self.store.get(tenant, response_id), reported_usage(seen.parts)
-        if owner is None or usage is None:
+        if owner is None or (usage is None and not seen.num_events):
             return ForwardedUsage()
-        num_tokens = usage.completion_tokens
-        if not (is_good := is_possible(ForwardedUsage(0, num_tokens), 0, seen.num_text_bytes)):
+        if usage is not None and is_possible(ForwardedUsage(0, usage.completion_tokens), 0, seen.num_text_bytes):
+            num_tokens = usage.completion_tokens
+        else:
             num_tokens = estimate_completion(RESPONSES_PATH, seen)
         num_late = num_tokens - owner.num_counted
         if num_late <= 0:
             return ForwardedUsage()
         self._put(tenant, response_id, msgspec.structs.replace(owner, num_counted=num_tokens))
-        if not is_good:
+        if usage is not None and num_tokens != usage.completion_tokens:
             text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
             logger.warning(text, owner.upstream, usage.completion_tokens)
         return ForwardedUsage(0, num_late)

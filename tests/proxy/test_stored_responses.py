@@ -354,12 +354,13 @@ async def test_what_a_background_response_costs_is_counted_once_when_it_is_told(
     assert upstream.faults == []
 
 
-@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(("is_stream", "is_odd"), [(False, False), (True, False), (False, True)])
 async def test_what_a_background_response_costs_is_counted_though_its_client_never_retrieves_it(
-    stack: AsyncExitStack, connect: Connect, is_stream: bool, monkeypatch: pytest.MonkeyPatch
+    stack: AsyncExitStack, connect: Connect, is_stream: bool, is_odd: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.01)
     running = {"id": "resp_1", "background": True, "status": "in_progress", "tools": ["x" * 4000], "usage": None}
+    early = {"detail": "no response object"} if is_odd else running
     done = {**running, "status": "completed", "usage": {"input_tokens": 3, "output_tokens": 4000}}
     num_retrieved = 0
 
@@ -367,7 +368,7 @@ async def test_what_a_background_response_costs_is_counted_though_its_client_nev
         nonlocal num_retrieved
         if call.request.method == b"GET":
             num_retrieved += 1
-            await call.send(json_answer(running if num_retrieved == 1 else done))
+            await call.send(json_answer(early if num_retrieved == 1 else done))
         elif not is_stream:
             await call.send(json_answer(running))
         else:
@@ -387,6 +388,39 @@ async def test_what_a_background_response_costs_is_counted_though_its_client_nev
         await anext(made)
         await made.close()
     await wait_until(lambda: num_retrieved == 2 and key.usage.completion_tokens == 4000)
+
+
+async def test_a_background_response_that_is_followed_and_deleted_before_its_end_is_charged(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    running = {"id": "resp_1", "background": True, "status": "in_progress"}
+    deltas = [{"type": "response.output_text.delta", "delta": "Hello, this is text"}] * 20
+
+    async def act(call: Call) -> Then:
+        if call.request.method != b"GET":
+            await call.send(json_answer(running))
+            return "keep"
+        await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for event in deltas:
+            await call.send(b"data: %b\n\n" % msgspec.json.encode(event))
+        await call.wait_left()
+        return "close"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    responses, key = setting.clients[0].responses, setting.proxy.keys.find("secret-a")
+    assert key is not None
+
+    await responses.create(model="toy", input="hello", background=True)
+    for _ in range(2):
+        events = await responses.retrieve("resp_1", stream=True)
+        for _ in deltas:
+            await anext(events)
+        await events.close()
+    await responses.delete("resp_1")
+
+    await wait_until(lambda: setting.proxy.forwarder.num_active == 0)
+    assert key.usage.completion_tokens == 20
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
