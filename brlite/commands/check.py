@@ -95,8 +95,8 @@ def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = Fals
     if not dial:
         return 0
     results = asyncio.run(dial_all(table.upstreams, config.proxy))
-    lines = [result.line for result in results] or ["there is no upstream to dial"]
-    print(shown("\n".join(["", *lines])))
+    found = [result.line for result in results] or ["there is no upstream to dial"]
+    print(shown("\n".join(["", *found])))
     return 0 if all(result.is_good for result in results) else 1
 
 
