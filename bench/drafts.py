@@ -255,7 +255,8 @@ def _render(compared: Sequence[Compared], costs: Mapping[StepKind, float], num_s
 def _engine(args: argparse.Namespace, stack: ExitStack, speculation: str | None = None, **fields: object) -> LLM:
     tables = subject.chosen(args)
     if speculation is not None:
-        tables["engine"] |= {"speculation": speculation, "prefix_caching": False}
+        # Else the chunks of prompts, and where a text is counted from, would depend on the time of steps.
+        tables["engine"] |= {"speculation": speculation, "prefix_caching": False, "max_step_seconds": 0.0}
     model = subject.find_model(args.model)
     config = subject.engine_config(model, tables, build_seq=CONTEXT, build_batch=max(args.streams), **fields)
     return stack.enter_context(LLM(config=config))

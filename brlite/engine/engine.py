@@ -421,6 +421,8 @@ class Engine:
             return
         if seq.draft_token_ids:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
+            if seq.draft_budget is not None:
+                seq.draft_budget.add_right(len(result.tokens) - 1)
             seq.draft_token_ids = []
         if state.search is not None:
             assert result.tokens[0].logprob is not None, "the parameters of a search ask for it"

@@ -6,14 +6,23 @@ also has the arithmetic of what pays). They get those tokens and blocks of a ste
 
 from __future__ import annotations
 
-import copy
+import math
 from itertools import islice
 
 from brlite.config.options import EngineConfig
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_DRAFT_TOKENS, DraftModel, DraftPlan
-from brlite.engine.drafting import NgramDrafter, RowTimes, StepForecast, WaitCost
+from brlite.engine.drafting import (
+    DraftBudget,
+    DraftCandidate,
+    DraftChoice,
+    NgramDrafter,
+    RowTimes,
+    WaitCost,
+    charge_drafts,
+    choose_drafts,
+)
 from brlite.engine.request import Sequence
 
 # A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
@@ -45,43 +54,81 @@ class Speculation:
         self._max_draft_seqs = config.max_draft_seqs
         self.row_times = RowTimes(info.row_costs)
         self._blocks = blocks
+        self._unpaid = 0, dict[int, int](), list[DraftBudget]()  # of the last step with n-grams: rows, drafts, budgets
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def add_drafts(self, scheduled: dict[Sequence, int], running: list[Sequence], budget: int) -> None:
         """Add drafts to a step while they pay: at most `budget`, and only in blocks that no other sequence needs."""
         may_draft = self.may_draft and len(running) <= self._max_draft_seqs
-        may_use_ngrams = may_draft and (self.wait_cost is None or self._do_ngrams_pay(running))
-        forecast = StepForecast(self._max_num_batched_tokens - budget, self.row_times.costs)
-        for seq, num_tokens in scheduled.items():
+        candidates, wait = list[DraftCandidate](), self._wait
+        if self._unpaid[0]:
+            self._charge_last()
+        for position, (seq, num_tokens) in enumerate(scheduled.items()):
             forced = seq.matcher.forced if seq.matcher is not None else ()
-            if not (forced or may_draft):
+            if may_draft:
+                _budget(seq).add_step()
+            elif not forced:
                 continue
             limit = min(_max_draft_tokens(seq, num_tokens, is_forced=bool(forced)), self.max_draft_tokens, budget)
             if limit <= 0:
                 continue
-            # Each sequence may need a block in the next step, and none may be preempted for another's drafts.
-            limit = max(0, min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(running))))
+            limit = self._num_spare_slots(seq, limit, len(running))
             draft = [] if forced or self.model is None else self.model.draft_for(seq)
             if forced or draft:  # that of a model is made already, since it pays
-                seq.draft_token_ids = forecast.add_forced(list(islice(forced or draft, limit)))
-            elif may_use_ngrams and (drafter := _ngrams(seq)) is not None:
-                seq.draft_token_ids = forecast.add_ngrams(drafter, seq.token_ids, limit)
-            self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
-            budget -= len(seq.draft_token_ids)
+                seq.draft_token_ids = list(islice(forced or draft, limit))
+                self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
+                budget -= len(seq.draft_token_ids)
+                wait = 0.0  # the step has it already
+            elif limit and may_draft and (drafter := _ngrams(seq)) is not None:
+                candidates.append(DraftCandidate(position, drafter.acceptance, limit, _budget(seq).own))
+        if not candidates:
+            return
+        seqs = list(scheduled)
+        num_rows = self._max_num_batched_tokens - budget
+        choice = self._choose(num_rows, candidates, seqs, wait)
+        self._unpaid = num_rows, choice.num_draft_tokens, [_budget(seq) for seq in seqs]
+        for position, num_draft_tokens in choice.num_draft_tokens.items():
+            seq = seqs[position]
+            limit = self._num_spare_slots(seq, min(num_draft_tokens, budget), len(running))
+            assert seq.drafter is not None, "it has a draft"
+            seq.draft_token_ids = seq.drafter.draft(seq.token_ids, limit)
+            self._blocks.grow(seq, seq.num_tokens + limit)
+            budget -= limit
+
+    def _charge_last(self) -> None:
+        """Charge the n-grams of the step before: its rows are measured now."""
+        num_rows, num_draft_tokens, budgets = self._unpaid
+        if num_draft_tokens:
+            cost = self.row_times.cost(num_rows + sum(num_draft_tokens.values()))
+            charge_drafts(num_draft_tokens, cost / self.row_times.cost(num_rows) - 1, budgets)
+            self._unpaid = 0, {}, []
+
+    def _num_spare_slots(self, seq: Sequence, limit: int, num_running: int) -> int:
+        """How many draft tokens, at most `limit`, find place in blocks that no other sequence needs.
+
+        Each may need a block in the next step, and none may be preempted for another's drafts.
+        """
+        return max(0, min(limit, self._blocks.num_spare_slots(seq, num_reserved=num_running)))
+
+    def _choose(
+        self, num_rows: int, candidates: list[DraftCandidate], seqs: list[Sequence], wait: float
+    ) -> DraftChoice:
+        ahead = [_budget(seq).ahead for seq in seqs]
+        return choose_drafts(num_rows, self.row_times.cost, candidates, ahead, wait)
 
     def _do_ngrams_pay(self, running: list[Sequence]) -> bool:
         """Whether n-grams are expected to gain more than the wait of the step behind them costs.
 
         Before the result of the step under way, its draws are expected to be as often right as draft tokens were.
         """
-        forecast = StepForecast(len(running), self.row_times.costs)
-        for seq in running:
+        candidates = list[DraftCandidate]()
+        for position, seq in enumerate(running):
             num_drawn = seq.num_output_tokens + seq.is_being_drawn
             limit = min(_max_after(seq, num_drawn), self.max_draft_tokens)
             if limit > 0 and (drafter := _ngrams(seq)) is not None:
                 chance = drafter.acceptance if seq.is_being_drawn else 1.0
-                forecast.add_draft_tokens(drafter.acceptance, limit, chance=chance, credit=drafter.credit)
-        return forecast.gains(self._wait)
+                candidates.append(DraftCandidate(position, drafter.acceptance, limit, _budget(seq).own, chance))
+        return bool(self._choose(len(running), candidates, running, self._wait).num_draft_tokens)
 
     @property
     def _wait(self) -> float:
@@ -106,53 +153,77 @@ class Speculation:
         if model is None or model.is_off or not self.may_draft:
             return None
         model.release_stopped()
+        self._charge_last()
         num_seqs = len(running)
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in running)
         if not is_decoding or num_seqs > self._max_draft_seqs:
             return None
-        forecast, wanted = StepForecast(num_seqs, self.row_times.costs), list[tuple[Sequence, int]]()
-        budget = self._max_num_batched_tokens - num_seqs
-        for seq in running:
-            limit = self._blocks.num_spare_slots(seq, num_reserved=num_seqs)
-            limit = min(limit, _max_draft_tokens(seq, 1, is_forced=False), self.max_draft_tokens, budget)
+        candidates, trials, missing_costs = list[DraftCandidate](), list[DraftCandidate](), dict[int, float]()
+        budget, draft_cost = self._max_num_batched_tokens - num_seqs, model.cost.per_draft_token(1)
+        plain, ahead = self.row_times.cost(num_seqs), [_budget(seq).ahead for seq in running]
+        for position, seq in enumerate(running):
+            limit = min(_max_draft_tokens(seq, 1, is_forced=False), self.max_draft_tokens, budget // num_seqs)
+            limit = self._num_spare_slots(seq, limit, num_seqs)
             if limit <= 0 or (seq.matcher is not None and seq.matcher.forced):
                 continue
-            num_draft_tokens = self._num_model_draft_tokens(seq, limit, forecast, model.cost.per_draft_token(num_seqs))
-            budget -= num_draft_tokens
-            if num_draft_tokens:
-                wanted.append((seq, num_draft_tokens))
-        if forecast.gains(0.0):
-            if forecast.gains(self._wait):
-                model.note_paying()
-            elif not model.is_trial_due(self._wait):
-                wanted = []
-        plan = model.plan(wanted, self._max_num_batched_tokens, now)
-        if plan is None:
+            if (draft := model.follow(seq)) is None:
+                continue
+            num_missing = max(0, draft.num_tokens - draft.num_computed_tokens - FEW_TOKENS)
+            missing_costs[position] = num_missing * draft_cost * self.row_times.row_cost / plain
+            num_done = seq.num_output_tokens
+            num_expected = min(seq.state.max_tokens - num_done, max(EXPECTED_TOKENS, num_done))
+            lent = model.lent_credit(draft, num_expected)
+            ahead[position] += lent
+            credit = _budget(seq).own + lent - missing_costs[position]
+            candidate = DraftCandidate(position, draft.acceptance, limit, credit, draft_cost=draft_cost)
+            is_best = (self._model_gain(seq, candidate, num_seqs) - 1) * num_expected > missing_costs[position]
+            (candidates if is_best else trials).append(candidate)
+        choice = choose_drafts(num_seqs, self.row_times.cost, candidates, ahead, self._wait)
+        if choice.num_draft_tokens:
+            model.note_paying()
+        else:
+            choice = self._trial(trials, ahead, missing_costs, num_seqs)
+        if not choice.num_draft_tokens:
             model.rest()
-        return plan
+            return None
+        missing_cost = sum(missing_costs[position] for position in choice.num_draft_tokens)
+        rest = model.pay(choice.extension + missing_cost)
+        charge_drafts(choice.num_draft_tokens, rest, [_budget(seq) for seq in running])
+        wanted = [(running[position], num) for position, num in choice.num_draft_tokens.items()]
+        return model.plan(wanted, self._max_num_batched_tokens, now)
 
-    def _num_model_draft_tokens(self, seq: Sequence, limit: int, forecast: StepForecast, cost: float) -> int:
-        """How many tokens the draft model should draft for a sequence: as many as pay, or a few as a trial.
+    def _model_gain(self, seq: Sequence, candidate: DraftCandidate, num_seqs: int) -> float:
+        """What the draft model gains for the sequence, beside what n-grams do. It drafts for all sequences together."""
+        assert self.model is not None, "it has a candidate"
+        by_model = candidate._replace(draft_cost=self.model.cost.per_draft_token(num_seqs), position=0)
+        gain, by_ngrams = choose_drafts(num_seqs, self.row_times.cost, [by_model], [math.inf]).gain, 1.0
+        if gain > 1 and (drafter := _ngrams(seq)) is not None:
+            ngrams = DraftCandidate(0, drafter.acceptance, candidate.limit, _budget(seq).own)
+            by_ngrams = choose_drafts(num_seqs, self.row_times.cost, [ngrams], [math.inf]).gain
+        return gain / by_ngrams
 
-        `cost` is that of one.
+    def _trial(
+        self, candidates: list[DraftCandidate], ahead: list[float], missing_costs: dict[int, float], num_seqs: int
+    ) -> DraftChoice:
+        """Two draft tokens for a sequence that can bear their cost, if a trial is due; else none.
+
+        All must bear it.
         """
-        assert self.model is not None, "it has a cost"
-        draft = self.model.follow(seq)
-        if draft is None:
-            return 0
-        drafter = _ngrams(seq)
-        by_ngrams, by_model = copy.copy(forecast), copy.copy(forecast)
-        if drafter is not None:
-            by_ngrams.add_draft_tokens(drafter.acceptance, limit, credit=drafter.credit)
-        num_draft_tokens = by_model.add_draft_tokens(draft.acceptance, limit, cost)
-        num_missing = draft.num_tokens - draft.num_computed_tokens
-        catch_up_cost = cost * self.row_times.costs.other * max(0, num_missing - FEW_TOKENS)
-        num_expected = min(seq.state.max_tokens - seq.num_output_tokens, max(EXPECTED_TOKENS, seq.num_output_tokens))
-        if (by_model.rate / by_ngrams.rate - 1) * num_expected > catch_up_cost:
-            forecast.add_draft_tokens(draft.acceptance, limit, cost)
-            return num_draft_tokens
-        is_trial = self.model.is_trial_due(catch_up_cost + TRIAL_DRAFT_TOKENS * cost)
-        return min(limit, TRIAL_DRAFT_TOKENS) if is_trial else 0
+        assert self.model is not None, "it has candidates"
+        plain = self.row_times.cost(num_seqs)
+        for each in candidates:
+            num = min(TRIAL_DRAFT_TOKENS, each.limit)
+            extension = (self.row_times.cost(num_seqs + num) + num * each.draft_cost) / plain - 1
+            cost = extension + missing_costs[each.position]
+            if extension <= each.credit and cost <= min(ahead):
+                is_due = self.model.is_trial_due(cost + self._wait)
+                return DraftChoice({each.position: num} if is_due else {}, extension, 1.0)
+        return DraftChoice({}, 0.0, 1.0)
+
+
+def _budget(seq: Sequence) -> DraftBudget:
+    seq.draft_budget = seq.draft_budget or DraftBudget()
+    return seq.draft_budget
 
 
 def _ngrams(seq: Sequence) -> NgramDrafter | None:

@@ -218,6 +218,22 @@ def test_with_a_draft_model_no_text_takes_over_a_33rd_longer(
         assert taken <= plain_seconds / 1.5
 
 
+@pytest.mark.parametrize("draft_seconds", [0.02, 0.1, 0.3, 1.5])
+@pytest.mark.parametrize("next_token", [half_right, wrong])
+def test_the_first_answer_behind_a_long_prompt_loses_no_tenth_to_a_bad_draft_model(
+    next_token: NextToken, draft_seconds: float
+) -> None:
+    def seconds(driver: Driver) -> float:
+        driver.submit("a prompt that it must compute first, " * 6, max_tokens=128)
+        driver.finish()
+        return driver.now
+
+    plain = seconds(Driver(budget=64, step_seconds=forecast_seconds, engine={"speculation": "off"}, **VERIFYING))
+    taken = seconds(make(next_token, step_seconds=forecast_seconds, draft_seconds=draft_seconds))
+
+    assert taken <= plain / 0.9
+
+
 def test_a_draft_model_that_does_not_pay_is_tried_again_ever_more_rarely() -> None:
     driver = make(wrong, draft_seconds=0.02, budget=512, step_seconds=forecast_seconds)
 

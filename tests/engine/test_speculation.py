@@ -118,6 +118,31 @@ def test_a_text_that_repeats_itself_takes_far_fewer_steps(make_driver: MakeDrive
     assert len(batches) < 256 / 5
 
 
+def test_texts_beside_one_that_repeats_itself_take_hardly_longer(make_driver: MakeDriver) -> None:
+    def next_token(context: Sequence[int], seed: int) -> int:
+        return ord("a") if context[0] == ord("a") else printable_token(context, seed)
+
+    def ends(speculation: str) -> dict[str, float]:
+        driver = make_driver(
+            next_token=next_token,
+            step_seconds=lambda batch: CPU_ROWS.cost(batch.num_tokens),
+            engine={"speculation": speculation},
+            budget=64,
+            **LONG,
+        )
+        for text in ("a", "one", "two", "three"):
+            driver.submit(text, max_tokens=100)
+        found = dict[str, float]()
+        while driver.step() is not None:
+            found |= dict.fromkeys(set(driver.finished) - found.keys(), driver.now)
+        return found
+
+    plain, drafted = ends("off"), ends("auto")
+
+    assert drafted["request-0"] < 0.95 * plain["request-0"]
+    assert all(drafted[request_id] <= plain[request_id] / 0.97 for request_id in plain)
+
+
 def test_a_text_that_does_not_repeat_itself_costs_next_to_nothing(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=printable_token, **LONG)
 
