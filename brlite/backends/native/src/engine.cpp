@@ -149,10 +149,11 @@ void Engine::allocate(int num_threads) {
 
     step_.plan = &plan_;
     step_.num_threads = num_threads;
-    step_.activations = {take(max_rows * width * element), (float*)take(max_rows * sizeof(float)), (long)width,
-                         (ActivationGroup*)take(max_rows * width / BRLITE_GROUP * sizeof(ActivationGroup))};
+    const size_t max_numbers = (max_rows + MAX_BLOCK_ROWS) * width;
+    step_.activations = {take(max_numbers * element), (float*)take(max_rows * sizeof(float)), (long)width,
+                         (ActivationGroup*)take(max_numbers / BRLITE_GROUP * sizeof(ActivationGroup)), 0};
     step_.queries = {take(num_queries * head_size(a) * element), (float*)take(num_queries * sizeof(float)),
-                     head_size(a), nullptr};
+                     head_size(a), nullptr, 0};
     const int max_chunks = (a.max_positions + CHUNK - 1) / CHUNK;
     const size_t num_partials = (size_t)MAX_SPLIT_ROWS * a.num_heads * max_chunks;
     step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)),
@@ -163,7 +164,7 @@ void Engine::allocate(int num_threads) {
             {thread,
              (float*)take(width * sizeof(float)),
              {take(MAX_OWN_NUMBERS * element), (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)), 0,
-              (ActivationGroup*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(ActivationGroup))},
+              (ActivationGroup*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(ActivationGroup)), 0},
              take(kernels_.attention_scratch_bytes),
              take(kernels_.sample_scratch_bytes),
              (float*)take(plan_.vocab_size * sizeof(float))});

@@ -25,7 +25,7 @@ namespace BRLITE_ISA {
 #if defined(BRLITE_HAS_AVX512)
 
 #if defined(BRLITE_HAS_VNNI)
-constexpr int MAX_GROUPED_ROWS = 12;  // of a tile: a sum and a total each take 24 of the 32 registers
+constexpr int MAX_GROUPED_ROWS = MAX_BLOCK_ROWS;  // of a tile: a sum and a total each take 24 of the 32 registers
 #else
 constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
 #endif

@@ -37,6 +37,7 @@ struct Tile {
     const void* rows;
     const ActivationGroup* activations;  // of the first row
     long row_size;
+    int block_rows;
     int num_inputs;
     float* out;  // [rows][16]
     int format;
@@ -91,12 +92,13 @@ static void multiply_integers(const Tile& tile) {
         }
         if (!IS_BESIDE && tile.ahead) fetch<ROWS == 1>(group + tile.ahead, group_bytes(FORMAT));
         const int index = first / BRLITE_GROUP, half = first % BRLITE_GROUP / group_inputs(FORMAT);
-        const GroupOfRows activations = {tile.activations + index, tile.row_size / BRLITE_GROUP};
-        const long start = index * BRLITE_GROUP;
+        const long first_group = HAS_INT8_ROWS ? (long)index * tile.block_rows : index;
+        const GroupOfRows activations = {tile.activations + first_group,
+                                         HAS_INT8_ROWS ? 1 : tile.row_size / BRLITE_GROUP};
         Floats sums[ROWS];
         if constexpr (HAS_INT8_ROWS)
-            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + start, tile.row_size, activations, half,
-                              tile.table);
+            sum_group<FORMAT>(sums, group, (const GroupedRow*)tile.rows + first_group * BRLITE_GROUP, BRLITE_GROUP,
+                              activations, half, tile.table);
         else
             sum_integers<FORMAT>(sums, group, (const Int8::Row*)tile.rows + first, tile.row_size, activations, half,
                                  tile.table);
@@ -157,7 +159,7 @@ struct Product {
     const brlite_operation& op;
     const Activations& input;
     float* output;
-    int num_rows;
+    int first_row, end_row;
 };
 
 // Applies activation scale, bias and residual to a tile of sums, and writes it to the output.
@@ -177,22 +179,32 @@ INLINE long element_bytes(const brlite_operation& op) {
     return op.has_int8_rows ? sizeof(GroupedRow) : takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
 }
 
+// The rows of a block of int8 activations: blocks of equal size, 13 rows are 7 + 6.
+INLINE int rows_of_block(int num_rows) {
+    const int num_blocks = larger(1, (num_rows + MAX_GROUPED_ROWS - 1) / MAX_GROUPED_ROWS);
+    return larger(1, (num_rows + num_blocks - 1) / num_blocks);
+}
+
 INLINE void multiply_panel(const Product& product, int panel) {
     const brlite_operation& op = product.op;
+    const Activations& input = product.input;
     const long bytes = panel_bytes(op.format, op.num_inputs);
+    const int begin = product.first_row, end = product.end_row, num_rows = end - begin;
+    const int num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     float sums[larger(MAX_ROWS, MAX_GROUPED_ROWS) * LANES] __attribute__((aligned(64)));
-    const int max_rows = op.has_int8_rows ? MAX_GROUPED_ROWS : MAX_ROWS;
-    const int num_tiles = (product.num_rows + max_rows - 1) / max_rows;
-    // Only the first tile reads weights from memory. If more tiles follow, it prefetches the next panel.
-    long ahead = num_tiles > 1 ? bytes : fetch_ahead(op.format, product.num_rows);
-    for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles of equal size: 8 rows are 4 + 4, not 6 + 2
-        const int first = (int)((long)product.num_rows * t / num_tiles);
-        const int rows = (int)((long)product.num_rows * (t + 1) / num_tiles) - first;
-        const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element_bytes(op);
+    for (int first = begin, last, tile_index = 1; first < end; first = last, tile_index++) {
+        // Tiles of equal size: 8 rows are 4 + 4, not 6 + 2. With int8 activations a tile is in one block.
+        last = op.has_int8_rows ? smaller(end, (first / input.block_rows + 1) * input.block_rows)
+                                : begin + (int)((long)num_rows * tile_index / num_tiles);
+        const long first_group = op.has_int8_rows ? input.first_group(first) : first * input.row_size / BRLITE_GROUP;
+        const long row_at = op.has_int8_rows ? first_group * BRLITE_GROUP : first * input.row_size;
+        // Only the first tile reads weights from memory. If more tiles follow, it prefetches the next panel.
+        const long ahead = first > begin ? 0 : last < end ? bytes : fetch_ahead(op.format, num_rows);
         const Tile tile = {(const uint8_t*)op.weight + panel * bytes,
-                           from,
-                           product.input.groups + first * product.input.row_size / BRLITE_GROUP,
-                           product.input.row_size,
+                           (const uint8_t*)input.rows + row_at * element_bytes(op),
+                           input.groups + first_group,
+                           input.row_size,
+                           input.block_rows,
                            padded_inputs(op.num_inputs),
                            sums,
                            op.format,
@@ -200,9 +212,9 @@ INLINE void multiply_panel(const Product& product, int panel) {
                            ahead};
         // Prefetch the output: its rows are far apart, each in another memory page.
         const float* out = product.output + (long)first * op.row_size + panel * LANES;
-        for (int r = 0; r < rows; r++) __builtin_prefetch(out + r * (long)op.row_size, 1);
-        (op.has_int8_rows ? GROUPED_KERNELS[op.format] : TILE_KERNELS[op.format])[rows - 1](tile);
-        finish_tile(product, sums, first, rows, panel);
+        for (int r = 0; r < last - first; r++) __builtin_prefetch(out + r * (long)op.row_size, 1);
+        (op.has_int8_rows ? GROUPED_KERNELS[op.format] : TILE_KERNELS[op.format])[last - first - 1](tile);
+        finish_tile(product, sums, first, last - first, panel);
     }
 }
 
@@ -221,11 +233,8 @@ static void linear(const Product& product, Counter* parts, int thread, int num_t
 }
 
 // All panels times the rows [first, end).
-static void linear_of_rows(const brlite_operation& op, const Activations& all, int first, int end) {
-    const long skipped = first * all.row_size;
-    const Activations rows = {(uint8_t*)all.rows + skipped * element_bytes(op), all.scales + first, all.row_size,
-                              all.groups + skipped / BRLITE_GROUP};
-    const Product product = {op, rows, op.output + (long)first * op.row_size, end - first};
+static void linear_of_rows(const brlite_operation& op, const Activations& input, int first, int end) {
+    const Product product = {op, input, op.output, first, end};
     for (int panel = 0; panel < rounded_up(op.num_outputs, LANES) / LANES; panel++) multiply_panel(product, panel);
 }
 

@@ -75,9 +75,9 @@ INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
     for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 0.0f);
 }
 
-// Quantizes a row to integers of up to 127 with one scale for each group. The scale is NaN where a number of the group
-// is not finite.
-INLINE void quantize_groups(const float* from, int size, GroupedRow* to, ActivationGroup* groups) {
+// Quantizes a row to integers of up to 127 with one scale for each group; the next group is `block_rows` further. The
+// scale is NaN where a number of the group is not finite.
+INLINE void quantize_groups(const float* from, int size, GroupedRow* to, ActivationGroup* groups, int block_rows) {
     static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
     float peaks[LANES] = {}, factors[LANES], scales[LANES];
     for (int left = size / BRLITE_GROUP; left > 0; left -= LANES) {  // as many groups at once as there are lanes
@@ -91,12 +91,12 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
         // 0 for a peak of 0 or so small that its inverse overflows.
         store(factors, choose(has_peak & are_finite(inverse), inverse, Floats{}));
         store(scales, choose(has_peak, peak / MAX_INT8_ACTIVATION, splat(__builtin_nanf(""))));
-        for (int i = 0; i < count; i++, from += BRLITE_GROUP, to += BRLITE_GROUP) {
+        for (int i = 0; i < count; i++, from += BRLITE_GROUP, to += block_rows * BRLITE_GROUP, groups += block_rows) {
             const Floats factor = splat(factors[i]), nothing = Floats{};
             const Ints low = rounded(factors[i] > 0 ? load(from) * factor : nothing),
                        high = rounded(factors[i] > 0 ? load(from + LANES) * factor : nothing);
             store_group(to, low, high);
-            *groups++ = group_of(sum_halves(low, high), scales[i]);
+            *groups = group_of(sum_halves(low, high), scales[i]);
         }
     }
 }
@@ -113,8 +113,9 @@ INLINE void write_row(const Activations& to, int format, int row, const float* v
 // As `write_row`, for the activations that `op` writes: with `has_int8_rows` int8, with one scale for each group.
 INLINE void write_input(const Activations& to, const brlite_operation& op, int row, const float* values, int size) {
     if (!op.has_int8_rows) return write_row(to, op.format, row, values, size);
-    quantize_groups(values, size, (GroupedRow*)to.rows + row * to.row_size,
-                    to.groups + row * to.row_size / BRLITE_GROUP);
+    const long first_group = to.first_group(row);
+    quantize_groups(values, size, (GroupedRow*)to.rows + first_group * BRLITE_GROUP, to.groups + first_group,
+                    to.block_rows);
 }
 
 // The squares of rows of int16, in the order of the rows.

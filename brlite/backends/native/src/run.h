@@ -23,7 +23,7 @@ struct Worker {
     Counter* counters;  // at 0 at the start; each division of work takes the next one
     Barrier& barrier;
     int num_counted = 0;
-    const Activations* input = nullptr;         // of the next LINEAR or ADD
+    Activations input{};                        // of the next LINEAR or ADD
     const brlite_operation* rope_op = nullptr;  // the ROPE that the next ATTEND runs itself
     Range rows{};                               // this thread's own, if the step divides rows
 
@@ -51,9 +51,9 @@ struct Worker {
         switch (op.kind) {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
-                if (step.divides_rows) return linear_of_rows(op, *input, rows.first, rows.end);
-                if (op.squares && scratch.thread == 0) add_squares(op, *input, num_rows);
-                linear({op, *input, op.output, num_rows}, next(step.num_threads), scratch.thread, step.num_threads);
+                if (step.divides_rows) return linear_of_rows(op, input, rows.first, rows.end);
+                if (op.squares && scratch.thread == 0) add_squares(op, input, num_rows);
+                linear({op, input, op.output, 0, num_rows}, next(step.num_threads), scratch.thread, step.num_threads);
                 if (op.is_part) return;
                 break;
             case BRLITE_ROPE:
@@ -73,15 +73,17 @@ struct Worker {
     bool make_rows(const brlite_operation& op, int num_rows) {
         const bool is_own = op.kind != BRLITE_EMBED && op.kind != BRLITE_GATE && chooses_own(op, num_rows);
         share(is_own || step.divides_rows, step.divides_rows ? rows : Range{0, num_rows}, num_rows,
-              [&](int row) INLINED { row_operation(step, op, scratch, *input, row); });
+              [&](int row) INLINED { row_operation(step, op, scratch, input, row); });
         return is_own || step.divides_rows;
     }
 
     // Sets `input`: this thread's own memory if the rows are few, else the memory that threads share.
     bool chooses_own(const brlite_operation& op, int num_rows) {
-        scratch.own.row_size = padded_inputs(op.num_inputs);
-        const bool is_own = step.num_threads > 1 && num_rows * scratch.own.row_size <= MAX_OWN_NUMBERS;
-        input = is_own ? &scratch.own : &step.activations;
+        const int row_size = padded_inputs(op.num_inputs), block_rows = rows_of_block(num_rows);
+        const bool is_own = step.num_threads > 1 && rounded_up(num_rows, block_rows) * row_size <= MAX_OWN_NUMBERS;
+        input = is_own ? scratch.own : step.activations;
+        if (is_own) input.row_size = row_size;
+        input.block_rows = block_rows;
         return is_own;
     }
 
@@ -142,10 +144,10 @@ struct Worker {
         share(is_own, {0, num_rows}, num_rows, [&](int i) INLINED {
             const float* hidden = plan.norm.input + (long)batch.draws[first + i].row * plan.norm.row_size;
             norm_row(plan.norm, hidden, scratch.row);
-            write_input(*input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
+            write_input(input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
         });
         if (!is_own) barrier.wait();
-        linear({plan.head, *input, plan.head.output, num_rows}, next(step.num_threads), scratch.thread,
+        linear({plan.head, input, plan.head.output, 0, num_rows}, next(step.num_threads), scratch.thread,
                step.num_threads);
         meet(plan.head.meets);
         Counter& draws = next();

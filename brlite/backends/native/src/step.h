@@ -36,13 +36,23 @@ struct ActivationGroup {
 };
 
 // The input of a matrix: rows of bfloat16 or of int8 activations, both in the kernels' form (`row_bytes`), or rows of
-// int16 with one scale each.
+// int16 with one scale each. Rows of int8 and their `groups` are in blocks of the rows of one tile, group by group:
+// [blocks][row_size / BRLITE_GROUP][block_rows]. So a tile needs one address: there are not enough registers for
+// twelve.
 struct Activations {
     void* rows;
     float* scales;
     long row_size;
-    ActivationGroup* groups;  // [rows][row_size / BRLITE_GROUP]: of int8, and of int16 for int4 and Q6_K matrices
+    ActivationGroup* groups;  // of int8; and of int16 for int4 and Q6_K matrices, [rows][row_size / BRLITE_GROUP]
+    int block_rows;
+
+    // Where the first group of a row of int8 activations is. Others are `block_rows` further.
+    long first_group(int row) const {
+        return row / block_rows * block_rows * row_size / BRLITE_GROUP + row % block_rows;
+    }
 };
+
+constexpr int MAX_BLOCK_ROWS = 12;
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
 // barrier can take longer when other programs use the cores.
