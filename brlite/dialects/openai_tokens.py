@@ -61,6 +61,19 @@ class DetokenizeAnswer(Struct):
     warnings: tuple[str, ...] | UnsetType = UNSET
 
 
+class MessageTokens(Struct, kw_only=True):
+    """Anthropic's count of a chat's tokens."""
+
+    input_tokens: int
+    warnings: tuple[str, ...] | UnsetType = UNSET
+
+
+class InputTokens(MessageTokens, kw_only=True):
+    """OpenAI's count of the tokens of a response's input."""
+
+    object: str = "response.input_tokens"
+
+
 class TokenizerInfo(Struct, kw_only=True):
     """vLLM's shape, whose keys lm-eval reads. `null` means that the model lacks the token or template."""
 

@@ -39,6 +39,8 @@ from brlite.dialects.openai_tokens import (
     AppliedTemplate,
     DetokenizeAnswer,
     DetokenizeRequest,
+    InputTokens,
+    MessageTokens,
     RenderedRequest,
     TokenizeAnswer,
     TokenizeRequest,
@@ -87,10 +89,6 @@ class MessagesErrorAnswer(Struct):
     error: MessagesErrorDetail
 
 
-class MessageTokens(Struct):
-    input_tokens: int
-
-
 class ResponseAnswer(Struct):
     """A response of the Responses API; docs/http-api.md says what else it has."""
 
@@ -101,11 +99,6 @@ class ResponseAnswer(Struct):
     model: str
     output: list[Item]
     usage: dict[str, Any] | None
-
-
-class InputTokens(Struct):
-    object: str
-    input_tokens: int
 
 
 class ItemList(Struct):

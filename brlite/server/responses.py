@@ -11,6 +11,7 @@ from msgspec import Raw
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.json_body import decode_fields
 from brlite.dialects.openai_answer import encode_json
+from brlite.dialects.openai_tokens import InputTokens
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
 from brlite.dialects.responses_encoder import ResponsesEncoder
 from brlite.dialects.responses_stored import FinishedResponse, check_following
@@ -60,8 +61,7 @@ def responses_dialect(request: web.Request) -> Dialect:
 async def count_input_tokens(request: web.Request) -> web.Response:
     """Count the tokens of a prompt of any length: only the body's size is limited."""
     call = await read_call(request, partial(decode_input_tokens, stored=_stored(request)))
-    num_tokens = await count_prompt_tokens(request, call)
-    return web.json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
+    return await count_prompt_tokens(request, call, InputTokens)
 
 
 async def get_response(request: web.Request) -> web.StreamResponse:

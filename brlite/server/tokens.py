@@ -15,6 +15,7 @@ from brlite.dialects.openai_answer import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
     DetokenizeAnswer,
+    MessageTokens,
     RenderedRequest,
     TokenizeAnswer,
     TokenizerInfo,
@@ -124,11 +125,10 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
 
 async def count_message_tokens(request: web.Request) -> web.Response:
     """`POST /v1/messages/count_tokens`. Agents call it often."""
-    call = await read_call(request, decode_count_tokens)
-    return web.json_response({"input_tokens": await count_prompt_tokens(request, call)})
+    return await count_prompt_tokens(request, await read_call(request, decode_count_tokens), MessageTokens)
 
 
-async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
+async def count_prompt_tokens(request: web.Request, call: Generation, answer: type[MessageTokens]) -> web.Response:
     """Count the tokens of a call's chat of any length: only the body's size is limited."""
     (chat,) = call.prompts
     assert isinstance(chat, Chat)
@@ -139,7 +139,7 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
             raise in_client_words(error, call.field_names) from None
     if call.is_strict:
         refuse_warnings(ignored)
-    return len(token_ids)
+    return json_response(answer(input_tokens=len(token_ids), warnings=(*call.warnings, *ignored) or UNSET))
 
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:

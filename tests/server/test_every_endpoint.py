@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ import aiohttp
 import pytest
 
 from brlite.config.options import KeyConfig, ModelSpec, ProxyConfig
+from brlite.engine.scoring import ScoringHead
 from brlite.server.handlers import DOCS_HEADERS
+from tests.fakes import HIDDEN_SIZE
 from tests.server.conftest import Client, chat_body, completion_body
 
 MakeClient = Callable[..., Awaitable[Client]]
@@ -27,6 +30,7 @@ OWNER, STRANGER, ELSEWHERE, OPERATOR = (
     KeyConfig(name="operator-team", key="sk-operator", admin=True),
 )
 # They need no key, and show nothing of this server.
+NO_BODY = {"/ping", "/v1/responses/{response_id}/cancel"}  # POST without a body
 OPEN = {("get", path) for path in ("/health", "/ready", "/ping", "/openapi.json", "/docs")} | {("post", "/ping")}
 FREE = {("get", "/version"), ("get", "/load"), ("get", "/v1/models"), ("get", "/metrics")}  # with any key
 
@@ -117,6 +121,22 @@ async def test_a_key_for_other_models_learns_no_name_from_any_endpoint(client: C
         assert not told, (each, text)
         assert status == 200 if each in FREE else status in (403, 404), (each, status, text)
     assert not client.backend.batches
+
+
+@pytest.mark.parametrize("has_scores", [False, True])
+async def test_a_field_that_an_endpoint_does_not_know_is_named_in_its_answer(
+    make_client: MakeClient, *, has_scores: bool
+) -> None:
+    head = ScoringHead(array("f", [0.0] * HIDDEN_SIZE)) if has_scores else None
+    client = await make_client(scoring_head=head)
+    paths = {path for method, path in await endpoints(client) if method == "post"} - NO_BODY
+    scoring = {path for path in paths if "rank" in path or "score" in path}
+
+    for path in scoring if has_scores else paths - scoring:
+        body = {**BODIES.get(path, chat_body()), "frob": 1}
+        async with client.session.post(client.url + path, json=body) as response:
+            text = await response.text()
+        assert "'frob'" in text or "`frob`" in text, (path, text)
 
 
 def marked(value: Any) -> Any:
