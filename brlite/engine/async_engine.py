@@ -114,6 +114,7 @@ class EngineLoop:
         self.prompts = PromptEncoder(engine, self._check_loop)
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
         self._factories = FairThread("brlite-processors", stopping)  # likewise
+        self._fair_threads: tuple[CanClose, ...] = (self.prompts, self._compiler, self._factories)
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
         self._begun: deque[BegunStep] = deque()
@@ -384,18 +385,14 @@ class EngineLoop:
         """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
-        self.prompts.close()
-        self._compiler.close()
-        self._factories.close()
+        close_all(self._fair_threads)
         self._thread.shutdown(wait=False)
         self._masks.shutdown(wait=False)
         close_all([self.tokenizer, *self._backends])
 
     async def _close(self) -> None:
         self._finalizer.detach()
-        self.prompts.close()
-        self._compiler.close()
-        self._factories.close()
+        close_all(self._fair_threads)
         self.is_running = False
         if self._task is not None:
             self._task.cancel()

@@ -102,7 +102,7 @@ class BeamSearch:
         ]
         beams: list[Continuation] = []
         num_ranked = self.width + len(self._end_token_ids) * len(self._beams)
-        ranked = heapq.nlargest(max(num_ranked, self.width), candidates, key=lambda each: each[0])
+        ranked = heapq.nlargest(num_ranked, candidates, key=lambda each: each[0])
         for rank, (_, seq_id, token_id, logprob) in enumerate(ranked):
             child = self._extended(seq_id, token_id, logprob)
             if child.finish_reason is None:

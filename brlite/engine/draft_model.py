@@ -111,7 +111,7 @@ class DraftModel:
             if params.logprobs is not None or params.prompt_logprobs is not None:
                 params = msgspec.structs.replace(params, logprobs=None, prompt_logprobs=None)
             draft = DraftSeq(seq.token_ids, seq.cache_root, self.acceptance, params)
-            named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()))
+            named = (*params.logit_bias, *params.allowed_token_ids)
             draft.has_failed = any(token_id >= self.info.vocab_size for token_id in named)
             self._blocks.share(draft, self._blocks.match_prefix(draft))
             self._followed[seq] = draft

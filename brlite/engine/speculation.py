@@ -251,8 +251,6 @@ def _max_after(seq: Sequence, num_drawn: int) -> int:
     request = seq.state.request
     if num_drawn < request.params.min_tokens or request.bad_words or seq.state.search is not None:
         return 0
-    if seq.counts is not None or seq.repetitions is not None:
-        return 0
-    if seq.processors is not None:
+    if seq.counts is not None or seq.repetitions is not None or seq.processors is not None:
         return 0
     return seq.state.max_tokens - num_drawn - 1
