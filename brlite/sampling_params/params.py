@@ -397,20 +397,19 @@ def parameters() -> dict[str, SamplingParameter]:
 
 
 def _refusal(given: dict[str, Any]) -> InvalidRequest:
-    """The error for the first value that is out of its range."""
-    for name, value in given.items():
-        try:
-            msgspec.convert({name: _READ[name](value)}, _FIELDS)
-        except _REFUSALS:
-            if name == "logit_bias" and isinstance(value, Mapping):
-                for key, bias in value.items():  # show the first wrong entry
-                    try:
-                        msgspec.convert({name: read_biases({key: bias})}, _FIELDS)
-                    except _REFUSALS:
-                        value = {key: bias}
-                        break
-            return InvalidRequest(f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}", param=name)
-    raise LookupError("all values are in their ranges")
+    """The error for the first value that is out of its range, which one of them is."""
+    name, value = next((name, value) for name, value in given.items() if not _is_allowed(name, value))
+    if name == "logit_bias" and isinstance(value, Mapping):  # show the first wrong entry
+        value = next(({key: bias} for key, bias in value.items() if not _is_allowed(name, {key: bias})), value)
+    return InvalidRequest(f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}", param=name)
+
+
+def _is_allowed(name: str, value: Any) -> bool:
+    try:
+        msgspec.convert({name: _READ[name](value)}, _FIELDS)
+    except _REFUSALS:
+        return False
+    return True
 
 
 def _reader_of(kind: inspect.Type) -> Callable[[Any], Any]:
