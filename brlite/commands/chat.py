@@ -271,13 +271,16 @@ async def stream_texts(
             if response.status != 200:
                 raise ConfigError(error_message(await read_body(response)))
             async for line in response.content:
-                if line.startswith(b"data: {"):
-                    chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
-                    if "error" in chunk:
-                        raise ConfigError(error_message(line.removeprefix(b"data: ")))
-                    has_choices |= bool(chunk.get("choices"))
-                    text = "".join(text_of(choice) or "" for choice in chunk.get("choices") or [])
-                    yield Piece(text, int((chunk.get("usage") or {}).get("completion_tokens") or 0))
+                if not line.startswith(b"data: {"):
+                    continue
+                data = line.removeprefix(b"data: ")
+                chunk: dict[str, Any] = msgspec.json.decode(data)
+                if "error" in chunk:
+                    raise ConfigError(error_message(data))
+                choices = chunk.get("choices") or []
+                has_choices |= bool(choices)
+                text = "".join(text_of(choice) or "" for choice in choices)
+                yield Piece(text, int((chunk.get("usage") or {}).get("completion_tokens") or 0))
         if not has_choices:
             raise ValueError("it has no choices")
     except NOT_AN_ANSWER as error:
