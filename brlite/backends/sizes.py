@@ -35,6 +35,7 @@ from brlite.checkpoint.checkpoint import naming
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.load_plan import card_forms, describe_precision, matrix_parts, num_cache_blocks
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
+from brlite.config.warnings import GIB
 from brlite.errors import ConfigError, ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
@@ -45,7 +46,6 @@ from brlite.process.machine import find_memory, show_bytes
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 # The default model's config.json, so that its sizes are known before it is fetched.
 DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

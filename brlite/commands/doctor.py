@@ -15,6 +15,7 @@ from brlite.backends.native.build import find_compiler
 from brlite.backends.native.library import NativeLibrary, find_library, run_self_tests
 from brlite.backends.native.nodes import show_nodes
 from brlite.backends.sizes import known_sizes
+from brlite.backends.torch.device import BIREN_NODES
 from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
@@ -25,7 +26,6 @@ PACKAGES = ("aiohttp", "msgspec", "numpy", "tokenizers", "sentencepiece", "gguf"
 EXTRAS = {"torch": "cards, tensor parallelism over machines, .bin files", "ray": "Ray Serve"}  # package: what needs it
 ABSENT = "not installed"
 NOTHING_COMPUTES = "nothing computes models here"
-BIREN_NODES = "biren*"
 
 Findings = dict[str, str]
 
