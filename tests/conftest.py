@@ -118,8 +118,11 @@ def native_library() -> NativeLibrary:
     return load_library()
 
 
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
 @pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+def eventually() -> Eventually:
     """`await eventually(lambda: …)` waits until it is so."""
 
     async def wait(is_so: Callable[[], bool]) -> None:

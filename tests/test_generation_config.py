@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from brlite.errors import ModelError
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.sampling_params import SamplingParams
 from tests.fakes import reference_tokens
-from tests.server.conftest import Client, chat_body, completion_body, make_client  # noqa: F401  # a fixture
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body, make_client  # noqa: F401  # a fixture
 from tests.test_structured_output import ENGINES, config
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 @pytest.fixture

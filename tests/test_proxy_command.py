@@ -6,7 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,10 +15,9 @@ import openai
 import pytest
 
 from tests.config.test_manual_json import FIXTURES
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, Gated, Service, ask, free_port
-
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 HEAVY = ("torch", "tokenizers", "transformers", "numpy", "safetensors", "gguf", "sentencepiece", "jinja2")
 RUN = "import sys; from brlite.commands.cli import main; x = main(sys.argv[1:]); print(*sys.modules); sys.exit(x)"

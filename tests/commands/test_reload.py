@@ -9,7 +9,7 @@ import os
 import pty
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,8 @@ from brlite.files.cache import expand_home
 from brlite.http.keys import ApiKeys
 from brlite.proxy.forwarder import Forwarder
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 QUICK = 0.01
 NEVER = 1e6

@@ -167,6 +167,9 @@ class Driver:
             self.outputs[request_id] = output
 
 
+MakeDriver = Callable[..., Driver]
+
+
 @pytest.fixture
-def make_driver() -> Callable[..., Driver]:
+def make_driver() -> MakeDriver:
     return Driver

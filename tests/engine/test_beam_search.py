@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +16,8 @@ from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
-from tests.engine.conftest import PATIENT, Driver
+from tests.engine.conftest import PATIENT, Driver, MakeDriver
 from tests.fakes import ByteTokenizer, printable_token
-
-MakeDriver = Callable[..., Driver]
 
 END = 2  # of the toy vocabulary 0, 1, 2
 MAX_TOKENS = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -16,10 +15,8 @@ from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, TokenCounts
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
 from brlite.sampling_params import SamplingParams
-from tests.engine.conftest import Driver
+from tests.engine.conftest import MakeDriver
 from tests.fakes import BLOCK_SIZE, EOS, VOCAB_SIZE, reference_tokens
-
-MakeDriver = Callable[..., Driver]
 
 
 def test_a_completion_is_what_the_model_says_token_by_token(make_driver: MakeDriver) -> None:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 
 from brlite.errors import EngineError, InvalidRequest
-from tests.engine.conftest import Driver
+from tests.engine.conftest import MakeDriver
 from tests.fakes import reference_tokens, repeating_token
-
-MakeDriver = Callable[..., Driver]
 
 
 class Recorder:

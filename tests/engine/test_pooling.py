@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -11,10 +11,8 @@ from brlite.config.options import LimitsConfig
 from brlite.engine.backend import ScheduledSeq
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong
 from brlite.sampling_params import Pooling, PoolingParams
-from tests.engine.conftest import Driver
+from tests.engine.conftest import Driver, MakeDriver
 from tests.fakes import BLOCK_SIZE, HIDDEN_SIZE, hidden_state, reference_tokens
-
-MakeDriver = Callable[..., Driver]
 
 RAW_LAST, RAW_MEAN = (PoolingParams(pooling=pooling, normalize=False) for pooling in ("last", "mean"))
 PROMPT = list(b"a prompt of 24 letters..")

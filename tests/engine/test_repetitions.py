@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from brlite.engine.repetitions import MAX_PLACES, MAX_PROMPT_LENGTH, Repetitions
 from brlite.sampling_params import SamplingParams
-from tests.engine.conftest import Driver
+from tests.engine.conftest import MakeDriver
 from tests.fakes import ByteTokenizer
-
-MakeDriver = Callable[..., Driver]
 
 
 def costs_by_definition(text: Sequence[int], params: SamplingParams) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from brlite.engine.backend import CPU_ROWS, Batch
 from brlite.engine.outputs import RequestOutput
 from brlite.engine.stats import EngineStats
-from tests.engine.conftest import PATIENT, Driver
+from tests.engine.conftest import PATIENT, Driver, MakeDriver
 from tests.fakes import BLOCK_SIZE, EOS, printable_token, reference_tokens, repeating_token
-
-MakeDriver = Callable[..., Driver]
 
 LONG = {"num_blocks": 256, "max_model_len": 1024, "max_draft_tokens": 7}
 

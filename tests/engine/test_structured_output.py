@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -12,10 +12,8 @@ import pytest
 from brlite.engine.backend import Batch, Undrawn
 from brlite.errors import EngineError, InvalidRequest
 from brlite.sampling_params import StructuredOutput
-from tests.engine.conftest import PATIENT, Driver
+from tests.engine.conftest import PATIENT, MakeDriver
 from tests.fakes import EOS
-
-MakeDriver = Callable[..., Driver]
 
 ROOMY = {"num_blocks": 256, "max_model_len": 1024, "limits": PATIENT}
 PERSON = StructuredOutput(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
@@ -12,10 +11,8 @@ from brlite.engine.request import Request
 from brlite.engine.turns import TurnQueue
 from brlite.errors import QueueFull, QueueTimeout
 from brlite.sampling_params import SamplingParams
-from tests.engine.conftest import PATIENT, Driver
+from tests.engine.conftest import PATIENT, Driver, MakeDriver
 from tests.fakes import reference_tokens
-
-MakeDriver = Callable[..., Driver]
 
 
 def submit_many(driver: Driver, count: int, **fields: object) -> list[str]:

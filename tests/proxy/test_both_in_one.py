@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, UpstreamConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
+from tests.conftest import Eventually
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, served, write_model
 
 Connect = Callable[..., openai.AsyncOpenAI]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 FAR = """
 [server]

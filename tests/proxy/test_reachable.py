@@ -16,9 +16,8 @@ from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.outcomes import Ending
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.proxy.get_server import GOOD, Answer, GetServer, model_list
-
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 LOCAL = ModelSpec(name="here", load="on_demand")
 DOWN = Answer(503)

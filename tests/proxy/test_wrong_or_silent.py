@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
 
 from brlite.config.options import ProxyConfig, UpstreamConfig
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripts import PLAIN, TOKENS
-
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 CHECKED_OFTEN = ProxyConfig(health_seconds=0.05, health_timeout_seconds=PATIENCE_SECONDS, choice="round_robin")
 IMPATIENT = ProxyConfig(health_seconds=0.05, health_timeout_seconds=0.5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,13 +15,16 @@ import openai
 import pytest
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, ServerConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
+from brlite.server.model_manager import GIB, ModelManager, OnProgress
+from brlite.server.served_model import ModelTable, ServedModel
 from tests.api_clients import openai_client
 from tests.fakes import ByteTokenizer, FakeBackend
+from tests.limits import PATIENCE_SECONDS
 
 MODEL = "fake"
 
@@ -75,8 +80,11 @@ def completion_body(prompt: Any = "hello", **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 8, **fields}
 
 
+MakeClient = Callable[..., Awaitable[Client]]
+
+
 @pytest.fixture
-async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
+async def make_client() -> AsyncIterator[MakeClient]:
     """`await make_client(limits={…}, tokenizer=…, config={…}, next_token=…)` starts a server for the test."""
     async with AsyncExitStack() as stack:
 
@@ -114,7 +122,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
 
 
 @pytest.fixture
-async def client(make_client: Callable[..., Awaitable[Client]]) -> Client:
+async def client(make_client: MakeClient) -> Client:
     return await make_client()
 
 
@@ -125,3 +133,137 @@ async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai_client(client.url) as api:
         yield api
     client.backend.gate.set()  # else the end of the test waits for the step
+
+
+def on_demand(*names: str, **fields: Any) -> list[ModelSpec]:
+    return [ModelSpec(name=name, load="on_demand", build_seq=64, **fields) for name in names]
+
+
+class FakeLoader:
+    """Loads fakes. A model waits for its gate, if it has one, and fails with its errors, one at a time."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.known, self.unknown = sizes, dict[str, int]()
+        self.gates: dict[str, asyncio.Event] = {}
+        self.errors: dict[str, list[Exception]] = {}
+        self.backends: dict[str, FakeBackend] = {}
+        self.loads: Counter[str] = Counter()
+        self.cancelled: list[str] = []
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        return self.known.get(spec.name)
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        return self.unknown[spec.name]
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
+        self.loads[spec.name] += 1
+        report("reading the weights", 0.4)
+        try:
+            await self.gates[spec.name].wait() if spec.name in self.gates else await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled.append(spec.name)
+            raise
+        if self.errors.get(spec.name):
+            raise self.errors[spec.name].pop(0)
+        backend = self.backends[spec.name] = SlowToClose()
+        engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
+        await engine.start()
+        return engine
+
+    def collect_garbage(self) -> None:
+        """Nothing is left of a fake."""
+
+    def release_memory(self) -> None:
+        """Nothing is left of a fake."""
+
+
+class SlowToClose(FakeBackend):
+    """A backend whose closing waits for a gate, if there is one."""
+
+    closing_gate: threading.Event | None = None
+
+    def close(self) -> None:
+        if self.closing_gate is not None:
+            self.closing_gate.wait(timeout=PATIENCE_SECONDS)
+        super().close()
+
+
+class House:
+    """A server of several models that come and go, and a client of it."""
+
+    def __init__(self, models: ModelTable, manager: ModelManager, loader: FakeLoader, session: aiohttp.ClientSession):
+        self.models, self.manager, self.loader, self.session = models, manager, loader, session
+        self.time = 1000.0
+
+    async def ask(self, model: str, **fields: Any) -> tuple[int, Any]:
+        async with self.session.post("/v1/chat/completions", json={**chat_body(**fields), "model": model}) as response:
+            answer = await response.json()
+            return response.status, answer | {"retry_after": response.headers.get("Retry-After")}
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.session.get(path) as response:
+            return response.status, await response.json(content_type=None)
+
+    async def lines(self, model: str, **fields: Any) -> list[str]:
+        """The lines of a stream that are not empty."""
+        async with self.session.post(
+            "/v1/chat/completions", json={**chat_body(**fields), "model": model, "stream": True}
+        ) as response:
+            assert response.status == 200, await response.text()
+            return [line.decode().strip() async for line in response.content if line.strip()]
+
+    def asks(self, model: str, **fields: Any) -> asyncio.Task[tuple[int, Any]]:
+        return asyncio.create_task(self.ask(model, **fields))
+
+    async def statuses(self) -> dict[str, str]:
+        _, answer = await self.get("/v1/models")
+        return {card["id"]: card["status"] for card in answer["data"]}
+
+    def num_waiting(self, model: str) -> int:
+        return self.models.find(model).num_requests
+
+    def progress(self, model: str) -> str:
+        return self.models.find(model).loading.describe()
+
+
+MakeHouse = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+async def make_house() -> AsyncIterator[MakeHouse]:
+    """`await make_house(specs, sizes={…}, budget=…, limits={…})`: sizes and budget in bytes."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            specs: list[ModelSpec],
+            *,
+            sizes: dict[str, int] | None = None,
+            budget: int = 0,
+            limits: dict[str, Any] | None = None,
+            is_strict: bool = False,
+            prepare: Callable[[FakeLoader], None] = lambda loader: None,
+        ) -> House:
+            config = Config(
+                model=tuple(specs), limits=LimitsConfig(**(limits or {})), server=ServerConfig(strict=is_strict)
+            )
+            loader = FakeLoader(sizes or {})
+            prepare(loader)
+
+            def clock() -> float:
+                house.time += 1e-9  # no two events are at the same time
+                return house.time
+
+            models = ModelTable(ServedModel(spec, clock=clock) for spec in specs)
+            manager = ModelManager(models, loader, EngineConfig(memory_gib=budget / GIB), clock=clock)
+            app = create_app(models, config)
+            app.on_shutdown.append(lambda _: manager.close())
+            server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2)
+            await stack.enter_async_context(manager)
+            await stack.enter_async_context(server)
+            session = await stack.enter_async_context(aiohttp.ClientSession(server.url))
+            house = House(models, manager, loader, session)
+            await manager.start()
+            return house
+
+        yield start

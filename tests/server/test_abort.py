@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ import pytest
 from brlite.config.options import KeysConfig
 from brlite.http.body import BODIES
 from brlite.server.generate import MODELS, RUNNING
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 CHAT = "/v1/chat/completions"
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
 
 import openai
 import pytest
 
 from brlite.config.options import KeysConfig
+from tests.conftest import Eventually
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client
-
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+from tests.server.conftest import Client, MakeClient
 
 
 class GatedTokenizer(ByteTokenizer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -20,11 +19,10 @@ from brlite.http.body import BODIES
 from brlite.http.listen import HttpServer
 from brlite.server.response_store import STORE
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client
+from tests.server.conftest import Client, MakeClient
 
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 PATH = "/v1/responses"
 BODY: dict[str, Any] = {"model": "fake", "input": "hello", "max_output_tokens": 8, "temperature": 0}
 STREAMED: dict[str, Any] = {**BODY, "background": True, "stream": True}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from brlite.dialects.fields import MAX_REPORTED_FIELDS
 from tests.fakes import ByteTokenizer, reference_tokens
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 PROMPT = b"user:hello\n"
 PATH = "/v1/chat/completions"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 def expected(num_tokens: int = 8, prompt: bytes = PROMPT) -> str:

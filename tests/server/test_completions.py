@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -13,11 +12,9 @@ from brlite.dialects.event import Token, TokenText
 from brlite.dialects.openai_chat import chat_logprobs
 from brlite.dialects.openai_completions import completion_logprobs
 from tests.fakes import reference_tokens
-from tests.server.conftest import Client, completion_body
+from tests.server.conftest import Client, MakeClient, completion_body
 
 PATH = "/v1/completions"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 def expected(prompt: bytes, num_tokens: int = 8) -> str:
@@ -155,3 +152,42 @@ async def test_nothing_follows_the_end_of_a_stream_that_one_prompt_failed(make_c
 
     assert events[-2] == "data: [DONE]"
     assert '"error"' in events[-3]
+
+
+async def test_a_suffix_asks_for_what_stands_before_it(client: Client) -> None:
+    prompts = [[257, *before, 258, *b"cd", 259] for before in (b"ab", b"b")]
+
+    answer = await client.complete(["ab", "b"], suffix="cd", max_tokens=4, return_token_ids=True)
+    plain = await client.complete("ab", suffix="")
+
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
+    texts = [bytes(reference_tokens(prompt, 4)).decode() for prompt in prompts]
+    assert [choice["text"] for choice in answer["choices"]] == [text.split("x")[0] for text in texts]
+    assert plain["choices"] == (await client.complete("ab"))["choices"]
+
+
+async def test_explain_and_render_show_the_prompt_of_an_infill(client: Client) -> None:
+    body = completion_body("ab", suffix="cd")
+
+    _, explained = await client.post("/explain", body)
+    _, (rendered,) = await client.post("/v1/completions/render", body)
+
+    assert explained["prompts"][0]["text"] == rendered["prompt"] == "<257>ab<258>cd<259>"
+
+
+async def test_an_infill_ends_where_the_vocabulary_has_a_token_for_it(make_client: MakeClient) -> None:
+    client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
+
+    infill, completion = await client.complete("ab", suffix="cd"), await client.complete("abcdefg")
+
+    assert "x" not in infill["choices"][0]["text"]
+    assert (infill["choices"][0]["finish_reason"], completion["choices"][0]["finish_reason"]) == ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"echo": True}, {"truncate_prompt_tokens": 4}, {"prompt": [97, 98]}, {"prompt": [[97], [98]]}]
+)
+async def test_a_suffix_that_cannot_be_obeyed_is_refused(client: Client, fields: dict[str, Any]) -> None:
+    status, answer = await client.post("/v1/completions", {**completion_body("ab"), "suffix": "cd", **fields})
+
+    assert (status, answer["error"]["param"]) == (400, "suffix")

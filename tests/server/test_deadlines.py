@@ -6,7 +6,7 @@ import asyncio
 import re
 import threading
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -20,13 +20,12 @@ from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
 from brlite.server.generate import RUNNING, timed_out
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.fakes import HIDDEN_SIZE, FakeBackend
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 from tests.server.test_background import GatedTokenizer
 
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 ENDPOINTS = [
     ("/v1/chat/completions", chat_body()),
     ("/v1/completions", completion_body()),

@@ -8,7 +8,6 @@ import json
 import math
 import threading
 from array import array
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -16,14 +15,12 @@ import openai
 import pytest
 
 from brlite.config.options import ServerConfig
+from tests.conftest import Eventually
 from tests.fakes import HIDDEN_SIZE, hidden_state
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body
+from tests.server.conftest import Client, MakeClient, chat_body
 
 PATH = "/v1/embeddings"
-
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 
 def unit(values: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -16,11 +16,9 @@ import pytest
 from brlite.config.options import KeyConfig, ModelSpec, ProxyConfig
 from brlite.engine.scoring import ScoringHead
 from brlite.server.handlers import DOCS_HEADERS
+from tests.conftest import Eventually
 from tests.fakes import HIDDEN_SIZE
-from tests.server.conftest import Client, chat_body, completion_body
-
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 SECRET_MODEL = "secret-model"
 OWNER, STRANGER, ELSEWHERE, OPERATOR = (

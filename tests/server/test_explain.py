@@ -11,9 +11,7 @@ import pytest
 
 from brlite.config.options import KeyConfig, KeysConfig, ServerConfig
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
-
-MakeClient = Callable[..., Awaitable[Client]]
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/render", "/explain"])

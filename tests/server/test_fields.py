@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import anthropic
@@ -44,13 +44,11 @@ from brlite.dialects.responses import ResponsesRequest
 from brlite.dialects.responses import decode as decode_response
 from brlite.dialects.scores import RERANK
 from brlite.errors import InvalidRequest
-from tests.fakes import ByteTokenizer, reference_tokens
 from tests.rows import all_rows
-from tests.server.conftest import MODEL, Client, chat_body, completion_body
+from tests.server.conftest import MODEL, Client, MakeClient, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
-MakeClient = Callable[..., Awaitable[Client]]
 
 IN_TABLE = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT, *OF_GENERATION) for name in field.names.split()}
 
@@ -441,67 +439,6 @@ async def test_n_probs_is_the_number_of_logprobs(client: Client) -> None:
         assert (status, answer["error"]["param"]) == (400, "n_probs"), fields
 
 
-async def test_a_suffix_asks_for_what_stands_before_it(client: Client) -> None:
-    prompts = [[257, *before, 258, *b"cd", 259] for before in (b"ab", b"b")]
-
-    answer = await client.complete(["ab", "b"], suffix="cd", max_tokens=4, return_token_ids=True)
-    plain = await client.complete("ab", suffix="")
-
-    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
-    texts = [bytes(reference_tokens(prompt, 4)).decode() for prompt in prompts]
-    assert [choice["text"] for choice in answer["choices"]] == [text.split("x")[0] for text in texts]
-    assert plain["choices"] == (await client.complete("ab"))["choices"]
-
-
-async def test_explain_and_render_show_the_prompt_of_an_infill(client: Client) -> None:
-    body = completion_body("ab", suffix="cd")
-
-    _, explained = await client.post("/explain", body)
-    _, (rendered,) = await client.post(COMPLETION + "/render", body)
-
-    assert explained["prompts"][0]["text"] == rendered["prompt"] == "<257>ab<258>cd<259>"
-
-
-async def test_an_infill_ends_where_the_vocabulary_has_a_token_for_it(make_client: MakeClient) -> None:
-    client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
-
-    infill, completion = await client.complete("ab", suffix="cd"), await client.complete("abcdefg")
-
-    assert "x" not in infill["choices"][0]["text"]
-    assert (infill["choices"][0]["finish_reason"], completion["choices"][0]["finish_reason"]) == ("stop", "length")
-
-
-@pytest.mark.parametrize(
-    "fields", [{"echo": True}, {"truncate_prompt_tokens": 4}, {"prompt": [97, 98]}, {"prompt": [[97], [98]]}]
-)
-async def test_a_suffix_that_cannot_be_obeyed_is_refused(client: Client, fields: dict[str, Any]) -> None:
-    status, answer = await client.post(COMPLETION, {**completion_body("ab"), "suffix": "cd", **fields})
-
-    assert (status, answer["error"]["param"]) == (400, "suffix")
-
-
-@pytest.mark.parametrize("content", ["Once", [{"type": "text", "text": "On"}, {"type": "text", "text": "ce"}]])
-async def test_a_chat_echoes_the_message_that_it_continues(client: Client, content: Any) -> None:
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
-    body = chat_body(messages=messages, continue_final_message=True, n=2, logprobs=True)
-
-    _, plain = await client.post(CHAT, body)
-    _, echoed = await client.post(CHAT, {**body, "echo": True})
-    chunks = await client.stream(CHAT, {**body, "echo": True})
-    _, question = await client.post(CHAT, chat_body(echo=True))
-
-    expected = ["Once" + choice["message"]["content"] for choice in plain["choices"]]
-    assert [choice["message"]["content"] for choice in echoed["choices"]] == expected
-    told = ["".join(each["delta"].get("content", "") for each in choices_of(chunks, index)) for index in range(2)]
-    assert told == expected
-    assert [choice["logprobs"] for choice in echoed["choices"]] == [choice["logprobs"] for choice in plain["choices"]]
-    assert question["choices"] == (await client.chat())["choices"]
-
-
-def choices_of(chunks: list[dict[str, Any]], index: int) -> list[Any]:
-    return [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -525,12 +462,6 @@ async def test_a_strict_server_and_a_strict_request_refuse_what_would_be_a_warni
     assert (refused[0], refused_by_server[0]) == (400, 400)
     assert said in refused[1]["error"]["message"]
     assert refused[1]["error"]["message"] == refused_by_server[1]["error"]["message"]
-
-
-async def test_a_strict_request_may_have_its_prompt_cut_as_it_says(client: Client) -> None:
-    answer = await client.complete("0123456789", truncate_prompt_tokens=4, strict=True)
-
-    assert answer["warnings"] == ["a prompt of 10 tokens was cut to 4 by truncate_prompt_tokens"]
 
 
 @pytest.mark.parametrize("value", [{"anything": "else"}, 17, "something"])
@@ -633,89 +564,6 @@ async def test_an_error_about_logit_bias_says_which_entry_is_wrong(client: Clien
     assert answer["error"]["message"].split("got ")[1] == reprlib.repr({key: bias})
 
 
-@pytest.mark.parametrize(
-    ("given", "begins"), [({}, ""), ({"add_special_tokens": False}, ""), ({"add_special_tokens": True}, "<s>")]
-)
-async def test_a_chat_has_the_tokenizers_own_tokens_where_it_asks_for_them(
-    make_client: MakeClient, given: dict[str, Any], begins: str
-) -> None:
-    class Marking(ByteTokenizer):
-        def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
-            return [*b"<s>" * add_special_tokens, *text.encode()]
-
-    client = await make_client(tokenizer=Marking())
-    prompt = f"{begins}user:hello\n".encode()
-
-    answer = await client.chat(**given)
-
-    assert answer["usage"]["prompt_tokens"] == len(prompt)
-    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(prompt, 8)).decode()
-
-
-@pytest.mark.parametrize("kind", ["completion", "chat"])
-async def test_the_best_of_many_answers_are_told_best_first(make_client: MakeClient, kind: str) -> None:
-    client = await make_client(logprob=lambda token_id: -token_id / 64)
-    asked = {"temperature": 1, "seed": 5, "max_tokens": 4}
-    ask: Any = client.complete if kind == "completion" else client.chat
-
-    def text(choice: Any) -> str:
-        return str(choice["text"] if kind == "completion" else choice["message"]["content"])
-
-    def mean(choice: Any) -> float:
-        told = choice["logprobs"]
-        values = told["token_logprobs"] if kind == "completion" else [each["logprob"] for each in told["content"]]
-        return sum(values) / len(values)
-
-    logprobs = 0 if kind == "completion" else True
-    all_of_them = await ask(**asked, n=6, logprobs=logprobs)
-    best, shown = await ask(**asked, n=2, best_of=6), await ask(**asked, n=2, best_of=6, logprobs=logprobs)
-
-    expected = sorted(all_of_them["choices"], key=mean, reverse=True)
-    assert len({mean(choice) for choice in expected}) == 6
-    assert [text(choice) for choice in best["choices"]] == [text(choice) for choice in expected[:2]]
-    assert [choice["index"] for choice in best["choices"]] == [0, 1]
-    assert [choice["logprobs"] for choice in best["choices"]] == [None, None]
-    assert [mean(choice) for choice in shown["choices"]] == [mean(choice) for choice in expected[:2]]
-    assert best["usage"]["completion_tokens"] == all_of_them["usage"]["completion_tokens"] == 24
-
-
-@pytest.mark.parametrize("kind", ["completion", "chat"])
-async def test_a_beam_search_has_the_same_answers_whole_and_at_the_end_of_a_stream(
-    make_client: MakeClient, kind: str
-) -> None:
-    client = await make_client(logprob=lambda token_id: -1 - token_id % 7, max_num_seqs=8)
-    ask: Any = client.complete if kind == "completion" else client.chat
-    asked = {"use_beam_search": True, "best_of": 5, "n": 2, "temperature": 0, "max_tokens": 6, "length_penalty": 0.5}
-
-    whole = await ask(**asked)
-    is_chat = kind == "chat"
-    path, body = ("chat/completions", chat_body(**asked)) if is_chat else ("completions", completion_body(**asked))
-    chunks = await client.stream(f"/v1/{path}", body)
-
-    texts = [each["text"] if kind == "completion" else each["message"]["content"] for each in whole["choices"]]
-    streamed = ["", ""]
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            text = choice["text"] if kind == "completion" else choice["delta"].get("content", "")
-            streamed[choice["index"]] += text
-    assert streamed == texts
-    assert len(set(texts)) == 2
-    assert whole["usage"]["completion_tokens"] == 12
-    assert "warnings" not in whole
-
-
-async def test_each_prompt_has_its_own_best_answers(make_client: MakeClient) -> None:
-    client = await make_client(logprob=lambda token_id: -token_id / 64)
-    asked = {"temperature": 1, "seed": 5, "best_of": 5, "n": 2}
-
-    together = await client.complete(["ab", "cd"], **asked)
-    alone = [await client.complete(prompt, **asked) for prompt in ("ab", "cd")]
-
-    assert [choice["index"] for choice in together["choices"]] == [0, 1, 2, 3]
-    texts = [choice["text"] for answer in alone for choice in answer["choices"]]
-    assert [choice["text"] for choice in together["choices"]] == texts
-
-
 async def test_max_tokens_minus_1_is_as_many_as_there_is_room_for(client: Client) -> None:
     answer = await client.complete("hello", max_tokens=-1)
 
@@ -726,78 +574,6 @@ async def test_seed_minus_1_is_a_seed_by_chance(client: Client) -> None:
     texts = {(await client.complete("x", temperature=1, seed=-1))["choices"][0]["text"] for _ in range(5)}
 
     assert len(texts) > 1
-
-
-async def test_what_came_with_another_servers_answer_may_come_back(client: Client) -> None:
-    turn = {
-        "role": "assistant",
-        "content": [{"type": "text", "text": "y", "cache_control": {"type": "ephemeral"}}],
-        "id": "msg_1",
-        "annotations": [{"type": "url_citation"}],
-        "reasoning_content": "hm",
-        "frobnicate": 1,
-    }
-
-    status, answer = await client.post(CHAT, chat_body(messages=[turn]))
-
-    assert status == 200, answer
-    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(b"assistant:y\n", 8)).decode()
-
-
-@pytest.mark.parametrize("turn", [{"content": None}, {}])
-@pytest.mark.parametrize("role", ["assistant", "tool"])
-async def test_a_turn_that_says_nothing_is_empty_text(client: Client, turn: dict[str, Any], role: str) -> None:
-    answers = [
-        (await client.post(CHAT, chat_body(messages=[{"role": role, **each}])))[1] for each in (turn, {"content": ""})
-    ]
-
-    assert answers[0]["choices"] == answers[1]["choices"]
-    assert "warnings" not in answers[0]
-
-
-async def test_a_refusal_in_the_history_is_what_was_said(client: Client) -> None:
-    turn = {"role": "assistant", "content": None, "refusal": "y"}
-    part = {"role": "assistant", "content": [{"type": "refusal", "refusal": "y"}]}
-
-    texts = [
-        (await client.post(CHAT, chat_body(messages=[each])))[1]["choices"][0]["message"]["content"]
-        for each in (turn, part)
-    ]
-
-    assert texts == [bytes(reference_tokens(b"assistant:y\n", 8)).decode()] * 2
-
-
-async def test_the_prompt_is_cut_where_it_was_asked_for_and_the_answer_says_so(client: Client) -> None:
-    cut = await client.complete("0123456789", truncate_prompt_tokens=4)
-    right = await client.complete("0123456789", truncate_prompt_tokens=4, truncation_side="right", echo=True)
-    far_too_long = await client.complete("x" * 1000, truncate_prompt_tokens=-1, max_tokens=8)
-    chat = await client.chat("x" * 1000, truncate_prompt_tokens=-1, max_tokens=None, max_completion_tokens=None)
-
-    assert cut["usage"]["prompt_tokens"] == 4
-    assert cut["choices"][0]["text"] == bytes(reference_tokens(b"6789", 8)).decode()
-    assert cut["warnings"] == ["a prompt of 10 tokens was cut to 4 by truncate_prompt_tokens"]
-    assert right["choices"][0]["text"].startswith("0123")
-    assert far_too_long["usage"]["prompt_tokens"] == 64 - 8
-    assert (chat["usage"]["prompt_tokens"], chat["usage"]["completion_tokens"]) == (32, 32)
-
-
-@pytest.mark.parametrize("value", [0, -2, 1.5])
-async def test_a_cut_to_nothing_is_refused(client: Client, value: float) -> None:
-    status, answer = await client.post(COMPLETION, completion_body(truncate_prompt_tokens=value))
-
-    assert (status, answer["error"]["param"]) == (400, "truncate_prompt_tokens")
-
-
-async def test_the_last_message_is_continued(client: Client) -> None:
-    messages = [{"role": "assistant", "content": "Once"}]
-
-    _, answer = await client.post(CHAT, chat_body(messages=messages, continue_final_message=True))
-    status, refused = await client.post(
-        CHAT, chat_body(messages=messages, continue_final_message=True, add_generation_prompt=True)
-    )
-
-    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(b"assistant:Once", 8)).decode()
-    assert (status, refused["error"]["param"]) == (400, "continue_final_message")
 
 
 async def test_openais_client_sends_what_it_likes(client: Client) -> None:
@@ -829,15 +605,6 @@ async def test_openais_client_sends_what_it_likes(client: Client) -> None:
     assert answer.choices[0].message.content
     assert answer.choices[0].message.refusal is None
     assert (caught.value.param, caught.value.code) == ("mirostat", "unsupported_parameter")
-
-
-async def test_an_image_is_refused_as_an_image(client: Client) -> None:
-    parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
-
-    status, answer = await client.post(CHAT, chat_body(parts))
-
-    assert (status, answer["error"]["param"]) == (400, "messages[0].content[1]")
-    assert "its type is 'image_url', and this server takes text only" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("bad_words", [["yz"], "yz"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -20,11 +19,10 @@ from brlite.http.bounded_store import BoundedStore
 from brlite.http.events import EventStream
 from brlite.http.keys import ApiKeys
 from brlite.server.idempotency import ANSWERS, IdempotentAnswers, StoredAnswer
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
-MakeClient = Callable[..., Awaitable[Client]]
 CHAT = "/v1/chat/completions"
 ENDPOINTS = [(CHAT, chat_body()), ("/v1/completions", completion_body()), ("/v1/responses", {"input": "hi"})]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.infill import InfillTokens
 from tests.fakes import ByteTokenizer
-from tests.server.conftest import Client
+from tests.server.conftest import Client, MakeClient
 
-MakeClient = Callable[..., Awaitable[Client]]
 BODY = {"input_prefix": "ab", "input_suffix": "cd", "n_predict": 4, "temperature": 0}
 
 

@@ -20,14 +20,13 @@ from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import printable_token
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import MODEL, Client, chat_body, completion_body
+from tests.server.conftest import MODEL, Client, MakeClient, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SECRET = "sk-team-a"
 OPERATOR = KeyConfig(name="operator", key="sk-operator", admin=True)
 PROMPT_TOKENS = 11  # of chat_body() in bytes
 
-MakeClient = Callable[..., Awaitable[Client]]
 LimitedClient = Callable[..., Awaitable[Client]]
 
 

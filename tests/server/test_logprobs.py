@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.server.event_builder import OffsetCounter, prompt_offsets
 from tests.fakes import ByteTokenizer
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TEXT = "おはよう 😀 then the river runs on"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 def joined(events: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:

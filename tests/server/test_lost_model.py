@@ -18,13 +18,13 @@ from brlite.errors import BackendLost, ModelError
 from brlite.http.listen import HttpServer
 from brlite.server.model_manager import ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.engine.test_lost_backend import MortalBackend
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import chat_body
 
 CHAT = "/v1/chat/completions"
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 
 class Loader:

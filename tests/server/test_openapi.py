@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ import pytest
 from brlite.config.options import KeysConfig
 from brlite.dialects.fields import OBEYED
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client
-
-MakeClient = Callable[..., Awaitable[Client]]
+from tests.server.conftest import Client, MakeClient
 
 
 async def test_the_document_describes_every_endpoint(client: Client) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,13 +14,12 @@ from brlite.engine.scoring import ScoringHead
 from brlite.http.body import BODIES
 from brlite.server.generate import MODELS
 from brlite.server.response_store import STORE
+from tests.conftest import Eventually
 from tests.fakes import HIDDEN_SIZE
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client
+from tests.server.conftest import Client, MakeClient
 from tests.server.test_background import GatedTokenizer
 
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 OF_PROMPTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": ["hi"] * 9}),
     ("/pooling", {"input": "hi"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,11 +16,9 @@ from brlite.dialects.openai import sampling_params
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.errors import BrliteError, InvalidRequest
 from tests.fakes import ByteTokenizer, reference_tokens
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,11 +16,10 @@ from brlite.dialects.kept_events import STATE_BYTES, KeptEvents
 from brlite.http.listen import HttpServer
 from brlite.server.idempotency import ANSWERS
 from brlite.server.resumable import RecordedStream
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
-MakeClient = Callable[..., Awaitable[Client]]
 CHAT = "/v1/chat/completions"
 ENDPOINTS = [
     (CHAT, chat_body()),

@@ -7,7 +7,6 @@ import json
 import math
 import threading
 from array import array
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -15,14 +14,12 @@ import pytest
 
 from brlite.config.options import KeyConfig
 from brlite.engine.scoring import ScoringHead
+from tests.conftest import Eventually
 from tests.fakes import HIDDEN_SIZE, hidden_state
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body
+from tests.server.conftest import Client, MakeClient, chat_body
 
 WEIGHT = [0.5**index * (-1) ** index / 64 for index in range(HIDDEN_SIZE)]
-
-MakeClient = Callable[..., Awaitable[Client]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 
 @pytest.fixture

@@ -23,11 +23,9 @@ from brlite.server.model_list import ModelCard
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 CHAT = "/v1/chat/completions"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 async def test_models_are_listed_and_shown_one_by_one(client: Client) -> None:

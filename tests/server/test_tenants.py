@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,11 +21,10 @@ from brlite.http.listen import HttpServer
 from brlite.server.load_state import LoadState
 from brlite.server.served_model import ModelTable, ServedModel
 from brlite.tokenizer.tokenizer import LONG_TEXT
+from tests.conftest import Eventually
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import completion_body
-
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 NAMED = (
     KeyConfig(name="team-a", key="sk-a", models=("one",)),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from tests.fakes import reference_tokens
-from tests.server.conftest import Client, chat_body, completion_body
+from tests.server.conftest import Client, MakeClient, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-
-MakeClient = Callable[..., Awaitable[Client]]
 
 
 async def test_each_choice_of_a_completion_has_the_tokens_of_its_prompt_and_its_own(client: Client) -> None:

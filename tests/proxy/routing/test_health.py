@@ -15,10 +15,10 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.routing.health import HASTE, HealthCount, delay, is_well
 from brlite.proxy.routing.route_table import RouteTable
 from brlite.proxy.routing.upstream import Upstream
+from tests.conftest import Eventually
 from tests.proxy.get_server import GOOD, NEVER, Answer, GetServer, model_list
 from tests.proxy.proxies import no_descriptors
 
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 Start = Callable[..., Awaitable[Forwarder]]
 
 BAD = Answer(503)

@@ -1,0 +1,148 @@
+"""The start and the end of the model manager: sizes, failures, draining, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+
+import pytest
+
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.errors import ConfigError, ModelError
+from brlite.server.model_manager import GIB, ModelManager
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
+from tests.limits import PATIENCE_SECONDS
+from tests.server.conftest import FakeLoader, MakeHouse, SlowToClose, on_demand
+
+
+async def test_an_unexpected_error_of_the_manager_is_a_failure_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = ModelTable([ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=0.05))])
+    loader = FakeLoader({})
+    monkeypatch.setattr(loader, "release_memory", lambda: 1 // 0)
+
+    async with ModelManager(models, loader, EngineConfig()) as manager:
+        await manager.start()
+        error = await asyncio.wait_for(manager.failure(), PATIENCE_SECONDS)
+
+    assert "division" in str(error)
+
+
+async def test_draining_ends_loads_and_whoever_waits_for_them(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"))
+    house.loader.gates["a"] = asyncio.Event()
+    asked = [house.asks("a"), house.asks("b"), asyncio.create_task(house.lines("a"))]
+    await eventually(
+        lambda: house.num_waiting("a") == 2 and house.num_waiting("b") == 1 and house.loader.loads["a"] == 1
+    )
+
+    house.models.is_draining = True
+    house.manager.drain()
+    (status, answer), (other, _), lines = await asyncio.gather(*asked)
+    await house.manager.close()
+
+    assert (status, other) == (503, 503)
+    assert "the server is stopping" in answer["error"]["message"]
+    assert "the server is stopping" in lines[-2]
+    assert house.loader.cancelled == ["a"]
+
+
+async def test_closing_waits_for_an_engine_that_is_closing_already(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    closing = house.loader.backends["a"]
+    assert isinstance(closing, SlowToClose)
+    closing.closing_gate = threading.Event()
+    asked = house.asks("b")
+    await eventually(lambda: house.models.find("a").engine is None)
+
+    closed = asyncio.create_task(house.manager.close())
+    status, _ = await asked
+    closing.closing_gate.set()
+    await closed
+
+    assert (status, closing.is_closed) == (503, True)
+    assert not house.loader.loads["b"]
+
+
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_closing_is_not_lost_when_a_model_changes_just_before(num_turns: int) -> None:
+    model = ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=PATIENCE_SECONDS * 10))
+    manager = ModelManager([model], FakeLoader({}), EngineConfig())
+    await manager.start()
+    for _ in range(4):
+        await asyncio.sleep(0)  # the manager waits until the model is idle for too long
+
+    with model.in_use(max_waiting=1):
+        pass
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    _, still_open = await asyncio.wait([asyncio.create_task(manager.close())], timeout=PATIENCE_SECONDS)
+
+    assert not still_open
+
+
+@pytest.mark.parametrize(
+    ("specs", "who"),
+    [
+        (on_demand("a", "huge"), "the model huge needs"),
+        ([ModelSpec(name="a"), ModelSpec(name="b")], 'the models of load = "start" need together'),
+    ],
+    ids=["one that never fits", "too many at the start"],
+)
+async def test_what_can_never_fit_is_refused_before_anything_is_loaded(specs: list[ModelSpec], who: str) -> None:
+    loader = FakeLoader({"a": 6 * GIB, "b": 6 * GIB, "huge": 11 * GIB})
+    manager = ModelManager([ServedModel(spec) for spec in specs], loader, EngineConfig(memory_gib=10))
+
+    with pytest.raises(ConfigError, match=rf"engine\.memory_gib = 10: {who} 1[12] GiB"):
+        await manager.start()
+
+    assert not loader.loads
+
+
+async def test_what_is_known_not_to_fit_only_once_it_is_fetched_is_refused_then(
+    make_house: MakeHouse, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(on_demand("a"), budget=10, prepare=lambda loader: loader.unknown.update(a=11))
+
+    status, answer = await house.ask("a")
+
+    assert (status, answer["error"]["code"]) == (503, "model_load_failed")
+    assert "engine.memory_gib" in caplog.text
+    assert not house.loader.loads
+
+
+async def test_a_size_that_is_known_only_later_counts_too(make_house: MakeHouse) -> None:
+    house = await make_house(
+        on_demand("a", "b"), sizes={"a": 6}, budget=10, prepare=lambda loader: loader.unknown.update(b=6)
+    )
+    await house.ask("a")
+
+    status, _ = await house.ask("b")
+
+    assert status == 200
+    assert await house.statuses() == {"a": "unloaded", "b": "ready"}
+
+
+async def test_a_model_on_demand_on_a_drive_that_is_lost_does_not_end_the_start(make_house: MakeHouse) -> None:
+    async def known_bytes(spec: ModelSpec) -> int:
+        if spec.name == "b":
+            raise OSError(errno.ESTALE, "Stale file handle", "/models/b")
+        return 6
+
+    house = await make_house(
+        on_demand("a", "b"), budget=10, prepare=lambda loader: setattr(loader, "known_bytes", known_bytes)
+    )
+
+    assert (await house.ask("a"))[0] == 200
+
+
+async def test_a_model_of_the_start_that_fails_ends_the_start(make_house: MakeHouse) -> None:
+    def break_it(loader: FakeLoader) -> None:
+        loader.errors["a"] = [ModelError("config.json is missing")]
+
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        await make_house([ModelSpec(name="a"), *on_demand("b")], prepare=break_it)
