@@ -47,7 +47,8 @@ class EventBuilder:
         self._call = call
         self._replies = replies
         self._tokenizer = tokenizer
-        self._warnings = tuple(warnings)
+        self._warnings = dict.fromkeys(warnings)
+        self._num_open = len(call.prompts)
         self._is_plain = not call.echo and call.params.logprobs is None
         self._num_prompt = self.num_completion = self._num_cached = 0  # tokens so far
         self._counted_prompts: set[int] = set()
@@ -63,17 +64,20 @@ class EventBuilder:
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
         """The events of an output. No event for a part of a character, or of a possible stop string.
 
-        The last event of a request has its warnings: every clamped value and every ignored field.
+        The last event of the call has its warnings, each once: every clamped value and every ignored field.
         """
         self.count(prompt_index, output)
         if output.prompt_logprobs is not None:  # the engine sends them once; every choice of the prompt repeats them
             self._prompt_logprobs[prompt_index] = output.prompt_logprobs
         call = self._call
         usage = self.usage() if call.continuous_usage else None
+        if output.finished:
+            self._num_open -= 1
+            self._warnings |= dict.fromkeys(output.warnings)
         events: list[Event] = []
         for completion in output.outputs:
             choice = self._choice(prompt_index, completion)
-            is_last = output.finished and completion is output.outputs[-1]
+            is_last = output.finished and not self._num_open and completion is output.outputs[-1]
             if call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
@@ -87,7 +91,7 @@ class EventBuilder:
                     finish_reason=completion.finish_reason,
                     stop_reason=completion.stop_reason,
                     usage=usage,
-                    warnings=(*self._warnings, *output.warnings) if is_last else (),
+                    warnings=tuple(self._warnings) if is_last else (),
                 )
                 events += [event] if choice.parser is None else self._read(event, choice.parser)
             if call.echoed_text and not choice.is_echoed and len(events) > num_events:
@@ -134,7 +138,7 @@ class EventBuilder:
             for output in outputs:
                 self.num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
-        warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
+        warnings = self._warnings.copy()
         if self._replies is not None:
             events = events if self._call.keeps_order else joined_events(events)
             parsers = (each.parser for each in self._choices.values())

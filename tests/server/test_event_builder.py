@@ -39,3 +39,16 @@ def test_events_of_several_choices_or_with_more_than_text_are_made() -> None:
         Generation(model="m", prompts=(Text("p"),), params=SamplingParams(), returns_token_ids=True),
     ):
         assert not EventBuilder(call, ByteTokenizer(), ()).is_text_only
+
+
+def test_the_warnings_of_several_prompts_come_once_with_the_last_event() -> None:
+    call = Generation(model="m", prompts=(Text("p"), Text("q"), Text("r")), params=SamplingParams())
+    outputs = [output(text, finished=True) for text in "abc"]
+    outputs[0].warnings = outputs[2].warnings = ("cut",)
+    outputs[1].warnings = ("other",)
+    streamed, whole = (EventBuilder(call, ByteTokenizer(), ("w",)) for _ in range(2))
+
+    warnings = [[event.warnings for event in streamed.events(index, outputs[index])] for index in (1, 0, 2)]
+
+    assert warnings == [[()], [()], [("w", "other", "cut")]]
+    assert set(whole.whole(outputs)[1]) == {"w", "other", "cut"}
