@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -53,9 +54,14 @@ def load_backend(
     limit = f", limited by {memory.decided_by}" if memory.decided_by else ""
     free, total = show_bytes(memory.available), show_bytes(memory.total)
     logger.info("threads: %s; memory: %s free of %s%s", threads, free, total, limit)
-    num_threads = engine.threads or cpus.num_threads
     plan = LoadPlan(
-        checkpoint=checkpoint, model=model, spec=spec, engine=engine, num_threads=num_threads, on_progress=on_progress
+        checkpoint=checkpoint,
+        model=model,
+        spec=spec,
+        engine=engine,
+        num_threads=engine.threads or cpus.num_threads,
+        on_progress=on_progress,
+        packed_file=expand_serialize_file(spec.serialize_file) if spec.serialize_file else None,
     )
     obstacle = find_obstacle(model.config, spec, engine)
     if obstacle is None:
@@ -80,6 +86,14 @@ def load_backend(
         raise ConfigError(f"{obstacle}; {missing}") from None
     is_slow = computes_on_cpu(engine.device)
     return _load_torch(plan, *([FALLBACK_NOTE.format(reason=obstacle)] if is_slow else []))
+
+
+def expand_serialize_file(path: str) -> Path:
+    """The path of a `serialize_file`. Raises `ConfigError` if its home folder is not known."""
+    try:
+        return expand_home(path)
+    except OSError as error:
+        raise ConfigError(f"serialize_file {path}: {error.strerror}") from None
 
 
 def check_native_only(spec: ModelSpec, obstacle: str) -> None:
@@ -109,21 +123,17 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
 
 def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     """The packed file's path comes from the config, else from the bundle, else from the cache for a fetched model."""
-    spec, packed_file = plan.spec, None
+    spec, packed_file = plan.spec, plan.packed_file
     logger.info("model %s: precision %s", spec.name, describe_precision(plan.model, spec, is_native=True))
-    if spec.serialize_file:
-        try:
-            packed_file = expand_home(spec.serialize_file)
-        except OSError as error:
-            raise ConfigError(f"serialize_file {spec.serialize_file}: {error.strerror}") from None
-    elif spec.path is None or not os.path.exists(os.path.expanduser(spec.path)):  # then the path is a name on a hub
+    if packed_file is None and (spec.path is None or not os.path.exists(os.path.expanduser(spec.path))):
+        # The path is a name on a hub.
         name = f"{spec.name.replace('/', '--')}.{WEIGHTS_NAMES[plan.precision.weights]}.brlite"
         packed_file = default_cache() / "packed" / name
     if spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_native_ranks
 
         return load_native_ranks(library, msgspec.structs.replace(plan, packed_file=packed_file))
-    if not spec.serialize_file and isinstance(plan.checkpoint, BundleCheckpoint):
+    if plan.packed_file is None and isinstance(plan.checkpoint, BundleCheckpoint):
         bundled = plan.checkpoint.path / packed_name(plan.precision)
         packed_file = bundled if bundled.is_file() else packed_file
     from brlite.backends.native.backend import NativeBackend

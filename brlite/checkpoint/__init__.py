@@ -12,8 +12,9 @@ from pathlib import Path
 
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.folder import find_weights, has_weights, read_config
-from brlite.errors import MissingExtra
+from brlite.errors import MissingExtra, ModelError
 from brlite.files.cache import expand_home
+from brlite.files.quoting import one_line, reason
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -28,7 +29,11 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
     if model_file.endswith(TRACED_SUFFIX) and path.is_dir() and not has_weights(path):
         from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
 
-        return TracedCheckpoint(expand_home(model_file), path)
+        try:
+            file = expand_home(model_file)
+        except OSError as error:
+            raise ModelError(f"model_file {one_line(model_file)}: {reason(error)}") from None
+        return TracedCheckpoint(file, path)
     from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 
     if is_bundle(path):

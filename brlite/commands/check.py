@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
-from brlite.backends.draft import check_draft, refuse_drafts
+from brlite.backends.choose import expand_serialize_file
+from brlite.backends.draft import check_draft, find_draft, refuse_drafts
 from brlite.backends.sizes import Sizes, find_model, known_sizes, measure_checkpoint
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
@@ -105,15 +106,20 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     from brlite.backends.plugins.discovery import check_engine_name
     from brlite.engine.logits_processors import load_factories
     from brlite.llm.loading import make_scoring_head, refuse_scoring
-    from brlite.tokenizer import load_tokenizer
+    from brlite.tokenizer.loader import check_templates, load_tokenizer
 
     load_factories(engine.logits_processors)
     if engine.name is not None:
         check_engine_name(engine.name)
         refuse_scoring(spec, engine.name)
         return ModelReport(spec=spec, origin=f"engine {engine.name}", sizes=None)
+    if spec.serialize_file:
+        expand_serialize_file(spec.serialize_file)
     path = find_model(spec)
     if path is None:
+        check_templates(spec.chat_template, spec.score_template)
+        if spec.draft is not None and engine.speculation != "off":
+            open_checkpoint(find_draft(spec.draft))
         origin = "not here yet, fetched by its name at the first start"
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     checkpoint = open_checkpoint(path, spec.model_file)

@@ -48,6 +48,17 @@ def load_tokenizer(
     return load_folder(path, options)
 
 
+def check_templates(chat_template: str | None, score_template: str) -> None:
+    """Read the template files that a config names. Raises the errors of loading, but for what the templates hold."""
+    from brlite.chat.template import read_template
+    from brlite.tokenizer.pair_template import NOT_FILES, read_pair_file
+
+    if chat_template is not None:
+        read_template(Path(chat_template))
+    if score_template not in NOT_FILES:
+        read_pair_file(score_template)
+
+
 def _gguf_file(path: Path) -> Path | None:
     """The GGUF file to read the vocabulary from; None for a folder with a tokenizer of its own."""
     if path.is_file():

@@ -15,6 +15,7 @@ from brlite.files.quoting import MAX_EXCERPT, one_line
 from brlite.files.text_file import TextError, read_text
 from brlite.tokenizer.tokenizer import Tokenizer
 
+NOT_FILES = ("auto", "qwen3_reranker", "model", "none")  # values of `score_template` that are no path
 _PLACES = re.compile(r"\{(query|document|instruction(?:=[^{}]*)?)\}")
 # From the model card of Qwen3-Reranker. Its tokenizer has <think> and </think> as words of their own.
 QWEN3_RERANKER = (
@@ -115,7 +116,12 @@ def read_pair_template(source: str, tokenizer: Tokenizer, own: object = None) ->
         if not isinstance(own, str):
             raise ConfigError("score_template model: the model's files have no template of a pair")
         return PairTemplate(_WITHOUT_INSTRUCTION.get(own, own), tokenizer, source=source)
+    return PairTemplate(read_pair_file(source), tokenizer, source=source)
+
+
+def read_pair_file(source: str) -> str:
+    """The text of the operator's template file. Raises `ConfigError`."""
     try:
-        return PairTemplate(read_text(Path(source)), tokenizer, source=source)
+        return read_text(Path(source))
     except TextError as error:
         raise ConfigError(f"score_template {source}: {error}") from None

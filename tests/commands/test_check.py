@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -266,13 +267,24 @@ def test_more_ranks_than_heads_are_refused(tmp_path, model):
             "chat.jinja",
         ),
         ('[[model]]\nname = "tiny"\npath = "BROKEN"\nbuild_seq = 64', "model.safetensors"),
+        ('[[model]]\nname = "tiny"\npath = "MODEL"\nserialize_file = "~no-user/x"', "serialize_file ~no-user/x: "),
+        ('[[model]]\nname = "tiny"\npath = "EMPTY"\nmodel_file = "~no-user/x.pt"', "model_file ~no-user/x.pt: "),
+        # Of a model that is not here yet:
+        ('[[model]]\nname = "some/one"\nserialize_file = "~no-user/x"', "serialize_file ~no-user/x: "),
+        ('[[model]]\nname = "some/one"\nchat_template = "~no-user/x"', "chat template ~no-user/x: "),
+        ('[[model]]\nname = "some/one"\nscore_template = "/proc/absent/x"', "score_template /proc/absent/x: "),
+        ('[[model]]\nname = "some/one"\ndraft = { path = "/proc/absent" }', "draft: .*/proc/absent"),
     ],
 )
 def test_what_would_stop_serve_stops_check(tmp_path: Path, model: Path, config: str, words: str) -> None:
     broken = write_tiny_model(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-10])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_bytes((model / "config.json").read_bytes())
     path = tmp_path / "brlite.toml"
-    path.write_text(config.replace("MODEL", str(model)).replace("BROKEN", str(broken)))
+    folders = {"MODEL": model, "BROKEN": broken, "EMPTY": empty}
+    path.write_text(re.sub("|".join(folders), lambda word: str(folders[word[0]]), config))
 
     with pytest.raises((ConfigError, ModelError), match=words):
         check(path)
