@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +14,17 @@ import pytest
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.download import Download
-from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, NotHere, find_cached, reach_limit
-from brlite.checkpoint.hub_http import HubAddress, PassingFailure, Redirects, Retries, get
+from brlite.checkpoint.hub import find_cached
+from brlite.checkpoint.hub_http import HubAddress, Retries
 from brlite.checkpoint.model_name import parse_model_name
-from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
+from brlite.checkpoint.progress import SizedStage, ignore_progress
 from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
-from brlite.checkpoint.transfer import HubFile, OpenSpan, Transfer, Wanted
+from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
 from brlite.errors import ModelError
+from tests.checkpoint.conftest import AT_ONCE, NAME, REACH, LocalHuggingFace, LocalModelScope, fetch, opener
 from tests.checkpoint.hub_server import HubServer, files_of
-from tests.checkpoint.model_files import random_gguf_tensors, write_gguf
+from tests.checkpoint.model_files import write_gguf
 from tests.limits import PATIENCE_SECONDS
-from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
-
-REACH = 60.0  # seconds; no test waits for them
-AT_ONCE = Retries(first_wait=0.0)
-NAME = parse_model_name("hf:org/model")
-
-
-class LocalHuggingFace(HuggingFaceHub):
-    """Hugging Face's hub on loopback, with a cache folder of its own."""
-
-    def __init__(self, server: HubServer, cache: Path, token: str = "") -> None:
-        self.server, self.folder, self.token = server, cache, token
-
-    def cache(self) -> Path:
-        return self.folder
-
-    def address(self) -> HubAddress:
-        return HubAddress(self.title, self.server.endpoint, self.token, "HF_TOKEN", PATIENCE_SECONDS)
-
-
-class LocalModelScope(ModelScopeHub):
-    """ModelScope on loopback, with a cache folder of its own."""
-
-    def __init__(self, server: HubServer, cache: Path) -> None:
-        self.server, self.folder = server, cache
-
-    def cache(self) -> Path:
-        return self.folder
-
-    def address(self) -> HubAddress:
-        return HubAddress(self.title, self.server.endpoint, "", "MODELSCOPE_API_TOKEN", PATIENCE_SECONDS)
-
-
-def fetch(
-    hub: HuggingFaceHub | ModelScopeHub, name: str = "hf:org/model", on_progress: OnProgress = ignore_progress
-) -> Path:
-    return Download(hub, parse_model_name(name), on_progress, AT_ONCE).run(REACH)
-
-
-def opener(hub: LocalHuggingFace) -> OpenSpan:
-    """Opens files of the model, without a download around it."""
-    address = hub.address()
-    commit = hub.list_files(address, NAME).commit
-    return lambda file, span: get(address, hub.file_url(address, NAME, commit, file.name), "org/model", span=span)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[HubServer]:
-    folder = write_model(tmp_path / "repository", LLAMA)
-    write_byte_tokenizer(folder)
-    for name in ("README.md", "modeling_evil.py", "pytorch_model.bin"):
-        (folder / name).write_text(name)
-    with HubServer(files_of(folder)).running() as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server: HubServer, tmp_path: Path) -> LocalHuggingFace:
-    return LocalHuggingFace(server, tmp_path / "cache")
 
 
 def left_behind(hub: LocalHuggingFace) -> list[str]:
@@ -243,39 +178,6 @@ def test_a_small_file_is_checked_by_gits_hash(hub: LocalHuggingFace, tmp_path: P
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("refusal", "said"),
-    [
-        ((401, {"X-Error-Code": "GatedRepo"}), r"is gated: accept its terms at http://.*/org/model, then set HF_TOKEN"),
-        ((403, {"X-Error-Code": "GatedRepo"}), r"is gated: accept its terms at http://.*/org/model, then set HF_TOKEN"),
-        ((401, {}), r"org/model is not there, or private \(401\): set HF_TOKEN to read private and gated models"),
-        ((403, {}), r"org/model is not there, or private \(403\): set HF_TOKEN"),
-        ((404, {"X-Error-Code": "RepoNotFound"}), r"there is no org/model"),
-        ((429, {"Retry-After": "3600"}), r"answers 429 Too Many Requests; it allows no request for 3600 s"),
-        ((503, {}), "answers 503 Service Unavailable"),
-        ((418, {"X-Error-Message": "I am a teapot"}), "answers 418 I am a teapot"),
-    ],
-)
-def test_a_refusal_says_in_a_line_what_to_do(
-    refusal: tuple[int, dict[str, str]], said: str, hub: LocalHuggingFace
-) -> None:
-    hub.server.refusal = refusal
-
-    with pytest.raises(ModelError, match=said) as error:
-        fetch(hub)
-
-    assert "\n" not in str(error.value)
-
-
-def test_a_token_that_may_not_read_the_model_is_said(hub: LocalHuggingFace) -> None:
-    hub.token, hub.server.refusal = "hf_other", (403, {})
-
-    with pytest.raises(ModelError, match="the token of HF_TOKEN may not read it") as error:
-        fetch(hub)
-
-    assert "hf_other" not in str(error.value)
-
-
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_failure_that_passes_is_waited_out(status: int, hub: LocalHuggingFace) -> None:
     hub.server.failures = [(status, {"Retry-After": "0"}), (status, {})]
@@ -338,115 +240,6 @@ def test_a_large_file_comes_in_segments_at_once(hub: LocalHuggingFace, tmp_path:
     assert seen[-1] == 1.0
 
 
-def test_a_model_beyond_the_disk_is_refused_before_it_is_fetched(hub: LocalHuggingFace) -> None:
-    class HugeHub(LocalHuggingFace):
-        def list_files(self, address: HubAddress, name: object) -> object:  # type: ignore[override]
-            listing = super().list_files(address, NAME)
-            return listing._replace(files=[file._replace(num_bytes=2**60) for file in listing.files])
-
-    with pytest.raises(ModelError, match=r"are needed at .*, where .* are free; HF_HOME chooses another folder"):
-        fetch(HugeHub(hub.server, hub.cache()))
-
-    assert hub.server.sent_bytes == 0
-
-
-def test_a_gguf_repository_gives_the_file_that_the_quantization_names(server: HubServer, tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "m-Q8_0.gguf")
-    server.files = {
-        "m-Q8_0.gguf": file.read_bytes(),
-        "sub/m-Q4_K_M.gguf": file.read_bytes()[::-1],
-        "config.json": b"{}",
-    }
-    hub = LocalHuggingFace(server, tmp_path / "cache")
-
-    found = fetch(hub, "hf:org/model:q8_0")
-
-    assert found.name == "m-Q8_0.gguf"
-    assert found.read_bytes() == file.read_bytes()
-    assert find_cached(hub, parse_model_name("hf:org/model:Q8_0")) == found
-    assert server.ranges[0] == f"bytes=0-{len(file.read_bytes()) - 1}"  # the header first
-
-
-def test_a_name_without_quantization_stays_the_file_that_the_hub_made_of_it(server: HubServer, tmp_path: Path) -> None:
-    server.files = {f"m-{each}.gguf": write_gguf(tmp_path / f"{each}.gguf").read_bytes() for each in ("Q8_0", "Q4_K_M")}
-    hub = LocalHuggingFace(server, tmp_path / "cache")
-    other = fetch(hub, "hf:org/model:Q8_0")
-
-    with pytest.raises(ModelError, match="only the hub's list tells which of its GGUF files the name means"):
-        find_cached(hub, NAME)
-    assert find_cached(hub, NAME, is_last_resort=True) == other
-    found = fetch(hub)
-
-    assert found.name == "m-Q4_K_M.gguf"
-    assert find_cached(hub, NAME) == found
-
-
-def test_an_architecture_that_cannot_be_served_is_refused_before_the_weights(hub: LocalHuggingFace) -> None:
-    hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
-
-    with pytest.raises(ModelError, match="architecture 'MixtralForCausalLM' is not supported"):
-        fetch(hub)
-
-    assert hub.server.sent_bytes == len(hub.server.files["config.json"])
-
-
-def test_an_engine_plugin_may_serve_another_architecture(hub: LocalHuggingFace) -> None:
-    hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
-
-    folder = Download(hub, NAME, ignore_progress, AT_ONCE).run(REACH, is_for_plugin=True)
-
-    assert (folder / "model.safetensors").is_file()
-
-
-def test_a_gguf_architecture_is_read_from_the_header_before_the_weights(server: HubServer, tmp_path: Path) -> None:
-    names = [f"<token {number:030}>" for number in range(20_000)]
-    metadata = {"tokenizer.ggml.tokens": names}
-    file = write_gguf(tmp_path / "m-Q4_K_M.gguf", architecture="falcon", metadata=metadata)
-    with file.open("ab") as stream:
-        stream.write(bytes(8 * 2**20))
-    server.files = {"m-Q4_K_M.gguf": file.read_bytes()}
-
-    with pytest.raises(ModelError, match="falcon") as error:
-        fetch(LocalHuggingFace(server, tmp_path / "cache"))
-
-    assert str(tmp_path) not in str(error.value)
-    assert server.ranges == ["bytes=0-262143", "bytes=262144-4194303"]
-
-
-def split_gguf(folder: Path) -> dict[str, bytes]:
-    """The three parts of a GGUF file, as a repository has them."""
-    tensors = random_gguf_tensors()
-    write_gguf(folder / "m-Q8_0.gguf", tensors, part_tensors=-(-len(tensors) // 3))
-    return {f"Q8_0/{path.name}": path.read_bytes() for path in sorted(folder.glob("m-Q8_0-*"))}
-
-
-def test_all_parts_of_a_split_gguf_are_fetched(server: HubServer, tmp_path: Path) -> None:
-    server.files = {**split_gguf(tmp_path), "m-Q4_0.gguf": b"GGUF"}
-    hub = LocalHuggingFace(server, tmp_path / "cache")
-
-    found = fetch(hub, "hf:org/model:q8_0")
-
-    assert found.name == "m-Q8_0-00001-of-00003.gguf"
-    assert files_of(found.parent.parent).keys() == server.files.keys() - {"m-Q4_0.gguf"}
-    assert len(open_checkpoint(found).shapes()) == len(random_gguf_tensors())
-    assert find_cached(hub, parse_model_name("hf:org/model:Q8_0")) == found
-    found.with_name("m-Q8_0-00002-of-00003.gguf").unlink()
-    with pytest.raises(NotHere, match=r"lacks 'Q8_0/m-Q8_0-00002-of-00003\.gguf'"):
-        find_cached(hub, parse_model_name("hf:org/model:Q8_0"))
-
-
-def test_the_headers_of_all_parts_are_checked_before_the_weights(server: HubServer, tmp_path: Path) -> None:
-    server.files = split_gguf(tmp_path)
-    _, second, third = server.files
-    server.files[second] = server.files[third]
-    hub = LocalHuggingFace(server, tmp_path / "cache")
-
-    with pytest.raises(ModelError, match=rf"{second}: a split GGUF: split\.no must be 1"):
-        fetch(hub)
-
-    assert not (Repository(hub.cache(), "org/model").folder / "blobs").exists()
-
-
 def test_modelscope_serves_the_same_from_its_own_paths(server: HubServer, tmp_path: Path) -> None:
     hub = LocalModelScope(server, tmp_path / "cache")
     server.cut_after, server.cuts_left = {"model.safetensors": 20_000}, 1
@@ -458,45 +251,6 @@ def test_modelscope_serves_the_same_from_its_own_paths(server: HubServer, tmp_pa
     assert find_cached(hub, parse_model_name("modelscope:org/model")) == folder
     with pytest.raises(ModelError, match="there is no org/other"):
         fetch(hub, "modelscope:org/other")
-
-
-def test_a_hub_that_speaks_otherwise_is_named(hub: LocalHuggingFace, server: HubServer, tmp_path: Path) -> None:
-    server.files = {"api": b"x"}
-    odd = LocalModelScope(server, tmp_path / "odd")
-    odd.list_files = lambda address, name: LocalHuggingFace.list_files(
-        hub,
-        address._replace(  # type: ignore[method-assign]
-            endpoint=f"{address.endpoint}/api/v1/models/org/model/repo/files?x="
-        ),
-        name,
-    )
-
-    with pytest.raises(ModelError, match="unexpected JSON: is it a hub"):
-        fetch(odd, "modelscope:org/model")
-
-
-def test_a_silent_hub_is_given_up(hub: LocalHuggingFace) -> None:
-    gate = threading.Event()
-
-    class SilentHub(LocalHuggingFace):
-        def list_files(self, address: HubAddress, name: object) -> object:  # type: ignore[override]
-            gate.wait()
-            raise ModelError("late")
-
-    try:
-        with pytest.raises(ModelError, match=r"no answer within 0\.01 s \(HF_HUB_ETAG_TIMEOUT"):
-            Download(SilentHub(hub.server, hub.cache()), NAME, ignore_progress).run(0.01)
-    finally:
-        gate.set()
-
-
-def test_a_hub_that_is_not_there_is_said_in_a_line(hub: LocalHuggingFace, server: HubServer) -> None:
-    server.endpoint = "http://127.0.0.1:9"
-
-    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9: Connection refused") as error:
-        fetch(hub)
-
-    assert "\n" not in str(error.value)
 
 
 def pulling(server: HubServer, folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -552,48 +306,6 @@ def test_a_part_is_found_beside_those_that_got_their_names_since_they_were_liste
     assert (without, repository.has_parts()) == (False, True)
 
 
-def test_the_librarys_time_limit_is_kept_and_named(server: HubServer, tmp_path: Path) -> None:
-    server.failures = [(503, {"Retry-After": "30"})] * 9
-
-    with pulling(server, tmp_path, HF_HUB_ETAG_TIMEOUT="1") as process:
-        said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
-
-    assert "the Hugging Face hub: 127.0.0.1" in said
-    assert "answers 503 Service Unavailable; it allows no request for 30 s" in said
-
-
-def test_the_token_of_the_environment_is_sent(server: HubServer, tmp_path: Path) -> None:
-    server.token = "hf_secret"
-    with pulling(server, tmp_path) as process:
-        refused = process.communicate(timeout=PATIENCE_SECONDS)[1]
-    with pulling(server, tmp_path, HF_TOKEN="hf_secret") as process:
-        found = process.communicate(timeout=PATIENCE_SECONDS)[0]
-
-    assert "then set HF_TOKEN to a token of that account" in refused.splitlines()[-1]
-    assert "snapshots" in found
-
-
-def test_a_token_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "token").write_bytes(b"\x84")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-
-    with pytest.raises(ModelError, match=r"the token in .*/token cannot be read"):
-        HuggingFaceHub().address()
-
-
-@pytest.mark.parametrize("method", ["cache", "address"])
-def test_a_wrong_variable_of_the_library_is_a_line(method: str) -> None:
-    """The library reads its variables once, so that this takes a process of its own."""
-    code = f"from brlite.checkpoint.hub import HuggingFaceHub; HuggingFaceHub().{method}()"
-    environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "abc"}
-
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stderr
-
-    wrong = "a variable of Hugging Face's library, HF_HUB_…, has a wrong value: invalid literal"
-    assert said.splitlines()[-1].startswith(f"brlite.errors.ConfigError: {wrong}")
-
-
 def test_modelscope_is_chosen_by_the_environment(server: HubServer, tmp_path: Path) -> None:
     settings = {"BRLITE_HUB": "modelscope", "MODELSCOPE_DOMAIN": server.endpoint}
 
@@ -632,70 +344,22 @@ def test_a_model_is_removed_whole_or_by_the_file(server: HubServer, tmp_path: Pa
     shutil.rmtree(hub.cache())
 
 
-@pytest.mark.parametrize(("is_told", "has_other_source", "seconds"), [(0, 0, 10), (0, 1, 3), (1, 1, 10), (1, 0, 10)])
-def test_only_where_another_source_could_serve_is_the_wait_short(
-    is_told: int, has_other_source: int, seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
-    if is_told:
-        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "10")
+def test_the_librarys_time_limit_is_kept_and_named(server: HubServer, tmp_path: Path) -> None:
+    server.failures = [(503, {"Retry-After": "30"})] * 9
 
-    assert reach_limit(has_other_source=bool(has_other_source)) == seconds
+    with pulling(server, tmp_path, HF_HUB_ETAG_TIMEOUT="1") as process:
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
 
-
-@pytest.mark.parametrize("name", ["../m.gguf", "/m.gguf", "a\0.gguf", "\x1b[2J.gguf"])
-def test_a_file_outside_of_the_repository_or_with_odd_characters_is_refused_by_name(
-    hub: LocalHuggingFace, name: str
-) -> None:
-    hub.server.files = {name: b"GGUF"}
-
-    with pytest.raises(ModelError, match=rf"lists a file named {re.escape(repr(name))}; allowed are"):
-        fetch(hub)
+    assert "the Hugging Face hub: 127.0.0.1" in said
+    assert "answers 503 Service Unavailable; it allows no request for 30 s" in said
 
 
-@pytest.mark.parametrize(
-    ("body", "length", "reason"),
-    [
-        (b"[" * 100_000, None, "does not answer with JSON"),
-        (b"{}", "x", "unexpected JSON"),
-        (b"{}", "9" * 5000, "the connection was cut"),
-        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": 1e400}]}', None, "unexpected JSON"),
-        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "size": -1}]}', None, "unexpected JSON"),
-        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "blobId": 5}]}', None, "unexpected JSON"),
-        (b'{"sha": "a", "siblings": [{"rfilename": "m.gguf", "lfs": {"sha256": [1]}}]}', None, "unexpected JSON"),
-    ],
-)
-def test_a_list_that_no_hub_would_send_is_refused_in_a_line(
-    hub: LocalHuggingFace, monkeypatch: pytest.MonkeyPatch, body: bytes, length: str | None, reason: str
-) -> None:
-    class Answer(io.BytesIO):
-        headers = {} if length is None else {"Content-Length": length}
+def test_the_token_of_the_environment_is_sent(server: HubServer, tmp_path: Path) -> None:
+    server.token = "hf_secret"
+    with pulling(server, tmp_path) as process:
+        refused = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    with pulling(server, tmp_path, HF_TOKEN="hf_secret") as process:
+        found = process.communicate(timeout=PATIENCE_SECONDS)[0]
 
-    monkeypatch.setattr("brlite.checkpoint.hub_http.get", lambda *_: Answer(body))
-
-    with pytest.raises((ModelError, PassingFailure), match=reason):
-        hub.list_files(hub.address(), NAME)
-
-
-def test_a_redirection_to_another_protocol_is_not_followed(hub: LocalHuggingFace) -> None:
-    hub.server.refusal = 302, {"Location": "ftp://127.0.0.1:1/api"}
-
-    with pytest.raises(ModelError, match="answers 302 and redirects to ftp; allowed from http: http and https"):
-        fetch(hub)
-
-
-def test_a_redirection_from_https_to_http_is_not_followed(hub: LocalHuggingFace) -> None:
-    sent = urllib.request.Request("https://hub.example/api")
-
-    with pytest.raises(urllib.error.HTTPError, match="redirects to http; allowed from https: https"):
-        Redirects().redirect_request(sent, io.BytesIO(), 302, "", Message(), f"{hub.server.endpoint}/api")
-
-
-@pytest.mark.parametrize("address", ["http://user:s3cret@127.0.0.1", "user:s3cret@127.0.0.1", "http://u:s3cret@host:8"])
-def test_the_password_in_a_hubs_address_is_not_shown(hub: LocalHuggingFace, address: str) -> None:
-    hub.server.endpoint = address
-
-    with pytest.raises(ModelError, match="must begin with http:// or https://, and name no user") as error:
-        fetch(hub)
-
-    assert "s3cret" not in str(error.value)
+    assert "then set HF_TOKEN to a token of that account" in refused.splitlines()[-1]
+    assert "snapshots" in found

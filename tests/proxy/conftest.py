@@ -1,11 +1,11 @@
-"""The loops and the official client for the tests of this folder, and a check of the states in all of them."""
+"""The loops, clients and requests for the tests of this folder, and a check of the states in all of them."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -13,8 +13,20 @@ import openai
 import pytest
 import uvloop
 
+from brlite.config.options import LimitsConfig, ProxyConfig, UpstreamConfig
 from brlite.proxy import attempt, exchange, fast_path
 from tests.api_clients import openai_client
+from tests.limits import PATIENCE_SECONDS
+from tests.proxy.proxies import Proxy, run_proxy
+from tests.proxy.raw_client import Answer, Client
+from tests.proxy.scripted import Act, ScriptedUpstream, Step
+from tests.proxy.scripts import GOOD_PLAIN, GOOD_STREAM
+
+BODY = b'{"model":"m","stream":false}'
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\n"
+HEAD = CHAT + b"Host: x\r\nContent-Type: application/json\r\n"
+HIDDEN = b'POST /v1/hidden HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n{"model":"m"}'
+UPGRADE = b"Connection: upgrade\r\nUpgrade: nothing\r\n"
 
 
 def read_table(kind: type[enum.Enum]) -> dict[enum.Enum, set[enum.Enum]]:
@@ -35,6 +47,7 @@ MakeLoop = Callable[[], asyncio.AbstractEventLoop]
 # calls. The other files run on one of them.
 OF_CONNECTIONS = {
     *("test_broken_upstreams", "test_clients", "test_silent_upstreams", "test_unfinished_bodies", "test_what_passes"),
+    *("test_malformed_requests", "test_what_is_not_passed_on"),
     *("test_wrong_or_silent", "test_response_downstream", "test_resolving", "test_reachable", "test_tls"),
     *(
         "test_client",
@@ -89,3 +102,50 @@ async def connect() -> AsyncIterator[Callable[..., openai.AsyncOpenAI]]:
             return client
 
         yield make
+
+
+class Served:
+    """A proxy, the one upstream behind it, and clients that are gone after the test."""
+
+    def __init__(self, proxy: Proxy, upstream: ScriptedUpstream, stack: AsyncExitStack) -> None:
+        self.proxy, self.upstream, self._stack = proxy, upstream, stack
+
+    async def connect(self) -> Client:
+        client = await Client.connect(self.proxy.port)
+        self._stack.callback(client.leave)
+        return client
+
+    async def ask(self, data: bytes) -> Answer:
+        client = await self.connect()
+        client.send(data)
+        return await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """`await serve(act)` is a proxy before an upstream that acts so, or answers well. It must have had no complaint."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            act: Act | None = None,
+            *,
+            proxy: ProxyConfig | None = None,
+            limits: LimitsConfig | None = None,
+            models: tuple[str, ...] = ("m",),
+            **options: object,
+        ) -> Served:
+            upstream = ScriptedUpstream(Step(GOOD_PLAIN), Step(GOOD_STREAM), act)
+            await stack.enter_async_context(upstream)
+            config = UpstreamConfig(url=upstream.url, models=models, health_path="")
+            running = await stack.enter_async_context(run_proxy(config, proxy=proxy, limits=limits, **options))
+            clients = await stack.enter_async_context(AsyncExitStack())
+            served.append(Served(running, upstream, clients))
+            return served[-1]
+
+        served: list[Served] = []
+        yield start
+    for each in served:
+        assert each.upstream.faults == []
