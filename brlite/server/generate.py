@@ -288,10 +288,14 @@ class Delivery:
         if isinstance(output, BrliteError):
             self.fail(output)
             return
+        if self._is_closed:
+            self._charge_late(index, output)
+            return
         try:
             if output.finished:
                 if output.num_searched_tokens:
-                    self._charge_search(output)
+                    num_shown = sum(len(completion.token_ids) for completion in output.outputs)
+                    self._num_searched += max(0, output.num_searched_tokens - num_shown)
                 self._num_open -= 1
                 self._times = output.times or self._times
                 self._changed.set()
@@ -303,13 +307,15 @@ class Delivery:
             self.fail(EngineError(NOT_MADE))
             raise
 
-    def _charge_search(self, output: RequestOutput) -> None:
-        """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
-        if self._is_closed:
-            spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
-        else:
-            num_shown = sum(len(completion.token_ids) for completion in output.outputs)
-            self._num_searched += max(0, output.num_searched_tokens - num_shown)
+    def _charge_late(self, index: int, output: RequestOutput) -> None:
+        """Charge what was computed for a client that has left: by the step that ran then, or for beams so far."""
+        if self._builder is None or not (output.num_searched_tokens or any(each.token_ids for each in output.outputs)):
+            return
+        before = self._builder.usage()
+        self._builder.count(index, output)
+        after = self._builder.usage()
+        num_completion = output.num_searched_tokens or after.completion - before.completion
+        spend_tokens(self._request, after.prompt - before.prompt, num_completion)
 
     def _take(self, index: int, output: RequestOutput) -> None:
         if index in self._outputs:

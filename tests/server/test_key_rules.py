@@ -18,6 +18,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.fakes import printable_token
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import MODEL, Client, MakeClient, chat_body, completion_body
@@ -255,12 +256,36 @@ async def test_a_client_that_leaves_gives_its_place_back_and_has_used_what_was_c
     running.cancel()
     await asyncio.wait_for(until_charged(client), PATIENCE_SECONDS)
     stall.may_go_on.set()
+    await client.engine.wait_idle()
 
     assert status == 429
     assert "1 requests at once (max_concurrent)" in answer["error"]["message"]
     found = await counts(client)
-    assert (found["prompt"], found["completion"]) == (PROMPT_TOKENS, 5)
+    assert (found["prompt"], found["completion"]) == (PROMPT_TOKENS, 6) == spent(client)
     await client.chat()
+
+
+def spent(client: Client) -> tuple[int, int]:
+    """The tokens of prompts and answers that the engine has computed."""
+    return client.engine.stats.prompt_tokens, client.engine.stats.generation_tokens
+
+
+async def test_a_client_that_leaves_in_the_step_of_its_prompt_has_used_what_was_computed(
+    limited: LimitedClient, eventually: Eventually
+) -> None:
+    client = await limited()
+    client.backend.gate = threading.Event()
+    running = [asyncio.create_task(client.post(CHAT, chat_body(stream=each))) for each in (False, True)]
+    await eventually(lambda: client.engine.stats.num_running > 0)
+
+    for each in running:
+        each.cancel()
+    await eventually(lambda: not client.server.num_connections)
+    client.backend.gate.set()
+    await client.engine.wait_idle()
+
+    found = await counts(client)
+    assert (found["prompt"], found["completion"]) == spent(client) != (0, 0)
 
 
 SEARCH = {"use_beam_search": True, "temperature": 0, "best_of": 3, "max_tokens": 8}
