@@ -29,12 +29,16 @@ LLAMA_CPP, SGLANG, TEI = "llama.cpp", "SGLang", "TEI"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = "chat", "completions", "responses", "messages", "embeddings"
 INFILL, RERANK, SCORE = "infill", "rerank", "score"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
+# Endpoints
 BOTH = (CHAT, COMPLETIONS)
-ALL_THREE = (*BOTH, RESPONSES)
-ALL_FIVE = (*ALL_THREE, MESSAGES, INFILL)  # these generate text
+OF_OPENAI = (*BOTH, RESPONSES)
+GENERATING = (*OF_OPENAI, MESSAGES, INFILL)
 OF_PROMPTS = (EMBEDDINGS, RERANK, SCORE)  # these generate no text
-EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
-ALL_SIX = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
+COMPUTING = (*GENERATING, *OF_PROMPTS)
+# APIs
+OPENAI_STYLE = (OPENAI, VLLM, LLAMA_CPP, SGLANG)
+OPENAI_STYLE_04 = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
+EVERY_API = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
 
 
@@ -48,17 +52,12 @@ class ObeyedField(NamedTuple):
 
 
 OBEYED = (
-    ObeyedField(
-        "model",
-        (*ALL_FIVE, *OF_PROMPTS, TOKENIZE, DETOKENIZE),
-        ALL_SIX,
-        "may be left out where one model is served",
-    ),
-    ObeyedField("messages", (CHAT, MESSAGES, TOKENIZE), ALL_SIX, "text only"),
+    ObeyedField("model", (*COMPUTING, TOKENIZE, DETOKENIZE), EVERY_API, "may be left out where one model is served"),
+    ObeyedField("messages", (CHAT, MESSAGES, TOKENIZE), EVERY_API, "text only"),
     ObeyedField(
         "prompt",
         (COMPLETIONS, INFILL, TOKENIZE),
-        EVERYBODY,
+        OPENAI_STYLE_04,
         "tokenize: one text; infill: the start of the answer",
     ),
     ObeyedField("input_prefix input_suffix", (INFILL,), (LLAMA_CPP,), "what stands before the gap and after it"),
@@ -69,13 +68,9 @@ OBEYED = (
     ObeyedField("t_max_predict_ms", (INFILL,), (LLAMA_CPP,), "after this time the answer ends with its line"),
     ObeyedField("response_fields", (INFILL,), (LLAMA_CPP,), "the only fields that the answer has"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
-    ObeyedField(
-        "input", (RESPONSES, EMBEDDINGS), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only; embeddings: as `prompt`"
-    ),
-    ObeyedField("instructions", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only"),
-    ObeyedField(
-        "encoding_format", (EMBEDDINGS,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "base64: of float32, little-endian"
-    ),
+    ObeyedField("input", (RESPONSES, EMBEDDINGS), OPENAI_STYLE, "text only; embeddings: as `prompt`"),
+    ObeyedField("instructions", (RESPONSES,), OPENAI_STYLE, "text only"),
+    ObeyedField("encoding_format", (EMBEDDINGS,), OPENAI_STYLE, "base64: of float32, little-endian"),
     ObeyedField("dimensions", (EMBEDDINGS,), (OPENAI, VLLM, SGLANG), "where the model is made for it"),
     ObeyedField("normalize", (EMBEDDINGS,), (VLLM,), "true is the default"),
     ObeyedField("pooling", (EMBEDDINGS,), (), "the default is the model's"),
@@ -93,9 +88,9 @@ OBEYED = (
     ObeyedField("instruct", (RERANK, SCORE), (SGLANG,), "its name of `instruction`"),
     ObeyedField("use_activation", (RERANK, SCORE), (VLLM,), "sigmoid or not; the default is the model's"),
     ObeyedField("previous_response_id", (RESPONSES,), (OPENAI, VLLM, SGLANG), "where responses are stored"),
-    ObeyedField("max_output_tokens", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "its name of `max_tokens`"),
-    ObeyedField("text", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`format` as docs/structured-output.md says"),
-    ObeyedField("reasoning", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`effort`; there are no summaries"),
+    ObeyedField("max_output_tokens", (RESPONSES,), OPENAI_STYLE, "its name of `max_tokens`"),
+    ObeyedField("text", (RESPONSES,), OPENAI_STYLE, "`format` as docs/structured-output.md says"),
+    ObeyedField("reasoning", (RESPONSES,), OPENAI_STYLE, "`effort`; there are no summaries"),
     ObeyedField("include", (RESPONSES,), (OPENAI, VLLM, SGLANG), "hosted tools' results are never there"),
     ObeyedField("truncation", (RESPONSES,), (OPENAI, VLLM, SGLANG), '"auto" cuts the beginning of the prompt'),
     ObeyedField("store", (RESPONSES,), (OPENAI, VLLM, SGLANG), "true is the default"),
@@ -110,33 +105,33 @@ OBEYED = (
     ObeyedField("output_format", (MESSAGES,), (ANTHROPIC,), "`output_config.format`"),
     ObeyedField("thread", (MESSAGES,), (ANTHROPIC,), "refused; clients then send the whole conversation"),
     ObeyedField("context_management", (MESSAGES,), (ANTHROPIC,), "accepted, not applied, with a warning"),
-    ObeyedField("stream", ALL_FIVE, ALL_SIX),
-    ObeyedField("stream_options", ALL_THREE, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
-    ObeyedField("n", BOTH, EVERYBODY),
+    ObeyedField("stream", GENERATING, EVERY_API),
+    ObeyedField("stream_options", OF_OPENAI, OPENAI_STYLE, "`include_obfuscation` is refused"),
+    ObeyedField("n", BOTH, OPENAI_STYLE_04),
     ObeyedField(
         "max_tokens",
         (*BOTH, MESSAGES, INFILL),
-        ALL_SIX,
+        EVERY_API,
         "messages: required; infill, and completions with `echo`: 0, too",
     ),
-    ObeyedField("temperature top_p", ALL_FIVE, ALL_SIX),
-    ObeyedField("presence_penalty frequency_penalty seed", ALL_FIVE, EVERYBODY),
-    ObeyedField("stop", (*ALL_THREE, INFILL), EVERYBODY),
-    ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("temperature top_p", GENERATING, EVERY_API),
+    ObeyedField("presence_penalty frequency_penalty seed", GENERATING, OPENAI_STYLE_04),
+    ObeyedField("stop", (*OF_OPENAI, INFILL), OPENAI_STYLE_04),
+    ObeyedField("logit_bias", BOTH, OPENAI_STYLE),
     ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "not in streams, but of a beam search"),
     ObeyedField("use_beam_search", BOTH, (VLLM_04, VLLM), "streams have the answers at their end"),
-    ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
-    ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
-    ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
+    ObeyedField("max_completion_tokens", (CHAT,), OPENAI_STYLE, "another name of `max_tokens`"),
+    ObeyedField("logprobs", BOTH, OPENAI_STYLE_04, "chats: true or false; completions: a number"),
+    ObeyedField("top_logprobs", (CHAT, RESPONSES), OPENAI_STYLE, "chats: needs `logprobs`"),
     ObeyedField("echo", BOTH, (OPENAI, VLLM_04, VLLM, SGLANG), "chats: the last message, if it is the assistant's"),
     ObeyedField("suffix", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM), "where the vocabulary has tokens for infills"),
-    ObeyedField("top_k", ALL_FIVE, ALL_SIX[1:]),
-    ObeyedField("min_p", ALL_FIVE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("top_k", GENERATING, (ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("min_p", GENERATING, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
     ObeyedField("allowed_token_ids bad_words", BOTH, (VLLM,)),
-    ObeyedField("repetition_penalty", ALL_FIVE, VLLM_AND_SGLANG),
+    ObeyedField("repetition_penalty", GENERATING, VLLM_AND_SGLANG),
     ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("ignore_eos", ALL_FIVE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("ignore_eos", GENERATING, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
@@ -144,19 +139,19 @@ OBEYED = (
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
     ObeyedField(
         "priority",
-        (*ALL_FIVE, *OF_PROMPTS),
+        COMPUTING,
         (VLLM,),
         "lower numbers go first, none below the [key's](keys.md); SGLang's order is the reverse",
     ),
-    ObeyedField("timeout", (*ALL_FIVE, *OF_PROMPTS), (), "seconds, LiteLLM's; the request ends with a 408 after them"),
-    ObeyedField("cache_salt", (*ALL_FIVE, *OF_PROMPTS), (VLLM, SGLANG)),
+    ObeyedField("timeout", COMPUTING, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
+    ObeyedField("cache_salt", COMPUTING, (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),
-    ObeyedField("strict", (*ALL_FIVE, *OF_PROMPTS), (), "each warning of the answer is a 400"),
+    ObeyedField("strict", COMPUTING, (), "each warning of the answer is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
-    ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
-    ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX, "messages: an object"),
-    ObeyedField("parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), EVERY_API, "functions only (docs/tools.md)"),
+    ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), EVERY_API, "messages: an object"),
+    ObeyedField("parallel_tool_calls", (CHAT, RESPONSES), OPENAI_STYLE),
     ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
     ObeyedField(
         "chat_template_kwargs",
@@ -169,7 +164,7 @@ OBEYED = (
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
     ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
     ObeyedField("add_special_tokens", (*BOTH, EMBEDDINGS, TOKENIZE), (VLLM,), "chats: false is the default"),
-    ObeyedField("response_format", (*BOTH, INFILL), EVERYBODY, "docs/structured-output.md, as all below"),
+    ObeyedField("response_format", (*BOTH, INFILL), OPENAI_STYLE_04, "docs/structured-output.md, as all below"),
     ObeyedField("guided_json guided_regex guided_choice guided_grammar", (*BOTH, INFILL), (VLLM_04, VLLM)),
     ObeyedField("guided_whitespace_pattern structured_outputs", (*BOTH, INFILL), (VLLM,)),
     ObeyedField("json_schema", (*BOTH, INFILL), (LLAMA_CPP, SGLANG)),
@@ -183,20 +178,20 @@ OBEYED = (
 # Sampling parameters that few requests have. The structs lack them: `read_undecoded` passes them to `SamplingParams`.
 UNUSUAL = (
     ObeyedField("length_penalty early_stopping", BOTH, (VLLM_04, VLLM), "of a beam search"),
-    ObeyedField("repeat_last_n typical_p", ALL_FIVE, (LLAMA_CPP,)),
+    ObeyedField("repeat_last_n typical_p", GENERATING, (LLAMA_CPP,)),
     ObeyedField(
-        "xtc_probability xtc_threshold", ALL_FIVE, (LLAMA_CPP,), "the last truncation; before the temperature there"
+        "xtc_probability xtc_threshold", GENERATING, (LLAMA_CPP,), "the last truncation; before the temperature there"
     ),
-    ObeyedField("dynatemp_range dynatemp_exponent", ALL_FIVE, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
-    ObeyedField("dry_multiplier dry_base dry_allowed_length", ALL_FIVE, (LLAMA_CPP,)),
+    ObeyedField("dynatemp_range dynatemp_exponent", GENERATING, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+    ObeyedField("dry_multiplier dry_base dry_allowed_length", GENERATING, (LLAMA_CPP,)),
     ObeyedField(
-        "dry_penalty_last_n dry_sequence_breakers", ALL_FIVE, (LLAMA_CPP,), "breakers are found within single tokens"
+        "dry_penalty_last_n dry_sequence_breakers", GENERATING, (LLAMA_CPP,), "breakers are found within single tokens"
     ),
     ObeyedField("top_n_sigma", (RESPONSES, MESSAGES, INFILL), (LLAMA_CPP,)),
-    ObeyedField("logit_bias", (RESPONSES, MESSAGES, INFILL), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("logit_bias", (RESPONSES, MESSAGES, INFILL), OPENAI_STYLE),
     ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES, INFILL), (VLLM,)),
     ObeyedField(
-        "logits_processors", ALL_FIVE, (VLLM,), "names that the config allows ([more](sampling.md#logits-processors))"
+        "logits_processors", GENERATING, (VLLM,), "names that the config allows ([more](sampling.md#logits-processors))"
     ),
     ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES, INFILL), (VLLM_04, VLLM)),
     ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES, INFILL), VLLM_AND_SGLANG),
@@ -337,15 +332,15 @@ OF_GENERATION = (
     Field("use_beam_search", (VLLM_04, VLLM), (False,)),
     Field(_LENGTHS, (OPENAI,), (-1,), _LENGTHS),
     Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), _LENGTHS),
-    Field("stop stop_words", EVERYBODY, ("", [], [""]), "stop stop_sequences"),
-    Field("logprobs", EVERYBODY, (False,), "top_logprobs"),
+    Field("stop stop_words", OPENAI_STYLE_04, ("", [], [""]), "stop stop_sequences"),
+    Field("logprobs", OPENAI_STYLE_04, (False,), "top_logprobs"),
     Field("top_logprobs n_probs", (OPENAI, LLAMA_CPP), (0,), "logprobs"),
     Field("suffix", (OPENAI, VLLM_04, VLLM), ("",), "/v1/completions"),
     Field("prompt_logprobs", (VLLM,)),
     Field("return_tokens_as_token_ids return_token_ids", (VLLM,), (False,)),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("stream_options", (OPENAI,), None),  # other endpoints always report the usage
-    Field("response_format", EVERYBODY, ({"type": "text"},), "text.format output_config.format"),
+    Field("response_format", OPENAI_STYLE_04, ({"type": "text"},), "text.format output_config.format"),
     Field("guided_json guided_regex guided_choice guided_grammar", (VLLM_04, VLLM), ("", [], {}), "response_format"),
     Field("structured_outputs json_schema", (VLLM, LLAMA_CPP, SGLANG), ("", {}), "response_format"),
     Field("grammar regex ebnf", (LLAMA_CPP, SGLANG), ("",), "response_format"),
