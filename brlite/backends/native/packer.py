@@ -215,19 +215,9 @@ def load_weights(
     file = None if plan.packed_file is None else _trusted(plan.packed_file, plan.checkpoint.path)
     if file is not None:
         sweep(file.parent, file.name)
-        try:
-            with PackingThreads(plan.num_threads) as pool:
-                mapped = MappedPackedFile(file, key, library, pool, plan.report)
-        except FileNotFoundError:
-            logger.debug("%s: there is no packed file yet", file)
-        except PackedFileError as error:
-            logger.warning("%s is not used: %s%s", file, error, "; it is made anew" if error.is_ours else "")
-            file = file if error.is_ours else None
-        else:
-            if _trusted(file, plan.checkpoint.path, mapped.status) is not None:
-                return PackedWeights(layout, mapped, mapped.checksums)
-            mapped.close()
-            file = None
+        mapped, file = _map_packed_file(library, plan, file, key)
+        if mapped is not None:
+            return PackedWeights(layout, mapped, mapped.checksums)
     memory = NativeMemory(library, layout.num_bytes, "the weights")
     try:
         # Its threads end before the memory that they write to is released.
@@ -251,6 +241,25 @@ def load_weights(
         memory.close()
         raise
     return PackedWeights(layout, memory, sums)
+
+
+def _map_packed_file(
+    library: ctypes.CDLL, plan: LoadPlan, file: Path, key: PackedFileKey
+) -> tuple[MappedPackedFile | None, Path | None]:
+    """The packed file if it can be used; else None, and the path to write it to, None if it must not be written."""
+    try:
+        with PackingThreads(plan.num_threads) as pool:
+            mapped = MappedPackedFile(file, key, library, pool, plan.report)
+    except FileNotFoundError:
+        logger.debug("%s: there is no packed file yet", file)
+        return None, file
+    except PackedFileError as error:
+        logger.warning("%s is not used: %s%s", file, error, "; it is made anew" if error.is_ours else "")
+        return None, file if error.is_ours else None
+    if _trusted(file, plan.checkpoint.path, mapped.status) is None:
+        mapped.close()
+        return None, None
+    return mapped, file
 
 
 def _trusted(file: Path, model: Path, opened: os.stat_result | None = None) -> Path | None:
