@@ -16,6 +16,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, NamedTuple
 
 from brlite.config.options import GrammarConfig
+from brlite.grammar.joint_patterns import check_joint_patterns, num_remainders
 from brlite.grammar.patterns import (
     FORMAT_PATTERNS,
     PatternRefused,
@@ -124,7 +125,7 @@ class _Walk:
                 )
             waiting += reversed(list(self._visit(pointer, node, depth)))
         self._check_ends()
-        self._check_joint_patterns()
+        check_joint_patterns(self.places.values(), self._targets, self._limits)
         for _, node in self.places.values():
             if "oneOf" in node:  # `_drop_harmless` has checked that no value matches two alternatives
                 node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
@@ -299,7 +300,7 @@ class _Walk:
                 if value <= 0:
                     raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
                 # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
-                self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
+                self._count(f"{pointer}/multipleOf", num_remainders(value), "the number")
             is_lower = keyword.endswith("inimum")
             # For integers the library adds 1 to an exclusive bound.
             most = EXACT - (keyword.startswith("exclusive") and "number" not in _type_names(node))
@@ -445,41 +446,6 @@ class _Walk:
                 return True
         properties = node.get("properties", {})
         return "object" in types and all(is_finite(properties.get(name)) for name in node.get("required", []))
-
-    def _check_joint_patterns(self) -> None:
-        """Refuse many patterns for one string and large divisors of one number: their automata are multiplied."""
-        num_looks, most, keywords = 0, self._limits.max_joint_patterns, {"pattern", "format"}
-        for pointer, node in self.places.values():
-            num_patterns, num_remainders, seen = 0, 1, set[int]()
-            waiting: list[tuple[Any, bool]] = [(node, True)]
-            while waiting and num_patterns <= most:
-                each, holds = waiting.pop()  # `holds`: its patterns must match. Divisors are multiplied in any case
-                if isinstance(each, dict) and id(each) not in seen:
-                    seen.add(id(each))
-                    num_patterns += holds * len(keywords & each.keys())
-                    num_remainders *= _remainders(each.get("multipleOf", 1))
-                    waiting += [(part, holds) for part in (*each.get("allOf", []), self._targets.get(id(each)))]
-                    for parts in filter(None, (each.get("anyOf"), each.get("oneOf"))):
-                        if len(parts) > 1 and all(isinstance(part, dict) and keywords & part.keys() for part in parts):
-                            num_patterns += holds
-                        waiting += [(part, holds and len(parts) == 1) for part in parts]
-            num_looks += len(seen)
-            if num_remainders > self._limits.max_repetitions:
-                raise SchemaRefused(
-                    pointer,
-                    f"one number must be a multiple of several, {num_remainders} in all (grammar.max_repetitions)",
-                )
-            if num_patterns > most:
-                raise SchemaRefused(
-                    pointer, f"one string must match more than {most} patterns at once (grammar.max_joint_patterns)"
-                )
-            if num_looks > 100 * self._limits.max_subschemas:
-                raise SchemaRefused(pointer, "references are too entangled (grammar.max_subschemas)")
-
-
-def _remainders(divisor: float) -> int:
-    """The number of states of a divisor's automaton: one for each remainder. Powers of ten need none."""
-    return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
 
 
 def _inward(bound: float, *, is_lower: bool) -> float:
