@@ -91,7 +91,6 @@ class EventBuilder:
                     finish_reason=completion.finish_reason,
                     stop_reason=completion.stop_reason,
                     usage=usage,
-                    warnings=tuple(self._warnings) if is_last else (),
                 )
                 events += [event] if choice.parser is None else self._read(event, choice.parser)
             if call.echoed_text and not choice.is_echoed and len(events) > num_events:
@@ -104,6 +103,8 @@ class EventBuilder:
             if self._returns_tokens:
                 choice.unsent_token_ids += completion.token_ids
                 events[num_events:] = self._with_tokens(choice, output, events[num_events:])
+            if is_last and self._warnings:
+                events[-1] = structs.replace(events[-1], warnings=tuple(self._warnings))
         return events
 
     def count(self, prompt_index: int, output: RequestOutput) -> None:
@@ -138,12 +139,9 @@ class EventBuilder:
             for output in outputs:
                 self.num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
-        warnings = self._warnings.copy()
-        if self._replies is not None:
-            events = events if self._call.keeps_order else joined_events(events)
-            parsers = (each.parser for each in self._choices.values())
-            warnings |= dict.fromkeys(line for parser in parsers if parser for line in parser.warnings)
-        return sorted(events, key=lambda event: event.choice), tuple(warnings)
+        if self._replies is not None and not self._call.keeps_order:
+            events = joined_events(events)
+        return sorted(events, key=lambda event: event.choice), tuple(self._warnings)
 
     def _with_tokens(self, choice: Choice, output: RequestOutput, events: list[Event]) -> list[Event]:
         """Add the token ids and prompt logprobs that the call requests to a choice's new events, if there are any."""
@@ -166,6 +164,7 @@ class EventBuilder:
         parts = parser.feed(event.text)
         if event.finish_reason is not None:
             parts += parser.finish(is_cut=event.finish_reason == "length")
+            self._warnings |= dict.fromkeys(parser.warnings)
         events: list[Event] = []
         for part in parts:
             if isinstance(part, TextDelta):
@@ -187,7 +186,6 @@ class EventBuilder:
                 finish_reason="tool_calls" if ends_with_calls else reason,
                 stop_reason=event.stop_reason,
                 usage=event.usage,
-                warnings=(*event.warnings, *parser.warnings) if reason is not None else event.warnings,
             )
         return events
 
