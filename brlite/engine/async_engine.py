@@ -384,7 +384,7 @@ class EngineLoop:
     def _close_without_loop(self) -> None:
         """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
-        self._engine.end_all(NotReady("the event loop of the engine is closed"))
+        self._engine.end_all(partial(NotReady, "the event loop of the engine is closed"))
         close_all(self._fair_threads)
         self._thread.shutdown(wait=False)
         self._masks.shutdown(wait=False)
@@ -396,7 +396,7 @@ class EngineLoop:
         self.is_running = False
         if self._task is not None:
             self._task.cancel()
-        self._engine.end_all(stopping())
+        self._engine.end_all(stopping)
         self._idle.set()
         owned: list[CanClose] = [self.tokenizer, *self._backends]  # with the tokenizer, a chat's rendering ends
         closing = self._thread.submit(close_all, owned)  # after the step under way
@@ -420,7 +420,7 @@ class EngineLoop:
                     return  # in a forked child asyncio has no running loop: every step would fail
                 self._engine.stats.engine_failures += 1
                 logger.critical("the engine failed between two steps", exc_info=error)
-                self._engine.end_all(EngineError("the engine failed; the request was not completed"))
+                self._engine.end_all(partial(EngineError, "the engine failed; the request was not completed"))
                 while self._begun:  # a backend's results are fetched once each, in order
                     with suppress(Exception):
                         await self._result(self._begun.popleft())
@@ -496,10 +496,10 @@ class EngineLoop:
             return
         if isinstance(error, BackendLost):
             logger.critical("the backend is lost: %s", error)
-            self._engine.end_all(EngineError(LOST))
+            self._engine.end_all(partial(EngineError, LOST))
         else:
             logger.critical("the engine loop died", exc_info=error)
-            self._engine.end_all(EngineError("the engine stopped unexpectedly; the request was not completed"))
+            self._engine.end_all(partial(EngineError, "the engine stopped unexpectedly; the request was not completed"))
         self._idle.set()
         if isinstance(error, BackendLost) and self._on_lost is not None:
             self._on_lost()

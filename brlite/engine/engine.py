@@ -344,12 +344,15 @@ class Engine:
             self._end_with_error(state, EngineError("the model step failed; the request was not completed"))
         self._set_gauges()
 
-    def end_all(self, error: BrliteError) -> None:
-        """End every request with an error. Results of the steps under way must not be passed to `update` afterwards."""
+    def end_all(self, make_error: Callable[[], BrliteError]) -> None:
+        """End each request with an error of its own: a shared one would collect the tracebacks of all readers.
+
+        Results of the steps under way must not be passed to `update` afterwards.
+        """
         while self._steps:
             self._scheduler.end_step(self._steps.popleft().runs)
         for state in list(self._requests.values()):
-            self._end_with_error(state, error)
+            self._end_with_error(state, make_error())
         self._set_gauges()
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -303,10 +304,9 @@ class _Run:
                     for output in finished:
                         self._on_finished(self._numbers[output.request_id], output)
             raise self._error
-        except Exception as error:  # empty the engine for the next call
-            interrupted = EngineError("generation was interrupted")
+        except Exception:  # empty the engine for the next call
             try:
-                self._engine.end_all(error if isinstance(error, BrliteError) else interrupted)
+                self._engine.end_all(partial(EngineError, "generation was interrupted"))
             except BaseException:
                 self._engine.reset()
                 raise

@@ -318,6 +318,19 @@ async def test_a_text_that_is_encoded_while_the_engine_closes_is_no_bad_request(
         await encoding
 
 
+async def test_each_request_that_a_close_ends_has_an_error_of_its_own() -> None:
+    async with running() as (engine, backend):
+        backend.gate = threading.Event()
+        readers = [asyncio.create_task(collect(engine, prompt)) for prompt in ("a", "b")]
+        await asyncio.to_thread(backend.has_begun.wait, 10)
+        backend.gate.set()
+    first, second = await asyncio.gather(*readers, return_exceptions=True)
+
+    assert isinstance(first, NotReady)
+    assert isinstance(second, NotReady)
+    assert first is not second
+
+
 async def test_a_cancelled_close_still_closes() -> None:
     async with running() as (engine, backend):
         backend.gate = threading.Event()

@@ -6,6 +6,7 @@ import operator
 import random
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -344,7 +345,7 @@ def test_ending_everything_leaves_no_block_with_steps_that_never_end():
     driver.step()
     driver.begin()
 
-    driver.engine.end_all(EngineError("over"))
+    driver.engine.end_all(partial(EngineError, "over"))
 
     driver.engine.check_integrity()
     assert driver.engine.stats.num_used_blocks == 0
