@@ -163,9 +163,10 @@ def _upstreams(config: Config) -> Warnings:
 
 def _names(config: Config) -> Warnings:
     """Model names in aliases, fallbacks and keys that no served model has."""
-    local, forwarded, aliases = _local_models(config), _forwarded_models(config), config.proxy.aliases
+    forwarded, aliases = _forwarded_models(config), config.proxy.aliases
+    known = _local_models(config) | forwarded
     for alias, model in aliases.items():
-        if model not in local | forwarded:
+        if model not in known:
             yield f"proxy.aliases.{alias}: {model} has no upstream; requests get 404"
     for model, others in config.proxy.fallbacks.items():
         if model not in forwarded:
@@ -179,7 +180,7 @@ def _names(config: Config) -> Warnings:
         for name in key.models:
             if name in aliases:
                 yield f"key {key.name}: models: {name} is an alias; write the model's own name, {aliases[name]}"
-            elif name not in local | forwarded:
+            elif name not in known:
                 yield f"key {key.name}: models: {name} is neither served here nor forwarded"
 
 

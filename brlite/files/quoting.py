@@ -6,10 +6,12 @@ whose `repr` is endless.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from itertools import islice
 
 JOINERS = "\u200c\u200d"  # needed by some scripts and emoji, and harmless
+_NOT_PLAIN = re.compile(f"[^ -~\n\t{JOINERS}]")  # the category of others decides
 CONTROL = ("Cc", "Cf", "Zl", "Zp")  # Unicode categories
 MAX_EXCERPT = 80
 MAX_REASON = 300
@@ -41,10 +43,8 @@ def shown(text: str) -> str:
 
     Line feeds and tabs stay.
     """
-    harmless = "\n\t" + JOINERS
-    return "".join(
-        _escaped(letter) if letter not in harmless and unicodedata.category(letter) in CONTROL else letter
-        for letter in text
+    return _NOT_PLAIN.sub(
+        lambda found: _escaped(found[0]) if unicodedata.category(found[0]) in CONTROL else found[0], text
     )
 
 

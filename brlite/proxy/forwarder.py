@@ -87,7 +87,8 @@ class Forwarder:
 
         The caller makes `table` from `config` and the current table, since that reads files.
         """
-        gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
+        kept = set(table.upstreams)
+        gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in kept}
         for upstream in table.upstreams:
             if upstream.name in gone:
                 upstream.continue_counts(gone[upstream.name])

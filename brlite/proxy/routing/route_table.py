@@ -69,23 +69,27 @@ class RouteTable:
         So are the concurrency limits of models, with the requests that run and wait.
         """
         configs, limits = upstream_configs(config), (config.proxy.max_in_flight, config.proxy.max_queued)
-        known = before.upstreams if before is not None else ()
+        known = {each.name: each for each in before.upstreams} if before is not None else {}
         kept = {each.model: each.limit for each in before or () if each.limit.limits == limits}
         self.upstreams: tuple[Upstream, ...] = tuple(
-            next((upstream for upstream in known if upstream.is_made_from(each, config.proxy)), None)
-            or Upstream(each, config.proxy)
+            same
+            if (same := known.get(each.name or each.url)) is not None and same.is_made_from(each, config.proxy)
+            else Upstream(each, config.proxy)
             for each in configs
         )
-        models = dict.fromkeys(model for each in configs for model in each.models)
+        by_model: dict[str, dict[Upstream, None]] = {}  # a config may name a model twice
+        for upstream in self.upstreams:
+            for model in upstream.config.models:
+                by_model.setdefault(model, {})[upstream] = None
         routes: dict[str, Route] = {}
-        for model in models:
-            upstreams = tuple(each for each in self.upstreams if model in each.config.models)
+        for model, serving in by_model.items():
+            upstreams = tuple(serving)
             routes[model] = Route(
                 model,
                 upstreams,
                 Balancer(config.proxy.choice, upstreams),
                 kept.get(model) or ConcurrencyLimit(*limits),
-                tuple(name for name in config.proxy.fallbacks.get(model, ()) if name in models),
+                tuple(name for name in config.proxy.fallbacks.get(model, ()) if name in by_model),
                 routes,
             )
         self.routes: Mapping[str, Route] = routes
