@@ -392,7 +392,7 @@ async def test_a_call_that_is_cut_is_no_call_to_make(serve: Serve) -> None:
     answer = await ask(client, CALL, tools=TOOLS, max_tokens=66)
 
     assert answer.stop_reason == "max_tokens"
-    assert all(block.type != "tool_use" or block.input == {} for block in answer.content)
+    assert [(block.type, block.input) for block in answer.content] == [("tool_use", {})]
 
 
 async def test_a_call_that_a_stop_sequence_cuts_is_no_call_to_make(serve: Serve) -> None:
