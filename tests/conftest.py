@@ -23,6 +23,7 @@ from brlite.backends.native.library import NativeLibrary, load_library
 from tests.extras import HAS_TORCH, is_left_out, num_tests
 from tests.limits import PATIENCE_SECONDS
 from tests.processes import children, wait_gone
+from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 # How fast an example is made and run says something of the machine only.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -116,6 +117,14 @@ def smollm2_path() -> Path:
 def native_library() -> NativeLibrary:
     """The native kernels: those that were installed, or compiled once and kept in brlite's cache folder."""
     return load_library()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of one token a byte. No test changes it."""
+    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    write_byte_tokenizer(path)
+    return path
 
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]

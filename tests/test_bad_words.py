@@ -10,22 +10,16 @@ import pytest
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams
 from tests.test_structured_output import ENGINES, config
-from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-def test_each_engine_leaves_the_words_out_and_draws_the_rest_as_before(folder: Path, engine: dict[str, Any]) -> None:
-    with LLM(config=config(folder, engine)) as llm:
+def test_each_engine_leaves_the_words_out_and_draws_the_rest_as_before(
+    tiny_folder: Path, engine: dict[str, Any]
+) -> None:
+    with LLM(config=config(tiny_folder, engine)) as llm:
         letters = llm.tokenizer.encode(LETTERS, add_special_tokens=False)
         plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, allowed_token_ids=letters)
         free = llm.generate("x", plain)[0].outputs[0].text
@@ -41,8 +35,8 @@ def test_each_engine_leaves_the_words_out_and_draws_the_rest_as_before(folder: P
     assert all(letter not in text and len(text) == 40 for text in others)
 
 
-async def test_an_embedded_engine_obeys_them_too(folder: Path) -> None:
-    async with AsyncEngine.from_config(config(folder, ENGINES["toy"])) as engine:
+async def test_an_embedded_engine_obeys_them_too(tiny_folder: Path) -> None:
+    async with AsyncEngine.from_config(config(tiny_folder, ENGINES["toy"])) as engine:
         letters = engine.tokenizer.encode("abc", add_special_tokens=False)
         params = SamplingParams(max_tokens=20, seed=3, allowed_token_ids=letters, bad_words=["a", "bc"])
         text = "".join([output.outputs[0].text async for output in engine.generate("x", params)])

@@ -11,7 +11,6 @@ import torch
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
-from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.torch
 
@@ -26,24 +25,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> Any:
-    spec = ModelSpec(name="tiny", path=str(folder), build_seq=128, build_batch=8)
+def llm(tiny_folder: Path) -> Any:
+    spec = ModelSpec(name="tiny", path=str(tiny_folder), build_seq=128, build_batch=8)
     with LLM(config=Config(model=(spec,), engine=EngineConfig(dtype="float32", device="cpu"))) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
+def reference(tiny_folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
 
 
 def end_token_ids(llm: LLM) -> list[int]:

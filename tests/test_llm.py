@@ -21,7 +21,6 @@ from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.sampling_params import SamplingParams
-from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.torch
 
@@ -30,16 +29,8 @@ GREEDY = SamplingParams(**GREEDY_GIVEN)
 PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "x", "The first pr"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer of one token a byte."""
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
-
-
-def make_config(folder: Path, *, engine: dict[str, Any] | None = None, **model: Any) -> Config:
-    spec = ModelSpec(**{"name": "tiny", "path": str(folder), "build_seq": 128, "build_batch": 4, **model})
+def make_config(tiny_folder: Path, *, engine: dict[str, Any] | None = None, **model: Any) -> Config:
+    spec = ModelSpec(**{"name": "tiny", "path": str(tiny_folder), "build_seq": 128, "build_batch": 4, **model})
     return Config(model=(spec,), engine=EngineConfig(**{"dtype": "float32", "device": "cpu", **(engine or {})}))
 
 
@@ -48,10 +39,10 @@ def texts(config: Config, prompts: list[str], params: SamplingParams = GREEDY) -
         return [output.outputs[0].text for output in llm.generate(prompts, params)]
 
 
-def test_the_manuals_json_and_its_offline_script_work(folder: Path, tmp_path: Path) -> None:
+def test_the_manuals_json_and_its_offline_script_work(tiny_folder: Path, tmp_path: Path) -> None:
     config = {
         "model": "tiny",
-        "cached_dir": str(folder),
+        "cached_dir": str(tiny_folder),
         "input_name": "input_ids.1",
         "output_name": "9",
         "vocab_size": 300,
@@ -85,15 +76,17 @@ def test_the_manuals_json_and_its_offline_script_work(folder: Path, tmp_path: Pa
     ],
     ids=["small chunks", "no prefix cache", "preemption", "one at a time"],
 )
-def test_a_text_does_not_depend_on_chunks_caches_company_or_preemption(folder: Path, pressure: dict[str, Any]) -> None:
-    expected = texts(make_config(folder), PROMPTS)
+def test_a_text_does_not_depend_on_chunks_caches_company_or_preemption(
+    tiny_folder: Path, pressure: dict[str, Any]
+) -> None:
+    expected = texts(make_config(tiny_folder), PROMPTS)
 
-    assert texts(make_config(folder, **pressure), PROMPTS) == expected
+    assert texts(make_config(tiny_folder, **pressure), PROMPTS) == expected
 
 
-def test_a_seeded_text_does_not_depend_on_its_company(folder: Path) -> None:
+def test_a_seeded_text_does_not_depend_on_its_company(tiny_folder: Path) -> None:
     params = [SamplingParams(seed=seed, temperature=1.5, top_k=50, max_tokens=10, ignore_eos=True) for seed in range(5)]
-    with LLM(config=make_config(folder)) as llm:
+    with LLM(config=make_config(tiny_folder)) as llm:
         together = [output.outputs[0].text for output in llm.generate(PROMPTS, params)]
         alone = [llm.generate(prompt, each)[0].outputs[0].text for prompt, each in zip(PROMPTS, params, strict=True)]
 
@@ -101,17 +94,17 @@ def test_a_seeded_text_does_not_depend_on_its_company(folder: Path) -> None:
     assert len(set(together)) == len(PROMPTS)
 
 
-def test_n_beyond_the_batch_runs_in_turns(folder: Path) -> None:
-    with LLM(config=make_config(folder, build_batch=2)) as llm:
+def test_n_beyond_the_batch_runs_in_turns(tiny_folder: Path) -> None:
+    with LLM(config=make_config(tiny_folder, build_batch=2)) as llm:
         (output,) = llm.generate("several", SamplingParams(n=7, seed=1, max_tokens=6, ignore_eos=True))
 
     assert [completion.index for completion in output.outputs] == list(range(7))
     assert len({completion.text for completion in output.outputs}) == 7
 
 
-def test_the_best_of_many_completions_are_given_best_first(folder: Path) -> None:
+def test_the_best_of_many_completions_are_given_best_first(tiny_folder: Path) -> None:
     asked: dict[str, Any] = {"seed": 1, "max_tokens": 4, "ignore_eos": True}
-    with LLM(config=make_config(folder)) as llm:
+    with LLM(config=make_config(tiny_folder)) as llm:
         (made,) = llm.generate("several", SamplingParams(n=6, logprobs=0, **asked))
         best, shown = llm.generate(
             ["several"] * 2,
@@ -127,9 +120,9 @@ def test_the_best_of_many_completions_are_given_best_first(folder: Path) -> None
     assert told == [each.token_ids for each in expected]
 
 
-def test_the_best_are_not_chosen_of_completions_that_are_given_as_they_come(folder: Path) -> None:
+def test_the_best_are_not_chosen_of_completions_that_are_given_as_they_come(tiny_folder: Path) -> None:
     async def ask() -> None:
-        async with AsyncEngine.from_config(make_config(folder)) as engine:
+        async with AsyncEngine.from_config(make_config(tiny_folder)) as engine:
             async for _ in engine.generate("x", SamplingParams(best_of=2)):
                 pass
 
@@ -137,9 +130,9 @@ def test_the_best_are_not_chosen_of_completions_that_are_given_as_they_come(fold
         asyncio.run(ask())
 
 
-def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(folder: Path) -> None:
+def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(tiny_folder: Path) -> None:
     finished: list[int] = []
-    with LLM(config=make_config(folder)) as llm:
+    with LLM(config=make_config(tiny_folder)) as llm:
         with pytest.raises(InvalidRequest, match=r"prompts\[9\]: "):
             llm.generate(["good"] * 9 + ["x" * 500], GREEDY, on_finished=lambda number, output: finished.append(number))
         outputs = llm.generate(["good"], GREEDY)
@@ -148,14 +141,14 @@ def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(fold
     assert outputs[0].finished
 
 
-def test_each_output_is_reported_as_it_is_done_and_what_goes_wrong_there_gets_out(folder: Path) -> None:
+def test_each_output_is_reported_as_it_is_done_and_what_goes_wrong_there_gets_out(tiny_folder: Path) -> None:
     reported: list[tuple[int, str | None]] = []
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (9, 3, 6)]
 
     def full_disk(number: int, output: RequestOutput) -> None:
         raise OSError("no space left")
 
-    with LLM(config=make_config(folder)) as llm:
+    with LLM(config=make_config(tiny_folder)) as llm:
         llm.generate(PROMPTS[:3], params, on_finished=lambda number, output: reported.append((number, output.prompt)))
         with pytest.raises(OSError, match="no space left"):
             llm.generate("x", GREEDY, on_finished=full_disk)
@@ -192,16 +185,16 @@ def test_an_interrupt_at_any_function_of_the_engine_leaves_it_empty_for_the_next
     assert len(interrupted) > 50
 
 
-def test_the_queue_limits_of_a_server_do_not_bind_offline(folder: Path) -> None:
+def test_the_queue_limits_of_a_server_do_not_bind_offline(tiny_folder: Path) -> None:
     limits = LimitsConfig(max_waiting=1, max_wait_seconds=1e-6)
-    config = msgspec.structs.replace(make_config(folder), limits=limits)
+    config = msgspec.structs.replace(make_config(tiny_folder), limits=limits)
 
     assert len(texts(config, PROMPTS * 3)) == 15
 
 
-def test_a_load_that_is_cancelled_is_closed_when_it_is_done(folder: Path) -> None:
+def test_a_load_that_is_cancelled_is_closed_when_it_is_done(tiny_folder: Path) -> None:
     async def cancel() -> None:
-        loading = AsyncEngine.from_config(make_config(folder))
+        loading = AsyncEngine.from_config(make_config(tiny_folder))
         task = asyncio.ensure_future(loading.__aenter__())
         await asyncio.sleep(0)
         task.cancel()
@@ -215,24 +208,24 @@ def test_a_load_that_is_cancelled_is_closed_when_it_is_done(folder: Path) -> Non
     assert not any(thread.name == "brlite-load" for thread in threading.enumerate())
 
 
-def test_closing_twice_is_closing_once(folder: Path) -> None:
-    with LLM(config=make_config(folder)) as llm:
+def test_closing_twice_is_closing_once(tiny_folder: Path) -> None:
+    with LLM(config=make_config(tiny_folder)) as llm:
         llm.close()
 
 
 @pytest.mark.parametrize("prompts", [[1, 2, 3], [None], ["a", 3], [["a"]]])
-def test_prompts_that_are_neither_text_nor_token_ids_are_refused(folder: Path, prompts: Any) -> None:
-    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="integer token ids"):
+def test_prompts_that_are_neither_text_nor_token_ids_are_refused(tiny_folder: Path, prompts: Any) -> None:
+    with LLM(config=make_config(tiny_folder)) as llm, pytest.raises(InvalidRequest, match="integer token ids"):
         llm.generate(prompts, GREEDY)
 
 
-def test_one_set_of_parameters_or_one_for_each_prompt(folder: Path) -> None:
-    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="2 entries for 3 prompts"):
+def test_one_set_of_parameters_or_one_for_each_prompt(tiny_folder: Path) -> None:
+    with LLM(config=make_config(tiny_folder)) as llm, pytest.raises(InvalidRequest, match="2 entries for 3 prompts"):
         llm.generate(["a", "b", "c"], [GREEDY, GREEDY])
 
 
-def test_online_and_offline_say_the_same(folder: Path) -> None:
-    config = make_config(folder)
+def test_online_and_offline_say_the_same(tiny_folder: Path) -> None:
+    config = make_config(tiny_folder)
 
     async def ask(engine: AsyncEngine, prompt: str) -> str:
         return "".join([output.outputs[0].text async for output in engine.generate(prompt, GREEDY)])
@@ -244,9 +237,9 @@ def test_online_and_offline_say_the_same(folder: Path) -> None:
     assert asyncio.run(online()) == texts(config, PROMPTS)
 
 
-def test_embedding_leaves_no_task_and_no_thread_and_two_engines_do_not_meet(folder: Path) -> None:
+def test_embedding_leaves_no_task_and_no_thread_and_two_engines_do_not_meet(tiny_folder: Path) -> None:
     async def embed() -> tuple[list[str], set[str]]:
-        config = make_config(folder)
+        config = make_config(tiny_folder)
         async with AsyncEngine.from_config(config) as one, AsyncEngine.from_config(config) as two:
             found = []
             for engine in (one, two):
@@ -264,10 +257,12 @@ def test_embedding_leaves_no_task_and_no_thread_and_two_engines_do_not_meet(fold
     assert {thread.name for thread in set(threading.enumerate()) - threads} == set()
 
 
-def test_progress_is_told_by_stage(folder: Path) -> None:
+def test_progress_is_told_by_stage(tiny_folder: Path) -> None:
     told: list[tuple[str, float]] = []
 
-    _, backend = build_engine(make_config(folder), on_progress=lambda stage, fraction: told.append((stage, fraction)))
+    _, backend = build_engine(
+        make_config(tiny_folder), on_progress=lambda stage, fraction: told.append((stage, fraction))
+    )
     backend.close()
 
     assert list(dict.fromkeys(stage for stage, _ in told)) == [
@@ -288,18 +283,18 @@ def test_progress_is_told_by_stage(folder: Path) -> None:
     ],
 )
 def test_what_the_model_cannot_do_is_said_in_one_line(
-    folder: Path, model: dict[str, Any], error: type[Exception], words: str
+    tiny_folder: Path, model: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
-        LLM(config=make_config(folder, **model))
+        LLM(config=make_config(tiny_folder, **model))
 
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    for file in tiny_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     tokenizer.add_tokens([f"word{number}" for number in range(100)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
 
@@ -307,11 +302,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Pa
         LLM(config=make_config(tmp_path))
 
 
-def test_the_generate_command_answers_each_line_in_order(folder: Path, tmp_path: Path) -> None:
+def test_the_generate_command_answers_each_line_in_order(tiny_folder: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     source.write_text('plain line\n\n{"prompt": "as JSON", "max_tokens": 3, "n": 2}\n')
 
-    status = run_generate(make_config(folder), str(source), str(target), GREEDY_GIVEN)
+    status = run_generate(make_config(tiny_folder), str(source), str(target), GREEDY_GIVEN)
 
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert status == 0
@@ -328,33 +323,37 @@ def test_the_generate_command_answers_each_line_in_order(folder: Path, tmp_path:
         ('{"prompt": ', "line 2 is not JSON"),
     ],
 )
-def test_a_wrong_line_of_the_generate_command_is_named(folder: Path, tmp_path: Path, line: str, words: str) -> None:
+def test_a_wrong_line_of_the_generate_command_is_named(
+    tiny_folder: Path, tmp_path: Path, line: str, words: str
+) -> None:
     source = tmp_path / "prompts.txt"
     source.write_text(f"good\n{line}\n")
 
     with pytest.raises(ConfigError, match=words):
-        run_generate(make_config(folder), str(source), str(tmp_path / "out"), GREEDY_GIVEN)
+        run_generate(make_config(tiny_folder), str(source), str(tmp_path / "out"), GREEDY_GIVEN)
 
 
-def test_a_model_is_given_by_its_path_or_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_given_by_its_path_or_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.toml").write_text('[engine]\ndtype = "float32"\n[[model]]\nbuild_batch = 2\n')
 
-    with LLM(tmp_path / "config.toml", model=folder) as llm:
+    with LLM(tmp_path / "config.toml", model=tiny_folder) as llm:
         (output,) = llm.generate("The first prompt", GREEDY)
 
-    assert output.outputs[0].text == texts(make_config(folder), ["The first prompt"])[0]
+    assert output.outputs[0].text == texts(make_config(tiny_folder), ["The first prompt"])[0]
     with pytest.raises(ModelError, match="model no/such:Q8_0 was not found"):
         LLM(model="no/such:Q8_0")
 
 
-def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -> None:
+def test_chat_frames_one_conversation_or_several(tiny_folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
     hello, bye = ([{"role": "user", "content": content}] for content in ("hello", "bye"))
 
-    with LLM(config=make_config(folder, chat_template=str(template))) as llm:
+    with LLM(config=make_config(tiny_folder, chat_template=str(template))) as llm:
         one = llm.chat(hello, GREEDY)
         two = llm.chat([hello, bye], GREEDY)
         expected = llm.generate(["user: hello\n", "user: bye\n"], GREEDY)
@@ -364,10 +363,10 @@ def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -
     ]
 
 
-async def test_a_chat_in_the_callers_loop_has_the_same_answer(folder: Path, tmp_path: Path) -> None:
+async def test_a_chat_in_the_callers_loop_has_the_same_answer(tiny_folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
-    config, hello = make_config(folder, chat_template=str(template)), [{"role": "user", "content": "hello"}]
+    config, hello = make_config(tiny_folder, chat_template=str(template)), [{"role": "user", "content": "hello"}]
 
     async with AsyncEngine.from_config(config) as engine:
         answer = "".join([output.outputs[0].text async for output in engine.chat(hello, GREEDY)])
@@ -388,8 +387,10 @@ async def test_a_chat_in_the_callers_loop_has_the_same_answer(folder: Path, tmp_
         ({"precision": "int3"}, "precision"),
     ],
 )
-async def test_a_config_made_in_python_is_checked_like_a_file(folder: Path, model: dict[str, Any], field: str) -> None:
-    config = make_config(folder, **model)
+async def test_a_config_made_in_python_is_checked_like_a_file(
+    tiny_folder: Path, model: dict[str, Any], field: str
+) -> None:
+    config = make_config(tiny_folder, **model)
 
     with pytest.raises(ConfigError, match=field):
         LLM(config=config)
@@ -411,22 +412,22 @@ CALLS = "{% for message in messages %}{{ message.role }}{{ message.content }}{% 
     ],
 )
 def test_a_format_of_calls_that_no_parser_reads_is_said(
-    text: str, tool_parser: str, is_said: bool, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    text: str, tool_parser: str, is_said: bool, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(text)
 
-    LLM(config=make_config(folder, chat_template=str(template), tool_parser=tool_parser)).close()
+    LLM(config=make_config(tiny_folder, chat_template=str(template), tool_parser=tool_parser)).close()
 
     assert ("has tool calls is not known" in caplog.text) is is_said
 
 
 @pytest.mark.parametrize("messages", ["hello", ["hello"], [[{"role": "user", "content": "x"}, "hello"]], [3]])
-def test_chat_says_what_a_conversation_is(folder: Path, messages: Any) -> None:
-    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="messages must be a list of"):
+def test_chat_says_what_a_conversation_is(tiny_folder: Path, messages: Any) -> None:
+    with LLM(config=make_config(tiny_folder)) as llm, pytest.raises(InvalidRequest, match="messages must be a list of"):
         llm.chat(messages)
 
 
-def test_chat_without_a_template_is_refused(folder: Path) -> None:
-    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="template"):
+def test_chat_without_a_template_is_refused(tiny_folder: Path) -> None:
+    with LLM(config=make_config(tiny_folder)) as llm, pytest.raises(InvalidRequest, match="template"):
         llm.chat([{"role": "user", "content": "hello"}])

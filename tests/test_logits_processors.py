@@ -14,7 +14,7 @@ from brlite.errors import InvalidRequest
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.test_structured_output import config
-from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
+from tests.tiny_models import VOCAB_SIZE
 
 Logits = Any
 ENGINES: dict[str, dict[str, Any]] = {
@@ -23,14 +23,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "toy": {"name": "toy"},
 }
 DRAWN: dict[str, Any] = {"temperature": 1, "max_tokens": 12, "ignore_eos": True, "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer of one token a byte."""
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
 
 
 def only(llm: LLM | AsyncEngine, text: str) -> Callable[[list[int], Logits], Logits]:
@@ -68,13 +60,13 @@ FAULTS: list[tuple[Callable[[list[int], Logits], Any], str]] = [
 @pytest.mark.torch
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_each_engine_draws_from_the_new_logits_and_leaves_the_rest_of_the_batch_as_it_is(
-    folder: Path, engine: dict[str, Any]
+    tiny_folder: Path, engine: dict[str, Any]
 ):
     free = SamplingParams(**DRAWN, repetition_penalty=1.2)
     same = SamplingParams(**DRAWN, repetition_penalty=1.2, logits_processors=[unchanged])
     faulty = [SamplingParams(**DRAWN, logits_processors=[process]) for process, _ in FAULTS]
 
-    with LLM(config=config(folder, engine, build_batch=8)) as llm:
+    with LLM(config=config(tiny_folder, engine, build_batch=8)) as llm:
         spelled = SamplingParams(**DRAWN, n=2, logits_processors=[unchanged, only(llm, "sea ")])
         alone = llm.generate("hello", free)[0].outputs[0]
         first, again, both, *ended = llm.generate(["hello"] * (3 + len(faulty)), [free, same, spelled, *faulty])
@@ -87,11 +79,11 @@ def test_each_engine_draws_from_the_new_logits_and_leaves_the_rest_of_the_batch_
         assert "secret" not in str(output.outputs[0].stop_reason)
 
 
-def test_others_have_the_same_bits_as_alone_and_logprobs_are_the_models_own(folder: Path):
+def test_others_have_the_same_bits_as_alone_and_logprobs_are_the_models_own(tiny_folder: Path):
     free = SamplingParams(**DRAWN, logprobs=3)
     unedited = SamplingParams(**{**DRAWN, "max_tokens": 1}, logprobs=3, prompt_logprobs=0)
 
-    with LLM(config=config(folder, ENGINES["native"])) as llm:
+    with LLM(config=config(tiny_folder, ENGINES["native"])) as llm:
         edited = SamplingParams(**DRAWN, logprobs=3, logits_processors=[only(llm, "x")])
         alone = llm.generate("hello", free)[0].outputs[0]
         spelled, mate = llm.generate(["hello", "hello"], [edited, free])
@@ -106,7 +98,7 @@ def test_others_have_the_same_bits_as_alone_and_logprobs_are_the_models_own(fold
 
 
 @pytest.mark.torch
-def test_two_ranks_call_it_once_and_answer_as_one_process_does(folder: Path):
+def test_two_ranks_call_it_once_and_answer_as_one_process_does(tiny_folder: Path):
     answers, calls = [], list[list[int]]()
 
     def count(output: list[int], logits: Logits) -> Logits:
@@ -117,7 +109,7 @@ def test_two_ranks_call_it_once_and_answer_as_one_process_does(folder: Path):
     params = [SamplingParams(**DRAWN, logits_processors=[count]), SamplingParams(**DRAWN)]
     for ranks in (1, 2):
         calls.append([])
-        with LLM(config=config(folder, ENGINES["native"], tensor_parallel=ranks)) as llm:
+        with LLM(config=config(tiny_folder, ENGINES["native"], tensor_parallel=ranks)) as llm:
             answers.append([output.outputs[0].token_ids for output in llm.generate(["one", "two"], params)])
 
     assert answers[0] == answers[1]
@@ -125,23 +117,23 @@ def test_two_ranks_call_it_once_and_answer_as_one_process_does(folder: Path):
 
 
 @pytest.mark.parametrize("engine", ["native", "toy"])
-def test_an_array_that_a_processor_keeps_is_not_changed(folder: Path, engine: str):
+def test_an_array_that_a_processor_keeps_is_not_changed(tiny_folder: Path, engine: str):
     kept = np.zeros(VOCAB_SIZE if engine == "native" else 260, np.float32)[::-1]  # not contiguous either
     params = SamplingParams(
         **DRAWN, logit_bias={5: -100}, min_tokens=3, logits_processors=[lambda output, logits: kept]
     )
 
-    with LLM(config=config(folder, ENGINES[engine])) as llm:
+    with LLM(config=config(tiny_folder, ENGINES[engine])) as llm:
         assert llm.generate("hello", params)[0].outputs[0].finish_reason == "length"
 
     assert not kept.any()
 
 
-def test_a_grammar_and_a_processor_restrict_one_draw(folder: Path):
+def test_a_grammar_and_a_processor_restrict_one_draw(tiny_folder: Path):
     wish = StructuredOutput(choice=["left", "right"])
     greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "structured": wish}
 
-    with LLM(config=config(folder, ENGINES["native"])) as llm:
+    with LLM(config=config(tiny_folder, ENGINES["native"])) as llm:
         (letter,) = llm.tokenizer.encode_continuation("r")
 
         def prefer(output: list[int], logits: Logits) -> Logits:
@@ -157,8 +149,8 @@ def test_a_grammar_and_a_processor_restrict_one_draw(folder: Path):
     assert "no token may be drawn" in str(ended.outputs[0].stop_reason)
 
 
-async def test_an_embedded_engine_streams_beside_free_answers(folder: Path):
-    async with AsyncEngine.from_config(config(folder, ENGINES["toy"])) as engine:
+async def test_an_embedded_engine_streams_beside_free_answers(tiny_folder: Path):
+    async with AsyncEngine.from_config(config(tiny_folder, ENGINES["toy"])) as engine:
 
         async def read(params: SamplingParams) -> str:
             return "".join([output.outputs[0].text async for output in engine.generate("prompt", params)])
@@ -170,6 +162,6 @@ async def test_an_embedded_engine_streams_beside_free_answers(folder: Path):
     assert texts == ["prompt", "abcabc", "prompt"]
 
 
-def test_a_name_that_the_config_lacks_is_refused_before_anything_runs(folder: Path):
-    with LLM(config=config(folder, ENGINES["toy"])) as llm, pytest.raises(InvalidRequest, match="it allows no "):
+def test_a_name_that_the_config_lacks_is_refused_before_anything_runs(tiny_folder: Path):
+    with LLM(config=config(tiny_folder, ENGINES["toy"])) as llm, pytest.raises(InvalidRequest, match="it allows no "):
         llm.generate("hello", SamplingParams(logits_processors=["no_such"]))

@@ -15,7 +15,7 @@ from brlite.errors import InvalidRequest
 from brlite.llm import LLM, AsyncEngine
 from brlite.llm.serving import SMALL_VOCABULARY
 from brlite.sampling_params import SamplingParams, StructuredOutput
-from tests.tiny_models import TINY_CONFIGS, VOCAB_SIZE, write_byte_tokenizer, write_model, write_tiny_model
+from tests.tiny_models import TINY_CONFIGS, VOCAB_SIZE, write_byte_tokenizer, write_model
 
 SCHEMA = {
     "type": "object",
@@ -43,16 +43,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer of one token a byte."""
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
-
-
-def config(folder: Path, engine: dict[str, Any], **model: Any) -> Config:
-    spec = ModelSpec(**{"name": "tiny", "path": str(folder), "build_seq": 128, "build_batch": 4, **model})
+def config(tiny_folder: Path, engine: dict[str, Any], **model: Any) -> Config:
+    spec = ModelSpec(**{"name": "tiny", "path": str(tiny_folder), "build_seq": 128, "build_batch": 4, **model})
     return Config(model=(spec,), engine=EngineConfig(device="cpu", **engine))
 
 
@@ -63,15 +55,15 @@ def check(text: str) -> None:
     assert answer["level"] in ("low", "medium", "high")
 
 
-def answers(folder: Path, engine: dict[str, Any], **model: Any) -> list[list[str]]:
-    with LLM(config=config(folder, engine, **model)) as llm:
+def answers(tiny_folder: Path, engine: dict[str, Any], **model: Any) -> list[list[str]]:
+    with LLM(config=config(tiny_folder, engine, **model)) as llm:
         return [[each.text for each in output.outputs] for output in llm.generate(PROMPTS, PARAMS)]
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-def test_each_engine_obeys_the_schema(folder: Path, engine: dict[str, Any]):
-    first, second, free = answers(folder, engine)
+def test_each_engine_obeys_the_schema(tiny_folder: Path, engine: dict[str, Any]):
+    first, second, free = answers(tiny_folder, engine)
 
     for text in (*first, *second):
         check(text)
@@ -80,21 +72,21 @@ def test_each_engine_obeys_the_schema(folder: Path, engine: dict[str, Any]):
 
 
 @pytest.mark.torch
-def test_drafts_and_small_steps_change_no_answer(folder: Path):
-    expected = answers(folder, ENGINES["native without drafts"])
+def test_drafts_and_small_steps_change_no_answer(tiny_folder: Path):
+    expected = answers(tiny_folder, ENGINES["native without drafts"])
 
-    assert answers(folder, ENGINES["native"]) == expected
-    assert answers(folder, ENGINES["native, small steps"]) == expected
-
-
-@pytest.mark.torch
-def test_two_ranks_obey_the_schema_as_one_process_does(folder: Path):
-    assert answers(folder, ENGINES["native"], tensor_parallel=2) == answers(folder, ENGINES["native"])
+    assert answers(tiny_folder, ENGINES["native"]) == expected
+    assert answers(tiny_folder, ENGINES["native, small steps"]) == expected
 
 
 @pytest.mark.torch
-def test_forced_tokens_are_verified_as_drafts(folder: Path):
-    with LLM(config=config(folder, ENGINES["native"])) as llm:
+def test_two_ranks_obey_the_schema_as_one_process_does(tiny_folder: Path):
+    assert answers(tiny_folder, ENGINES["native"], tensor_parallel=2) == answers(tiny_folder, ENGINES["native"])
+
+
+@pytest.mark.torch
+def test_forced_tokens_are_verified_as_drafts(tiny_folder: Path):
+    with LLM(config=config(tiny_folder, ENGINES["native"])) as llm:
         output = llm.generate(PROMPTS[0], PARAMS[0])[0].outputs[0]
         stats = llm._engine.stats
 
@@ -102,21 +94,21 @@ def test_forced_tokens_are_verified_as_drafts(folder: Path):
         assert [entry.token_id for entry in output.logprobs or ()] == output.token_ids
 
 
-def test_the_plug_in_engine_says_what_is_wrong_before_anything_runs(folder: Path):
+def test_the_plug_in_engine_says_what_is_wrong_before_anything_runs(tiny_folder: Path):
     wrong = SamplingParams(structured=StructuredOutput(json_schema={"type": "array", "uniqueItems": True}))
 
     refusal = pytest.raises(InvalidRequest, match=r"prompts\[1\]: structured: at #/uniqueItems")
-    with LLM(config=config(folder, ENGINES["toy"])) as llm, refusal as caught:
+    with LLM(config=config(tiny_folder, ENGINES["toy"])) as llm, refusal as caught:
         llm.generate(PROMPTS[:2], [PARAMS[0], wrong])
 
     assert caught.value.param == "structured"
 
 
-def test_tokens_that_meet_none_of_the_grammar_end_their_answer_alone(folder: Path):
+def test_tokens_that_meet_none_of_the_grammar_end_their_answer_alone(tiny_folder: Path):
     cut = SamplingParams(structured=WISH, temperature=0, max_tokens=64, allowed_token_ids=[*b'{"identf'])
     never = SamplingParams(structured=WISH, max_tokens=64, allowed_token_ids=[*b"xyz"])
 
-    with LLM(config=config(folder, ENGINES["toy"])) as llm:
+    with LLM(config=config(tiny_folder, ENGINES["toy"])) as llm:
         first, second = llm.generate(PROMPTS[:2], [cut, PARAMS[0]])
         with pytest.raises(InvalidRequest, match="may begin with") as caught:
             llm.generate(PROMPTS[0], never)
@@ -142,8 +134,8 @@ async def test_a_large_vocabulary_is_read_when_a_server_loads_the_model(tmp_path
         assert (engine._engine.compiler._library is not None) == (preload and num_words > 0)
 
 
-async def test_an_embedded_engine_streams_structured_and_free_answers_side_by_side(folder: Path):
-    async with AsyncEngine.from_config(config(folder, ENGINES["toy"])) as engine:
+async def test_an_embedded_engine_streams_structured_and_free_answers_side_by_side(tiny_folder: Path):
+    async with AsyncEngine.from_config(config(tiny_folder, ENGINES["toy"])) as engine:
 
         async def read(prompt: str, params: SamplingParams) -> str:
             return "".join([output.outputs[0].text async for output in engine.generate(prompt, params)])

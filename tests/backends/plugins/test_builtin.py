@@ -12,27 +12,21 @@ from brlite.backends.plugins.conformance.engine_under_test import EngineUnderTes
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
-from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 BACKENDS = [{"backend": "native"}, {"backend": "torch", "dtype": "float32"}]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    write_byte_tokenizer(path)
-    return path
-
-
-def make_spec(folder: Path) -> ModelSpec:
-    return ModelSpec(name="tiny", path=str(folder), build_seq=80, build_batch=3)
+def make_spec(tiny_folder: Path) -> ModelSpec:
+    return ModelSpec(name="tiny", path=str(tiny_folder), build_seq=80, build_batch=3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=["native", "torch"])
 @pytest.mark.parametrize("budget", [8, 128])
-def test_both_keep_the_contract(folder: Path, native_library: object, backend: dict[str, str], budget: int) -> None:
+def test_both_keep_the_contract(
+    tiny_folder: Path, native_library: object, backend: dict[str, str], budget: int
+) -> None:
     config = EngineConfig(device="cpu", threads=1, max_num_batched_tokens=budget, **backend)
-    subject = EngineUnderTest(BuiltinEngine, make_spec(folder), config)
+    subject = EngineUnderTest(BuiltinEngine, make_spec(tiny_folder), config)
     try:
         outcomes = run_checks(subject, lambda outcome: None)
     finally:
@@ -46,7 +40,7 @@ def test_both_keep_the_contract(folder: Path, native_library: object, backend: d
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=["native", "torch"])
 def test_a_text_is_the_same_with_the_contract_in_between(
-    folder: Path, native_library: object, backend: dict[str, str]
+    tiny_folder: Path, native_library: object, backend: dict[str, str]
 ) -> None:
     prompts = ["The first prompt", "a second", "x", "The first prompt and more"]
     params = [
@@ -58,7 +52,7 @@ def test_a_text_is_the_same_with_the_contract_in_between(
     texts = []
     for name in (None, "brlite"):
         engine = EngineConfig(name=name, device="cpu", threads=1, **backend)
-        with LLM(config=Config(engine=engine, model=(make_spec(folder),))) as llm:
+        with LLM(config=Config(engine=engine, model=(make_spec(tiny_folder),))) as llm:
             outputs = llm.generate(prompts, params)
         texts.append([[completion.token_ids for completion in output.outputs] for output in outputs])
 
