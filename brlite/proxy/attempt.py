@@ -248,7 +248,8 @@ class Attempt:
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
-        self.deadline = self._heard_at + self._config.idle_seconds
+        if self.deadline < math.inf:  # else the client is slow, and has perhaps not taken the head in these bytes
+            self.deadline = self._heard_at + self._config.idle_seconds
         if len(data) >= FULL_READ_BYTES:
             # uvloop would read up to 32 times, 8 MB, before any other connection has its turn.
             self._connection.transport.pause_reading()
@@ -408,9 +409,9 @@ class Attempt:
             self.deadline = self._loop.time() + self._config.idle_seconds
 
     def continue_reading(self) -> None:
-        """Read on after a turn of the loop, unless the client has become slow."""
-        if self.deadline < math.inf:
-            self.resume()
+        """Read on after a turn of the loop, unless the client has become slow. The deadline stays."""
+        if self.deadline < math.inf and self.is_connected and not self._connection.transport.is_closing():
+            self._connection.transport.resume_reading()
 
     # Ends
 
