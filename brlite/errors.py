@@ -63,7 +63,7 @@ class BackendLost(EngineError):
 
 
 class RankGone(EngineError):
-    """A rank cannot go on, because another one is gone. Why that one went is told by itself, or by its process."""
+    """A rank cannot continue, because another one is gone. The reason is the other rank's own error or exit status."""
 
 
 class RequestError(BrliteError):
