@@ -38,6 +38,11 @@ def reason(error: BaseException) -> str:
     return one_line(system_text or error) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; of one without a message, its class."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def shown(text: str) -> str:
     """Text for a terminal: control characters, which could move the cursor or run a command, are escaped.
 

@@ -11,6 +11,7 @@ from brlite.backends.torch.parallel import SharedParameters
 from brlite.backends.torch.steps import EagerSteps, StepLimits, Steps
 from brlite.config.options import TorchKernels
 from brlite.errors import ConfigError
+from brlite.files.quoting import first_line
 
 MIN_CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
 MAX_HEAD_DIM = 256
@@ -58,5 +59,5 @@ def find_obstacle(decoder: Decoder, cache: KVCache) -> str | None:
         make_current(decoder.device)
         try_kernel(decoder.device)
     except Exception as error:  # no build for this machine, no compiler, no driver: each raises other types
-        return f"Triton cannot be used ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        return f"Triton cannot be used ({first_line(error)})"
     return None

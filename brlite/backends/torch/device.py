@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from brlite.config.options import STEP_TOKENS
 from brlite.engine.backend import CARD_ROWS, CPU_ROWS, RowCosts
 from brlite.errors import BackendLost, ConfigError, MissingExtra
+from brlite.files.quoting import first_line
 from brlite.models.precision import Precision
 from brlite.process.machine import describe_cpu, has_fast_bfloat16
 
@@ -321,7 +322,7 @@ def _obstacles(kind: str) -> str:
     try:
         getattr(runtime, "init", lambda: None)()
     except (RuntimeError, AssertionError) as error:  # of the driver, and of a build of torch without CUDA
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return ""
 
 
@@ -333,9 +334,7 @@ def _load_biren_plugin() -> tuple[str, ...]:
         try:
             importlib.import_module(plugin)
         except (ImportError, OSError, RuntimeError) as error:  # a missing or wrong driver raises any of them
-            obstacles.append(
-                f"{plugin} cannot be imported ({next(iter(str(error).splitlines()), type(error).__name__)})"
-            )
+            obstacles.append(f"{plugin} cannot be imported ({first_line(error)})")
         else:
             return ()
     return tuple(obstacles)
