@@ -1,7 +1,7 @@
 """The usage of responses that upstreams compute in the background: read from them, and charged to the API keys.
 
 A client need not retrieve such a response: it may continue it, or leave its stream before the last event. So the proxy
-retrieves it, too, until it is complete. Usage that a client retrieved first is not charged twice.
+retrieves it, too, until it is complete, and before its client deletes it. Nothing is charged twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brlite.http.api_key import ApiKey
 from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwners, stored_response
 from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
-from brlite.proxy.usage import Seen
+from brlite.proxy.usage import Seen, reported_usage
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ MAX_SECONDS = 60.0
 MAX_REQUESTS = 1450  # for one response: a day
 MAX_FAILURES = 10  # in a row: four minutes
 ANSWER_SECONDS = 10.0
+NOT_CHARGED = "the tokens of %s, computed in the background, are not charged: %s"
 
 
 class BackgroundUsage:
@@ -37,7 +38,7 @@ class BackgroundUsage:
     def __init__(self, owners: ResponseOwners, find_upstream: Callable[[str], Upstream | None]) -> None:
         self._owners = owners
         self._find_upstream = find_upstream
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], tuple[str, str]] = {}  # with the tenant and the id
         self._turns = asyncio.Semaphore(MAX_CONCURRENT)
 
     def follow(self, key: ApiKey, response_id: str) -> None:
@@ -47,8 +48,29 @@ class BackgroundUsage:
             logger.warning(text, MAX_FOLLOWED, key.name, response_id)
             return
         task = asyncio.get_running_loop().create_task(self._follow(key, response_id), name="brlite-background-usage")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = key.tenant, response_id
+        task.add_done_callback(self._tasks.pop)
+
+    async def settle(self, key: ApiKey, response_id: str) -> None:
+        """Charge the key for a followed response that its client is about to delete: then it can no longer be read.
+
+        A running one is cancelled, as its deletion would do: the answer to that has its usage. Some upstreams refuse to
+        cancel a complete one; it is read.
+        """
+        if (key.tenant, response_id) not in self._tasks.values():
+            return
+        owner = self._owners.store.get(key.tenant, response_id)
+        upstream = None if owner is None else self._find_upstream(owner.upstream)
+        if upstream is None:
+            return
+        why = "it is deleted while it runs"
+        for method, end in (("POST", "/cancel"), ("GET", "")):
+            try:
+                if await self._charge(key, response_id, upstream, method, end):
+                    return
+            except UpstreamError as error:
+                why = f"it is deleted, and upstream {upstream.name} {error}"
+        logger.warning(NOT_CHARGED, response_id, why)
 
     async def close(self) -> None:
         """Cancel all requests, and wait until they have ended."""
@@ -58,7 +80,6 @@ class BackgroundUsage:
             await asyncio.wait(self._tasks)
 
     async def _follow(self, key: ApiKey, response_id: str) -> None:
-        path = f"{RESPONSES_PATH.decode()}/{quote(response_id, safe='')}"
         seconds, num_failures, why = FIRST_SECONDS, 0, "it is not complete after a day"
         for _ in range(MAX_REQUESTS):
             await asyncio.sleep(seconds)
@@ -69,19 +90,29 @@ class BackgroundUsage:
                 why = f"the config has no upstream {owner.upstream} any more"
                 break
             try:
-                async with self._turns, UpstreamClient(upstream, ANSWER_SECONDS) as client:
-                    body = await client.read(path, MAX_BYTES)
-                if (response := stored_response((body,))) is None:
-                    raise UpstreamError(f"answered GET {path} with no response object")
+                if await self._charge(key, response_id, upstream):
+                    return
+                num_failures = 0
             except UpstreamError as error:
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
                     why = f"upstream {upstream.name} {error}"
                     break
-                continue
-            num_failures = 0
-            usage = self._owners.late_usage(key.tenant, response_id, Seen((body,), num_text_bytes=len(body)))
-            key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
-            if not response.is_running:
-                return
-        logger.warning("the tokens of %s, computed in the background, are not charged: %s", response_id, why)
+        logger.warning(NOT_CHARGED, response_id, why)
+
+    async def _charge(
+        self, key: ApiKey, response_id: str, upstream: Upstream, method: str = "GET", end: str = ""
+    ) -> bool:
+        """Charge what the answer about a response reports. False while it runs. Raises `UpstreamError`."""
+        path = f"{RESPONSES_PATH.decode()}/{quote(response_id, safe='')}{end}"
+        async with self._turns, UpstreamClient(upstream, ANSWER_SECONDS) as client:
+            body = await client.read(path, MAX_BYTES, method)
+        if (response := stored_response((body,))) is None:
+            raise UpstreamError(f"answered {method} {path} with no response object")
+        usage = self._owners.late_usage(key.tenant, response_id, Seen((body,), num_text_bytes=len(body)))
+        key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
+        if response.is_running:
+            return False
+        if reported_usage((body,)) is None:
+            logger.warning(NOT_CHARGED, response_id, f"upstream {upstream.name} reports no usage of it")
+        return True

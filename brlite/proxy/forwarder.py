@@ -146,6 +146,11 @@ class Forwarder:
         route = None if owner is None else self.table.find(owner.model)
         return None if owner is None or route is None else route.only(owner.upstream)
 
+    async def settle(self, inbound: Inbound) -> None:
+        """Charge the key for a background response that this request will delete."""
+        if inbound.head.method == b"DELETE" and (response_id := stored_response_id(inbound.head)) is not None:
+            await self._background.settle(inbound.key, response_id)
+
     def over(self, exchange: Exchange) -> None:
         """Count an exchange that has ended, and charge its key."""
         self._active.discard(exchange)

@@ -59,7 +59,9 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
                 return await handler(request)
             has_body = request.method == "POST" and request.body_exists  # a cancel has none, whatever type it names
             body = await read_body(request, limits) if has_body else b""
-            return await run(request, Inbound(head, body, request[API_KEY], None, None), found)
+            inbound = Inbound(head, body, request[API_KEY], None, None)
+            await forwarder.settle(inbound)
+            return await run(request, inbound, found)
         body = await read_body(request, limits)
         inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])
         route = forwarder.table.find(inbound.model)

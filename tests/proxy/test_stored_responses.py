@@ -397,7 +397,7 @@ async def test_a_background_response_that_is_followed_and_deleted_before_its_end
     deltas = [{"type": "response.output_text.delta", "delta": "Hello, this is text"}] * 20
 
     async def act(call: Call) -> Then:
-        if call.request.method != b"GET":
+        if b"stream=true" not in call.request.path:
             await call.send(json_answer(running))
             return "keep"
         await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
@@ -421,6 +421,59 @@ async def test_a_background_response_that_is_followed_and_deleted_before_its_end
 
     await wait_until(lambda: setting.proxy.forwarder.num_active == 0)
     assert key.usage.completion_tokens == 20
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_a_background_response_that_is_deleted_is_charged_what_its_client_has_not_seen(
+    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture, *, has_ended: bool
+) -> None:
+    running = {"id": "resp_1", "background": True, "status": "in_progress", "tools": ["x" * 4000], "usage": None}
+    done = {**running, "status": "completed", "usage": {"input_tokens": 3, "output_tokens": 4000}}
+    refused = b"HTTP/1.1 400 No\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    seen = []
+
+    async def act(call: Call) -> Then:
+        is_cancel = call.request.path.endswith(b"/cancel")
+        seen.append((call.request.method, is_cancel))
+        if is_cancel and has_ended:
+            await call.send(refused)
+        else:
+            await call.send(json_answer(done if is_cancel or call.request.method == b"GET" else running))
+        return "keep"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    responses, key = setting.clients[0].responses, setting.proxy.keys.find("secret-a")
+    assert key is not None
+
+    await responses.create(model="toy", input="hello", background=True)
+    await responses.delete("resp_1")
+
+    assert key.usage.completion_tokens == 4000
+    read = [(b"GET", False)] if has_ended else []
+    assert seen == [(b"POST", False), (b"POST", True), *read, (b"DELETE", False)]
+    assert "not charged" not in caplog.text
+
+
+async def test_tokens_of_a_deleted_response_that_its_upstream_does_not_report_are_named_in_the_log(
+    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = {"id": "resp_1", "background": True, "status": "in_progress"}
+
+    async def act(call: Call) -> Then:
+        is_cancel = call.request.path.endswith(b"/cancel")
+        await call.send(json_answer({**running, "status": "cancelled"} if is_cancel else running))
+        return "keep"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    responses = setting.clients[0].responses
+
+    await responses.create(model="toy", input="hello", background=True)
+    await responses.delete("resp_1")
+
+    why = "upstream u0 reports no usage of it"
+    assert f"the tokens of resp_1, computed in the background, are not charged: {why}" in caplog.text
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

@@ -95,35 +95,36 @@ class UpstreamClient:
         status, _ = await self.ask(path)
         return status
 
-    async def read(self, path: str, max_bytes: int) -> bytes:
-        """The body of `GET path`. Raises `UpstreamError` for another status than 200 (`WrongKey`), or a longer body."""
-        status, body = await self.ask(path, max_bytes)
+    async def read(self, path: str, max_bytes: int, method: str = "GET") -> bytes:
+        """The body of a 200. Raises `UpstreamError` for another status (`WrongKey`), or a longer body."""
+        status, body = await self.ask(path, max_bytes, method)
         if status in WRONG_KEY:
-            raise WrongKey(f"answered {status} to GET {path}: it needs another key")
+            raise WrongKey(f"answered {status} to {method} {path}: it needs another key")
         if status != 200:
-            raise UpstreamError(f"answered {status} to GET {path}")
+            raise UpstreamError(f"answered {status} to {method} {path}")
         return body
 
-    async def ask(self, path: str, max_bytes: int | None = None) -> tuple[int, bytes]:
+    async def ask(self, path: str, max_bytes: int | None = None, method: str = "GET") -> tuple[int, bytes]:
         """The status and, of a 200, the body; None reads none. Raises `UpstreamError`, also for a longer body."""
+        url, what = self._url + self._address.path(path), f"{method} {path}"
 
         async def get() -> tuple[int, bytes]:
             body = bytearray()
-            async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
+            async with self._session.request(method, url, allow_redirects=False) as response:
                 if response.status == 200 and max_bytes is not None:
                     while part := await response.content.readany():
                         body += part
                         if len(body) > max_bytes:
-                            raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
+                            raise UpstreamError(f"answered more than {max_bytes} bytes to {what}")
                 return response.status, bytes(body)
 
         # aiohttp's own time limits do not cover a body that it cannot parse: it would wait without end.
         try:
             return await within(self._seconds, get())
         except asyncio.TimeoutError:
-            raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
+            raise UpstreamTimeout(f"did not answer {what} within {self._seconds:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from error
+            raise UpstreamError(f"{what} failed: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:
