@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -116,19 +117,25 @@ def server_address(url: str) -> str:
 async def converse(ask: Ask, conversation: Conversation) -> None:
     """Ask each question with the conversation before it, until the end of input. At a terminal obey commands, too.
 
-    A question that failed is not kept. Raises `KeyboardInterrupt` for Ctrl-C at the prompt.
+    A question that failed is not kept. A closed terminal is the end of input. Raises `KeyboardInterrupt` for Ctrl-C at
+    the prompt.
     """
-    read_typed = _terminal_reader()
-    read = read_typed or _read_line
-    while not conversation.is_over and (line := await read()) is not None:
-        question = conversation.asked_by(line) if read_typed else line if line.strip() else None
-        try:
-            if question is not None:
-                await _answer(ask, conversation, question, is_interactive=read_typed is not None)
-            elif line.strip():
-                print(shown(await on_daemon_thread(partial(conversation.obey, line), "brlite-chat")), file=sys.stderr)
-        except BrliteError as error:
-            print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
+    try:
+        read_typed = _terminal_reader()
+        read = read_typed or _read_line
+        while not conversation.is_over and (line := await read()) is not None:
+            question = conversation.asked_by(line) if read_typed else line if line.strip() else None
+            try:
+                if question is not None:
+                    await _answer(ask, conversation, question, is_interactive=read_typed is not None)
+                elif line.strip():
+                    text = await on_daemon_thread(partial(conversation.obey, line), "brlite-chat")
+                    print(shown(text), file=sys.stderr)
+            except BrliteError as error:
+                print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_interactive: bool) -> None:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it_answers
 
@@ -54,12 +56,20 @@ class Terminal:
         before, _, self._rest = self._rest.partition(text)
         return before
 
+    def close(self) -> None:
+        """Close the window. May be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
     def status(self) -> int:
         return self.process.wait(PATIENCE_SECONDS)
 
 
 @contextmanager
-def at_terminal(command: list[str], *, env: dict[str, str], stdout: IO[bytes] | None = None) -> Iterator[Terminal]:
+def at_terminal(
+    command: list[str], *, env: dict[str, str], stdout: IO[bytes] | None = None, stderr: IO[bytes] | None = None
+) -> Iterator[Terminal]:
     """A command at a terminal that it controls."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE))
@@ -67,14 +77,15 @@ def at_terminal(command: list[str], *, env: dict[str, str], stdout: IO[bytes] | 
         command,
         stdin=theirs,
         stdout=stdout or theirs,
-        stderr=theirs,
+        stderr=stderr or theirs,
         env=env,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as process:
         os.close(theirs)
-        yield Terminal(process, ours)
-    os.close(ours)
+        terminal = Terminal(process, ours)
+        yield terminal
+    terminal.close()
 
 
 @contextmanager
@@ -226,3 +237,19 @@ def test_a_server_is_found_without_its_scheme_and_tells_its_tokens() -> None:
             terminal.type(f"hello there{ENTER}")
 
             terminal.until("[3 tokens: the first after ")
+
+
+@pytest.mark.parametrize("ignores_hangup", [False, True])
+def test_a_terminal_that_is_closed_ends_the_chat_without_a_word(tmp_path: Path, *, ignores_hangup: bool) -> None:
+    command = [BRLITE, "chat", *TOY]
+    if ignores_hangup:
+        command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command]
+    log = tmp_path / "log"
+    with log.open("wb") as stderr, at_terminal(command, env=dict(os.environ), stderr=stderr) as terminal:
+        terminal.until(PROMPT)
+        before = log.read_text()
+
+        terminal.close()
+
+        assert terminal.status() == (0 if ignores_hangup else 128 + signal.SIGHUP)
+    assert log.read_text() == before
