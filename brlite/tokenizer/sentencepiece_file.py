@@ -47,21 +47,26 @@ def read_sentencepiece_file(path: Path) -> SentencePieceFile:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {reason(error)}") from None
     try:
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
-        pieces = []
-        for number, value in _fields(data):
-            if number == _PIECES:
-                pieces.append(_piece(_message(value)))
-            elif number in (_NORMALIZER, _DENORMALIZER):
-                for field, table in _fields(_message(value)):
-                    if field == _CHARSMAP and (charsmap := _message(table)):
-                        check_charsmap(charsmap)
-        if not pieces:
-            raise ValueError("has no pieces")
+        return SentencePieceFile(data, _read_pieces(data))
     except ValueError as error:
         raise ModelError(f"{path}: not a sentencepiece model: {reason(error)}") from None
-    return SentencePieceFile(data, pieces)
+
+
+def _read_pieces(data: bytes) -> list[VocabularyPiece]:
+    """The pieces of a whole file. Checks its normalizers too."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
+    pieces = []
+    for number, value in _fields(data):
+        if number == _PIECES:
+            pieces.append(_piece(_message(value)))
+        elif number in (_NORMALIZER, _DENORMALIZER):
+            for field, table in _fields(_message(value)):
+                if field == _CHARSMAP and (charsmap := _message(table)):
+                    check_charsmap(charsmap)
+    if not pieces:
+        raise ValueError("has no pieces")
+    return pieces
 
 
 def _piece(message: bytes) -> VocabularyPiece:
