@@ -179,7 +179,9 @@ class Forwarder:
         inbound.key.reserve(time.monotonic(), exchange.num_reserved)
 
     def _usage(self, exchange: Exchange) -> ForwardedUsage:
-        """The tokens of a request: the usage in its response, or an estimate. 0 if no response below 400 had begun.
+        """The tokens of a request: the usage in its response, or an estimate. 0 for one that the upstream refused.
+
+        A refusal is an answer from 400 on, or a stream of an error alone.
 
         A client that disconnects pays for its prompt even if no response had begun.
         """
@@ -198,6 +200,8 @@ class Forwarder:
                 return usage
             text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
             logger.warning(text, attempt.upstream.name, len(inbound.body), *usage)
+        elif seen.is_refusal:
+            return ForwardedUsage()
         elif not seen.num_events and (made := stored_response(seen.parts)) is not None and made.is_running:
             return ForwardedUsage(exchange.num_reserved)  # nothing is generated yet
         return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))

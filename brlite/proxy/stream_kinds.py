@@ -34,6 +34,7 @@ LAST_TYPES = {
     StreamKind.RESPONSES: frozenset({"response.completed", "response.failed", "response.incomplete", "error"}),
     StreamKind.OTHER: frozenset[str](),
 }
+ERROR_TYPES = frozenset({"response.failed", "error"})
 
 
 def kind_of(path: bytes) -> StreamKind:

@@ -84,11 +84,15 @@ _ANSWER = msgspec.json.Decoder(_ResponseUsage)
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):
-    """What was read of a response: JSON texts that may contain its usage, the events, and the bytes of their text."""
+    """What was read of a response: JSON texts that may contain its usage, the events, and the bytes of their text.
+
+    `is_refusal`: a stream that ended with an error before any text.
+    """
 
     parts: tuple[bytes, ...] = ()
     num_events: int = 0
     num_text_bytes: int = 0
+    is_refusal: bool = False
 
 
 def estimate_prompt(path: bytes, body: bytes) -> int:

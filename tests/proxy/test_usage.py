@@ -215,6 +215,33 @@ async def test_what_was_refused_costs_nothing(start, status: int) -> None:
     assert world.spent == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "events", "spent"),
+    [
+        (CHAT, [{"error": {"message": "full"}}], (0, 0)),
+        (b"/v1/messages", [{"type": "error", "error": {"message": "full"}}], (0, 0)),
+        (
+            b"/v1/responses",
+            [
+                {"type": "response.created", "sequence_number": 0, "response": {"id": "1", "usage": None}},
+                {"type": "response.failed", "sequence_number": 1, "response": {"id": "1", "usage": None}},
+            ],
+            (0, 0),
+        ),
+        (CHAT, [{"choices": [{"index": 0, "delta": {"content": "a"}}]}, {"error": {"message": "lost"}}], (7, 2)),
+    ],
+)
+async def test_a_stream_of_an_error_alone_costs_nothing(
+    start, path: bytes, events: list[object], spent: tuple[int, int]
+) -> None:
+    end = [DONE] if path == CHAT else []
+    world = await start(stream=sse(chunks(*map(sent, events), *end)))
+
+    await world.ask(path, stream=True)
+
+    assert world.spent == spent
+
+
 async def test_what_could_not_be_sent_costs_nothing(start) -> None:
     world = await start()
     await world.upstream.kill()

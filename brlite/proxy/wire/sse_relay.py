@@ -16,7 +16,7 @@ import msgspec
 from brlite.dialects.sse import DONE, DONE_EVENT
 from brlite.errors import RequestError
 from brlite.files.text_file import BYTE_ORDER_MARK
-from brlite.proxy.stream_kinds import LAST_TYPES, StreamKind, error_event
+from brlite.proxy.stream_kinds import ERROR_TYPES, LAST_TYPES, StreamKind, error_event
 from brlite.proxy.usage import Seen
 from brlite.proxy.wire.framing import CHUNK_SIZE, LAST_CHUNK, Body, ChunkedBody, FramingError
 
@@ -108,7 +108,8 @@ class StreamContent:
         """
         num_measured = self._num_measured
         num_text_bytes = self._num_data_bytes - self._smallest_event * num_measured if num_measured else 0
-        return Seen(self._usage_events, self.num_events, num_text_bytes)
+        is_refusal = self._has_error and not num_measured
+        return Seen(self._usage_events, self.num_events, num_text_bytes, is_refusal=is_refusal)
 
     def error_event(self, error: RequestError) -> bytes:
         """The event that ends the stream with this error. b"" if it is complete."""
@@ -168,17 +169,17 @@ class StreamContent:
             raise BrokenStream("it ends early")
 
     def _note(self, event: _Event, text: bytes) -> int:
-        """Note an event's fields. Returns its bytes without logprobs; 0 if it repeats a text, a part or a response."""
+        """Note an event's fields. Returns its bytes without logprobs; 0 for an error, and for what was sent before."""
         size = len(text) - len(event.logprobs)
-        is_repeat = has_response = event.response is not _NULL and event.response != _NULL  # the default is that object
-        if event.error is not None:
-            self._has_error = True
+        has_response = event.response is not _NULL and event.response != _NULL  # the default is that object
+        is_error, is_repeat = event.error is not None, has_response
         if event.usage is not None or ((has_response or event.message != _NULL) and b'"usage"' in text):
             self._usage_events = (*self._usage_events[:1], text)
         if event.type is not None and self._last_types:
             if isinstance(event.type, str):
                 self.has_end |= event.type in self._last_types
                 is_repeat |= event.type.endswith(".done")  # of Responses, after the deltas
+                is_error |= event.type in ERROR_TYPES
             if isinstance(event.sequence_number, int):
                 self._sequence_number = event.sequence_number + 1
         for choice in event.choices or ():
@@ -191,7 +192,8 @@ class StreamContent:
                 self._has_finished[choice.index] = True
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
-        return 0 if is_repeat else size
+        self._has_error |= is_error
+        return 0 if is_repeat or is_error else size
 
 
 class SseRelay:
