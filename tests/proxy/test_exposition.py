@@ -78,7 +78,10 @@ def test_a_line_that_is_no_sample_spoils_the_text(line: str) -> None:
         read_exposition(f"good 1\n{line}")
 
 
-@given(st.text())
+LINES = st.text() | st.sampled_from(["up 1", 'up{a="b"} 2', "x_total 3", "# TYPE up gauge", "# HELP up About.", ""])
+
+
+@given(st.lists(LINES).map("\n".join))
 def test_whatever_is_read_is_families_or_refused(text: str) -> None:
     try:
         families = read_exposition(text, OURS)
