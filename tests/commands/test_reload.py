@@ -356,7 +356,7 @@ async def test_a_config_that_waits_for_a_writer_keeps_nobody(tmp_path: Path, eve
         source = ConfigSource((path,), load)
         async with Reloader(source, config, ApiKeys(), forwarder, models, poll_seconds=0.01):
             os.kill(os.getpid(), signal.SIGHUP)
-            await asyncio.to_thread(has_begun.wait, PATIENCE_SECONDS)  # the loop goes on meanwhile
+            assert await asyncio.to_thread(has_begun.wait, PATIENCE_SECONDS)  # the loop goes on meanwhile
     may_end.set()
 
     assert "Traceback" not in caplog.text

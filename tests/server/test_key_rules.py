@@ -312,7 +312,7 @@ async def test_a_client_that_leaves_a_beam_search_has_used_what_was_computed(
     client = await limited(backend={"next_token": stall.next_token})
     body = completion_body("x" * PROMPT_TOKENS, stream=is_streamed, **SEARCH)
     running = asyncio.create_task(client.post(COMPLETION, body))
-    await asyncio.to_thread(stall.is_reached.wait, PATIENCE_SECONDS)
+    assert await asyncio.to_thread(stall.is_reached.wait, PATIENCE_SECONDS)
 
     running.cancel()
     await asyncio.wait([running])

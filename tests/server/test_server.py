@@ -446,7 +446,7 @@ async def test_an_application_in_somebody_elses_server_ends_its_answers_with_an_
 
     async with aiohttp.ClientSession() as session:
         asked = asyncio.create_task(session.post(url, json=chat_body(stream=path == "stream")))
-        await asyncio.to_thread(client.backend.has_begun.wait, PATIENCE_SECONDS)
+        assert await asyncio.to_thread(client.backend.has_begun.wait, PATIENCE_SECONDS)
         closing = asyncio.create_task(runner.cleanup())
         answer = await asked
         text = await answer.text()

@@ -149,7 +149,7 @@ async def test_one_keys_full_queue_and_many_prompts_keep_no_other_key_out(eventu
     async with serving(config, max_num_seqs=2) as (session, backend):
         backend.gate = threading.Event()
         greedy = [asyncio.create_task(complete(session, "sk-a", prompt=["x"] * 16, max_tokens=30)) for _ in range(12)]
-        await asyncio.to_thread(backend.has_begun.wait, PATIENCE_SECONDS)
+        assert await asyncio.to_thread(backend.has_begun.wait, PATIENCE_SECONDS)
         await eventually(lambda: sum(task.done() for task in greedy) >= 2)  # they were refused: the queue is full
 
         small = asyncio.create_task(complete(session, "sk-b", prompt="y", max_tokens=1))

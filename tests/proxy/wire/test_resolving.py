@@ -177,7 +177,7 @@ async def test_a_lookup_that_fails_later_leaves_the_addresses_as_they_were(pods:
     names = NameAddresses(NAME, lookup, seconds=0.0)
     await names.addresses()
     names.refresh()
-    await asyncio.to_thread(has_failed.wait, PATIENCE_SECONDS)
+    assert await asyncio.to_thread(has_failed.wait, PATIENCE_SECONDS)
     await asyncio.sleep(0.05)
 
     assert await names.addresses() == pods.addresses
