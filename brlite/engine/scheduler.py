@@ -7,7 +7,6 @@ prefix-cache hit, a decode and a preemption all change that one number.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
 from itertools import takewhile
 from operator import attrgetter
 
@@ -17,7 +16,8 @@ from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import DraftPlan
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Request, Sequence
+from brlite.engine.request import Sequence
+from brlite.engine.running import RunningSequences, largest, youngest
 from brlite.engine.speculation import Speculation
 from brlite.engine.turns import TurnQueue
 
@@ -55,6 +55,7 @@ class Scheduler:
         self.pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
+        self._places = RunningSequences()  # the same sequences
         self.num_preemptions = 0
         self._begun_waiting: dict[Sequence, None] = {}  # of requests that have begun; those that wait longest first
         self._blocks = blocks
@@ -82,6 +83,7 @@ class Scheduler:
         """End a running or waiting sequence. Frees its blocks, after the step under way if that writes to them."""
         if seq.status == "running":
             self.running.remove(seq)
+            self._places.remove(seq)
         elif seq.status == "waiting":
             self.waiting.remove(seq)
             self._begun_waiting.pop(seq, None)
@@ -111,6 +113,8 @@ class Scheduler:
         states = dict.fromkeys(seq.state for seq in overdue if seq.state.priority > first)
         for state in states:
             self.waiting.change_class(state, first)
+        if states:
+            self._places = RunningSequences(self.running)
         return len(states)
 
     def fork(self, seq: Sequence, parent: Sequence) -> None:
@@ -270,6 +274,7 @@ class Scheduler:
         self._blocks.share(seq, matched)
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
+        self._places.add(seq)
         seq.status = "running"
         return seq
 
@@ -294,45 +299,37 @@ class Scheduler:
         """
         if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
-        priority, latest = self.waiting.next.state.priority, max(reversed(self.running), key=_priority)
-        if latest.state.priority > priority and self._match_next() is None:
-            return latest, next(iter(self.waiting.tenants)), None
-        if len(self.running) < self._max_num_seqs:
+        priority, latest = self.waiting.next.state.priority, max(self._places.classes)
+        if latest > priority and self._match_next() is None:
+            return youngest(self._places.classes[latest].seqs), next(iter(self.waiting.tenants)), None
+        running = self._places.classes.get(priority)
+        if len(self.running) < self._max_num_seqs or running is None:
             return None
-        tenants = _grouped((seq for seq in self.running if seq.state.priority == priority), attrgetter("tenant"))
-        if not tenants:
-            return None
+        tenants = running.tenants
         newcomer = next((tenant for tenant in self.waiting.tenants if tenant not in tenants), None)
         if newcomer is not None:
-            most = max(tenants.values(), key=len)
-            return (most[-1], newcomer, None) if len(most) > 1 else None
+            if len(tenants) == len(running.seqs):  # none has several
+                return None
+            return youngest(largest(each.seqs for each in tenants.values())), newcomer, None
         for tenant in self.waiting.tenants:
-            if len(tenants[tenant]) == 1:
+            groups = tenants[tenant].groups
+            if len(groups) == len(tenants[tenant].seqs):
                 continue
-            groups = _grouped(tenants[tenant], attrgetter("group"))
-            most = max(groups.values(), key=len)
             new_group = next((group for group in self.waiting.groups(tenant) if group not in groups), None)
-            if len(most) > 1 and new_group is not None:
-                return most[-1], tenant, new_group
+            if new_group is not None:
+                return youngest(largest(groups.values())), tenant, new_group
         return None
 
     def _stop(self, seq: Sequence) -> None:
         """Preempt a running sequence: free its blocks. The caller queues it."""
         place = next(place for place in reversed(range(len(self.running))) if self.running[place] is seq)
         del self.running[place]  # mostly the last one
+        self._places.remove(seq)
         self._blocks.release(seq)
         seq.status = "waiting"
         seq.waiting_since = self._now
         self._begun_waiting[seq] = None
         self.num_preemptions += 1
-
-
-def _grouped(seqs: Iterable[Sequence], key: Callable[[Request], str]) -> dict[str, list[Sequence]]:
-    """The sequences by a property of their requests, in their order."""
-    grouped: dict[str, list[Sequence]] = {}
-    for seq in seqs:
-        grouped.setdefault(key(seq.state.request), []).append(seq)
-    return grouped
 
 
 def scheduled_seq(seq: Sequence, num_tokens: int) -> ScheduledSeq:

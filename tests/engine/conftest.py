@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,44 @@ from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.backend import Batch, StepResult
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput
-from brlite.engine.request import Request
+from brlite.engine.request import Request, Sequence
+from brlite.engine.scheduler import Scheduler
 from brlite.errors import BrliteError
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend
 
 PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
+
+
+def next_to_replace(scheduler: Scheduler) -> tuple[Sequence, str, str | None] | None:
+    """`Scheduler._next_to_replace` without an index: it groups the running sequences anew."""
+
+    def grouped(seqs: Iterable[Sequence], name: str) -> dict[str, list[Sequence]]:
+        groups: dict[str, list[Sequence]] = {}
+        for seq in seqs:
+            groups.setdefault(getattr(seq.state.request, name), []).append(seq)
+        return groups
+
+    running, waiting = scheduler.running, scheduler.waiting
+    if not running or not waiting.has_turns or waiting.next is None:
+        return None
+    priority, latest = waiting.next.state.priority, max(reversed(running), key=lambda seq: seq.state.priority)
+    if latest.state.priority > priority and scheduler._match_next() is None:
+        return latest, next(iter(waiting.tenants)), None
+    tenants = grouped((seq for seq in running if seq.state.priority == priority), "tenant")
+    if len(running) < scheduler._max_num_seqs or not tenants:
+        return None
+    newcomer = next((tenant for tenant in waiting.tenants if tenant not in tenants), None)
+    if newcomer is not None:
+        most = max(tenants.values(), key=len)
+        return (most[-1], newcomer, None) if len(most) > 1 else None
+    for tenant in waiting.tenants:
+        groups = grouped(tenants[tenant], "group")
+        most = max(groups.values(), key=len)
+        new_group = next((group for group in waiting.groups(tenant) if group not in groups), None)
+        if len(most) > 1 and new_group is not None:
+            return most[-1], tenant, new_group
+    return None
 
 
 class Driver:
@@ -102,6 +134,8 @@ class Driver:
         self.begin()
         batch = self.end()
         self.engine.check_integrity()
+        scheduler = self.engine._scheduler
+        assert scheduler._next_to_replace() == next_to_replace(scheduler)
         return batch
 
     def begin(self) -> None:
