@@ -24,12 +24,6 @@ namespace BRLITE_ISA {
 
 #if defined(BRLITE_HAS_AVX512)
 
-#if defined(BRLITE_HAS_VNNI)
-constexpr int MAX_GROUPED_ROWS = MAX_BLOCK_ROWS;  // of a tile: a sum and a total each take 24 of the 32 registers
-#else
-constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
-#endif
-
 // Stores the 32 integers of a group in the order of the quads.
 INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
@@ -38,8 +32,6 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
 }
 
 #elif defined(BRLITE_HAS_AVX2)
-
-constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
 
 INLINE void store_quads(int8_t* to, Ints low, Ints high) {
     const __m256i bytes = _mm256_packs_epi16(packed(low), packed(high));
@@ -57,16 +49,18 @@ constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num
 
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <int FORMAT>
-INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, const uint8_t* table) {
+INLINE void load_quads(Int8::Pair& first_quad, Int8::Pair& second_quad, const uint8_t* group, int first,
+                       const uint8_t* table) {
+    Int8::Pair* const quads[2] = {&first_quad, &second_quad};
     if constexpr (FORMAT == BRLITE_Q6_K) {
-        UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
+        UNROLLED for (int i = 0; i < 2; i++) * quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
     if constexpr (code_bits(FORMAT) == 4) {
         const Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
         UNROLLED for (int i = 0; i < 2; i++) {
-            quads[i] = Int8::int4_codes(bytes, i);
-            if constexpr (has_table(FORMAT)) quads[i] = Int8::look_up(table, quads[i]);
+            *quads[i] = Int8::int4_codes(bytes, i);
+            if constexpr (has_table(FORMAT)) *quads[i] = Int8::look_up(table, *quads[i]);
         }
         return;
     }
@@ -75,14 +69,17 @@ INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, 
     const __m512i low = _mm512_unpacklo_epi8(pairs_0_1, pairs_2_3), high = _mm512_unpackhi_epi8(pairs_0_1, pairs_2_3);
     const __m512i of_first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   of_second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), plus_128 = _mm512_set1_epi8(-128);
-    quads[0] = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_first, high), plus_128);
-    quads[1] = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_second, high), plus_128);
+    first_quad = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_first, high), plus_128);
+    second_quad = _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_second, high), plus_128);
 }
 
-INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // asm: the intrinsic makes GCC copy sums
-    asm volatile("vpdpbusd %[row]%{1to16%}, %[quad], %[sum]"
-                 : [sum] "+v"(sum)
-                 : [quad] "v"(quad), [row] "m"(*(const int32_t (*)[1])row));
+// sums[panel] += the quad of a row times those of the panels.
+template <int PANELS>
+INLINE void add_quad(Int8::Sum (&sums)[PANELS], const Int8::Pair (&quads)[PANELS], const int8_t* row) {
+    const __m512i inputs = broadcast_4_bytes(row);
+    UNROLLED for (int p = 0; p < PANELS; p++)  // asm: the intrinsic makes GCC copy sums
+        asm volatile(
+            "vpdpbusd %[row], %[quad], %[sum]" : [sum] "+v"(sums[p]) : [quad] "v"(quads[p]), [row] "v"(inputs));
 }
 
 #elif defined(BRLITE_HAS_AVX2) && defined(BRLITE_HAS_VNNI)
@@ -90,16 +87,18 @@ INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {  // a
 constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 template <int FORMAT>
-INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, const uint8_t* table) {
+INLINE void load_quads(Int8::Pair& first_quad, Int8::Pair& second_quad, const uint8_t* group, int first,
+                       const uint8_t* table) {
+    Int8::Pair* const quads[2] = {&first_quad, &second_quad};
     if constexpr (FORMAT == BRLITE_Q6_K) {
-        UNROLLED for (int i = 0; i < 2; i++) quads[i] = Int8::q6_k_codes(group, first / 4 + i);
+        UNROLLED for (int i = 0; i < 2; i++) * quads[i] = Int8::q6_k_codes(group, first / 4 + i);
         return;
     }
     if constexpr (code_bits(FORMAT) == 4) {
         const Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
         UNROLLED for (int i = 0; i < 2; i++) {
-            quads[i] = Int8::int4_codes(bytes, i);
-            if constexpr (has_table(FORMAT)) quads[i] = Int8::look_up(table, quads[i]);
+            *quads[i] = Int8::int4_codes(bytes, i);
+            if constexpr (has_table(FORMAT)) *quads[i] = Int8::look_up(table, *quads[i]);
         }
         return;
     }
@@ -108,17 +107,17 @@ INLINE void load_quads(Int8::Pair (&quads)[2], const uint8_t* group, int first, 
     UNROLLED for (int i = 0; i < 2; i++) {
         const __m256i pair = _mm256_loadu_si256(pairs + i), later = _mm256_loadu_si256(pairs + 2 + i);
         const __m256i low = _mm256_unpacklo_epi8(pair, later), high = _mm256_unpackhi_epi8(pair, later);
-        quads[i] = {_mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x20), plus_128),
-                    _mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x31), plus_128)};
+        *quads[i] = {_mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x20), plus_128),
+                     _mm256_xor_si256(_mm256_permute2x128_si256(low, high, 0x31), plus_128)};
     }
 }
 
-INLINE void add_quad(Int8::Sum& sum, Int8::Pair quad, const int8_t* row) {
+INLINE void add_quad(Int8::Sum (&sums)[1], const Int8::Pair (&quads)[1], const int8_t* row) {
     __m256i inputs;
     asm volatile("vpbroadcastd %[row], %[inputs]\n\t" BRLITE_VNNI
                  "vpdpbusd %[inputs], %[low], %[low_sum]\n\t" BRLITE_VNNI "vpdpbusd %[inputs], %[high], %[high_sum]"
-                 : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [inputs] "=&x"(inputs)
-                 : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quad.low), [high] "x"(quad.high));
+                 : [low_sum] "+x"(sums[0].low), [high_sum] "+x"(sums[0].high), [inputs] "=&x"(inputs)
+                 : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quads[0].low), [high] "x"(quads[0].high));
 }
 
 #endif
@@ -130,29 +129,29 @@ typedef int8_t GroupedRow;
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, low, high); }
 
 // As `sum_integers`. `rows` begin with the group of activations.
-template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half, const uint8_t* table) {
-    constexpr int SUMS = sums_of_grouped_row(ROWS);
-    Int8::Sum parts[SUMS][ROWS];
-    UNROLLED for (int r = 0; r < ROWS; r++) {
+template <int FORMAT, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
+                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+    constexpr int SUMS = PANELS > 1 ? 1 : sums_of_grouped_row(ROWS);
+    Int8::Sum parts[SUMS][ROWS][PANELS];
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
         if constexpr (is_int4(FORMAT))
-            parts[0][r] = Int8::zero();
+            parts[0][r][p] = Int8::zero();
         else
-            parts[0][r] =
+            parts[0][r][p] =
                 Int8::equal(FORMAT == BRLITE_Q6_K ? activations[r].minus_32_sums[half] : activations[r].minus_128_sums);
-        UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = Int8::zero();
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r][p] = Int8::zero();
     }
     UNROLLED for (int i = 0; i < group_inputs(FORMAT) / 8; i++) {
-        Int8::Pair quads[2];
-        load_quads<FORMAT>(quads, group, 8 * i, table);
+        Int8::Pair quads[2][PANELS];
+        UNROLLED for (int p = 0; p < PANELS; p++) load_quads<FORMAT>(quads[0][p], quads[1][p], groups[p], 8 * i, table);
         const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + 8 * i;
         UNROLLED for (int k = 0; k < 2; k++) UNROLLED for (int r = 0; r < ROWS; r++)
             add_quad(parts[(2 * i + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
     }
-    UNROLLED for (int r = 0; r < ROWS; r++) {
-        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = Int8::plus(parts[0][r], parts[i][r]);
-        sums[r] = Int8::floats(parts[0][r]);
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][p] = Int8::plus(parts[0][r][p], parts[i][r][p]);
+        sums[r][p] = Int8::floats(parts[0][r][p]);
     }
 }
 
@@ -176,11 +175,7 @@ static_assert(2 * 2 * 63 * 127 <= INT16_MAX, "sums of two quads of 6-bit codes a
 // Words: 16-bit sums, two for each column, each of the products of half a group.
 #if defined(BRLITE_HAS_AVX512)
 typedef __m512i Words;
-INLINE Words product(Int8::Pair quad, const int8_t* row) {
-    int32_t inputs;
-    memcpy(&inputs, row, sizeof inputs);
-    return _mm512_maddubs_epi16(quad, _mm512_set1_epi32(inputs));
-}
+INLINE Words product(Int8::Pair quad, const int8_t* row) { return _mm512_maddubs_epi16(quad, broadcast_4_bytes(row)); }
 INLINE void add_quad(Words& sum, Int8::Pair quad, const int8_t* row) {
     sum = _mm512_add_epi16(sum, product(quad, row));
 }
@@ -217,52 +212,59 @@ INLINE Int8::Sum sum_words(Words words) {
 }
 #endif
 
-template <int ROWS>
-INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride) {
-    Words words[ROWS];
+template <int ROWS, int PANELS>
+INLINE void sum_int4_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const int8_t* rows,
+                           long row_stride) {
+    Words words[ROWS][PANELS];
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
-        const Int8::Pair bytes = Int8::load_bytes(group + i * LANES / 2), lower = Int8::int4_codes(bytes, false);
+        Int8::Pair bytes[PANELS];
+        UNROLLED for (int p = 0; p < PANELS; p++) bytes[p] = Int8::load_bytes(groups[p] + i * LANES / 2);
+        UNROLLED for (int k = 0; k < 2; k++) {
+            Int8::Pair quads[PANELS];
+            UNROLLED for (int p = 0; p < PANELS; p++) quads[p] = Int8::int4_codes(bytes[p], k);
+            UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
+                const int8_t* inputs = rows + r * row_stride + i + 4 * k;
+                if (i + k == 0)
+                    words[r][p] = product(quads[p], inputs);
+                else
+                    add_quad(words[r][p], quads[p], inputs);
+            }
+        }
+    }
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) sums[r][p] =
+        Int8::floats(sum_words(words[r][p]));
+}
+
+template <int ROWS, int PANELS>
+INLINE void sum_q6_k_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const int8_t* rows,
+                           long row_stride, const GroupOfRows& activations, int half) {
+    UNROLLED for (int p = 0; p < PANELS; p++) {
+        Int8::Pair quads[4];
+        UNROLLED for (int i = 0; i < 4; i++) quads[i] = Int8::q6_k_codes(groups[p], i);
         UNROLLED for (int r = 0; r < ROWS; r++) {
-            const int8_t* inputs = rows + r * row_stride + i;
-            if (i == 0)
-                words[r] = product(lower, inputs);
-            else
-                add_quad(words[r], lower, inputs);
+            Int8::Sum sum = Int8::equal(activations[r].minus_32_sums[half]);
+            UNROLLED for (int i = 0; i < 4; i += 2) {
+                Words words = product(quads[i], rows + r * row_stride + 4 * i);
+                add_quad(words, quads[i + 1], rows + r * row_stride + 4 * i + 4);
+                sum = Int8::plus(sum, sum_words(words));
+            }
+            sums[r][p] = Int8::floats(sum);
         }
-        const Int8::Pair upper = Int8::int4_codes(bytes, true);
-        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], upper, rows + r * row_stride + i + 4);
-    }
-    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(sum_words(words[r]));
-}
-
-template <int ROWS>
-INLINE void sum_q6_k_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride,
-                           const GroupOfRows& activations, int half) {
-    Int8::Pair quads[4];
-    UNROLLED for (int i = 0; i < 4; i++) quads[i] = Int8::q6_k_codes(group, i);
-    UNROLLED for (int r = 0; r < ROWS; r++) {
-        Int8::Sum sum = Int8::equal(activations[r].minus_32_sums[half]);
-        UNROLLED for (int i = 0; i < 4; i += 2) {
-            Words words = product(quads[i], rows + r * row_stride + 4 * i);
-            add_quad(words, quads[i + 1], rows + r * row_stride + 4 * i + 4);
-            sum = Int8::plus(sum, sum_words(words));
-        }
-        sums[r] = Int8::floats(sum);
     }
 }
 
-template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half, const uint8_t* table) {
+template <int FORMAT, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
+                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
     const int16_t* integers = (const int16_t*)rows;
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
-        sum_int4_group(sums, group, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
+        sum_int4_group(sums, groups, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
         const int8_t* bytes = (const int8_t*)(integers + BRLITE_GROUP) + half * group_inputs(FORMAT);
-        sum_q6_k_group(sums, group, bytes, row_bytes, activations, half);
+        sum_q6_k_group(sums, groups, bytes, row_bytes, activations, half);
     } else {
-        sum_integers<FORMAT>(sums, group, integers + half * group_inputs(FORMAT), row_bytes / (long)sizeof *integers,
+        sum_integers<FORMAT>(sums, groups, integers + half * group_inputs(FORMAT), row_bytes / (long)sizeof *integers,
                              activations, half, table);
     }
 }
@@ -271,17 +273,15 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
 
 typedef int16_t GroupedRow;
 
-constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
-
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
     write(to, low);
     write(to + LANES, high);
 }
 
-template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, long row_size,
-                      const GroupOfRows& activations, int half, const uint8_t* table) {
-    sum_integers<FORMAT>(sums, group, rows + half * group_inputs(FORMAT), row_size, activations, half, table);
+template <int FORMAT, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
+                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+    sum_integers<FORMAT>(sums, groups, rows + half * group_inputs(FORMAT), row_size, activations, half, table);
 }
 
 #endif

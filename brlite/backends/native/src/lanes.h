@@ -14,8 +14,8 @@ namespace BRLITE_ISA {
 
 constexpr int LANES = BRLITE_LANES;
 
-INLINE int smaller(int a, int b) { return a < b ? a : b; }
-INLINE int larger(int a, int b) { return a > b ? a : b; }
+INLINE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+INLINE constexpr int larger(int a, int b) { return a > b ? a : b; }
 INLINE int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // ---- Vectors of any length ---------------------------------------------------------------------------------------

@@ -22,6 +22,14 @@ namespace BRLITE_ISA {
 
 #if defined(BRLITE_HAS_AVX512)
 
+// Activations are broadcast to a register once for all panels of a tile. As an operand in memory of each product, they
+// are loaded for each, and an Ice Lake loads one vector of 64 bytes a cycle, but multiplies two.
+INLINE __m512i broadcast_4_bytes(const void* from) {
+    int32_t bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
 struct Int8 {
     typedef int16_t Row;
     typedef __m512i Sum;
@@ -67,21 +75,13 @@ struct Int8 {
         const Pair numbers = look_up(table, int4_codes(load_bytes(at), i % 2));
         return i >= 2 ? _mm512_srli_epi16(numbers, 8) : _mm512_and_si512(numbers, _mm512_set1_epi16(255));
     }
+    typedef __m512i Broadcast;
+    INLINE Broadcast broadcast(const Row* row, int) { return broadcast_4_bytes(row); }
 #if defined(BRLITE_HAS_VNNI)
-    typedef const Row* Broadcast;
-    INLINE Broadcast broadcast(const Row* row, int) { return row; }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {  // asm: the intrinsic makes GCC copy sums
-        asm volatile("vpdpwssd %[row]%{1to16%}, %[weights], %[sum]"
-                     : [sum] "+v"(sum)
-                     : [weights] "v"(weights), [row] "m"(*(const int32_t (*)[1])row));
+        asm volatile("vpdpwssd %[row], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [row] "v"(row));
     }
 #else
-    typedef __m512i Broadcast;
-    INLINE Broadcast broadcast(const Row* row, int) {
-        int32_t pair;
-        memcpy(&pair, row, sizeof pair);
-        return _mm512_set1_epi32(pair);
-    }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
         sum = _mm512_add_epi32(sum, _mm512_madd_epi16(weights, row));
     }
@@ -99,12 +99,10 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return (Floats)sum; }
 #if defined(BRLITE_HAS_BF16)
     typedef uint16_t Row;
-    typedef const Row* Broadcast;
-    INLINE Broadcast broadcast(const Row* row, int) { return row; }
+    typedef __m512i Broadcast;
+    INLINE Broadcast broadcast(const Row* row, int) { return broadcast_4_bytes(row); }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
-        asm volatile("vdpbf16ps %[row]%{1to16%}, %[weights], %[sum]"
-                     : [sum] "+v"(sum)
-                     : [weights] "v"(weights), [row] "m"(*(const int32_t (*)[1])row));
+        asm volatile("vdpbf16ps %[row], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [row] "v"(row));
     }
 #else
     typedef float Row;
@@ -120,7 +118,8 @@ struct Bf16 {
 #endif
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; two panels, or two sums a row, take 12 of the 32 registers
+// Of a tile of a matrix: the sums and the totals of two panels each take 12 of the 32 registers.
+constexpr int MAX_ROWS = 6, MAX_ROWS_OF_ONE_PANEL = 2;
 constexpr int panels_at_once(int num_rows) { return num_rows <= 3 ? 4 : 2; }
 
 #elif defined(BRLITE_HAS_AVX2)
@@ -252,7 +251,8 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return {sum.low, sum.high}; }
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; one panel takes 12 of the 16 registers, the totals are in memory
+// Of a tile of a matrix: one panel takes 12 of the 16 registers, the totals are in memory.
+constexpr int MAX_ROWS = 6, MAX_ROWS_OF_ONE_PANEL = MAX_ROWS;
 constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 #elif !defined(BRLITE_HAS_NEON)
@@ -340,7 +340,7 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return sum; }
 };
 
-constexpr int MAX_ROWS = 4;
+constexpr int MAX_ROWS = 4, MAX_ROWS_OF_ONE_PANEL = MAX_ROWS;
 constexpr int panels_at_once(int) { return 1; }
 
 #endif
@@ -398,58 +398,68 @@ INLINE void clear(typename Kind::Sum (&sums)[ROWS][PANELS]) {
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) sums[r][p] = Kind::zero();
 }
 
+// sums[row][panel] += one pair of `rows` times the pair of weights that `load` gives of each panel.
+template <int ROWS, int PANELS, class Load>
+INLINE void add_pair(Int8::Sum (&sums)[ROWS][PANELS], const uint8_t* const (&panels)[PANELS], const Int8::Row* rows,
+                     long row_stride, Load load) {
+    Int8::Pair weights[PANELS];
+    UNROLLED for (int p = 0; p < PANELS; p++) weights[p] = load(panels[p]);
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        const Int8::Broadcast row = Int8::broadcast(rows + r * row_stride, 0);
+        UNROLLED for (int p = 0; p < PANELS; p++) Int8::add(sums[r][p], weights[p], row);
+    }
+}
+
 // As `add_pairs`, for one group of an int4 panel. With three sums or more, codes are not shifted down: those in the
 // second and third 4 bits of a word count 16 and 256 times, go to a sum of their own, and the sum is shifted once a
 // group. That takes half the instructions.
-template <int SUMS, int ROWS, class Beside>
-INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const Int8::Row* rows,
-                           long row_stride, Beside beside) {
+template <int SUMS, int ROWS, int PANELS, class Beside>
+INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
+                           const Int8::Row* rows, long row_stride, Beside beside) {
 #if defined(BRLITE_HAS_DOTPROD)
-    return add_quads<ROWS>(&sums[0][0][0], 1, Int4Panel{panel}, rows, row_stride, BRLITE_GROUP);
+    return add_quads<ROWS>(&sums[0][0][0], 1, Int4Panel{panels[0]}, rows, row_stride, BRLITE_GROUP);
 #endif
-    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4, panel += 64) {
+    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4) {
         UNROLLED for (int i = 0; i < 4; i++) {
-            const Int8::Pair weights = SUMS >= 3 ? Int8::load_shifted_int4(panel, i) : Int8::load_int4(panel, i);
-            UNROLLED for (int r = 0; r < ROWS; r++)
-                Int8::add(sums[i % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * (first + i), 0));
+            add_pair(sums[i % SUMS], panels, rows + 2 * (first + i), row_stride, [&](const uint8_t* panel) INLINED {
+                const uint8_t* words = panel + first * LANES;
+                return SUMS >= 3 ? Int8::load_shifted_int4(words, i) : Int8::load_int4(words, i);
+            });
             beside(i);
         }
     }
     if constexpr (SUMS >= 3)
-        UNROLLED for (int i = 1; i < 3; i++) UNROLLED for (int r = 0; r < ROWS; r++) sums[i][r][0] =
-            Int8::shifted_back(sums[i][r][0], i);
+        UNROLLED for (int i = 1; i < 3; i++) UNROLLED for (int r = 0; r < ROWS; r++)
+            UNROLLED for (int p = 0; p < PANELS; p++) sums[i][r][p] = Int8::shifted_back(sums[i][r][p], i);
 }
 
 // The same for a format with a table. Pairs 0 and 2 of each four are looked up at once, and so are 1 and 3.
-template <int SUMS, int ROWS, class Beside>
-INLINE void add_table_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const uint8_t* table,
-                            const Int8::Row* rows, long row_stride, Beside beside) {
+template <int SUMS, int ROWS, int PANELS, class Beside>
+INLINE void add_table_pairs(Int8::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
+                            const uint8_t* table, const Int8::Row* rows, long row_stride, Beside beside) {
 #if defined(BRLITE_HAS_DOTPROD)
-    return add_quads<ROWS>(&sums[0][0][0], 1, TablePanel{{panel}, table}, rows, row_stride, BRLITE_GROUP);
+    return add_quads<ROWS>(&sums[0][0][0], 1, TablePanel{{panels[0]}, table}, rows, row_stride, BRLITE_GROUP);
 #endif
-    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4, panel += 64) {
+    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4) {
         UNROLLED for (int k = 0; k < 4; k++) {
             const int i = k % 2 * 2 + k / 2;
-            const Int8::Pair weights = Int8::load_table(panel, i, table);
-            UNROLLED for (int r = 0; r < ROWS; r++)
-                Int8::add(sums[k % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * (first + i), 0));
+            add_pair(sums[k % SUMS], panels, rows + 2 * (first + i), row_stride,
+                     [&](const uint8_t* panel) INLINED { return Int8::load_table(panel + first * LANES, i, table); });
             beside(k);
         }
     }
 }
 
 // As `add_pairs`, for one group of a Q6_K panel, whose codes are 0 to 63.
-template <int SUMS, int ROWS>
-INLINE void add_q6_k_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* group, const Int8::Row* rows,
-                           long row_stride) {
+template <int SUMS, int ROWS, int PANELS>
+INLINE void add_q6_k_pairs(Int8::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
+                           const Int8::Row* rows, long row_stride) {
 #if defined(BRLITE_HAS_DOTPROD)
-    return add_quads<ROWS>(&sums[0][0][0], 1, Q6KPanel{group}, rows, row_stride, BRLITE_GROUP / 2);
+    return add_quads<ROWS>(&sums[0][0][0], 1, Q6KPanel{panels[0]}, rows, row_stride, BRLITE_GROUP / 2);
 #endif
-    UNROLLED for (int pair = 0; pair < BRLITE_GROUP / 4; pair++) {
-        const Int8::Pair weights = Int8::load_q6_k(group, pair);
-        UNROLLED for (int r = 0; r < ROWS; r++)
-            Int8::add(sums[pair % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * pair, 0));
-    }
+    UNROLLED for (int pair = 0; pair < BRLITE_GROUP / 4; pair++)
+        add_pair(sums[pair % SUMS], panels, rows + 2 * pair, row_stride,
+                 [pair](const uint8_t* group) INLINED { return Int8::load_q6_k(group, pair); });
 }
 
 // Independent sums per row, used in turn: a multiply-add takes several cycles, and the next need not wait for its sum.
@@ -493,35 +503,37 @@ struct FetchBeside {
     }
 };
 
-// sums[row] = the sum of one group of a panel: of integer activations times codes. A group of Q6_K is half a group of
-// activations, its first (`half` 0) or its second. Its sums start at -32 times the sum of these: codes are 32 too
-// large.
-template <int FORMAT, int ROWS>
-INLINE void sum_integers(Floats (&sums)[ROWS], const uint8_t* group, const Int8::Row* rows, long row_size,
-                         const GroupOfRows& activations, int half, const uint8_t* table) {
-    constexpr int SUMS = sums_of_row(FORMAT, ROWS);
-    Int8::Sum parts[SUMS][ROWS][1];
+// sums[row][panel] = the sum of one group of each panel: of integer activations times codes. A group of Q6_K is half a
+// group of activations, its first (`half` 0) or its second. Its sums start at -32 times the sum of these: codes are 32
+// too large.
+template <int FORMAT, int ROWS, int PANELS>
+INLINE void sum_integers(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const Int8::Row* rows,
+                         long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+    constexpr int SUMS = PANELS > 1 ? 1 : sums_of_row(FORMAT, ROWS);
+    Int8::Sum parts[SUMS][ROWS][PANELS];
     UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(parts[i]);
     constexpr int PAIRS = pairs_of_line(FORMAT, ROWS);
-    const uint8_t* ahead = group + FETCH_AHEAD_BESIDE;
+    const uint8_t* ahead = groups[0] + FETCH_AHEAD_BESIDE;
     const FetchBeside<PAIRS> beside{ahead};
+    const auto start_at = [&](auto value) INLINED {
+        UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) parts[0][r][p] =
+            Int8::equal(value(activations[r]));
+    };
     if constexpr (is_int4(FORMAT)) {
-        add_int4_pairs(parts, group, rows, row_size, beside);
+        add_int4_pairs(parts, groups, rows, row_size, beside);
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
-        UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_32_sums[half]);
-        add_q6_k_pairs(parts, group, rows, row_size);
+        start_at([half](const ActivationGroup& of) INLINED { return of.minus_32_sums[half]; });
+        add_q6_k_pairs(parts, groups, rows, row_size);
     } else if constexpr (has_table(FORMAT)) {
-        if (Int8::TABLE_BIAS)
-            UNROLLED for (int r = 0; r < ROWS; r++) parts[0][r][0] = Int8::equal(activations[r].minus_128_sums);
-        add_table_pairs(parts, group, table, rows, row_size, beside);
+        if (Int8::TABLE_BIAS) start_at([](const ActivationGroup& of) INLINED { return of.minus_128_sums; });
+        add_table_pairs(parts, groups, table, rows, row_size, beside);
     } else {
-        const uint8_t* panel[1] = {group};
-        add_pairs<Int8>(parts, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2, beside);
+        add_pairs<Int8>(parts, groups, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2, beside);
     }
     if constexpr (PAIRS != 0) fetch_line(ahead + code_bytes(FORMAT));
-    UNROLLED for (int r = 0; r < ROWS; r++) {
-        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][0] = Int8::plus(parts[0][r][0], parts[i][r][0]);
-        sums[r] = Int8::floats(parts[0][r][0]);
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][p] = Int8::plus(parts[0][r][p], parts[i][r][p]);
+        sums[r][p] = Int8::floats(parts[0][r][p]);
     }
 }
 

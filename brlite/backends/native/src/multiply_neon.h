@@ -123,7 +123,8 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return sum; }
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; one panel takes 24 of the 32 registers
+// Of a tile of a matrix: one panel takes 24 of the 32 registers.
+constexpr int MAX_ROWS = 6, MAX_ROWS_OF_ONE_PANEL = MAX_ROWS;
 constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 #if defined(BRLITE_HAS_DOTPROD)
