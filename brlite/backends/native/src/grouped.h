@@ -128,6 +128,14 @@ typedef int8_t GroupedRow;
 
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, low, high); }
 
+// What the sum of a group starts at.
+template <int FORMAT>
+INLINE Int8::Sum start_of(const ActivationGroup& activations, int half) {
+    if constexpr (has_offsets(FORMAT)) return Int8::zero();
+    if constexpr (FORMAT == BRLITE_INT4) return Int8::equal(activations.minus_8_sums);
+    return Int8::equal(FORMAT == BRLITE_Q6_K ? activations.minus_32_sums[half] : activations.minus_128_sums);
+}
+
 // As `sum_integers`. `rows` begin with the group of activations.
 template <int FORMAT, int ROWS, int PANELS>
 INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
@@ -135,11 +143,7 @@ INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&group
     constexpr int SUMS = PANELS > 1 ? 1 : sums_of_grouped_row(ROWS);
     Int8::Sum parts[SUMS][ROWS][PANELS];
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
-        if constexpr (is_int4(FORMAT))
-            parts[0][r][p] = Int8::zero();
-        else
-            parts[0][r][p] =
-                Int8::equal(FORMAT == BRLITE_Q6_K ? activations[r].minus_32_sums[half] : activations[r].minus_128_sums);
+        parts[0][r][p] = start_of<FORMAT>(activations[r], half);
         UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r][p] = Int8::zero();
     }
     UNROLLED for (int i = 0; i < group_inputs(FORMAT) / 8; i++) {
@@ -212,9 +216,9 @@ INLINE Int8::Sum sum_words(Words words) {
 }
 #endif
 
-template <int ROWS, int PANELS>
+template <int FORMAT, int ROWS, int PANELS>
 INLINE void sum_int4_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const int8_t* rows,
-                           long row_stride) {
+                           long row_stride, const GroupOfRows& activations) {
     Words words[ROWS][PANELS];
     UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
         Int8::Pair bytes[PANELS];
@@ -231,8 +235,11 @@ INLINE void sum_int4_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&
             }
         }
     }
-    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) sums[r][p] =
-        Int8::floats(sum_words(words[r][p]));
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
+        Int8::Sum sum = sum_words(words[r][p]);
+        if (FORMAT == BRLITE_INT4) sum = Int8::plus(sum, Int8::equal(activations[r].minus_8_sums));
+        sums[r][p] = Int8::floats(sum);
+    }
 }
 
 template <int ROWS, int PANELS>
@@ -259,7 +266,7 @@ INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&group
     const int16_t* integers = (const int16_t*)rows;
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
-        sum_int4_group(sums, groups, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
+        sum_int4_group<FORMAT>(sums, groups, (const int8_t*)(integers + BRLITE_GROUP), row_bytes, activations);
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
         const int8_t* bytes = (const int8_t*)(integers + BRLITE_GROUP) + half * group_inputs(FORMAT);
         sum_q6_k_group(sums, groups, bytes, row_bytes, activations, half);

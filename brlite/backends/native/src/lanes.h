@@ -1,5 +1,6 @@
 // Vectors of sixteen floats in portable vector code. Each instruction set compiles it to the same operations in the
-// same order, so results have the same bits: no fused multiply-add, no library functions, one fixed order of sums.
+// same order, so results have the same bits: multiply-adds are fused only by `fused`, no library functions, one fixed
+// order of sums.
 //
 // Where registers are shorter, a vector is two halves (`Two`), or two halves of two. GCC 12 accepts longer vectors than
 // registers, but its code for them is slow: compared lane by lane, filled through memory, and in loops kept in memory.
@@ -246,6 +247,45 @@ INLINE Ints splat_int(int32_t value) {
     fill(x, value);
     return x;
 }
+
+// a * b + c, rounded once.
+#if defined(BRLITE_HAS_AVX512)
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(BRLITE_HAS_AVX2)
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+#elif defined(BRLITE_HAS_NEON)
+template <class Quarter>
+INLINE Quarter fused(Quarter a, Quarter b, Quarter c) {
+    return (Quarter)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+template <class Half>
+INLINE Two<Half> fused(Two<Half> a, Two<Half> b, Two<Half> c) {
+    return {fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
+}
+#else
+// The product is exact in double precision. The sum is rounded there to an odd last bit if it is not exact: rounded
+// again, to single precision, it is what one rounding gives (Boldo and Melquiond, 2008).
+INLINE float fused(float a, float b, float c) {
+    const double product = (double)a * b;
+    double sum = product + c;
+    const double other = sum - product, error = (product - (sum - other)) + (c - other);
+    int64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if ((error < 0 || error > 0) && bits % 2 == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+}
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+    float of_a[LANES], of_b[LANES], of_c[LANES];
+    store(of_a, a);
+    store(of_b, b);
+    store(of_c, c);
+    for (int i = 0; i < LANES; i++) of_c[i] = fused(of_a[i], of_b[i], of_c[i]);
+    return load(of_c);
+}
+#endif
 
 // 0, 1, 2 … 15
 INLINE Ints lane_numbers() {

@@ -63,13 +63,17 @@ struct Scaling {
         if constexpr (has_offsets(FORMAT)) offsets = offsets_of(FORMAT, group + code_bytes(FORMAT), factors);
     }
 
-    // A sum of activations times codes, as one of activations times weights. Products are not fused with sums: the same
-    // bits without FMA. `activations` is read for int4 only.
-    INLINED Floats scaled(Floats sum, const ActivationGroup& activations) const {
-        if constexpr (!is_int4(FORMAT)) return sum * scales;
-        if constexpr (FORMAT == BRLITE_INT4) return (sum + splat(activations.minus_8_sums)) * scales;
-        const Floats offset = offsets * splat(activations.sum);
-        return has_minimums(FORMAT) ? sum * scales + offset : (sum - offset) * scales;
+    // Adds the activations times the weights of a group to `total`, from the sum of activations times codes.
+    // `activations` is read for int8 activations and for formats with offsets.
+    template <bool HAS_INT8_ROWS>
+    INLINED Floats added(Floats total, Floats sum, const ActivationGroup& activations) const {
+        if constexpr (has_offsets(FORMAT) && !has_minimums(FORMAT)) sum = fused(-offsets, splat(activations.sum), sum);
+        if constexpr (HAS_INT8_ROWS)
+            total = fused(sum * scales, splat(activations.scale), total);
+        else
+            total = fused(sum, scales, total);
+        if constexpr (has_minimums(FORMAT)) total = fused(offsets, splat(activations.scaled_sum), total);
+        return total;
     }
 };
 
@@ -110,10 +114,8 @@ static void multiply_integers(const Tile& tile) {
                                  tile.table);
         UNROLLED for (int p = 0; p < PANELS; p++) {
             const Scaling<FORMAT> scaling(format, groups[p], factors[p]);
-            UNROLLED for (int r = 0; r < ROWS; r++) {
-                const Floats sum = scaling.scaled(sums[r][p], activations[r]);
-                totals[r][p] = totals[r][p] + (HAS_INT8_ROWS ? sum * splat(activations[r].scale) : sum);
-            }
+            UNROLLED for (int r = 0; r < ROWS; r++) totals[r][p] =
+                scaling.template added<HAS_INT8_ROWS>(totals[r][p], sums[r][p], activations[r]);
             groups[p] += bytes;
         }
     }

@@ -505,7 +505,7 @@ struct FetchBeside {
 
 // sums[row][panel] = the sum of one group of each panel: of integer activations times codes. A group of Q6_K is half a
 // group of activations, its first (`half` 0) or its second. Its sums start at -32 times the sum of these: codes are 32
-// too large.
+// too large. Those of INT4 start at -8 times the sum.
 template <int FORMAT, int ROWS, int PANELS>
 INLINE void sum_integers(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const Int8::Row* rows,
                          long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
@@ -520,6 +520,7 @@ INLINE void sum_integers(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&gr
             Int8::equal(value(activations[r]));
     };
     if constexpr (is_int4(FORMAT)) {
+        if (FORMAT == BRLITE_INT4) start_at([](const ActivationGroup& of) INLINED { return of.minus_8_sums; });
         add_int4_pairs(parts, groups, rows, row_size, beside);
     } else if constexpr (FORMAT == BRLITE_Q6_K) {
         start_at([half](const ActivationGroup& of) INLINED { return of.minus_32_sums[half]; });

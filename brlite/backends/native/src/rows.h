@@ -67,12 +67,12 @@ INLINE HalfSums sum_halves(const int16_t* from) {
 
 INLINE ActivationGroup group_of(HalfSums halves, float scale) {
     const int32_t sum = halves.low + halves.high;
-    return {(float)sum, (float)(-8 * sum), -128 * sum, {-32 * halves.low, -32 * halves.high}, scale};
+    return {scale, (float)sum, (float)sum * scale, -8 * sum, -128 * sum, {-32 * halves.low, -32 * halves.high}};
 }
 
 // The exact sum of each group of integers.
 INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
-    for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 0.0f);
+    for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 1.0f);
 }
 
 // Quantizes a row to integers of up to 127 with one scale for each group; the next group is `block_rows` further. The

@@ -25,14 +25,11 @@ struct Counter {
     }
 };
 
-// A group of integer activations: the sum of its integers, that sum times -8 and -128, the sums of its halves times
-// -32, and the scale of int8.
+// A group of integer activations: its scale (of int16, whose rows have one, 1), the sum of its integers, that sum times
+// the scale, -8 and -128, and the sums of its halves times -32.
 struct ActivationGroup {
-    float sum;
-    float minus_8_sums;
-    int32_t minus_128_sums;
-    int32_t minus_32_sums[2];
-    float scale;
+    float scale, sum, scaled_sum;
+    int32_t minus_8_sums, minus_128_sums, minus_32_sums[2];
 };
 
 // The input of a matrix: rows of bfloat16 or of int8 activations, both in the kernels' form (`row_bytes`), or rows of
