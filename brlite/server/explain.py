@@ -32,7 +32,7 @@ ALIASES = {
 }
 NOT_SHOWN = ("stop_tokens_ids",)  # an alias of stop_token_ids
 
-Origin = Literal["request", "generation_config", "default", "server"]
+ValueSource = Literal["request", "generation_config", "default", "server"]
 
 
 class ExplainedPrompt(Struct):
@@ -46,7 +46,7 @@ class ExplainedValue(Struct):
     config and limits."""
 
     value: Any
-    origin: Origin = field(name="from")
+    origin: ValueSource = field(name="from")
     why: str | UnsetType = UNSET
 
 
@@ -145,7 +145,7 @@ def _parameters(
     for name, parameter in parameters().items():
         value = getattr(call.params, name)
         names = (name, call.field_names.get(name, name), *ALIASES.get(name, ()))
-        origin: Origin = "default"
+        origin: ValueSource = "default"
         if name in of_model:
             origin = "generation_config"
         elif any(each in given for each in names) or value != parameter.default:
