@@ -18,14 +18,7 @@ from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
 from tests.processes import is_alive, wait_gone
-from tests.rank_servers import (
-    BRLITE,
-    RankServer,
-    serving,
-    wait_status,
-    write_manual_config,
-    write_model,
-)
+from tests.rank_servers import BRLITE, RankServer, serving, wait_status, write_manual_config, write_model
 
 PROMPT = "描述一下夏天"
 NUM_TOKENS = 24

@@ -13,12 +13,7 @@ from brlite.chat.tools import NO_SCHEMA, Schema, Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries, missing_field
-from brlite.dialects.openai_tools import (
-    ToolChoiceObject,
-    ToolDefinition,
-    ToolFields,
-    decode_tools,
-)
+from brlite.dialects.openai_tools import ToolChoiceObject, ToolDefinition, ToolFields, decode_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 

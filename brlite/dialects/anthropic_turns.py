@@ -23,18 +23,10 @@ from brlite.files.quoting import excerpt
 # Blocks that Anthropic's servers add to an answer. They are left out; the model gets only the assistant's text.
 DROPPED_BLOCKS = frozenset(
     (
-        "redacted_thinking",
-        "server_tool_use",
-        "web_search_tool_result",
-        "web_fetch_tool_result",
-        "code_execution_tool_result",
-        "bash_code_execution_tool_result",
-        "text_editor_code_execution_tool_result",
-        "tool_search_tool_result",
-        "tool_reference",
-        "mcp_tool_use",
-        "mcp_tool_result",
-        "advisor_tool_result",
+        *("redacted_thinking", "server_tool_use", "web_search_tool_result", "web_fetch_tool_result"),
+        *("code_execution_tool_result", "bash_code_execution_tool_result"),
+        *("text_editor_code_execution_tool_result", "tool_search_tool_result", "tool_reference"),
+        *("mcp_tool_use", "mcp_tool_result", "advisor_tool_result"),
     )
 )
 # Claude Code's first system block. It is left out: its number differs in each request, which defeats prefix caching.

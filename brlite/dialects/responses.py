@@ -26,12 +26,7 @@ from brlite.dialects.openai import (
     take_undecoded,
 )
 from brlite.dialects.openai_tools import ToolChoiceObject
-from brlite.dialects.responses_encoder import (
-    ID_PREFIX,
-    ResponseGeneration,
-    ResponsesEncoder,
-    encode_error,
-)
+from brlite.dialects.responses_encoder import ID_PREFIX, ResponseGeneration, ResponsesEncoder, encode_error
 from brlite.dialects.responses_items import InputItem, ItemReader, NothingStored, StoredResponses
 from brlite.dialects.responses_stored import FinishedResponse
 from brlite.dialects.responses_tools import ResponseTool, decode_response_tools

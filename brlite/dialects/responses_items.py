@@ -27,24 +27,10 @@ TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "r
 # Items of tools that other servers host. They are left out; the model gets only the assistant's messages.
 HOSTED_ITEMS = frozenset(
     (
-        "web_search_call",
-        "file_search_call",
-        "computer_call",
-        "computer_call_output",
-        "code_interpreter_call",
-        "image_generation_call",
-        "local_shell_call",
-        "local_shell_call_output",
-        "shell_call",
-        "shell_call_output",
-        "apply_patch_call",
-        "apply_patch_call_output",
-        "mcp_list_tools",
-        "mcp_approval_request",
-        "mcp_approval_response",
-        "mcp_call",
-        "tool_search_call",
-        "tool_search_output",
+        *("web_search_call", "file_search_call", "computer_call", "computer_call_output"),
+        *("code_interpreter_call", "image_generation_call", "local_shell_call", "local_shell_call_output"),
+        *("shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "mcp_list_tools"),
+        *("mcp_approval_request", "mcp_approval_response", "mcp_call", "tool_search_call", "tool_search_output"),
     )
 )
 REASONING_PREFIX = "brlite1:"  # begins each `encrypted_content` made by this server

@@ -15,29 +15,15 @@ from brlite.chat.tools import Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import check_num_entries, decode_value, missing_field
-from brlite.dialects.openai_tools import (
-    ToolChoiceObject,
-    ToolDefinition,
-    ToolFields,
-    decode_tools,
-    flat_name,
-)
+from brlite.dialects.openai_tools import ToolChoiceObject, ToolDefinition, ToolFields, decode_tools, flat_name
 from brlite.files.quoting import excerpt
 
 # Tools that are left out. Their use is optional, so an answer without them is valid. The other hosted tools reach the
 # client's own data; an answer without that would be wrong.
 DROPPED_TOOLS = frozenset(
     (
-        "web_search",
-        "web_search_2025_08_26",
-        "web_search_preview",
-        "web_search_preview_2025_03_11",
-        "code_interpreter",
-        "image_generation",
-        "local_shell",
-        "shell",
-        "apply_patch",
-        "tool_search",
+        *("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
+        *("code_interpreter", "image_generation", "local_shell", "shell", "apply_patch", "tool_search"),
     )
 )
 CUSTOM_PARAMETERS = msgspec.Raw(b'{"type":"object","properties":{"input":{"type":"string"}},"required":["input"]}')

@@ -42,14 +42,7 @@ from brlite.engine.draft_model import DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.logits_processors import Factory, ProcessorMaker, ProcessorTimes
 from brlite.engine.outputs import CompletionOutput, RequestOutput
-from brlite.engine.request import (
-    Request,
-    RequestState,
-    Sequence,
-    Sink,
-    TextSink,
-    add_sequence,
-)
+from brlite.engine.request import Request, RequestState, Sequence, Sink, TextSink, add_sequence
 from brlite.engine.request_queue import RequestQueue
 from brlite.engine.scheduler import Runs, Scheduler, scheduled_seq
 from brlite.engine.scoring import ScoringHead

@@ -23,13 +23,7 @@ from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, reported_usage
-from brlite.proxy.wire.heads import (
-    MAX_HOPS,
-    RequestHead,
-    forwarded_lines,
-    stored_response_id,
-    with_own_idempotency_key,
-)
+from brlite.proxy.wire.heads import MAX_HOPS, RequestHead, forwarded_lines, stored_response_id, with_own_idempotency_key
 
 logger = logging.getLogger(__name__)
 

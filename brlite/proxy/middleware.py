@@ -23,13 +23,7 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import Inbound, read_inbound
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.wire.connections import reset
-from brlite.proxy.wire.heads import (
-    FORWARDED_PATHS,
-    RequestHead,
-    is_forwardable,
-    usual_spelling,
-    without_limits,
-)
+from brlite.proxy.wire.heads import FORWARDED_PATHS, RequestHead, is_forwardable, usual_spelling, without_limits
 
 # The raw path, after the path that this application is mounted at.
 _BARE_PATHS = "|".join(re.escape(path.decode()) for path in sorted(FORWARDED_PATHS) if not path.startswith(b"/v1/"))

@@ -16,13 +16,7 @@ from brlite.sampling_params.params import (
     parameters,
 )
 from brlite.sampling_params.readers import NamedProcessor
-from brlite.sampling_params.structured_output import (
-    CallPart,
-    Calls,
-    ParameterNotation,
-    Reasoning,
-    StructuredOutput,
-)
+from brlite.sampling_params.structured_output import CallPart, Calls, ParameterNotation, Reasoning, StructuredOutput
 
 __all__ = [
     "GREEDY_BELOW",

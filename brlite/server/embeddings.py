@@ -10,14 +10,7 @@ from contextlib import contextmanager
 from aiohttp import web
 from msgspec import UNSET
 
-from brlite.dialects.embeddings import (
-    Embedding,
-    EmbeddingDialect,
-    PromptCall,
-    decode,
-    encode_answer,
-    encode_item,
-)
+from brlite.dialects.embeddings import Embedding, EmbeddingDialect, PromptCall, decode, encode_answer, encode_item
 from brlite.dialects.generation import Text, refuse_warnings
 from brlite.dialects.openai_answer import PromptTokensDetails, PromptUsage
 from brlite.engine.admission import check_pooling
@@ -27,15 +20,7 @@ from brlite.errors import BrliteError, InvalidRequest, RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.http.request_id import shown_request_id
-from brlite.server.generate import (
-    CONFIG,
-    RUNNING,
-    TIMEOUT_HEADER,
-    admit,
-    read_call,
-    timed_out,
-    timeout_seconds,
-)
+from brlite.server.generate import CONFIG, RUNNING, TIMEOUT_HEADER, admit, read_call, timed_out, timeout_seconds
 from brlite.server.truncation import Truncator
 
 QUICK_ITEMS = 4  # encoded between two yields to the event loop

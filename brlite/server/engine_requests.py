@@ -9,16 +9,7 @@ import msgspec
 from brlite.chat.reply import find_reply_format
 from brlite.chat.turns import NO_EXTRAS
 from brlite.config.options import ModelSpec
-from brlite.dialects.generation import (
-    Chat,
-    Generation,
-    Infill,
-    Prompt,
-    Text,
-    TokenIds,
-    Truncation,
-    refuse_warnings,
-)
+from brlite.dialects.generation import Chat, Generation, Infill, Prompt, Text, TokenIds, Truncation, refuse_warnings
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request

@@ -23,13 +23,7 @@ from brlite.dialects.kept_events import STATE_BYTES, KeptEvents
 from brlite.errors import InvalidRequest
 from brlite.http.body import HELD
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
-from brlite.server.resumable import (
-    RECORDED,
-    RecordedStream,
-    check_num_seen,
-    last_event_id,
-    not_resumable,
-)
+from brlite.server.resumable import RECORDED, RecordedStream, check_num_seen, last_event_id, not_resumable
 
 HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}

@@ -11,14 +11,7 @@ from typing import Any
 import pytest
 
 from brlite.backends import sizes
-from brlite.backends.sizes import (
-    DEFAULT_MODEL_CONFIG,
-    DEFAULT_MODEL_FORMATS,
-    GIB,
-    Sizes,
-    describe_model,
-    measure,
-)
+from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, DEFAULT_MODEL_FORMATS, GIB, Sizes, describe_model, measure
 from brlite.backends.torch.device import RULES, CardMemory
 from brlite.config.options import Config, DraftConfig, EngineConfig, ModelSpec
 from brlite.llm import LLM

@@ -11,13 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brlite.checkpoint.fetch import (
-    FindSources,
-    Source,
-    default_sources,
-    local_sources,
-    locate_model,
-)
+from brlite.checkpoint.fetch import FindSources, Source, default_sources, local_sources, locate_model
 from brlite.checkpoint.hub import HuggingFaceHub
 from brlite.checkpoint.hub_http import HubAddress
 from brlite.checkpoint.progress import OnProgress

@@ -49,14 +49,8 @@ OF_CONNECTIONS = {
     *("test_broken_upstreams", "test_clients", "test_silent_upstreams", "test_unfinished_bodies", "test_what_passes"),
     *("test_malformed_requests", "test_what_is_not_passed_on"),
     *("test_wrong_or_silent", "test_response_downstream", "test_resolving", "test_reachable", "test_tls"),
-    *(
-        "test_client",
-        "test_connection_check",
-        "test_connections",
-        "test_health",
-        "test_kept_connections",
-        "test_outcomes",
-    ),
+    *("test_client", "test_connection_check", "test_connections", "test_health", "test_kept_connections"),
+    "test_outcomes",
 }
 
 assert {path.stem for path in Path(__file__).parent.rglob("test_*.py")} >= OF_CONNECTIONS
@@ -91,8 +85,11 @@ def transitions(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[enum.Enum
     assert [(before, after) for before, after in seen if after not in TRANSITIONS[before]] == []
 
 
+Connect = Callable[..., openai.AsyncOpenAI]
+
+
 @pytest.fixture
-async def connect() -> AsyncIterator[Callable[..., openai.AsyncOpenAI]]:
+async def connect() -> AsyncIterator[Connect]:
     """`connect(url)` is OpenAI's client of that server, which tries everything once and is closed after the test."""
     async with AsyncExitStack() as stack:
 

@@ -15,7 +15,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,10 +25,9 @@ from aiohttp import ClientSession, HttpVersion10
 
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.conftest import Connect
 from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, served, start_as_in_the_manual
 from tests.proxy.test_tls import MAKE_CERTIFICATE
-
-Connect = Callable[..., openai.AsyncOpenAI]
 
 MANUALS_CONF = """
 # port3为nginx监听端口

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from brlite.engine.engine import Engine
 from tests.conftest import Eventually
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.conftest import Connect
 from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, served, write_model
-
-Connect = Callable[..., openai.AsyncOpenAI]
 
 FAR = """
 [server]

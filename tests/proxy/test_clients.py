@@ -15,18 +15,7 @@ from tests.proxy.conftest import BODY, HEAD, Served
 from tests.proxy.proxies import run_proxy, wait_until
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripted import Call, Then
-from tests.proxy.scripts import (
-    DONE,
-    EVENTS,
-    GOOD_PLAIN,
-    JSON_HEAD,
-    PLAIN,
-    TOKENS,
-    chunks,
-    event,
-    length,
-    sse,
-)
+from tests.proxy.scripts import DONE, EVENTS, GOOD_PLAIN, JSON_HEAD, PLAIN, TOKENS, chunks, event, length, sse
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 PLAIN_BODY = {"model": "m"}

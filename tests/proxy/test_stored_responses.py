@@ -6,7 +6,7 @@ The upstreams are brlite servers of the toy, which says again what it was told.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import NamedTuple
 
@@ -21,11 +21,11 @@ from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.proxy import background_usage
 from brlite.proxy.routing.route_table import RouteTable
+from tests.proxy.conftest import Connect
 from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Client
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Then
 
-Connect = Callable[..., openai.AsyncOpenAI]
 KEYS = tuple(KeyConfig(name=name, key=f"secret-{name}", admin=True) for name in "ab")
 ROUND_ROBIN = msgspec.structs.replace(PATIENT, choice="round_robin")
 

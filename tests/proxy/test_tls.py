@@ -10,7 +10,7 @@ import ssl
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
 from brlite.server.served_model import ModelTable
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.conftest import Connect
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripts import GOOD_PLAIN
@@ -57,7 +58,6 @@ print(len(ssl.create_default_context().get_ca_certs()))
 """
 
 CUT_HANDSHAKE = "it closed the connection in the TLS handshake"
-Connect = Callable[..., openai.AsyncOpenAI]
 
 # fmt: off
 MAKE_CERTIFICATE = [

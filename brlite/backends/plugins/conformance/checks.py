@@ -14,12 +14,7 @@ import msgspec
 import numpy as np
 
 from brlite.backends.plugins.calls import find_fault, with_every_slot
-from brlite.backends.plugins.conformance.engine_under_test import (
-    CheckFailed,
-    EngineUnderTest,
-    Logit,
-    NotApplicable,
-)
+from brlite.backends.plugins.conformance.engine_under_test import CheckFailed, EngineUnderTest, Logit, NotApplicable
 from brlite.backends.plugins.contract import GivesHiddenStates, PluginRow, TokenIds
 
 Check = Callable[[EngineUnderTest], str]

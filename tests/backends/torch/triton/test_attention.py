@@ -13,12 +13,7 @@ from torch import Tensor
 
 from brlite.backends.torch import kv_cache
 from brlite.backends.torch.probe import PLAIN_CONFIG
-from brlite.backends.torch.triton.attention import (
-    AttentionShape,
-    LayerPages,
-    attend,
-    tile_tokens,
-)
+from brlite.backends.torch.triton.attention import AttentionShape, LayerPages, attend, tile_tokens
 from brlite.backends.torch.triton.inputs import StepInputs, TableRows, TokenRun, lay_out, lay_out_singles, transfer
 
 BLOCK_SIZE = 16

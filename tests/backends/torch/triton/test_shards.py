@@ -17,15 +17,7 @@ from brlite.backends.torch.steps import Run
 from brlite.backends.torch.triton.steps import TritonSteps
 from brlite.models.shards import Shard
 from tests.backends.torch.test_parallel import Table, ThreadGroup
-from tests.backends.torch.triton.test_steps import (
-    MAX_ERROR,
-    STEPS,
-    Model,
-    error,
-    logits_of,
-    make_cache,
-    runs_of,
-)
+from tests.backends.torch.triton.test_steps import MAX_ERROR, STEPS, Model, error, logits_of, make_cache, runs_of
 from tests.models.steps import DEVICE, LENGTH
 from tests.tiny_models import LLAMA, TINY_CONFIGS
 
