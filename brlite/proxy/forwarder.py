@@ -175,7 +175,7 @@ class Forwarder:
     def _usage(self, exchange: Exchange) -> ForwardedUsage:
         """The tokens of a request: the usage in its response, or an estimate. 0 for one that the upstream refused.
 
-        A refusal is an answer from 400 on, or a stream of an error alone.
+        A refusal is an answer from 400 on, or a stream that has an error and no text.
 
         A client that disconnects pays for its prompt even if no response had begun.
         """
@@ -189,13 +189,13 @@ class Forwarder:
             return ForwardedUsage()
         seen = attempt.seen
         usage = reported_usage(seen.parts)
+        if seen.is_refusal and not (usage and usage.completion_tokens):
+            return ForwardedUsage()
         if usage is not None:
             if is_possible(usage, len(inbound.body), seen.num_text_bytes):
                 return usage
             text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
             logger.warning(text, attempt.upstream.name, len(inbound.body), *usage)
-        elif seen.is_refusal:
-            return ForwardedUsage()
         elif not seen.num_events and (made := stored_response(seen.parts)) is not None and made.is_running:
             return ForwardedUsage(exchange.num_reserved)  # nothing is generated yet
         return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))

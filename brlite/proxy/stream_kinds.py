@@ -35,6 +35,7 @@ LAST_TYPES = {
     StreamKind.OTHER: frozenset[str](),
 }
 ERROR_TYPES = frozenset({"response.failed", "error"})
+OPENING_TYPES = frozenset({"message_start", "ping"})  # of `/v1/messages`; those of Responses have the whole response
 
 
 def kind_of(path: bytes) -> StreamKind:

@@ -86,7 +86,7 @@ _ANSWER = msgspec.json.Decoder(_ResponseUsage)
 class Seen(msgspec.Struct, frozen=True, gc=False):
     """What was read of a response: JSON texts that may contain its usage, the events, and the bytes of their text.
 
-    `is_refusal`: a stream that ended with an error before any text.
+    `is_refusal`: a stream that has an error and no text.
     """
 
     parts: tuple[bytes, ...] = ()

@@ -53,6 +53,8 @@ CONTINUOUS = [
     sent({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}),
 ]
 
+ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}}]}
+
 
 @pytest.fixture
 async def start() -> AsyncIterator[Callable[..., Awaitable[World]]]:
@@ -219,7 +221,17 @@ async def test_what_was_refused_costs_nothing(start, status: int) -> None:
     ("path", "events", "spent"),
     [
         (CHAT, [{"error": {"message": "full"}}], (0, 0)),
-        (b"/v1/messages", [{"type": "error", "error": {"message": "full"}}], (0, 0)),
+        (CHAT, [ROLE, ROLE, {"error": {"message": "full"}}], (0, 0)),
+        (CHAT, [ROLE, {"choices": [{"index": 0, "delta": {"content": "a"}}]}, {"error": {"message": "lost"}}], (7, 10)),
+        (
+            b"/v1/messages",
+            [
+                {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 0}}},
+                {"type": "ping"},
+                {"type": "error", "error": {"message": "full"}},
+            ],
+            (0, 0),
+        ),
         (
             b"/v1/responses",
             [
@@ -231,7 +243,7 @@ async def test_what_was_refused_costs_nothing(start, status: int) -> None:
         (CHAT, [{"choices": [{"index": 0, "delta": {"content": "a"}}]}, {"error": {"message": "lost"}}], (7, 2)),
     ],
 )
-async def test_a_stream_of_an_error_alone_costs_nothing(
+async def test_a_stream_that_has_an_error_and_no_text_costs_nothing(
     start, path: bytes, events: list[object], spent: tuple[int, int]
 ) -> None:
     end = [DONE] if path == CHAT else []

@@ -16,7 +16,7 @@ import msgspec
 from brlite.dialects.sse import DONE, DONE_EVENT
 from brlite.errors import RequestError
 from brlite.files.text_file import BYTE_ORDER_MARK
-from brlite.proxy.stream_kinds import ERROR_TYPES, LAST_TYPES, StreamKind, error_event
+from brlite.proxy.stream_kinds import ERROR_TYPES, LAST_TYPES, OPENING_TYPES, StreamKind, error_event
 from brlite.proxy.usage import Seen
 from brlite.proxy.wire.framing import CHUNK_SIZE, LAST_CHUNK, Body, ChunkedBody, FramingError
 
@@ -26,6 +26,7 @@ COMMENT = b": keep-alive\n\n"
 MAX_CHOICES = 1024  # of one stream; each takes memory until its end
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
+_ROLE_ALONE = re.compile(rb'"delta": ?\{"role": ?"assistant"(?:, ?"\w+": ?(?:""|null))*\}')
 _EVENT_END = re.compile(rb"(?:\n\n|[\r\n]\r\n?)[\r\n]*")  # with the empty lines after it
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _LONG_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
@@ -72,6 +73,7 @@ class StreamContent:
     __slots__ = (
         "_has_error",
         "_has_finished",
+        "_has_text",
         "_has_unseen",
         "_kind",
         "_last_types",
@@ -90,6 +92,7 @@ class StreamContent:
         self._last_types = LAST_TYPES[kind]
         self._has_finished: dict[int, bool] = {}  # by choice: whether it has a finish_reason
         self._has_error = False
+        self._has_text = False  # an event came that is neither an error nor an opening
         self._has_unseen = False  # an event was too long to be decoded
         self._sequence_number = 0  # of the next event, in formats that number events
         self._num_data_bytes = 0
@@ -108,7 +111,7 @@ class StreamContent:
         """
         num_measured = self._num_measured
         num_text_bytes = self._num_data_bytes - self._smallest_event * num_measured if num_measured else 0
-        is_refusal = self._has_error and not num_measured
+        is_refusal = self._has_error and not self._has_text
         return Seen(self._usage_events, self.num_events, num_text_bytes, is_refusal=is_refusal)
 
     def error_event(self, error: RequestError) -> bytes:
@@ -127,6 +130,7 @@ class StreamContent:
             text.isascii() or text.decode()
             size = self._note(_EVENT.decode(text), text)
         except msgspec.ValidationError:  # not an event of a completion; it may be one of another API
+            self._has_text = True
             try:
                 _JSON.decode(text)
             except (msgspec.DecodeError, RecursionError):
@@ -143,7 +147,7 @@ class StreamContent:
 
     def skip(self, num_bytes: int) -> None:
         """Count bytes of an event that is too long to be decoded."""
-        self._has_unseen = True
+        self._has_unseen = self._has_text = True
         self._num_data_bytes += num_bytes
 
     def end_skipped(self, max_event_bytes: int) -> None:
@@ -172,7 +176,7 @@ class StreamContent:
         """Note an event's fields. Returns its bytes without logprobs; 0 for an error, and for what was sent before."""
         size = len(text) - len(event.logprobs)
         has_response = event.response is not _NULL and event.response != _NULL  # the default is that object
-        is_error, is_repeat = event.error is not None, has_response
+        is_error, is_repeat, is_opening = event.error is not None, has_response, has_response
         if event.usage is not None or ((has_response or event.message != _NULL) and b'"usage"' in text):
             self._usage_events = (*self._usage_events[:1], text)
         if event.type is not None and self._last_types:
@@ -180,6 +184,7 @@ class StreamContent:
                 self.has_end |= event.type in self._last_types
                 is_repeat |= event.type.endswith(".done")  # of Responses, after the deltas
                 is_error |= event.type in ERROR_TYPES
+                is_opening |= event.type in OPENING_TYPES
             if isinstance(event.sequence_number, int):
                 self._sequence_number = event.sequence_number + 1
         for choice in event.choices or ():
@@ -193,6 +198,8 @@ class StreamContent:
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
         self._has_error |= is_error
+        if not self._has_text:
+            self._has_text = not (is_error or is_opening or _ROLE_ALONE.search(text))
         return 0 if is_repeat or is_error else size
 
 
