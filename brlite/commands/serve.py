@@ -187,6 +187,13 @@ class ModelLoader:
         sizes = await on_daemon_thread(partial(known_sizes, spec, self._config.engine), LOADING)
         return None if sizes is None else sizes.num_bytes
 
+    async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
+        await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
+        from brlite.llm import fetch_model
+
+        with _shown(report) as show:
+            await fetch_model(self._config, spec, show)
+
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
         from brlite.llm import model_bytes

@@ -7,6 +7,7 @@ import gc
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.config.options import Config, ModelSpec
@@ -69,6 +70,15 @@ class AsyncEngine(EngineLoop):
             await engine.close()
 
 
+async def fetch_model(config: Config, spec: ModelSpec, on_progress: OnProgress) -> None:
+    """Download a model on another thread, if it is not local. An engine plugin downloads its files when it loads."""
+    if config.engine.name is None:
+        from brlite.checkpoint.fetch import locate_model
+
+        fetch = partial(locate_model, spec.name, spec.path, on_progress)
+        await asyncio.wrap_future(start_daemon(fetch, "brlite-fetch"))
+
+
 async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
     """The bytes of a model's weights and KV cache. If the model is not local, downloads it on another thread."""
     from brlite.backends.sizes import sizes_at
@@ -90,6 +100,9 @@ class EngineLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         """The bytes of a model that are known without its files: 0 with an engine plugin, else None."""
         return 0 if self.config.engine.name is not None else None
+
+    async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
+        await fetch_model(self.config, spec, report)
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         return await model_bytes(self.config, spec, report)

@@ -1,7 +1,8 @@
 """Decides which models are in memory: loads them for waiting requests, unloads them when idle or to make room.
 
-`decide` is the whole policy, without effects. `ModelManager` carries out its decisions one by one, in one task. The
-`Loader` implements the loading.
+`decide` is the whole policy, without effects. `ModelManager` carries out its decisions one by one, in one task. Files
+are fetched before that, of several models at once: a download that stalls holds no other model back. The `Loader`
+implements the loading.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ OnProgress = Callable[[str, float], None]
 
 
 class Loader(Protocol):
-    """Loads models into memory. `report` may be called from any thread."""
+    """Loads models into memory. `report` may be called from any thread. Only `fetch` is called for several at once."""
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         """The bytes of weights and KV cache; None if the model must be downloaded to find out."""
         ...
 
+    async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
+        """Download the model if it is not local."""
+        ...
+
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        """The bytes of weights and KV cache. Downloads the model if it is not local."""
+        """The bytes of weights and KV cache of a model that was fetched."""
         ...
 
     async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
@@ -171,7 +176,10 @@ class ModelManager:
         self._engines: dict[str, EngineLoop] = {}  # all engines that are not closed
         self._changed = asyncio.Event()
         self._lost: list[str] = []
-        self._restarting: dict[str, float] = {}  # the time at which each restart began
+        self._starting: dict[str, float] = {}  # since when each model of load = "start" is to be loaded (again)
+        self._first_loads: dict[str, asyncio.Future[None]] = {}  # those that `start` waits for
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._fetched: set[str] = set()
         self._failure: BrliteError | None = None
         self._has_failed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
@@ -179,18 +187,20 @@ class ModelManager:
             model.watch(self._changed.set)
 
     async def start(self) -> None:
-        """Load the models of `load = "start"` one by one, so that memory peaks once. Others are loaded on demand later.
+        """Wait until the models of `load = "start"` are loaded, one by one, so that memory peaks once.
 
         Raises the error of a model that cannot be loaded, and `ConfigError` if the memory is not enough; if the sizes
         are known, before anything is loaded.
         """
         await self._measure_local()
+        loop = asyncio.get_running_loop()
         for model in [model for model in self._models.values() if model.spec.load == "start"]:
-            with model.loading.running():
-                await self._measure(model)
-                await self._load(model)
+            self._starting[model.name] = self._clock()
+            self._first_loads[model.name] = loop.create_future()
+        first_loads = asyncio.gather(*self._first_loads.values())
         self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
         self._keeping.add_done_callback(self._on_stopped)
+        await first_loads
 
     async def failure(self) -> BrliteError:
         """Return the error for which the server has to exit, once there is one."""
@@ -202,6 +212,9 @@ class ModelManager:
         """Start no more loads and refuse the requests that wait for one. Loaded models continue."""
         if self._keeping is not None:
             self._keeping.cancel()
+        for waited_for in (*self._fetching.values(), *self._first_loads.values()):
+            waited_for.cancel()
+        self._first_loads.clear()
         for model in self._models.values():
             model.loading.refuse()
 
@@ -209,7 +222,7 @@ class ModelManager:
         """Close all engines. Running requests end with an error. May be called twice."""
         self.drain()
         if self._keeping is not None:
-            await asyncio.wait([self._keeping])
+            await asyncio.wait([self._keeping, *self._fetching.values()])
         for engine in list(self._engines.values()):
             await engine.close()
 
@@ -228,8 +241,12 @@ class ModelManager:
                     continue  # it was lost as it was unloaded
                 comes_back = lost.spec.load == "start"
                 if comes_back:
-                    self._restarting[lost.name] = self._clock()
+                    self._starting[lost.name] = self._clock()
                 await self._unload(lost, "what computes it is gone", comes_back=comes_back)
+            begun = {*self._fetching, *self._fetched, *self._engines}
+            for model in self._models.values():
+                if model.name not in begun and self._wanted_since(model) < math.inf:
+                    self._fetching[model.name] = asyncio.create_task(self._fetch(model), name="brlite-fetch")
             managed = [self._managed(model) for model in self._models.values()]
             action = decide(managed, self._budget_bytes, self._clock())
             yielding = () if isinstance(action, Load) else action.yielding
@@ -251,6 +268,8 @@ class ModelManager:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("the model manager failed", exc_info=error)
             self._fail(f"the model manager failed: {error}")
+            for first_load in self._first_loads.values():
+                first_load.set_exception(error)
 
     def _managed(self, model: ServedModel) -> ManagedModel:
         return ManagedModel(
@@ -260,31 +279,60 @@ class ModelManager:
             is_busy=model.num_active > 0,
             is_yielding=model.is_held_back,
             loaded_since=model.loaded_since,
-            wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
+            wanted_since=self._wanted_since(model) if model.name in self._fetched else math.inf,
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,
             is_dismissed=model.is_dismissed,
         )
 
+    def _wanted_since(self, model: ServedModel) -> float:
+        """The time since which the model is to be loaded; infinity if it is not."""
+        return min(model.loading.wanted_since, self._starting.get(model.name, math.inf))
+
+    async def _fetch(self, model: ServedModel) -> None:
+        try:
+            with model.loading.running():
+                await self._loader.fetch(model.spec, model.loading.report)
+            self._fetched.add(model.name)
+        except Exception as error:
+            self._note_failed_load(model, error)
+        finally:
+            del self._fetching[model.name]
+            self._changed.set()
+
     async def _try_load(self, model: ServedModel) -> None:
         """Load a model that requests wait for. If its size is unknown, only measure it; `decide` then runs again."""
         try:
             with model.loading.running():
-                await (self._load(model) if model.name in self._sizes else self._measure(model))
-        except Exception as error:  # any error of one model: the others are served on
-            is_foreseen = isinstance(error, BrliteError)
-            logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
-            model.loading.fail()
-            if self._restarting.pop(model.name, None) is not None:
-                self._fail(f"model {model.name} could not be restarted: {error}")
+                if model.name in self._sizes:
+                    await self._load(model)
+                else:
+                    self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
+        except Exception as error:
+            self._note_failed_load(model, error)
+
+    def _note_failed_load(self, model: ServedModel, error: Exception) -> None:
+        """Refuse the requests that wait for the model, after any error: the others are served on."""
+        self._fetched.discard(model.name)
+        was_starting = self._starting.pop(model.name, None) is not None
+        if (first_load := self._first_loads.pop(model.name, None)) is not None:
+            first_load.set_exception(error)  # which `start` raises
+            return
+        is_foreseen = isinstance(error, BrliteError)
+        logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
+        model.loading.fail()
+        if was_starting:
+            self._fail(f"model {model.name} could not be restarted: {error}")
 
     async def _load(self, model: ServedModel) -> None:
         started = self._clock()
         engine = await self._loader.load(model.spec, model.loading.report)
         self._engines[model.name] = engine
         engine.watch(lambda: self._note_lost(model, engine))
-        self._restarting.pop(model.name, None)
+        self._starting.pop(model.name, None)
         model.take(engine)
+        if (first_load := self._first_loads.pop(model.name, None)) is not None:
+            first_load.set_result(None)
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
     def _note_lost(self, model: ServedModel, engine: EngineLoop) -> None:
@@ -327,10 +375,6 @@ class ModelManager:
                 continue
             if num_bytes is not None:
                 self._note_size(model, num_bytes)
-
-    async def _measure(self, model: ServedModel) -> None:
-        if model.name not in self._sizes:
-            self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
 
     def _note_size(self, model: ServedModel, num_bytes: int) -> None:
         """Store a model's size. Raises `ConfigError` for a model that can never fit."""

@@ -145,6 +145,7 @@ class FakeLoader:
     def __init__(self, sizes: dict[str, int]) -> None:
         self.known, self.unknown = sizes, dict[str, int]()
         self.gates: dict[str, asyncio.Event] = {}
+        self.downloads: dict[str, asyncio.Event] = {}  # each ends when it is set
         self.errors: dict[str, list[Exception]] = {}
         self.backends: dict[str, FakeBackend] = {}
         self.loads: Counter[str] = Counter()
@@ -152,6 +153,11 @@ class FakeLoader:
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         return self.known.get(spec.name)
+
+    async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
+        if spec.name in self.downloads:
+            report("downloading", 0.2)
+            await self.downloads[spec.name].wait()
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         return self.unknown[spec.name]

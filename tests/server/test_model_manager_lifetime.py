@@ -146,3 +146,72 @@ async def test_a_model_of_the_start_that_fails_ends_the_start(make_house: MakeHo
 
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         await make_house([ModelSpec(name="a"), *on_demand("b")], prepare=break_it)
+
+
+@pytest.mark.parametrize("budget", [0, 20])
+async def test_a_download_that_stalls_holds_no_other_model_back(
+    make_house: MakeHouse, eventually: Eventually, budget: int
+) -> None:
+    def stall(loader: FakeLoader) -> None:
+        loader.downloads["a"] = asyncio.Event()
+        loader.unknown["a"] = 6
+
+    house = await make_house(on_demand("a", "b"), sizes={"b": 6}, budget=budget, prepare=stall)
+    waiting = house.asks("a")
+    await eventually(lambda: "downloading 20%" in house.progress("a"))
+
+    status, _ = await house.ask("b")
+    meanwhile = await house.statuses()
+    house.loader.downloads["a"].set()
+
+    assert (status, meanwhile) == (200, {"a": "loading", "b": "ready"})
+    assert (await waiting)[0] == 200
+
+
+async def test_a_download_that_stalls_at_the_start_holds_no_other_model_back(eventually: Eventually) -> None:
+    models = ModelTable([ServedModel(spec) for spec in (ModelSpec(name="a"), ModelSpec(name="b"), *on_demand("c"))])
+    loader = FakeLoader({})
+    loader.downloads["a"] = asyncio.Event()
+
+    async with ModelManager(models, loader, EngineConfig()) as manager:
+        starting = asyncio.create_task(manager.start())
+        await eventually(lambda: models.find("b").engine is not None)
+        with models.find("c").in_use(max_waiting=1):
+            await models.find("c").loaded(PATIENCE_SECONDS)
+        was_waiting = not starting.done()
+        loader.downloads["a"].set()
+        await starting
+
+    assert was_waiting
+    assert loader.loads == {"a": 1, "b": 1, "c": 1}
+
+
+async def test_a_download_that_fails_refuses_those_who_wait_and_is_tried_again(
+    make_house: MakeHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(spec: ModelSpec, report: object) -> None:
+        raise ModelError("the hub cannot be reached")
+
+    house = await make_house(on_demand("a"))
+    monkeypatch.setattr(house.loader, "fetch", fail)
+    status, answer = await house.ask("a")
+    monkeypatch.undo()
+    house.time += 10
+
+    assert (status, answer["error"]["code"]) == (503, "model_load_failed")
+    assert (await house.ask("a"))[0] == 200
+
+
+async def test_closing_ends_downloads_and_a_start_that_waits_for_them() -> None:
+    model = ServedModel(ModelSpec(name="a"))
+    loader = FakeLoader({})
+    loader.downloads["a"] = asyncio.Event()
+    manager = ModelManager([model], loader, EngineConfig())
+    starting = asyncio.create_task(manager.start())
+    await asyncio.sleep(0)
+
+    await asyncio.wait_for(manager.close(), PATIENCE_SECONDS)
+
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not loader.loads
