@@ -43,7 +43,9 @@ struct Tile {
     float* out;  // [panels][rows][16]
     int format;
     const uint8_t* table;  // of a format that has one: `table_of`
-    long ahead;            // prefetch distance in bytes; 0: no prefetch
+    // Of the groups of inputs, this tile prefetches the one of each `num_tiles` that has its index.
+    int index, num_tiles;
+    long ahead;  // prefetch distance in bytes
 };
 
 // Prefetches to L2, for one row of integers to L1. With more rows L1 made a step slower: that replaces data in use.
@@ -93,14 +95,17 @@ static void multiply_integers(const Tile& tile) {
         groups[p] = tile.panel + p * tile.panel_bytes;
         UNROLLED for (int r = 0; r < ROWS; r++) totals[r][p] = splat(0.0f);
     }
+    int until_fetch = tile.index;
     for (int first = 0; first < tile.num_inputs; first += group_inputs(FORMAT)) {
         UNROLLED for (int p = 0; p < PANELS; p++) {
             if (has_blocks(format) && first % BRLITE_BLOCK == 0) {
                 factors[p].read(format, groups[p]);
                 groups[p] += block_head_bytes(format);
             }
-            if (!IS_BESIDE && tile.ahead) fetch<ROWS == 1>(groups[p] + tile.ahead, group_bytes(FORMAT));
+            if (!IS_BESIDE && tile.ahead && until_fetch == 0)
+                fetch<ROWS == 1>(groups[p] + tile.ahead, group_bytes(FORMAT));
         }
+        until_fetch = (until_fetch ? until_fetch : tile.num_tiles) - 1;
         const int index = first / BRLITE_GROUP, half = first % BRLITE_GROUP / group_inputs(FORMAT);
         const long first_group = HAS_INT8_ROWS ? (long)index * tile.block_rows : index;
         const GroupOfRows activations = {tile.activations + first_group,
@@ -131,10 +136,13 @@ INLINE void multiply_bf16(const Tile& tile) {
     UNROLLED for (int p = 0; p < PANELS; p++) panels[p] = tile.panel + p * tile.panel_bytes;
     Bf16::Sum sums[1][ROWS][PANELS];
     clear<Bf16>(sums[0]);
+    int until_fetch = tile.index;
     for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
-        if (tile.ahead) UNROLLED for (int p = 0; p < PANELS; p++) fetch<false>(panels[p] + tile.ahead, BLOCK_BYTES);
+        if (tile.ahead && until_fetch == 0)
+            UNROLLED for (int p = 0; p < PANELS; p++) fetch<false>(panels[p] + tile.ahead, BLOCK_BYTES);
         add_pairs<Bf16>(sums, panels, Bf16::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         UNROLLED for (int p = 0; p < PANELS; p++) panels[p] += BLOCK_BYTES;
+        until_fetch = (until_fetch ? until_fetch : tile.num_tiles) - 1;
     }
     UNROLLED for (int p = 0; p < PANELS; p++) UNROLLED for (int r = 0; r < ROWS; r++)
         store(tile.out + (p * ROWS + r) * LANES, Bf16::floats(sums[0][r][p]));
@@ -220,8 +228,9 @@ INLINE void multiply_panels(const Product& product, int panel, int num_panels) {
             last = smaller(smaller(end, first + max_rows), (first / input.block_rows + 1) * input.block_rows);
         const long first_group = op.has_int8_rows ? input.first_group(first) : first * input.row_size / BRLITE_GROUP;
         const long row_at = op.has_int8_rows ? first_group * BRLITE_GROUP : first * input.row_size;
-        // Only the first tile reads weights from memory. If more tiles follow, it prefetches the next panels.
-        const long ahead = first > begin ? 0 : last < end ? num_panels * bytes : fetch_ahead(op.format, num_rows);
+        // If there is more than one tile, they prefetch the next panels, each a part: all of it in the first tile would
+        // take longer than its products.
+        const long ahead = num_tiles > 1 ? num_panels * bytes : fetch_ahead(op.format, num_rows);
         const auto& kernels = op.has_int8_rows ? TILE_KERNELS<true> : TILE_KERNELS<false>;
         const int size = last - first, of_tile = smaller(num_panels, panels_of_tile(size));
         for (int p = panel; p < panel + num_panels; p += of_tile) {
@@ -235,6 +244,8 @@ INLINE void multiply_panels(const Product& product, int panel, int num_panels) {
                                sums,
                                op.format,
                                table_of(op.format),
+                               tile_index - 1,
+                               num_tiles,
                                ahead};
             // Prefetch the output: its rows are far apart, each in another memory page.
             const float* out = product.output + (long)first * op.row_size + p * LANES;
