@@ -132,7 +132,7 @@ async def _serve(app: web.Application, reloader: Reloader) -> int:
                 logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
             loading = asyncio.create_task(_load_first(manager), name="brlite-load")
             failing = asyncio.create_task(manager.failure(), name="brlite-failure")
-            await _first_of(loading, stop)
+            await _first_of(loading, stop, failing)
             if loading.done():
                 loading.result()
                 _announce(server.url, models, forwarder.table, needs_key=not keys.is_open)

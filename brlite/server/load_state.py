@@ -23,12 +23,12 @@ RETRY_SECONDS = 5
 class LoadPhase(enum.Enum):
     """The phase of a load. Each event and the phase after it:
 
-    | event                         | IDLE    | RUNNING | FAILED  | STOPPED |
-    |-------------------------------|---------|---------|---------|---------|
-    | a load or a measurement begins| RUNNING |         | RUNNING | STOPPED |
-    | it has ended                  |         | IDLE    |         | STOPPED |
-    | it has failed                 | FAILED  | FAILED  |         | STOPPED |
-    | the server stops              | STOPPED | STOPPED | STOPPED | STOPPED |
+    | event                                   | IDLE    | RUNNING | FAILED  | STOPPED |
+    |-----------------------------------------|---------|---------|---------|---------|
+    | a download, measurement or load begins  | RUNNING |         | RUNNING | STOPPED |
+    | it has ended                            |         | IDLE    |         | STOPPED |
+    | it has failed                           | FAILED  | FAILED  |         | STOPPED |
+    | the server stops                        | STOPPED | STOPPED | STOPPED | STOPPED |
     """
 
     IDLE = enum.auto()  # no load is running; the last one, if any, succeeded
@@ -111,7 +111,7 @@ class LoadState:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the model is being measured or loaded."""
+        """Inside, the model is being downloaded, measured or loaded."""
         self._enter(LoadPhase.RUNNING)
         try:
             yield

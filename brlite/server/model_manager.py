@@ -190,7 +190,7 @@ class ModelManager:
         """Wait until the models of `load = "start"` are loaded, one by one, so that memory peaks once.
 
         Raises the error of a model that cannot be loaded, and `ConfigError` if the memory is not enough; if the sizes
-        are known, before anything is loaded.
+        are known, before anything is loaded. An error ends the other loads and downloads.
         """
         await self._measure_local()
         loop = asyncio.get_running_loop()
@@ -200,7 +200,11 @@ class ModelManager:
         first_loads = asyncio.gather(*self._first_loads.values())
         self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
         self._keeping.add_done_callback(self._on_stopped)
-        await first_loads
+        try:
+            await first_loads
+        except BaseException:
+            self.drain()
+            raise
 
     async def failure(self) -> BrliteError:
         """Return the error for which the server has to exit, once there is one."""
@@ -243,9 +247,10 @@ class ModelManager:
                 if comes_back:
                     self._starting[lost.name] = self._clock()
                 await self._unload(lost, "what computes it is gone", comes_back=comes_back)
-            begun = {*self._fetching, *self._fetched, *self._engines}
             for model in self._models.values():
-                if model.name not in begun and self._wanted_since(model) < math.inf:
+                if self._wanted_since(model) == math.inf or model.name in self._engines:
+                    self._fetched.discard(model.name)  # its files may be gone when it is loaded again
+                elif model.name not in self._fetching and model.name not in self._fetched:
                     self._fetching[model.name] = asyncio.create_task(self._fetch(model), name="brlite-fetch")
             managed = [self._managed(model) for model in self._models.values()]
             action = decide(managed, self._budget_bytes, self._clock())
@@ -268,10 +273,21 @@ class ModelManager:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.critical("the model manager failed", exc_info=error)
             self._fail(f"the model manager failed: {error}")
-            for first_load in self._first_loads.values():
-                first_load.set_exception(error)
+            for name in list(self._first_loads):
+                self._end_first_load(name, error)
+
+    def _end_first_load(self, name: str, error: BaseException | None = None) -> bool:
+        """Tell `start` how a load ended that it waits for. False if it does not wait for this model's."""
+        first_load = self._first_loads.pop(name, None)
+        if first_load is None:
+            return False
+        if first_load.cancelled():  # so was `start`, a moment ago
+            return True
+        first_load.set_result(None) if error is None else first_load.set_exception(error)
+        return True
 
     def _managed(self, model: ServedModel) -> ManagedModel:
+        can_be_loaded = model.name in self._fetched or model.name in self._engines
         return ManagedModel(
             model.name,
             self._sizes.get(model.name),
@@ -279,7 +295,7 @@ class ModelManager:
             is_busy=model.num_active > 0,
             is_yielding=model.is_held_back,
             loaded_since=model.loaded_since,
-            wanted_since=self._wanted_since(model) if model.name in self._fetched else math.inf,
+            wanted_since=self._wanted_since(model) if can_be_loaded else math.inf,
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,
             is_dismissed=model.is_dismissed,
@@ -315,8 +331,7 @@ class ModelManager:
         """Refuse the requests that wait for the model, after any error: the others are served on."""
         self._fetched.discard(model.name)
         was_starting = self._starting.pop(model.name, None) is not None
-        if (first_load := self._first_loads.pop(model.name, None)) is not None:
-            first_load.set_exception(error)  # which `start` raises
+        if self._end_first_load(model.name, error):
             return
         is_foreseen = isinstance(error, BrliteError)
         logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
@@ -331,8 +346,7 @@ class ModelManager:
         engine.watch(lambda: self._note_lost(model, engine))
         self._starting.pop(model.name, None)
         model.take(engine)
-        if (first_load := self._first_loads.pop(model.name, None)) is not None:
-            first_load.set_result(None)
+        self._end_first_load(model.name)
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
     def _note_lost(self, model: ServedModel, engine: EngineLoop) -> None:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import signal
 import threading
 
 import pytest
 
+from brlite.app import FORWARDER, create_app
 from brlite.backends import sizes
+from brlite.commands import serve
+from brlite.commands.reload import ConfigSource, Reloader
 from brlite.commands.serve import ModelLoader, curl_line
-from brlite.config.options import Config, ModelSpec
+from brlite.config.options import Config, EngineConfig, ModelSpec, ServerConfig
+from brlite.http.keys import KEYS
+from brlite.server.model_manager import OnProgress
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
+from tests.server.test_lost_model import Loader
 
 
 @pytest.mark.parametrize("model", ["org/name-1.5", "it's", 'a "quoted" \\name', "夏天"])
@@ -52,3 +61,33 @@ def test_a_disk_that_hangs_keeps_no_server_from_ending(monkeypatch: pytest.Monke
     hangs.set()
 
     assert has_ended
+
+
+async def test_a_model_that_is_lost_while_another_one_is_downloaded_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    class StallingLoader(Loader):
+        async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
+            if spec.name == "b":
+                await asyncio.Event().wait()
+
+    config = Config(
+        model=tuple(ModelSpec(name=name, build_seq=64) for name in "ab"),
+        engine=EngineConfig(on_rank_failure="exit"),
+        server=ServerConfig(port=0, drain_seconds=0.1),
+    )
+    loader, models = StallingLoader(), ModelTable([ServedModel(spec) for spec in config.model])
+    app = create_app(models, config, listens_on=config.server.host)
+    reloader = Reloader(ConfigSource((), lambda: config), config, app[KEYS], app[FORWARDER], models)
+    monkeypatch.setattr(serve, "ModelLoader", lambda _: loader)
+    handlers = {number: signal.getsignal(number) for number in serve.STOP_SIGNALS}
+    serving = asyncio.create_task(serve._serve(app, reloader))
+    try:
+        await eventually(lambda: models.find("a").engine is not None)
+        loader.backends[0].die()
+        status = await asyncio.wait_for(serving, PATIENCE_SECONDS)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    assert status == serve.EXIT_LOST

@@ -215,3 +215,54 @@ async def test_closing_ends_downloads_and_a_start_that_waits_for_them() -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert not loader.loads
+
+
+async def test_a_start_that_fails_ends_the_other_loads_and_downloads() -> None:
+    models = [ServedModel(ModelSpec(name=name)) for name in "abc"]
+    loader = FakeLoader({})
+    loader.errors["a"] = [ModelError("config.json is missing")]
+    loader.gates["b"] = loader.downloads["c"] = asyncio.Event()
+    manager = ModelManager(models, loader, EngineConfig())
+
+    with pytest.raises(ModelError):
+        await manager.start()
+    for _ in range(9):
+        await asyncio.sleep(0)
+    cancelled = list(loader.cancelled)
+    await manager.close()
+
+    assert cancelled == ["b"]
+
+
+@pytest.mark.parametrize("error", [None, ModelError("config.json is missing")])
+async def test_a_load_that_ends_as_the_start_is_cancelled_is_no_error(
+    caplog: pytest.LogCaptureFixture, eventually: Eventually, error: ModelError | None
+) -> None:
+    loader = FakeLoader({})
+    loader.gates["a"] = asyncio.Event()
+    loader.errors["a"] = [] if error is None else [error]
+    async with ModelManager([ServedModel(ModelSpec(name="a"))], loader, EngineConfig()) as manager:
+        starting = asyncio.create_task(manager.start())
+        await eventually(lambda: loader.loads["a"] == 1)
+
+        loader.gates["a"].set()
+        starting.cancel()
+        await asyncio.wait([starting])
+
+    assert starting.cancelled()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_model_whose_files_may_be_gone_is_fetched_anew(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    await house.ask("b")
+    house.loader.downloads["a"] = asyncio.Event()
+
+    waiting = house.asks("a")
+    await eventually(lambda: "downloading 20%" in house.progress("a"))
+    status, _ = await house.ask("b")
+    house.loader.downloads["a"].set()
+
+    assert status == 200
+    assert (await waiting)[0] == 200
