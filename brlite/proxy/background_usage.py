@@ -22,7 +22,7 @@ from brlite.proxy.usage import Seen, reported_usage
 logger = logging.getLogger(__name__)
 
 MAX_FOLLOWED = 1000
-MAX_CONCURRENT = 8  # requests; each may hold `MAX_BYTES`
+MAX_CONCURRENT = 8  # requests, and as many before deletions; each may hold `MAX_BYTES`
 MAX_BYTES = 4 * 1024 * 1024
 FIRST_SECONDS = 2.0  # until the first request; then half as long again each time, up to `MAX_SECONDS`
 MAX_SECONDS = 60.0
@@ -40,6 +40,7 @@ class BackgroundUsage:
         self._find_upstream = find_upstream
         self._tasks: dict[asyncio.Task[None], tuple[str, str]] = {}  # with the tenant and the id
         self._turns = asyncio.Semaphore(MAX_CONCURRENT)
+        self._deletions = asyncio.Semaphore(MAX_CONCURRENT)  # their clients wait: not behind an upstream that hangs
 
     def follow(self, key: ApiKey, response_id: str) -> None:
         """Charge the key for this response when it is complete. `owners` has its upstream."""
@@ -66,7 +67,9 @@ class BackgroundUsage:
         why = "it is deleted while it runs"
         for method, end in (("POST", "/cancel"), ("GET", "")):
             try:
-                if await self._charge(key, response_id, upstream, method, end):
+                async with self._deletions:
+                    is_complete = await self._charge(key, response_id, upstream, method, end)
+                if is_complete:
                     return
             except UpstreamError as error:
                 why = f"it is deleted, and upstream {upstream.name} {error}"
@@ -90,7 +93,9 @@ class BackgroundUsage:
                 why = f"the config has no upstream {owner.upstream} any more"
                 break
             try:
-                if await self._charge(key, response_id, upstream):
+                async with self._turns:
+                    is_complete = await self._charge(key, response_id, upstream)
+                if is_complete:
                     return
                 num_failures = 0
             except UpstreamError as error:
@@ -105,7 +110,7 @@ class BackgroundUsage:
     ) -> bool:
         """Charge what the answer about a response reports. False while it runs. Raises `UpstreamError`."""
         path = f"{RESPONSES_PATH.decode()}/{quote(response_id, safe='')}{end}"
-        async with self._turns, UpstreamClient(upstream, ANSWER_SECONDS) as client:
+        async with UpstreamClient(upstream, ANSWER_SECONDS) as client:
             body = await client.read(path, MAX_BYTES, method)
         if (response := stored_response((body,))) is None:
             raise UpstreamError(f"answered {method} {path} with no response object")

@@ -21,6 +21,7 @@ from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.proxy import background_usage
 from brlite.proxy.routing.route_table import RouteTable
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.conftest import Connect
 from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Client
@@ -453,6 +454,35 @@ async def test_a_background_response_that_is_deleted_is_charged_what_its_client_
     read = [(b"GET", False)] if has_ended else []
     assert seen == [(b"POST", False), (b"POST", True), *read, (b"DELETE", False)]
     assert "not charged" not in caplog.text
+
+
+async def test_an_upstream_that_hangs_holds_back_no_deletion_at_another_one(
+    stack: AsyncExitStack, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_usage, "MAX_CONCURRENT", 1)
+    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(background_usage, "ANSWER_SECONDS", 10 * PATIENCE_SECONDS)
+    hangs = asyncio.Event()
+
+    async def hang(call: Call) -> Then:
+        if call.request.method == b"GET":
+            hangs.set()
+            await call.wait_left()
+        await call.send(json_answer({"id": "resp_1", "background": True, "status": "in_progress"}))
+        return "keep"
+
+    async def act(call: Call) -> Then:
+        status = "in_progress" if call.request.path == b"/v1/responses" else "cancelled"
+        await call.send(json_answer({"id": "resp_2", "background": True, "status": status}))
+        return "keep"
+
+    upstreams = [await stack.enter_async_context(ScriptedUpstream(act=each)) for each in (hang, act)]
+    responses = (await behind(stack, connect, *(each.url for each in upstreams))).clients[0].responses
+    for _ in upstreams:
+        await responses.create(model="toy", input="hello", background=True)
+    await asyncio.wait_for(hangs.wait(), PATIENCE_SECONDS)
+
+    await asyncio.wait_for(responses.delete("resp_2"), PATIENCE_SECONDS)
 
 
 async def test_tokens_of_a_deleted_response_that_its_upstream_does_not_report_are_named_in_the_log(
