@@ -1,6 +1,5 @@
 // LINEAR and ADD: a matrix times rows of activations. Threads divide the panels of the matrix among themselves. A panel
-// stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a
-// time.
+// stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a time.
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
 //   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 offsets, if it has them |
@@ -206,7 +205,8 @@ INLINE long element_bytes(const brlite_operation& op) {
     return op.has_int8_rows ? sizeof(GroupedRow) : takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
 }
 
-// The rows of a block of int8 activations: blocks of equal size, 13 rows are 7 + 6.
+// The rows of a block of int8 activations: blocks of equal size, of 6 rows at most 8 rows are 4 + 4.
+static_assert(MAX_ROWS <= MAX_BLOCK_ROWS, "memory for activations is padded to whole blocks");
 INLINE int rows_of_block(int num_rows) {
     const int num_blocks = larger(1, (num_rows + MAX_ROWS - 1) / MAX_ROWS);
     return larger(1, (num_rows + num_blocks - 1) / num_blocks);

@@ -43,7 +43,7 @@ constexpr Batches LONG = {
      {1, 1, {{0, 262, 11}}},                                        // several blocks of rows that see a whole chunk
      {2, 4, {{0, 273, 9}, {1, 262, 8}, {2, 303, 7}, {3, 257, 4}}},  // so many rows that two threads divide them
      {2, 1, {{0, 282, 30}}}}};                                      // and attend to each other's
-// For matrices: so many rows that two threads divide them, and tiles of 1 to 12 rows.
+// For matrices: so many rows that two threads divide them, and tiles of 1 to 6 rows.
 constexpr Batches SHORT = {2,
                            false,
                            {{2, 4, {{0, 0, 9}, {1, 0, 8}, {2, 0, 7}, {3, 0, 4}}},

@@ -35,7 +35,7 @@ struct ActivationGroup {
 // The input of a matrix: rows of bfloat16 or of int8 activations, both in the kernels' form (`row_bytes`), or rows of
 // int16 with one scale each. Rows of int8 and their `groups` are in blocks of the rows of one tile, group by group:
 // [blocks][row_size / BRLITE_GROUP][block_rows]. So a tile needs one address: there are not enough registers for
-// twelve.
+// one of each row.
 struct Activations {
     void* rows;
     float* scales;
@@ -49,7 +49,7 @@ struct Activations {
     }
 };
 
-constexpr int MAX_BLOCK_ROWS = 12;
+constexpr int MAX_BLOCK_ROWS = 6;
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
 // barrier can take longer when other programs use the cores.
