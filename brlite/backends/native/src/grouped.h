@@ -141,6 +141,9 @@ template <int FORMAT, int ROWS, int PANELS>
 INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
                       long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
     constexpr int SUMS = PANELS > 1 ? 1 : sums_of_grouped_row(ROWS);
+    constexpr int PAIRS = pairs_of_line(FORMAT, ROWS);
+    const uint8_t* ahead = groups[0] + FETCH_AHEAD_BESIDE;
+    FetchBeside<PAIRS> beside{ahead};
     Int8::Sum parts[SUMS][ROWS][PANELS];
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
         parts[0][r][p] = start_of<FORMAT>(activations[r], half);
@@ -152,7 +155,9 @@ INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&group
         const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + 8 * i;
         UNROLLED for (int k = 0; k < 2; k++) UNROLLED for (int r = 0; r < ROWS; r++)
             add_quad(parts[(2 * i + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
+        UNROLLED for (int pair = 0; pair < 4; pair++) beside(pair);
     }
+    if constexpr (PAIRS != 0) fetch_line(ahead + code_bytes(FORMAT));
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][p] = Int8::plus(parts[0][r][p], parts[i][r][p]);
         sums[r][p] = Int8::floats(parts[0][r][p]);

@@ -15,9 +15,9 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-// Prefetch distance in bytes where all rows fit one tile; found by measuring. For one row of integers AVX-512 leaves it
-// to the processor's own prefetcher: software prefetches made it slower. With AVX2 a step on two Zen 3 cores is 1.1
-// times as fast with a distance of 1 to 6 groups.
+// Prefetch distance in bytes where all rows fit one tile; found by measuring. One row of integers prefetches between
+// its products (multiply.h). Where it does not, AVX-512 leaves it to the processor's own prefetcher: a group at a time
+// made it slower on Zen 4. With AVX2 a step on two Zen 3 cores is 1.1 times as fast with a distance of 1 to 6 groups.
 constexpr long FETCH_AHEAD = 16 * group_bytes(BRLITE_INT8), FETCH_AHEAD_OF_ONE_BF16_ROW = 2 * FETCH_AHEAD;
 #if defined(BRLITE_HAS_AVX2)
 constexpr long FETCH_AHEAD_OF_ONE_INTEGER_ROW = 2 * group_bytes(BRLITE_INT8);

@@ -481,7 +481,7 @@ struct GroupOfRows {
 // One row of integers prefetches its weights between the products: a line of 64 bytes after so many pairs, in their
 // order, not a group's lines at once. So about as many lines are on their way at any time. 0: not here, but in
 // linear.h.
-#if defined(BRLITE_HAS_AVX2) && !defined(BRLITE_HAS_VNNI)
+#if defined(BRLITE_HAS_AVX512) || (defined(BRLITE_HAS_AVX2) && !defined(BRLITE_HAS_VNNI))
 constexpr int pairs_of_line(int format, int num_rows) {
     return num_rows > 1 || format == BRLITE_Q6_K ? 0 : code_bits(format) == 4 ? 4 : 2;
 }
