@@ -70,8 +70,8 @@ class Download:
                 raise ModelError(f"{problem}; allowed are printable paths inside the repository")
 
         def say_waiting() -> None:
-            logger.warning("another process downloads %s: waiting for it", name.repository)
-            self._on_progress(f"waiting for another process that downloads {name.repository}", 0.0)
+            logger.warning("another download of %s is under way: waiting for it", name.repository)
+            self._on_progress(f"waiting for another download of {name.repository}", 0.0)
 
         is_gguf = wanted[0].name.lower().endswith(".gguf")
         try:

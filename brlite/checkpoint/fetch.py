@@ -88,11 +88,13 @@ def locate_model(
     *,
     cache: Path | None = None,
     sources: FindSources = default_sources,
+    level: int = logging.INFO,
 ) -> Path:
     """The folder or file that holds a model: `path` if it is given, else what the first source that has `name` gives.
 
     A `path` where nothing exists may be the name of a model on a hub. If no source has it, raises `ModelError` with the
-    reason of each. Several processes may call this at the same time.
+    reason of each. `level` is that of the log line about what is found. Several threads and processes may call this at
+    the same time.
     """
     if path is not None:
         if (given := check_path(path)) is not None:
@@ -115,7 +117,7 @@ def locate_model(
         else:
             is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
             remark = " (quantized to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
-            logger.info("model %s: weights from %s: %s%s", name, source.title, found, remark)
+            logger.log(level, "model %s: weights from %s: %s%s", name, source.title, found, remark)
             return found
     tried = "; ".join(failures) or "it is not on this machine"
     here = [repository.name for repository in cached_repositories(hub.cache())]

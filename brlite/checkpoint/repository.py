@@ -83,7 +83,7 @@ class Repository:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the repository's lock. Calls `on_wait` first if another process holds it."""
+        """Hold the repository's lock. Calls `on_wait` first if another thread or process holds it."""
         from filelock import FileLock, Timeout
 
         self._lock_file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager
@@ -75,7 +76,7 @@ async def fetch_model(config: Config, spec: ModelSpec, on_progress: OnProgress) 
     if config.engine.name is None:
         from brlite.checkpoint.fetch import locate_model
 
-        fetch = partial(locate_model, spec.name, spec.path, on_progress)
+        fetch = partial(locate_model, spec.name, spec.path, on_progress, level=logging.DEBUG)  # the load says it
         await asyncio.wrap_future(start_daemon(fetch, "brlite-fetch"))
 
 
@@ -85,7 +86,7 @@ async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress |
     from brlite.checkpoint.fetch import locate_model
 
     def measure() -> int:
-        path = locate_model(spec.name, spec.path, on_progress or ignore_progress)
+        path = locate_model(spec.name, spec.path, on_progress or ignore_progress, level=logging.DEBUG)
         return sizes_at(path, spec, config.engine).num_bytes
 
     return await asyncio.wrap_future(start_daemon(measure, "brlite-load"))

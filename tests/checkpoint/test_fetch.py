@@ -14,11 +14,12 @@ import torch
 from brlite.checkpoint.fetch import FindSources, Source, default_sources, local_sources, locate_model
 from brlite.checkpoint.hub import HuggingFaceHub
 from brlite.checkpoint.hub_http import HubAddress
-from brlite.checkpoint.progress import OnProgress
+from brlite.checkpoint.progress import OnProgress, ignore_progress
 from brlite.checkpoint.wheel import DownloadWheel, pip_download
-from brlite.config.options import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL, Config, ModelSpec
 from brlite.errors import ModelError
 from brlite.files.cache import default_cache
+from brlite.llm import fetch_model
 from tests.checkpoint.model_files import write_gguf, write_safetensors
 
 
@@ -153,6 +154,19 @@ def test_the_log_says_where_the_weights_came_from_and_who_failed(
     locate_model("a/b", None, cache=tmp_path, sources=lambda hub: sources)
 
     assert caplog.messages == ["model a/b: the hub: no route", f"model a/b: weights from a wheel: {tmp_path}/x.gguf"]
+
+
+async def test_a_server_that_fetches_a_model_before_its_load_names_its_weights_in_the_log_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("brlite.checkpoint.fetch.default_cache", lambda: tmp_path)
+    folder = write_safetensors(tmp_path / "some--model", {"w": torch.ones(1)})
+    caplog.set_level(logging.INFO, logger="brlite.checkpoint.fetch")
+
+    await fetch_model(Config(), ModelSpec(name="some/model"), ignore_progress)
+    locate_model("some/model", None)  # as the load does
+
+    assert caplog.messages == [f"model some/model: weights from brlite's cache: {folder}"]
 
 
 def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,13 +268,29 @@ def pulling(server: HubServer, folder: Path, **environment: str) -> subprocess.P
     )
 
 
+def test_of_two_threads_one_downloads_and_the_other_waits(
+    hub: LocalHuggingFace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+    monkeypatch.setattr("brlite.checkpoint.download.logger.warning", lambda *_: waits.set())
+    hub.server.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        fetching = [pool.submit(fetch, hub) for _ in range(2)]
+        one_waits = waits.wait(PATIENCE_SECONDS)
+        hub.server.gate.set()
+
+    assert one_waits
+    assert fetching[0].result() == fetching[1].result()
+    assert left_behind(hub) == ["", "", ""]
+
+
 def test_of_two_processes_one_downloads_and_the_other_says_that_it_waits(server: HubServer, tmp_path: Path) -> None:
     server.gate.clear()
     with pulling(server, tmp_path) as first:
         assert server.started.wait(PATIENCE_SECONDS)
         with pulling(server, tmp_path) as second:
             assert second.stderr is not None
-            assert "another process downloads org/model: waiting for it" in second.stderr.readline()
+            assert "another download of org/model is under way: waiting for it" in second.stderr.readline()
             server.gate.set()
             paths = {process.communicate(timeout=PATIENCE_SECONDS)[0] for process in (first, second)}
 
