@@ -45,7 +45,7 @@ INLINE void store_quads(int8_t* to, Ints low, Ints high) {
 
 #if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
 
-constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
+constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : 2; }
 
 // The two quads of inputs `first` to `first + 7` of a panel's group.
 template <int FORMAT>

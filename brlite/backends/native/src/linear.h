@@ -154,6 +154,7 @@ static void multiply(const Tile& tile) {
     else
         multiply_integers<FORMAT, ROWS, PANELS, HAS_INT8_ROWS>(tile);
 }
+
 typedef void (*TileKernel)(const Tile&);
 
 constexpr int panels_of_tile(int num_rows) { return num_rows <= MAX_ROWS_OF_ONE_PANEL ? 1 : 2; }
@@ -205,7 +206,7 @@ INLINE long element_bytes(const brlite_operation& op) {
     return op.has_int8_rows ? sizeof(GroupedRow) : takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
 }
 
-// The rows of a block of int8 activations: blocks of equal size, of 6 rows at most 8 rows are 4 + 4.
+// The rows of a block of int8 activations. Blocks are of equal size: 8 rows are 4 + 4.
 static_assert(MAX_ROWS <= MAX_BLOCK_ROWS, "memory for activations is padded to whole blocks");
 INLINE int rows_of_block(int num_rows) {
     const int num_blocks = larger(1, (num_rows + MAX_ROWS - 1) / MAX_ROWS);

@@ -464,7 +464,7 @@ INLINE void add_q6_k_pairs(Int8::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t*
 
 // Independent sums per row, used in turn: a multiply-add takes several cycles, and the next need not wait for its sum.
 #if defined(BRLITE_HAS_AVX512)
-constexpr int sums_of_row(int, int num_rows) { return num_rows <= 2 ? 4 : 2; }
+constexpr int sums_of_row(int, int) { return 4; }  // of tiles of one panel; those of two have one sum
 #elif defined(BRLITE_HAS_AVX2)
 constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && num_rows == 1 ? 3 : 1; }
 #else
