@@ -202,6 +202,13 @@ class House:
         self.models, self.manager, self.loader, self.session = models, manager, loader, session
         self.time = 1000.0
 
+    def hold_closing(self, model: str) -> threading.Event:
+        """The closing of a loaded model waits for the event."""
+        backend = self.loader.backends[model]
+        assert isinstance(backend, SlowToClose)
+        backend.closing_gate = threading.Event()
+        return backend.closing_gate
+
     async def ask(self, model: str, **fields: Any) -> tuple[int, Any]:
         async with self.session.post("/v1/chat/completions", json={**chat_body(**fields), "model": model}) as response:
             answer = await response.json()

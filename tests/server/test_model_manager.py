@@ -18,7 +18,7 @@ from brlite.server.model_manager import ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import FakeLoader, MakeHouse, SlowToClose, chat_body, completion_body, on_demand
+from tests.server.conftest import FakeLoader, MakeHouse, chat_body, completion_body, on_demand
 
 CHAT = "/v1/chat/completions"
 
@@ -464,16 +464,14 @@ async def test_a_request_that_comes_while_its_model_is_unloaded_waits_for_the_ne
 ) -> None:
     house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
     await house.ask("a")
-    closing = house.loader.backends["a"]
-    assert isinstance(closing, SlowToClose)
-    closing.closing_gate = threading.Event()
+    gate = house.hold_closing("a")
 
     other = house.asks("b")
     await eventually(lambda: house.models.find("a").engine is None)
     asked = house.asks("a")
     await eventually(lambda: house.num_waiting("a") == 1)
     num_loads = dict(house.loader.loads)
-    closing.closing_gate.set()
+    gate.set()
     answers = await asyncio.gather(other, asked)
 
     assert num_loads == {"a": 1}  # b's load waits for the memory of a

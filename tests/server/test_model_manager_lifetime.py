@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import threading
 
 import pytest
 
@@ -14,7 +13,7 @@ from brlite.server.model_manager import GIB, ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
-from tests.server.conftest import FakeLoader, MakeHouse, SlowToClose, on_demand
+from tests.server.conftest import FakeLoader, MakeHouse, on_demand
 
 
 async def test_an_unexpected_error_of_the_manager_is_a_failure_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,18 +52,16 @@ async def test_closing_waits_for_an_engine_that_is_closing_already(
 ) -> None:
     house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
     await house.ask("a")
-    closing = house.loader.backends["a"]
-    assert isinstance(closing, SlowToClose)
-    closing.closing_gate = threading.Event()
+    gate = house.hold_closing("a")
     asked = house.asks("b")
     await eventually(lambda: house.models.find("a").engine is None)
 
     closed = asyncio.create_task(house.manager.close())
     status, _ = await asked
-    closing.closing_gate.set()
+    gate.set()
     await closed
 
-    assert (status, closing.is_closed) == (503, True)
+    assert (status, house.loader.backends["a"].is_closed) == (503, True)
     assert not house.loader.loads["b"]
 
 
