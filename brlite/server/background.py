@@ -151,14 +151,8 @@ class BackgroundResponses:
         used = " ".join(f"{name}={value}" for name, value in log_extras(request).items())
         ended = "has ended" if error is None else f"has ended ({type(error).__name__})"
         is_bug = error is not None and not isinstance(error, BrliteError)
-        logger.log(
-            logging.ERROR if is_bug else logging.INFO,
-            "background response %s %s: %s",
-            key[1],
-            ended,
-            used,
-            exc_info=error if is_bug else None,
-        )
+        level, shown = (logging.ERROR, error) if is_bug else (logging.INFO, None)
+        logger.log(level, "background response %s %s: %s", key[1], ended, used, exc_info=shown)
 
 
 BACKGROUND = web.AppKey("background", BackgroundResponses)

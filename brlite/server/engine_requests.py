@@ -14,6 +14,7 @@ from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
+from brlite.http.api_key import ApiKey
 from brlite.sampling_params import SamplingParams
 from brlite.server.chat_replies import ChatReplies, template_extras
 from brlite.tokenizer import Tokenizer
@@ -39,14 +40,14 @@ class EngineRequests(msgspec.Struct, frozen=True):
 
 
 async def make_requests(
-    call: Generation, engine: EngineLoop, spec: ModelSpec, answer_id: str, tenant: str
+    call: Generation, engine: EngineLoop, spec: ModelSpec, answer_id: str, key: ApiKey
 ) -> EngineRequests:
     """The requests of a call. Raises `InvalidRequest`.
 
-    They share one turn of their tenant in the queue. Only the first can fail by the queue timeout. Of a strict call
-    the first of the `warnings` is raised.
+    They share one turn of the key's tenant in the queue. Only the first can fail by the queue timeout. Of a strict
+    call the first of the `warnings` is raised.
     """
-    requests, warnings, truncations = list[Request](), list[str](), list[str]()
+    requests, warnings, truncations, tenant = list[Request](), list[str](), list[str](), key.tenant
     replies = make_replies(call, engine.tokenizer, spec)
     params = call.params if call.params.best_of is None else call.params.for_all_answers()
     if isinstance(call.prompts[0], Infill):  # then all prompts are of this type
@@ -57,23 +58,23 @@ async def make_requests(
     if params.bad_words:
         bad_words = await engine.prompts.encode_bad_words(params, tenant=tenant)
     for index, prompt in enumerate(call.prompts):
-        text = prompt.text if isinstance(prompt, Text) else None
         room = 1 if call.truncation is None else None
         token_ids, ignored = await encode(prompt, engine, tenant, spec=spec, room=room)
         warnings += ignored
         kept = token_ids if call.truncation is None else _truncated(token_ids, call, call.truncation, engine)
-        if len(kept) < len(token_ids):
-            cut = f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens"
-            truncations.append(cut)
-            text = None  # it no longer matches the tokens
+        is_cut = len(kept) < len(token_ids)
+        if is_cut:
+            truncations.append(f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens")
         requests.append(
             Request(
                 request_id=f"{answer_id}-{index}",
-                prompt=text,
+                prompt=prompt.text if isinstance(prompt, Text) and not is_cut else None,  # it has to match the tokens
                 prompt_token_ids=kept,
                 params=params,
                 cache_salt=call.cache_salt,
                 tenant=tenant,
+                weight=key.weight,
+                priority=key.priority if call.priority is None else call.priority,
                 group=answer_id,
                 is_exempt_from_queue_timeout=index > 0,
                 grammar=grammar,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from msgspec import structs
 
@@ -21,6 +21,8 @@ from brlite.dialects.generation import Generation
 from brlite.engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from brlite.server.chat_replies import ChatReplies
 from brlite.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class EventBuilder:
         self._num_open = len(call.prompts)
         self._is_plain = not call.echo and call.params.logprobs is None
         self._num_prompt = self.num_completion = self._num_cached = 0  # tokens so far
+        self._num_unshown = 0  # tokens that a beam search has computed for other beams than its answers
         self._counted_prompts: set[int] = set()
         self._choices: dict[int, Choice] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
@@ -58,6 +61,7 @@ class EventBuilder:
         # Whether the only choice's events, but the first and the last, have nothing but text. The caller may encode it,
         # and add its tokens to `num_completion`.
         has_more = call.continuous_usage or call.is_echo_only or call.echoed_text or self._returns_tokens
+        has_more = has_more or call.make_text_end is not None  # which reads the text
         is_single = len(call.prompts) == call.params.n == 1
         self.is_text_only = self._is_plain and replies is None and is_single and not has_more
 
@@ -113,6 +117,9 @@ class EventBuilder:
             self._counted_prompts.add(prompt_index)
             self._num_prompt += len(output.prompt_token_ids)
             self._num_cached += output.num_cached_tokens
+        if output.num_searched_tokens:
+            num_shown = sum(len(completion.token_ids) for completion in output.outputs)
+            self._num_unshown += max(0, output.num_searched_tokens - num_shown)
         if not self._call.is_echo_only:
             for completion in output.outputs:
                 self.num_completion += len(completion.token_ids)
@@ -131,6 +138,10 @@ class EventBuilder:
         """The tokens used so far."""
         num_reasoning = sum(each.counter.num_tokens for each in self._choices.values() if each.counter is not None)
         return TokenUsage(self._num_prompt, self.num_completion, self._num_cached, num_reasoning)
+
+    def spent(self) -> tuple[int, int]:
+        """The tokens of prompts and completions that are charged so far, also those that are in no answer."""
+        return self._num_prompt, self.num_completion + self._num_unshown
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events and warnings of a response that is not streamed: one event a choice unless `keeps_order`."""
@@ -240,25 +251,24 @@ def joined_events(events: Sequence[Event]) -> list[Event]:
             continue
         calls = {call.index: call for call in before.calls}
         for piece in event.calls:
-            call = calls.get(piece.index)
-            calls[piece.index] = (
-                piece if call is None else structs.replace(call, arguments=call.arguments + piece.arguments)
-            )
+            if (call := calls.get(piece.index)) is not None:
+                piece = structs.replace(call, arguments=call.arguments + piece.arguments)
+            calls[piece.index] = piece
         joined[event.choice] = structs.replace(
             event,
             text=before.text + event.text,
             reasoning=before.reasoning + event.reasoning,
             calls=tuple(calls.values()),
-            tokens=None
-            if before.tokens is None and event.tokens is None
-            else [*(before.tokens or ()), *(event.tokens or ())],
-            token_ids=None
-            if before.token_ids is None and event.token_ids is None
-            else [*(before.token_ids or ()), *(event.token_ids or ())],
+            tokens=_joined(before.tokens, event.tokens),
+            token_ids=_joined(before.token_ids, event.token_ids),
             prompt_token_ids=before.prompt_token_ids,
             prompt_tokens=before.prompt_tokens,
         )
     return list(joined.values())
+
+
+def _joined(first: Sequence[T] | None, second: Sequence[T] | None) -> list[T] | None:
+    return None if first is None and second is None else [*(first or ()), *(second or ())]
 
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> TokenText:

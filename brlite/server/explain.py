@@ -95,7 +95,7 @@ async def explain(request: web.Request) -> web.Response:
     async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
         try:
-            made = await make_requests(call, engine, model.spec, "explain", tenant)
+            made = await make_requests(call, engine, model.spec, "explain", request[API_KEY])
             admitted = [admit_to_engine(each, engine.info, limits) for each in made.requests]
             prompts = call.prompts
             if call.truncation is not None:  # show the truncated prompts, which exist only as tokens

@@ -1,20 +1,22 @@
-"""The endpoint of each dialect: decode a call, admit it, deliver the response. Start reading at `generate`.
+"""The endpoint of each dialect: decode a call, admit it, compute it, send the response. Start reading at `generate`.
 
-A delivery writes the engine's outputs to one HTTP response: as a stream, or as one body. A stream whose model must be
-loaded begins before the load and reports the progress in comments. The engine's sinks write to the client's stream
-without a task between, so a token costs one write. A client slower than the model gets merged deltas. When a client
-disconnects, its requests are aborted.
+A streamed response whose model must be loaded begins before the load and reports the progress in comments. The engine's
+sinks write to the client's stream without a task between, so a token costs one write. A client slower than the model
+gets merged deltas. When a client disconnects, its requests are aborted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -47,26 +49,10 @@ TIMEOUT_HEADER = "X-Request-Timeout"
 LOADING_COMMENT_SECONDS = 1.0
 STOPPING_RETRY_SECONDS = 1
 NOT_MADE = "the answer could not be made"
+NO_TIMES = RequestTimes(0.0, 0.0, 0.0)
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
 AnyCall = TypeVar("AnyCall", bound=Generation | PromptCall | Tokenization | Detokenization)
-
-
-class Running(Protocol):
-    """A request for a model that is in progress, and what may end it from outside."""
-
-    def is_named(self, name: str, tenant: str) -> bool:
-        """Whether the request or its response has this id, and belongs to the tenant."""
-        ...
-
-    def abort(self) -> None: ...
-
-    def fail(self, error: BrliteError) -> None:
-        """End the response with this error."""
-        ...
-
-
-RUNNING: web.AppKey[set[Running]] = web.AppKey("running")
 
 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
@@ -81,20 +67,24 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         compute, tenant = partial(generate, is_first=True), request[API_KEY].tenant
         return await request.app[idempotency.ANSWERS].answer(dialect, request, body, tenant, compute)
     call = decode_call(request, dialect.decode, body)
-    make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
+    answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, call.model) as model:
-        delivery = make_delivery(request, dialect, call, call.model or model.name, limits)
-        if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
-            delivery.end_after(timeout_seconds(request, call.timeout_seconds))
-        return await delivery.run(model)
+        delivery = Delivery(request, call, model, answer_id, dialect)
+        return await (Streaming(delivery).run() if call.is_streamed else deliver_whole(delivery))
 
 
 def decode_call(request: web.Request, decode: Callable[[bytes, LimitsConfig], AnyCall], body: bytes) -> AnyCall:
-    """The call in a body; strict on a strict server. Raises `InvalidRequest`, also for the warning of a strict call."""
+    """The call in a body: strict on a strict server, with a priority that its key may have.
+
+    Raises `InvalidRequest`, also for the warning of a strict call.
+    """
     config = request.app[CONFIG]
     call = decode(body, config.limits)
     if config.server.strict:
         call = msgspec.structs.replace(call, is_strict=True)
+    if isinstance(call, Generation | PromptCall) and call.priority is not None:
+        priority, raised = request[API_KEY].allowed_priority(call.priority)
+        call = msgspec.structs.replace(call, priority=priority, warnings=(*call.warnings, *raised))
     if call.is_strict:
         refuse_warnings(call.warnings)
     return call
@@ -161,211 +151,238 @@ async def loaded(request: web.Request, name: str | None) -> AsyncIterator[tuple[
         yield model, await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
 
 
+RUNNING: web.AppKey[set[RunningCall]] = web.AppKey("running")
+
+
 def end_all(app: web.Application) -> None:
     """End all responses in progress with an error; a stream gets an error event."""
-    for delivery in app[RUNNING]:
-        delivery.fail(stopping(STOPPING_RETRY_SECONDS))
+    for running in app[RUNNING]:
+        running.fail(stopping(STOPPING_RETRY_SECONDS))
 
 
-class Delivery:
-    """The response to one call. Call `run` inside `admit`.
+@dataclass(eq=False)
+class RunningCall(ABC):
+    """An admitted call to a model, and what ends it from outside: its time limit, an abort, the server's stop."""
 
-    When `run` ends, also by an error or cancellation, unfinished requests are aborted, and the computed tokens are
-    charged to the key and logged. A refusal uses the field names of the client's dialect.
-    """
+    request: web.Request
+    call: Generation | PromptCall
+    model: ServedModel
+    id: str
+    _task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task, init=False)
+    _error: BrliteError | None = field(default=None, init=False)
 
-    take_text: TextSink | None = None  # takes deltas that are text alone; only a stream has it
+    @property
+    def model_name(self) -> str:
+        """The name that the client sees."""
+        return self.call.model or self.model.name
 
-    def __init__(
-        self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
-    ) -> None:
-        self.id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-        self._request = request
-        self._dialect = dialect
-        self._call = call
-        self._model_name = model_name
-        self._limits = limits
-        self._tenant = request[API_KEY].tenant
-        self._outputs: dict[int, RequestOutput] = {}  # not sent yet
-        self._num_open = 0
-        self._num_searched = 0  # computed by beam search, but in no answer
-        self._is_closed = False
-        self._error: BrliteError | None = None
-        self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
-        self._deadline: asyncio.TimerHandle | None = None
-        self._preparing: asyncio.Task[object] | None = None  # the handler's, until the engine gets the requests
-        self._text_end = None if call.make_text_end is None else call.make_text_end()
-        self._changed = asyncio.Event()
-        self._engine: EngineLoop
-        self._requests: list[Request] = []
-        self._builder: EventBuilder | None = None  # None until the engine has the requests
-        self._encoder: ResponseEncoder
+    @property
+    def limits(self) -> LimitsConfig:
+        return self.request.app[CONFIG].limits
 
-    async def run(self, model: ServedModel) -> web.StreamResponse:
-        """Run the call and send its response. Raises the error that ended it if no part of a response has been sent."""
-        self._request.app[RUNNING].add(self)
-        try:
-            await self._submit(model)
-            return await self._send()
-        except BrliteError as error:
-            if isinstance(error, InvalidRequest):
-                error = in_client_words(error, self._call.field_names)
-            ended = await self._end_with(error)
-            if ended is None:
-                raise error from None
-            return ended
-        finally:
-            self._close()
+    async def loaded(self) -> EngineLoop:
+        """Wait until the model is loaded. Raises `NotReady` if that fails or takes too long."""
+        return await self.model.loaded(self.limits.max_wait_seconds, self.request[API_KEY].tenant)
 
-    async def _wait_for(self, model: ServedModel) -> EngineLoop:
-        return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+    @contextmanager
+    def in_progress(self) -> Iterator[None]:
+        """The block ends by `fail`, and at the time limit in the request's body or header.
 
-    def end_after(self, seconds: float) -> None:
-        """End with an error after `seconds`, unless the response is complete then. Also ends a wait for the model."""
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, timed_out(seconds))
-
-    async def _submit(self, model: ServedModel) -> None:
-        """Wait until the model is loaded, encode the prompts and queue their requests.
-
-        Raises `RequestError` for the first refused prompt, or if the model cannot be loaded in time.
+        It raises the error then, `RequestTimeout` at the limit. Raises `InvalidRequest` for a wrong limit.
         """
-        key = self._request[API_KEY]
-        priority, raised = key.priority, tuple[str, ...]()
-        if self._call.priority is not None:
-            priority, raised = key.allowed_priority(self._call.priority)
-            if self._call.is_strict:
-                refuse_warnings(raised)
-        engine = model.engine
-        self._preparing = asyncio.current_task()
+        running, deadline = self.request.app[RUNNING], None
+        if self.call.timeout_seconds is not None or TIMEOUT_HEADER in self.request.headers:
+            seconds = timeout_seconds(self.request, self.call.timeout_seconds)
+            deadline = asyncio.get_running_loop().call_later(seconds, self.fail, timed_out(seconds))
+        running.add(self)
         try:
-            if engine is None or model.is_held_back:
-                check_limits(self._call.params, self._limits)  # the engine checks too, but only after the load
-                engine = await self._wait_for(model)
-            if engine.sampling_defaults:
-                self._call = with_model_defaults(self._call, engine)
-            made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
+            yield
         except asyncio.CancelledError:
             if self._error is None:
                 raise
             raise self._error from None
         finally:
-            self._preparing = None
-        self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
-        for index, request in enumerate(made.requests):
-            if key.weight != 1 or priority:
-                request = msgspec.structs.replace(request, weight=key.weight, priority=priority)
-            engine.submit(request, partial(self._receive, index), self.take_text)
-        warnings = (*self._call.warnings, *made.warnings, *made.truncations, *raised)
-        self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
-        self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
-
-    async def _send(self) -> web.StreamResponse:
-        """Send the response to its end. Raises the error that ended one of the requests."""
-        raise NotImplementedError
+            running.discard(self)
+            self._error = None  # its traceback holds the frames that hold this object
+            if deadline is not None:
+                deadline.cancel()
 
     def fail(self, error: BrliteError) -> None:
-        """End the response with this error."""
-        self._error = self._error or error
-        self._changed.set()
-        if self._preparing is not None:
-            self._preparing.cancel()
+        """End the call with this error, unless it has ended or another error ends it: cancel its task."""
+        if self._error is None and self in self.request.app[RUNNING]:
+            self._error = error
+            assert self._task is not None
+            self._task.cancel()
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        """Whether the call or its answer has this id, and belongs to the tenant."""
+        is_own = tenant == self.request[API_KEY].tenant
+        return is_own and name in (self.id, shown_request_id(self.request))
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End the call, because its client asks for it."""
+
+
+@dataclass(eq=False)
+class Delivery(RunningCall):
+    """A call that generates text. `close` must follow."""
+
+    call: Generation
+    dialect: Dialect
+    _computation: Computation | None = field(default=None, init=False)
+    _builder: EventBuilder | None = field(default=None, init=False)  # None until the engine has the requests
+
+    async def start(
+        self, engine: EngineLoop, take: Take, take_text: TextSink | None = None
+    ) -> tuple[Computation, EventBuilder, ResponseEncoder]:
+        """Encode the prompts and queue their requests. Raises `RequestError` for the first refused prompt.
+
+        `take` gets each output and its prompt's index. `take_text` gets deltas that are text alone.
+        """
+        call = self.call
+        if engine.sampling_defaults:
+            call = with_model_defaults(call, engine)
+        made = await make_requests(call, engine, self.model.spec, self.id, self.request[API_KEY])
+        computation = self._computation = Computation(
+            self, engine, made.requests, take, call.make_text_end and call.make_text_end(), len(made.requests)
+        )
+        for index, request in enumerate(made.requests):
+            engine.submit(request, partial(computation.receive, index), take_text)
+        warnings = (*call.warnings, *made.warnings, *made.truncations)
+        builder = self._builder = EventBuilder(call, engine.tokenizer, warnings, made.replies)
+        # Only now, since a background response then exists for its client.
+        encoder = self.dialect.make_encoder(call, self.id, self.model_name, engine.info.fingerprint)
+        return computation, builder, encoder
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        """As for other calls, and whether the engine has its requests."""
+        return self._computation is not None and super().is_named(name, tenant)
 
     def abort(self) -> None:
         """End the generation at its next step. The response has the tokens so far and the finish reason "abort"."""
-        for request in self._requests:
-            self._engine.abort(request.request_id)
+        if self._computation is not None:
+            self._computation.abort()
 
-    def is_named(self, name: str, tenant: str) -> bool:
-        """Whether the response or its request has this id, belongs to the tenant, and is in the engine."""
-        return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
+    def close(self) -> None:
+        """Abort the requests that have not ended. Charge what was computed to the key, and log it."""
+        usage, times = TokenUsage(0, 0, 0), NO_TIMES
+        if self._computation is not None:
+            outputs, times = self._computation.close()
+            self._computation = None  # they refer to each other
+            if (builder := self._builder) is not None:
+                for index, output in outputs.items():  # computed but not sent
+                    builder.count(index, output)
+                usage = builder.usage()
+                spend_tokens(self.request, *builder.spent())
+        spent = self.request[API_KEY].usage
+        spent.queue_seconds += times.queue
+        spent.prefill_seconds += times.prefill
+        spent.decode_seconds += times.decode
+        log_extras(self.request).update(
+            model=self.model_name,
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            completion_tokens=usage.completion,
+            queue_s=round(times.queue, 3),
+            prefill_s=round(times.prefill, 3),
+            decode_s=round(times.decode, 3),
+        )
 
-    async def _end_with(self, error: BrliteError) -> web.StreamResponse | None:
-        """Write the error into a response that has begun. Else return None, and the middlewares send it."""
-        return None
+    def charge_late(self, index: int, output: RequestOutput) -> None:
+        """Charge what was computed for a client that has left: by the step that ran then, or for beams so far."""
+        builder = self._builder
+        if builder is not None and (output.num_searched_tokens or any(each.token_ids for each in output.outputs)):
+            before = builder.spent()
+            builder.count(index, output)
+            spend_tokens(self.request, *map(operator.sub, builder.spent(), before))
 
-    def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
+
+@dataclass(eq=False)
+class Computation:
+    """The requests of one call in the engine, and their outputs that are not sent yet.
+
+    `kept` has these by the index of their prompt. `changed` is set when a prompt has ended. An error of the engine ends
+    the call.
+    """
+
+    _delivery: Delivery
+    _engine: EngineLoop
+    requests: list[Request]
+    _take: Take | None  # None: closed. What comes then is only charged
+    _text_end: Callable[[str], bool] | None
+    num_open: int
+    kept: dict[int, RequestOutput] = field(default_factory=dict, init=False)
+    changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _times: RequestTimes = field(default=NO_TIMES, init=False)  # of the last prompt that has ended
+
+    def receive(self, index: int, output: RequestOutput | BrliteError) -> None:
         """The sink of one prompt's request: takes an output, or the error that ended the request."""
         if isinstance(output, BrliteError):
-            self.fail(output)
+            self._delivery.fail(output)
             return
-        if self._is_closed:
-            self._charge_late(index, output)
+        if self._take is None:
+            self._delivery.charge_late(index, output)
             return
         try:
             if output.finished:
-                if output.num_searched_tokens:
-                    num_shown = sum(len(completion.token_ids) for completion in output.outputs)
-                    self._num_searched += max(0, output.num_searched_tokens - num_shown)
-                self._num_open -= 1
+                self.num_open -= 1
                 self._times = output.times or self._times
-                self._changed.set()
-            self._take(index, output)
+                self.changed.set()
+            self._take(self, index, output)
             text_end = self._text_end
             if text_end is not None and not output.finished and any(text_end(each.text) for each in output.outputs):
                 asyncio.get_running_loop().call_soon(self.abort)  # not inside the engine's update
         except Exception:  # the engine logs it; without an error the handler would wait forever
-            self.fail(EngineError(NOT_MADE))
+            self._delivery.fail(EngineError(NOT_MADE))
             raise
 
-    def _charge_late(self, index: int, output: RequestOutput) -> None:
-        """Charge what was computed for a client that has left: by the step that ran then, or for beams so far."""
-        if self._builder is None or not (output.num_searched_tokens or any(each.token_ids for each in output.outputs)):
-            return
-        before = self._builder.usage()
-        self._builder.count(index, output)
-        after = self._builder.usage()
-        num_completion = output.num_searched_tokens or after.completion - before.completion
-        spend_tokens(self._request, after.prompt - before.prompt, num_completion)
-
-    def _take(self, index: int, output: RequestOutput) -> None:
-        if index in self._outputs:
-            self._outputs[index].merge(output)
+    def keep(self, index: int, output: RequestOutput) -> None:
+        """Keep an output until it is sent, merged with earlier ones."""
+        if index in self.kept:
+            self.kept[index].merge(output)
         else:
-            self._outputs[index] = output
+            self.kept[index] = output
 
-    def _close(self) -> None:
-        self._is_closed = True
-        self._error = None  # its traceback holds the frames that hold this delivery
-        self._request.app[RUNNING].discard(self)
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if self._num_open:
+    def take_kept(self) -> dict[int, RequestOutput]:
+        kept, self.kept = self.kept, {}
+        return kept
+
+    def abort(self) -> None:
+        for request in self.requests:
+            self._engine.abort(request.request_id)
+
+    def close(self) -> tuple[dict[int, RequestOutput], RequestTimes]:
+        """Abort the requests that have not ended. Returns the outputs that are not sent, and the times."""
+        self._take = None
+        if self.num_open:
             self.abort()
-        usage = TokenUsage(0, 0, 0)
-        if self._builder is not None:
-            for index, output in self._outputs.items():  # computed but not sent
-                self._builder.count(index, output)
-            usage = self._builder.usage()
-        spend_tokens(self._request, usage.prompt, usage.completion + self._num_searched)
-        spent = self._request[API_KEY].usage
-        spent.queue_seconds += self._times.queue
-        spent.prefill_seconds += self._times.prefill
-        spent.decode_seconds += self._times.decode
-        log_extras(self._request).update(
-            model=self._model_name,
-            prompt_tokens=usage.prompt,
-            cached_tokens=usage.cached,
-            completion_tokens=usage.completion,
-            queue_s=round(self._times.queue, 3),
-            prefill_s=round(self._times.prefill, 3),
-            decode_s=round(self._times.decode, 3),
-        )
+        return self.take_kept(), self._times
 
 
-class WholeDelivery(Delivery):
-    """Waits for all completions and answers with one body."""
+Take = Callable[[Computation, int, RequestOutput], None]
 
-    async def _send(self) -> web.StreamResponse:
-        assert self._builder is not None
-        while self._num_open and self._error is None:
-            await self._changed.wait()
-            self._changed.clear()
-        if self._error is not None:
-            raise self._error
-        outputs, self._outputs = self._outputs, {}
-        events, warnings = self._builder.whole([outputs[index] for index in sorted(outputs)])
-        body = self._encoder.whole(events, self._builder.usage(), warnings)
-        return web.Response(body=body, content_type="application/json")
+
+async def deliver_whole(delivery: Delivery) -> web.Response:
+    """Wait for all completions and answer with one body."""
+    model = delivery.model
+    try:
+        with delivery.in_progress():
+            if (engine := model.engine) is None or model.is_held_back:
+                check_limits(delivery.call.params, delivery.limits)  # the engine checks, too, but only after the load
+                engine = await delivery.loaded()
+            computation, builder, encoder = await delivery.start(engine, Computation.keep)
+            while computation.num_open:
+                await computation.changed.wait()
+                computation.changed.clear()
+            outputs = computation.take_kept()
+            events, warnings = builder.whole([outputs[index] for index in sorted(outputs)])
+            body = encoder.whole(events, builder.usage(), warnings)
+    except InvalidRequest as error:
+        raise in_client_words(error, delivery.call.field_names) from None
+    finally:
+        delivery.close()
+    return web.Response(body=body, content_type="application/json")
 
 
 StreamState = Literal[  # the progress of a stream; it moves only down this list
@@ -376,98 +393,108 @@ StreamState = Literal[  # the progress of a stream; it moves only down this list
 ]
 
 
-class StreamDelivery(Delivery):
-    """Sends each delta at once, as server-sent events. `_outputs` holds those that a slow client cannot take yet.
+@dataclass(eq=False)
+class Streaming:
+    """Sends each delta at once, as server-sent events. The computation keeps what a slow client cannot take yet."""
 
-    If the model must be loaded, the headers are sent before the load, which may fail.
-    """
+    delivery: Delivery
+    _state: StreamState = field(default="waiting", init=False)
+    _writes_text: bool = field(default=False, init=False)  # deltas that are text alone need no events
+    _stream: EventStream | RecordedStream = field(init=False)  # once begun
+    _computation: Computation = field(init=False)  # these three once the engine has the requests
+    _builder: EventBuilder = field(init=False)
+    _encoder: ResponseEncoder = field(init=False)
 
-    _state: StreamState = "waiting"
-    _writes_text = False  # whether deltas that are text alone need no events; not before the first one
-    _stream: EventStream | RecordedStream  # once begun
+    async def run(self) -> web.StreamResponse:
+        """Send the response. Raises the error that ended the call if no headers have been sent.
+
+        Returns early if the client left, or if its connection was cut because it read too slowly.
+        """
+        delivery, model = self.delivery, self.delivery.model
+        encode_error = delivery.dialect.encode_error
+        try:
+            with delivery.in_progress():
+                if (engine := model.engine) is None or model.is_held_back:
+                    engine = await self._load()
+                started = await delivery.start(engine, self._take, self._take_text)
+                computation, builder, encoder = self._computation, self._builder, self._encoder = started
+                encode_error = encoder.failing
+                if self._state == "waiting":
+                    await self._begin()
+                num_prompt = sum(len(request.prompt_token_ids) for request in computation.requests)
+                if opening := encoder.opening(TokenUsage(num_prompt, 0, 0)):
+                    self._stream.write(opening)
+                self._state = "sending"
+                await self._send_all(computation)
+                # Without its closing an encoder keeps no answer, neither for a retry nor for `previous_response_id`.
+                last = encoder.closing(builder.usage()) if self._state == "sending" else b""
+        except BrliteError as error:
+            if isinstance(error, InvalidRequest):
+                error = in_client_words(error, delivery.call.field_names)
+            if self._state == "waiting":
+                raise error from None
+            last = encode_error(error)
+        finally:
+            delivery.close()
+            if self._state != "waiting":
+                self._stream.close()
+            self._state = "over"  # write no outputs of other prompts after the end of the response
+        return await self._stream.finish(last)
 
     async def _begin(self) -> None:
         """Send the headers."""
-        recorded = self._request.get(RECORDED)
-        self._stream = recorded or EventStream(self._request, self._limits.sse_comment_seconds)
+        request = self.delivery.request
+        self._stream = request.get(RECORDED) or EventStream(request, self.delivery.limits.sse_comment_seconds)
         await self._stream.prepare()
         self._state = "begun"
 
-    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+    async def _load(self) -> EngineLoop:
+        """Send the headers and wait for the load, which may fail then."""
+        check_limits(self.delivery.call.params, self.delivery.limits)
         await self._begin()
-        with self._stream.commenting(model.loading.describe, LOADING_COMMENT_SECONDS):
-            return await super()._wait_for(model)
+        with self._stream.commenting(self.delivery.model.loading.describe, LOADING_COMMENT_SECONDS):
+            return await self.delivery.loaded()
 
-    async def _send(self) -> web.StreamResponse:
-        """Returns early if the client left, or if its connection was cut because it read too slowly."""
-        assert self._builder is not None
-        if self._state == "waiting":
-            await self._begin()
-        prompts = TokenUsage(sum(len(request.prompt_token_ids) for request in self._requests), 0, 0)
-        if opening := self._encoder.opening(prompts):
-            self._stream.write(opening)
-        self._state = "sending"
-        self._flush()
-        while self._num_open and self._error is None and self._state == "sending":
-            await self._changed.wait()
-            self._changed.clear()
-            if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
-                self._state = "over"
-            else:
+    async def _send_all(self, computation: Computation) -> None:
+        """Return when all prompts have ended; or, with the state "over", when the client left or read too slowly."""
+        try:
+            while computation.num_open and self._state == "sending":
                 self._flush()
-        is_whole = self._state == "sending"
-        self._state = "over"  # write no outputs of other prompts after the end of the response
-        if self._error is not None:
-            raise self._error
-        # Without its closing an encoder keeps no answer, neither for a retry nor for `previous_response_id`.
-        return await self._stream.finish(self._encoder.closing(self._builder.usage()) if is_whole else b"")
+                await computation.changed.wait()
+                computation.changed.clear()
+                if computation.kept and not await self._stream.drained(self.delivery.limits.slow_client_seconds):
+                    self._state = "over"
+        finally:
+            self._flush()  # also what came before an error
 
-    async def _end_with(self, error: BrliteError) -> web.StreamResponse | None:
-        if self._state == "waiting":
-            return None
-        self._state = "over"
-        failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
-        return await self._stream.finish(failing(error))
+    def _flush(self) -> None:
+        for index, output in self._computation.take_kept().items():
+            self._write(index, output)
 
-    def _take(self, index: int, output: RequestOutput) -> None:
-        if self._state != "sending" or self._outputs or self._stream.is_backlogged:
-            super()._take(index, output)
-            self._changed.set()
+    def _take(self, computation: Computation, index: int, output: RequestOutput) -> None:
+        if self._state != "sending" or computation.kept or self._stream.is_backlogged:
+            computation.keep(index, output)
+            computation.changed.set()
         else:
             self._write(index, output)
 
-    def _flush(self) -> None:
-        outputs, self._outputs = self._outputs, {}
-        for index, output in outputs.items():
-            self._write(index, output)
-
-    def take_text(self, text: str, num_tokens: int) -> bool:
-        """Write the text while the client keeps up. False: `_receive` must get it."""
-        if not self._writes_text or self._outputs or self._state != "sending":
+    def _take_text(self, text: str, num_tokens: int) -> bool:
+        """Write the text while the client keeps up. False: `_take` must get it."""
+        if not self._writes_text or self._state != "sending" or self._computation.kept or not self._stream.is_clear:
             return False
-        stream, builder = self._stream, self._builder
-        if builder is None or not stream.is_clear:
-            return False
-        builder.num_completion += num_tokens
+        self._builder.num_completion += num_tokens
         try:
             data = self._encoder.encode_text(text) if text else b""
             if data:  # else the encoder withheld it
-                stream.append(data)
-        except Exception:  # as in `_receive`
-            self.fail(EngineError(NOT_MADE))
+                self._stream.append(data)
+        except Exception:  # as in `Computation.receive`
+            self.delivery.fail(EngineError(NOT_MADE))
             raise
         return True
 
     def _write(self, index: int, output: RequestOutput) -> None:
-        assert self._builder is not None
         data = b"".join(map(self._encoder.encode, self._builder.events(index, output)))
-        self._writes_text = self._builder.is_text_only and self._text_end is None
+        self._writes_text = self._builder.is_text_only  # not before the first delta
         if not self._stream.write(data):
             self._state = "over"  # the client has left; not every server cancels the handler then
-            self._changed.set()
-
-    def _close(self) -> None:
-        if self._state != "waiting":
-            self._stream.close()
-        self._state = "over"
-        super()._close()
+            self._computation.changed.set()

@@ -99,8 +99,9 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
     call = await read_call(request, dialect.decode)
     async with loaded(request, call.model) as (model, engine):
         call = with_model_defaults(call, engine)
+        answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
         try:
-            made = await make_requests(call, engine, model.spec, f"{dialect.id_prefix}{uuid.uuid4().hex}", tenant)
+            made = await make_requests(call, engine, model.spec, answer_id, request[API_KEY])
             rendered = []
             for prompt, each in zip(call.prompts, made.requests, strict=True):
                 max_tokens, clamps = admit_to_engine(each, engine.info, limits)
