@@ -17,7 +17,7 @@ from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.config.validation import engine_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ConfigError, ModelError
-from brlite.llm import LLM, build_engine
+from brlite.llm import LLM, EngineLoader, build_engine
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
@@ -126,6 +126,33 @@ def test_a_chat_template_that_is_not_used_is_said(caplog: pytest.LogCaptureFixtu
 
 async def test_its_memory_is_not_ours_to_count() -> None:
     assert await ModelLoader(TOY).known_bytes(TOY.model[0]) == 0
+
+
+@pytest.mark.parametrize(("engine", "needs_files"), [("toy", False), ("suinfer_llm", True), ("brlite", True)])
+async def test_the_files_of_an_engine_are_fetched_before_its_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, engine: str, needs_files: bool
+) -> None:
+    class FakeDownload:
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self, seconds: float, *, is_for_plugin: bool) -> Path:
+            downloads.append(is_for_plugin)
+            return tmp_path
+
+    downloads: list[bool] = []
+    for name in ("HF_HOME", "BRLITE_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr("brlite.checkpoint.fetch.Download", FakeDownload)
+    spec = ModelSpec(name="some/model")
+    loaders = [make(Config(model=(spec,), engine=EngineConfig(name=engine))) for make in (EngineLoader, ModelLoader)]
+
+    is_here = [await loader.is_here(spec) for loader in loaders]
+    if needs_files:
+        for loader in loaders:
+            await loader.fetch(spec, lambda stage, fraction: None)
+
+    assert is_here == [not needs_files] * 2
+    assert downloads == [True, True] * needs_files
 
 
 def test_an_engine_whose_tokenizer_is_too_large_for_it_is_refused_and_closed(tmp_path, monkeypatch) -> None:

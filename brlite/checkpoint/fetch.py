@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,19 @@ def locate_model(
     near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
     hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
     raise kind(f"model {name} was not found: {tried}{hint}") from cause
+
+
+def is_here(name: str, path: str | None) -> bool:
+    """Whether `locate_model` finds the model on this machine, so that nothing is downloaded. Raises `ModelError`."""
+    if path is not None:
+        if check_path(path) is not None:
+            return True
+        name = path
+    for source in local_sources(hub_of(parse_model_name(name))):
+        with suppress(ModelError):  # `locate_model` says why
+            source.find(name, default_cache(), ignore_progress)
+            return True
+    return False
 
 
 def _may_be_a_path(name: str) -> bool:

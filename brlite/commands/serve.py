@@ -187,6 +187,12 @@ class ModelLoader:
         sizes = await on_daemon_thread(partial(known_sizes, spec, self._config.engine), LOADING)
         return None if sizes is None else sizes.num_bytes
 
+    async def is_here(self, spec: ModelSpec) -> bool:
+        await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
+        from brlite.llm import is_model_here
+
+        return await is_model_here(self._config, spec)
+
     async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
         await on_daemon_thread(partial(_import_loading, is_builtin=self._config.engine.name is None), LOADING)
         from brlite.llm import fetch_model

@@ -166,6 +166,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(ge=0, le=10**6),
         option("bound on the weights and KV caches of all loaded models together, in GiB; 0: no bound"),
     ] = 0.0
+    max_downloads: Annotated[
+        Count, option("models that are downloaded at once, with 8 connections each; others wait for their turn")
+    ] = 4
     gpu_memory_utilization: Annotated[
         float,
         Meta(gt=0, le=1),

@@ -5,6 +5,15 @@
 
 from brlite.llm.loading import Assembly, build_engine
 from brlite.llm.offline import LLM
-from brlite.llm.serving import AsyncEngine, EngineLoader, fetch_model, model_bytes
+from brlite.llm.serving import AsyncEngine, EngineLoader, fetch_model, is_model_here, model_bytes
 
-__all__ = ["LLM", "Assembly", "AsyncEngine", "EngineLoader", "build_engine", "fetch_model", "model_bytes"]
+__all__ = [
+    "LLM",
+    "Assembly",
+    "AsyncEngine",
+    "EngineLoader",
+    "build_engine",
+    "fetch_model",
+    "is_model_here",
+    "model_bytes",
+]

@@ -194,6 +194,14 @@ def refuse_scoring(spec: ModelSpec, engine_name: str) -> None:
         raise ConfigError(f"classifier_from_token and score_template are not for the engine {engine_name}")
 
 
+def needs_no_folder(engine_name: str) -> bool:
+    """Whether an engine plugin brings its own tokenizer: its models have no folder. Raises `ConfigError`."""
+    from brlite.backends.plugins.contract import BringsTokenizer
+    from brlite.backends.plugins.discovery import make_engine
+
+    return isinstance(make_engine(engine_name), BringsTokenizer)
+
+
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress, unless_loaded: ExitStack) -> ModelParts:
     """Load a model with an engine plugin. The tokenizer is the plugin's, else the one in the model's folder."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context

@@ -15,7 +15,7 @@ from brlite.config.options import Config, ModelSpec
 from brlite.config.validation import override
 from brlite.config.warnings import check_supported
 from brlite.engine.async_engine import EngineLoop
-from brlite.llm.loading import Assembly, build_engine
+from brlite.llm.loading import Assembly, build_engine, needs_no_folder
 from brlite.process.waiting import start_daemon
 
 # Up to here the vocabulary is read with the first grammar, in some 50 ms and 4 MB: most is the import of llguidance.
@@ -71,13 +71,26 @@ class AsyncEngine(EngineLoop):
             await engine.close()
 
 
-async def fetch_model(config: Config, spec: ModelSpec, on_progress: OnProgress) -> None:
-    """Download a model on another thread, if it is not local. An engine plugin downloads its files when it loads."""
-    if config.engine.name is None:
-        from brlite.checkpoint.fetch import locate_model
+async def is_model_here(config: Config, spec: ModelSpec) -> bool:
+    """Whether a model is loaded without a download. Searches this machine on another thread."""
 
-        fetch = partial(locate_model, spec.name, spec.path, on_progress, level=logging.DEBUG)  # the load says it
-        await asyncio.wrap_future(start_daemon(fetch, "brlite-fetch"))
+    def search() -> bool:
+        if config.engine.name is not None and needs_no_folder(config.engine.name):
+            return True
+        from brlite.checkpoint.fetch import is_here
+
+        return is_here(spec.name, spec.path)
+
+    return await asyncio.wrap_future(start_daemon(search, "brlite-fetch"))
+
+
+async def fetch_model(config: Config, spec: ModelSpec, on_progress: OnProgress) -> None:
+    """Download a model on another thread, if it is not local."""
+    from brlite.checkpoint.fetch import default_sources, locate_model
+
+    sources = partial(default_sources, is_for_plugin=config.engine.name is not None)
+    fetch = partial(locate_model, spec.name, spec.path, on_progress, sources=sources, level=logging.DEBUG)
+    await asyncio.wrap_future(start_daemon(fetch, "brlite-fetch"))  # the load says what is found
 
 
 async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
@@ -101,6 +114,9 @@ class EngineLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         """The bytes of a model that are known without its files: 0 with an engine plugin, else None."""
         return 0 if self.config.engine.name is not None else None
+
+    async def is_here(self, spec: ModelSpec) -> bool:
+        return await is_model_here(self.config, spec)
 
     async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
         await fetch_model(self.config, spec, report)

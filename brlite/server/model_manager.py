@@ -1,8 +1,8 @@
 """Decides which models are in memory: loads them for waiting requests, unloads them when idle or to make room.
 
 `decide` is the whole policy, without effects. `ModelManager` carries out its decisions one by one, in one task. Files
-are fetched before that, of several models at once: a download that stalls holds no other model back. The `Loader`
-implements the loading.
+are fetched before that, of up to `max_downloads` models at once: a download that stalls holds back no other load. The
+`Loader` implements the loading.
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ from brlite.server.served_model import ServedModel
 logger = logging.getLogger(__name__)
 
 BLOCKED = "waiting for memory that busy models hold"
+QUEUED = "waiting for its turn to be downloaded"
 YIELDING = "waiting for its next turn: another model is wanted"
 
 OnProgress = Callable[[str, float], None]
 
 
 class Loader(Protocol):
-    """Loads models into memory. `report` may be called from any thread. Only `fetch` is called for several at once."""
+    """Loads models into memory. `report` may be called from any thread.
+
+    Only `is_here` and `fetch` are called for several models at once.
+    """
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         """The bytes of weights and KV cache; None if the model must be downloaded to find out."""
         ...
 
+    async def is_here(self, spec: ModelSpec) -> bool:
+        """Whether the model can be loaded without a download."""
+        ...
+
     async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
-        """Download the model if it is not local."""
+        """Download the model."""
         ...
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
@@ -180,6 +188,7 @@ class ModelManager:
         self._first_loads: dict[str, asyncio.Future[None]] = {}  # those that `start` waits for
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._fetched: set[str] = set()
+        self._downloads = asyncio.Semaphore(config.max_downloads)  # first come, first served
         self._failure: BrliteError | None = None
         self._has_failed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
@@ -308,13 +317,26 @@ class ModelManager:
     async def _fetch(self, model: ServedModel) -> None:
         try:
             with model.loading.running():
-                await self._loader.fetch(model.spec, model.loading.report)
-            self._fetched.add(model.name)
+                if await self._loader.is_here(model.spec) or await self._download(model):
+                    self._fetched.add(model.name)
         except Exception as error:
             self._note_failed_load(model, error)
         finally:
             del self._fetching[model.name]
             self._changed.set()
+
+    async def _download(self, model: ServedModel) -> bool:
+        """Download a model in its turn. False if it is not to be loaded any more when its turn comes."""
+        if self._downloads.locked():
+            text = "model %s waits for its turn to be downloaded: %d others are (engine.max_downloads)"
+            logger.info(text, model.name, self._config.max_downloads)
+            model.loading.report(QUEUED, 0.0)
+        async with self._downloads:
+            if self._wanted_since(model) == math.inf:
+                logger.info("model %s is not downloaded: no request waits for it any more", model.name)
+                return False
+            await self._loader.fetch(model.spec, model.loading.report)
+        return True
 
     async def _try_load(self, model: ServedModel) -> None:
         """Load a model that requests wait for. If its size is unknown, only measure it; `decide` then runs again."""

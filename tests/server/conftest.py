@@ -154,10 +154,12 @@ class FakeLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         return self.known.get(spec.name)
 
+    async def is_here(self, spec: ModelSpec) -> bool:
+        return spec.name not in self.downloads
+
     async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
-        if spec.name in self.downloads:
-            report("downloading", 0.2)
-            await self.downloads[spec.name].wait()
+        report("downloading", 0.2)
+        await self.downloads[spec.name].wait()
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         return self.unknown[spec.name]
@@ -255,6 +257,7 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             budget: int = 0,
             limits: dict[str, Any] | None = None,
             is_strict: bool = False,
+            max_downloads: int = 4,
             prepare: Callable[[FakeLoader], None] = lambda loader: None,
         ) -> House:
             config = Config(
@@ -267,8 +270,9 @@ async def make_house() -> AsyncIterator[MakeHouse]:
                 house.time += 1e-9  # no two events are at the same time
                 return house.time
 
+            engine = EngineConfig(memory_gib=budget / GIB, max_downloads=max_downloads)
             models = ModelTable(ServedModel(spec, clock=clock) for spec in specs)
-            manager = ModelManager(models, loader, EngineConfig(memory_gib=budget / GIB), clock=clock)
+            manager = ModelManager(models, loader, engine, clock=clock)
             app = create_app(models, config)
             app.on_shutdown.append(lambda _: manager.close())
             server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2)

@@ -39,6 +39,9 @@ class Loader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         return 1
 
+    async def is_here(self, spec: ModelSpec) -> bool:
+        return True
+
     async def fetch(self, spec: ModelSpec, report: OnProgress) -> None:
         """Everything is here."""
 

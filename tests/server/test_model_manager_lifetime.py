@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 
 import pytest
 
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.errors import ConfigError, ModelError
-from brlite.server.model_manager import GIB, ModelManager
+from brlite.server.model_manager import GIB, QUEUED, ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
@@ -183,6 +184,59 @@ async def test_a_download_that_stalls_at_the_start_holds_no_other_model_back(eve
     assert loader.loads == {"a": 1, "b": 1, "c": 1}
 
 
+async def test_downloads_beyond_the_bound_wait_in_order_and_hold_back_no_local_model(
+    eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "brlite.server.model_manager")
+    models, loader = ModelTable([ServedModel(spec) for spec in on_demand("a", "b", "c", "here")]), FakeLoader({})
+    loader.downloads = {name: asyncio.Event() for name in "abc"}
+
+    async def use(name: str) -> None:
+        with models.find(name).in_use(max_waiting=1):
+            await models.find(name).loaded(PATIENCE_SECONDS)
+
+    async with ModelManager(models, loader, EngineConfig(max_downloads=1)) as manager:
+        await manager.start()
+        waiting = {}
+        for name, progress in (("a", "downloading 20%"), ("c", QUEUED), ("b", QUEUED)):
+            waiting[name] = asyncio.create_task(use(name))
+            await eventually(lambda: progress in models.find(name).loading.describe())  # noqa: B023
+        await use("here")
+        for name, after in (("a", "c"), ("c", "b")):
+            loader.downloads[name].set()
+            await waiting[name]
+            await eventually(lambda: "downloading 20%" in models.find(after).loading.describe())  # noqa: B023
+        loader.downloads["b"].set()
+        await waiting["b"]
+
+    assert list(loader.loads) == ["here", "a", "c", "b"]
+    assert [line for line in caplog.messages if "engine.max_downloads" in line] == [
+        f"model {name} waits for its turn to be downloaded: 1 others are (engine.max_downloads)" for name in "cb"
+    ]
+
+
+async def test_a_model_that_nobody_waits_for_any_more_gives_up_its_turn_to_be_downloaded(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    def stall(loader: FakeLoader) -> None:
+        loader.downloads = {name: asyncio.Event() for name in "ab"}
+
+    house = await make_house(on_demand("a", "b"), max_downloads=1, prepare=stall)
+    first, left = house.asks("a"), house.asks("b")
+    await eventually(lambda: QUEUED in house.progress("b"))
+
+    left.cancel()
+    await eventually(lambda: house.num_waiting("b") == 0)
+    house.loader.downloads["a"].set()
+    status, _ = await first
+    await eventually(lambda: house.models.find("b").status == "unloaded")
+    again = house.asks("b")
+    await eventually(lambda: "downloading 20%" in house.progress("b"))
+    house.loader.downloads["b"].set()
+
+    assert (status, (await again)[0], house.loader.loads["b"]) == (200, 200, 1)
+
+
 async def test_a_download_that_fails_refuses_those_who_wait_and_is_tried_again(
     make_house: MakeHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +244,11 @@ async def test_a_download_that_fails_refuses_those_who_wait_and_is_tried_again(
         raise ModelError("the hub cannot be reached")
 
     house = await make_house(on_demand("a"))
+    house.loader.downloads["a"] = asyncio.Event()
     monkeypatch.setattr(house.loader, "fetch", fail)
     status, answer = await house.ask("a")
     monkeypatch.undo()
+    house.loader.downloads["a"].set()
     house.time += 10
 
     assert (status, answer["error"]["code"]) == (503, "model_load_failed")
