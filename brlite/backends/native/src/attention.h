@@ -13,18 +13,28 @@ namespace brlite {
 namespace BRLITE_ISA {
 
 // Whether weights of some rows are computed between the products of others: by units that do not multiply, at the same
-// time. AVX2 has too few registers for it (0.92x).
-#if defined(BRLITE_HAS_AVX512)
+// time. A Zen 4 has such units. An Ice Lake adds and multiplies vectors of 64 bytes in the same ones (1.00x). AVX2 has
+// too few registers for it (0.92x).
+#if defined(BRLITE_HAS_BF16)
 constexpr bool OVERLAPS = true;
 #else
 constexpr bool OVERLAPS = false;
 #endif
 constexpr int PAGES_AT_ONCE = OVERLAPS ? 2 : 1;  // of weights
 
+// Pages, or columns of values, that a tile multiplies at once. With four, 24 of 32 registers are sums, and a broadcast
+// number of a query serves four products (bench/kernels.md, "Loads limit a tile").
+#if defined(BRLITE_HAS_AVX512) && !defined(BRLITE_HAS_BF16)
+constexpr int panels_of_attention(int) { return 4; }
+#else
+constexpr int panels_of_attention(int num_rows) { return panels_at_once(num_rows); }
+#endif
+constexpr int CACHED_PANELS = larger(2, panels_of_attention(MAX_ROWS));  // for all rows, before the next ones
+
 // One thread's scratch memory. A row is one query head of one token; rows that share a key/value head form a tile.
 struct AttentionScratch {
     float scores[TILE_ROWS][CHUNK] __attribute__((aligned(64)));
-    // By lane of a page. The largest score is that of all tokens of the chunk, seen or not.
+    // By lane of a page. The largest score is that of the tokens that the row may see.
     float lane_scores[TILE_ROWS][LANES] __attribute__((aligned(64)));
     float lane_sums[TILE_ROWS][LANES] __attribute__((aligned(64)));           // of weights
     float lane_magnitudes[TILE_ROWS][LANES] __attribute__((aligned(64)));     // of int8: of weights times value scales
@@ -55,11 +65,13 @@ struct AttentionTile {
     int first_position;  // of the first token
     int window;
     int chunk_start;
-    int num_pages;  // pages of the chunk, up to the last page that any row sees
+    int num_pages;               // pages of the chunk, up to the last page that any row sees
+    int first_whole, end_whole;  // the pages that all rows see whole
 
     int position(int row) const { return first_position + row / group; }
     int end(int row) const { return smaller(CHUNK, position(row) + 1 - chunk_start); }
     int begin(int row) const { return window ? larger(0, position(row) + 1 - window - chunk_start) : 0; }
+    bool are_whole(int first_page, int end_page) const { return first_whole <= first_page && end_page <= end_whole; }
 };
 
 INLINE int16_t* query_rows(AttentionScratch& s, Int8) { return s.queries.ints[0]; }
@@ -73,6 +85,21 @@ INLINE const float* page_scales(const AttentionTile& at, int page) {
 
 constexpr float NOTHING = -__builtin_inff();  // lower than any score
 
+INLINE Ints sees(const AttentionTile& at, int row, int token) {
+    const Ints tokens = lane_numbers() + token;
+    return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
+}
+
+// lane_scores[row] becomes the largest score of these pages, too, among those that the row may see.
+INLINE void find_largest(const AttentionTile& at, int row, int first_page, int end_page) {
+    Floats largest = load(at.s.lane_scores[row]);
+    for (int page = first_page; page < end_page; page++) {
+        const Floats scores = load(at.s.scores[row] + page * LANES);
+        largest = larger_of(largest, choose(sees(at, row, page * LANES), scores, splat(NOTHING)));
+    }
+    store(at.s.lane_scores[row], largest);
+}
+
 // scores[rows][pages * 16] = queries times keys, in int8 without the query's scale.
 template <class Kind, int ROWS, int PAGES>
 static void score_tile(const AttentionTile& at, int first_row, int first_page) {
@@ -85,16 +112,18 @@ static void score_tile(const AttentionTile& at, int first_row, int first_page) {
                     BRLITE_MAX_HEAD_DIM, head_size(at.a) / 2);
     float* to = at.s.scores[first_row] + first_page * LANES;
     float* best = at.s.lane_scores[first_row];
+    const bool are_whole = at.are_whole(first_page, first_page + PAGES);
     UNROLLED for (int r = 0; r < ROWS; r++, to += CHUNK, best += LANES) {
-        Floats largest = first_page ? load(best) : splat(NOTHING);
+        Floats largest = load(best);
         UNROLLED for (int p = 0; p < PAGES; p++) {
             Floats scores = Kind::floats(sums[0][r][p]);
             if constexpr (Kind::IS_INT8) scores = scores * load((const float*)(keys[p] + 2 * part));
             largest = larger_of(largest, scores);
             store(to + p * LANES, scores);
         }
-        store(best, largest);
+        if (are_whole) store(best, largest);
     }
+    for (int r = 0; r < ROWS && !are_whole; r++) find_largest(at, first_row + r, first_page, first_page + PAGES);
 }
 
 // Stores weights in the form that multiplies bfloat16 values. Returns the weights after rounding. This is `to_bf16` for
@@ -110,24 +139,6 @@ INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
     store_row(to, weights);
     return weights;
 #endif
-}
-
-INLINE Ints sees(const AttentionTile& at, int row, int token) {
-    const Ints tokens = lane_numbers() + token;
-    return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
-}
-
-INLINE bool sees_whole_chunk(const AttentionTile& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
-
-// The largest of the scores that a row may see.
-INLINE float largest_score(const AttentionTile& at, int row) {
-    if (sees_whole_chunk(at, row)) return max_of(load(at.s.lane_scores[row]));
-    Floats best = splat(NOTHING);
-    for (int page = 0; page < at.num_pages; page++) {
-        const Floats scores = load(at.s.scores[row] + page * LANES);
-        best = larger_of(best, choose(sees(at, row, page * LANES), scores, splat(NOTHING)));
-    }
-    return max_of(best);
 }
 
 // Stores a row's weights of one page in the form that multiplies values; 0 for tokens that the row may not see. Adds
@@ -148,40 +159,58 @@ INLINE void store_page(const AttentionTile& at, int row, int page, Floats weight
     store(s.scores[row] + page * LANES, weights);
 }
 
-template <bool IS_INT8>
-INLINE void finish_row(const AttentionTile& at, int row, Floats sum, Ints magnitude) {
-    AttentionScratch& s = at.s;
-    s.weight_sums[row] = sum_of(sum);
-    if (!IS_INT8) return;
-    const float largest = largest_magnitude(magnitude);
-    s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, largest, s.weights.ints[row]);
-}
-
 // A row's exponents of 2 are its scores times this.
 template <bool IS_INT8>
 INLINE float score_scale(const AttentionTile& at, int row) {
     return IS_INT8 ? at.s.query_scales[row] : 1.0f;
 }
 
-// Turns a row's scores into weights 2^(score - peak). Sets the row's peak, too.
 template <bool IS_INT8, bool SEES_ALL>
+INLINE void weigh_page(const AttentionTile& at, int row, int page, Floats& sum, Ints& magnitude) {
+    const Floats scores = load(at.s.scores[row] + page * LANES) * score_scale<IS_INT8>(at, row);
+    const Floats weights = power_of_2(scores - at.s.peaks[row]);
+    store_page<IS_INT8, SEES_ALL>(at, row, page, weights, sum, magnitude);
+}
+
+// Turns a row's scores into weights 2^(score - peak).
+template <bool IS_INT8>
 INLINE void weigh(const AttentionTile& at, int row) {
-    const float scale = score_scale<IS_INT8>(at, row);
-    at.s.peaks[row] = largest_score(at, row) * scale;
-    const Floats peak = splat(at.s.peaks[row]);
     Floats sum = splat(0.0f);
     Ints magnitude = Ints{};
-    _Pragma("GCC unroll 4") for (int page = 0; page < (SEES_ALL ? BRLITE_CHUNK_PAGES : at.num_pages); page++) {
-        const Floats weights = power_of_2(load(at.s.scores[row] + page * LANES) * scale - peak);
-        store_page<IS_INT8, SEES_ALL>(at, row, page, weights, sum, magnitude);
-    }
-    finish_row<IS_INT8>(at, row, sum, magnitude);
+    int page = 0;
+    for (; page < at.first_whole; page++) weigh_page<IS_INT8, false>(at, row, page, sum, magnitude);
+    _Pragma("GCC unroll 4") for (; page < at.end_whole; page++)
+        weigh_page<IS_INT8, true>(at, row, page, sum, magnitude);
+    for (; page < at.num_pages; page++) weigh_page<IS_INT8, false>(at, row, page, sum, magnitude);
+    store(at.s.lane_sums[row], sum);
+    store(at.s.lane_magnitudes[row], from_bits(magnitude));
 }
 
 template <bool IS_INT8>
-INLINE void weigh_rows(const AttentionTile& at, int num_rows) {
-    for (int row = 0; row < num_rows; row++)
-        sees_whole_chunk(at, row) ? weigh<IS_INT8, true>(at, row) : weigh<IS_INT8, false>(at, row);
+INLINE void begin_rows(const AttentionTile& at, int first, int end) {
+    AttentionScratch& s = at.s;
+    for (int row = first; row < end; row++) {
+        s.peaks[row] = max_of(load(s.lane_scores[row])) * score_scale<IS_INT8>(at, row);
+        store(s.lane_sums[row], Floats{});
+        store(s.lane_magnitudes[row], Floats{});
+    }
+}
+
+template <bool IS_INT8>
+INLINE void finish_rows(const AttentionTile& at, int first, int end) {
+    AttentionScratch& s = at.s;
+    for (int row = first; row < end; row++) s.weight_sums[row] = sum_of(load(s.lane_sums[row]));
+    for (int row = first; row < end && IS_INT8; row++) {
+        const float largest = largest_magnitude(bits_of(load(s.lane_magnitudes[row])));
+        s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, largest, s.weights.ints[row]);
+    }
+}
+
+template <bool IS_INT8>
+INLINE void weigh_rows(const AttentionTile& at, int first, int end) {
+    begin_rows<IS_INT8>(at, first, end);
+    for (int row = first; row < end; row++) weigh<IS_INT8>(at, row);
+    finish_rows<IS_INT8>(at, first, end);
 }
 
 // Computes x here. GCC would move the operations to where their result is used.
@@ -252,27 +281,25 @@ static void value_tile(const AttentionTile& at, int first_row, int first_column)
 enum class Part { SCORES, VALUES };
 
 // SCORES: ROWS rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
-template <class Kind, int ROWS>
+// PANELS at a time; the rest half as many at a time.
+template <class Kind, int ROWS, int PANELS>
 static void multiply_rows(const AttentionTile& at, Part part, int first_row, int first, int end) {
-    constexpr int PANELS = panels_at_once(ROWS);
     for (; first + PANELS <= end; first += PANELS)
         part == Part::SCORES ? score_tile<Kind, ROWS, PANELS>(at, first_row, first)
                              : value_tile<Kind, ROWS, PANELS>(at, first_row, first);
-    for (; first < end; first++)
-        part == Part::SCORES ? score_tile<Kind, ROWS, 1>(at, first_row, first)
-                             : value_tile<Kind, ROWS, 1>(at, first_row, first);
+    if constexpr (PANELS > 1) multiply_rows<Kind, ROWS, PANELS / 2>(at, part, first_row, first, end);
 }
 
 // The same for any number of rows up to MAX_ROWS.
 template <class Kind>
 INLINE void multiply_block(const AttentionTile& at, Part part, int first_row, int end_row, int first, int end) {
     typedef void (*Rows)(const AttentionTile&, Part, int, int, int);
-    static const Rows rows[6] = {multiply_rows<Kind, 1>, multiply_rows<Kind, 2>, multiply_rows<Kind, 3>,
-                                 multiply_rows<Kind, 4>, multiply_rows<Kind, 5>, multiply_rows<Kind, 6>};
+    static const Rows rows[6] = {
+        multiply_rows<Kind, 1, panels_of_attention(1)>, multiply_rows<Kind, 2, panels_of_attention(2)>,
+        multiply_rows<Kind, 3, panels_of_attention(3)>, multiply_rows<Kind, 4, panels_of_attention(4)>,
+        multiply_rows<Kind, 5, panels_of_attention(5)>, multiply_rows<Kind, 6, panels_of_attention(6)>};
     rows[end_row - first_row - 1](at, part, first_row, first, end);
 }
-
-constexpr int CACHED_PANELS = 2;  // fit the L1 cache while all rows are multiplied by them
 
 // All rows of the tile, in blocks of up to MAX_ROWS. The first row of block b is first_of_block(b).
 INLINE int num_blocks(const AttentionTile& at) { return (at.num_rows + MAX_ROWS - 1) / MAX_ROWS; }
@@ -294,22 +321,17 @@ template <class Kind>
 INLINE void weigh_and_multiply(const AttentionTile& at) {
     AttentionScratch& s = at.s;
     const int blocks = num_blocks(at);
-    weigh_rows<Kind::IS_INT8>(at, first_of_block(at, 1));
+    weigh_rows<Kind::IS_INT8>(at, 0, first_of_block(at, 1));
     for (int b = 0; b < blocks; b++) {
         const int first = first_of_block(at, b), end = first_of_block(at, b + 1);
         const int next_end = first_of_block(at, smaller(b + 2, blocks));
-        for (int row = end; row < next_end; row++) {
-            s.peaks[row] = largest_score(at, row) * score_scale<Kind::IS_INT8>(at, row);
-            store(s.lane_sums[row], Floats{});
-            store(s.lane_magnitudes[row], Floats{});
-        }
+        begin_rows<Kind::IS_INT8>(at, end, next_end);
         s.next_page = end * BRLITE_CHUNK_PAGES;
         s.end_page = next_end * BRLITE_CHUNK_PAGES;
         multiply_block<Kind>(at, Part::VALUES, first, end, 0, head_size(at.a) / LANES);
         for (NextWeights<Kind::IS_INT8> weigh{at, {}}; s.next_page < s.end_page;)  // what is left
             for (int quarter = 0; quarter < 4; quarter++) weigh(quarter);
-        for (int row = end; row < next_end; row++)
-            finish_row<Kind::IS_INT8>(at, row, load(s.lane_sums[row]), bits_of(load(s.lane_magnitudes[row])));
+        finish_rows<Kind::IS_INT8>(at, end, next_end);
     }
 }
 
@@ -317,12 +339,13 @@ INLINE void weigh_and_multiply(const AttentionTile& at) {
 template <class Kind>
 INLINE void attend_chunk(const AttentionTile& at) {
     AttentionScratch& s = at.s;
+    for (int row = 0; row < at.num_rows; row++) store(s.lane_scores[row], splat(NOTHING));
     multiply_tile<Kind>(at, Part::SCORES);
     s.next_page = s.end_page = 0;
-    if (OVERLAPS && sees_whole_chunk(at, 0) && sees_whole_chunk(at, at.num_rows - 1)) {
+    if (OVERLAPS && at.are_whole(0, BRLITE_CHUNK_PAGES)) {
         weigh_and_multiply<Kind>(at);
     } else {
-        weigh_rows<Kind::IS_INT8>(at, at.num_rows);
+        weigh_rows<Kind::IS_INT8>(at, 0, at.num_rows);
         multiply_tile<Kind>(at, Part::VALUES);
     }
     if (!Kind::IS_INT8) return;
@@ -390,6 +413,8 @@ INLINE void find_pages(const Step& step, const brlite_operation& op, const Atten
     const brlite_span& span = step.batch->spans[item.span];
     const int last = at.first_position + item.num_tokens - 1;
     at.num_pages = smaller(BRLITE_CHUNK_PAGES, (last - at.chunk_start) / LANES + 1);
+    at.first_whole = smaller(at.num_pages, (at.begin(at.num_rows - 1) + LANES - 1) / LANES);
+    at.end_whole = larger(at.first_whole, at.end(0) / LANES);
     for (int page = 0; page < at.num_pages; page++)
         at.s.pages[page] = page_of(at.a, span, op.pages, at.chunk_start / LANES + page, kv_head);
 }
@@ -400,7 +425,7 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
     const brlite_attention& a = step.plan->attention;
     const brlite_span& span = step.batch->spans[item.span];
     const int first_row = span.first_row + item.first_token, size = head_size(a);
-    AttentionTile at = {a, s, item.num_tokens * num_heads, num_heads, span.start + item.first_token, op.window, 0, 0};
+    AttentionTile at = {a, s, item.num_tokens * num_heads, num_heads, span.start + item.first_token, op.window};
     load_queries(step, at, first_row, first_head);
     for (int row = 0; row < at.num_rows; row++)
         begin_total(s.totals[row], s.total_peaks[row], s.total_weights[row], size);

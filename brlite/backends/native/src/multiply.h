@@ -92,28 +92,33 @@ struct Int8 {
 struct Bf16 {
     typedef __m512 Sum;
     typedef __m512i Pair;
-    static constexpr int PAIR_BYTES = 64, STEPS = 1;
+    static constexpr int PAIR_BYTES = 64;
     static constexpr bool IS_INT8 = false;
     INLINE Sum zero() { return _mm512_setzero_ps(); }
-    INLINE Pair load(const uint8_t* at, int) { return _mm512_loadu_si512(at); }
     INLINE Floats floats(Sum sum) { return (Floats)sum; }
 #if defined(BRLITE_HAS_BF16)
     typedef uint16_t Row;
     typedef __m512i Broadcast;
+    static constexpr int STEPS = 1;
+    INLINE Pair load(const uint8_t* at, int) { return _mm512_loadu_si512(at); }
     INLINE Broadcast broadcast(const Row* row, int) { return broadcast_4_bytes(row); }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
         asm volatile("vdpbf16ps %[row], %[weights], %[sum]" : [sum] "+v"(sum) : [weights] "v"(weights), [row] "v"(row));
     }
 #else
     typedef float Row;
-    struct Broadcast {
-        __m512 even, odd;
-    };
-    INLINE Broadcast broadcast(const Row* row, int) { return {_mm512_set1_ps(row[0]), _mm512_set1_ps(row[1])}; }
-    INLINE void add(Sum& sum, Pair weights, Broadcast row) {
-        __m512i odd = _mm512_and_si512(weights, _mm512_set1_epi32((int32_t)0xffff0000));
-        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(odd), row.odd, sum);
-        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), row.even, sum);
+    typedef __m512 Broadcast;
+    static constexpr int STEPS = 2;  // the odd inputs, then the even ones
+    INLINE Pair load(const uint8_t* at, int step) {
+        const __m512i pairs = _mm512_loadu_si512(at);
+        if (step == 0) return _mm512_and_si512(pairs, _mm512_set1_epi32((int32_t)0xffff0000));
+        return _mm512_slli_epi32(pairs, 16);
+    }
+    INLINE Broadcast broadcast(const Row* row, int step) { return _mm512_set1_ps(row[1 - step]); }
+    INLINE void add(Sum& sum, Pair weights, Broadcast row) {  // asm: GCC would copy sums
+        asm volatile("vfmadd231ps %[row], %[weights], %[sum]"
+                     : [sum] "+v"(sum)
+                     : [weights] "v"(weights), [row] "v"(row));
     }
 #endif
 };
