@@ -277,7 +277,7 @@ INLINE float fused(float a, float b, float c) {
     memcpy(&sum, &bits, sizeof sum);
     return (float)sum;
 }
-INLINE Floats fused(Floats a, Floats b, Floats c) {
+static __attribute__((noinline)) Floats fused_one_by_one(Floats a, Floats b, Floats c) {
     float of_a[LANES], of_b[LANES], of_c[LANES];
     store(of_a, a);
     store(of_b, b);
@@ -285,6 +285,38 @@ INLINE Floats fused(Floats a, Floats b, Floats c) {
     for (int i = 0; i < LANES; i++) of_c[i] = fused(of_a[i], of_b[i], of_c[i]);
     return load(of_c);
 }
+#if defined(__SSE2__)
+// Four lanes, rounded to double precision and then to single precision. Sets `is_wrong` to -1 where that may differ
+// from one rounding. It does only if the sum is not exact and has become a number where the second rounding changes its
+// direction. Such a number lies halfway between two floats: it has 25 significant bits or fewer, and ends in 28 zeros.
+// A sum is exact if each of its parts is what remains without the other one.
+INLINE __m128 fused_twice(__m128 a, __m128 b, __m128 c, __m128i& is_wrong) {
+    __m128d sums[2], are_inexact[2];
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const auto doubles = [i](__m128 x) INLINED { return _mm_cvtps_pd(i ? _mm_movehl_ps(x, x) : x); };
+        const __m128d product = doubles(a) * doubles(b), added = doubles(c);
+        sums[i] = product + added;
+        are_inexact[i] = _mm_or_pd(_mm_cmpneq_pd(sums[i] - product, added), _mm_cmpneq_pd(sums[i] - added, product));
+    }
+    const auto low_words = [](const __m128d* x) INLINED {
+        return _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(x[0]), _mm_castpd_ps(x[1]), 0x88));
+    };
+    const __m128i last_bits = _mm_and_si128(low_words(sums), _mm_set1_epi32(0x0fffffff));
+    is_wrong |= _mm_and_si128(_mm_cmpeq_epi32(last_bits, _mm_setzero_si128()), low_words(are_inexact));
+    return _mm_movelh_ps(_mm_cvtpd_ps(sums[0]), _mm_cvtpd_ps(sums[1]));
+}
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+    __m128i is_wrong = _mm_setzero_si128();
+    const auto four = [&is_wrong](__m128 a, __m128 b, __m128 c) INLINED { return fused_twice(a, b, c, is_wrong); };
+    const Floats sum = {
+        {four(a.low.low, b.low.low, c.low.low), four(a.low.high, b.low.high, c.low.high)},
+        {four(a.high.low, b.high.low, c.high.low), four(a.high.high, b.high.high, c.high.high)},
+    };
+    return __builtin_expect(_mm_movemask_epi8(is_wrong), 0) ? fused_one_by_one(a, b, c) : sum;
+}
+#else
+INLINE Floats fused(Floats a, Floats b, Floats c) { return fused_one_by_one(a, b, c); }
+#endif
 #endif
 
 // 0, 1, 2 … 15
