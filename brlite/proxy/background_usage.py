@@ -1,7 +1,8 @@
-"""The usage of responses that upstreams compute in the background: read from them, and charged to the API keys.
+"""The usage of responses that upstreams store: read from them, and charged to the API keys.
 
-A client need not retrieve such a response: it may continue it, or leave its stream before the last event. So the proxy
-retrieves it, too, until it is complete, and before its client deletes it. Nothing is charged twice.
+A client need not retrieve a response that is computed in the background: it may continue it, or leave its stream before
+the last event. So the proxy retrieves it, too, until it is complete, and before its client deletes it. Until then the
+key's budget lacks an estimate, which is charged only if the upstream never reports the usage. Nothing is charged twice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import quote
 
 from brlite.errors import UpstreamError
@@ -17,7 +19,14 @@ from brlite.http.api_key import ApiKey
 from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwners, stored_response
 from brlite.proxy.routing.client import UpstreamClient
 from brlite.proxy.routing.upstream import Upstream
-from brlite.proxy.usage import Seen, reported_usage
+from brlite.proxy.usage import (
+    NO_USAGE,
+    ForwardedUsage,
+    Seen,
+    estimate_completion,
+    is_possible,
+    reported_usage,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +38,26 @@ MAX_SECONDS = 60.0
 MAX_REQUESTS = 1450  # for one response: a day
 MAX_FAILURES = 10  # in a row: four minutes
 ANSWER_SECONDS = 10.0
-NOT_CHARGED = "the tokens of %s, computed in the background, are not charged: %s"
+ESTIMATED = "the tokens of %s, computed in the background, are charged as estimated (prompt: %d, generated: %d): %s"
+
+
+@dataclass(eq=False)
+class Followed:
+    """A response whose usage is not known yet. `estimate`: the tokens that are reserved for it."""
+
+    key: ApiKey
+    response_id: str
+    estimate: ForwardedUsage = NO_USAGE
+
+    def raise_estimate(self, estimate: ForwardedUsage, num_reserved: int = 0) -> None:
+        """Reserve an estimate, if it is above the one before. `num_reserved` tokens of it are reserved already."""
+        before, self.estimate = self.estimate, ForwardedUsage(*map(max, self.estimate, estimate))
+        self.key.reserve(time.monotonic(), sum(self.estimate) - sum(before) - num_reserved)
+
+    def charge(self, usage: ForwardedUsage) -> None:
+        """Charge these tokens in place of the estimate."""
+        num_reserved, self.estimate = sum(self.estimate), NO_USAGE
+        self.key.spend(time.monotonic(), *usage, num_reserved=num_reserved)
 
 
 class BackgroundUsage:
@@ -38,19 +66,52 @@ class BackgroundUsage:
     def __init__(self, owners: ResponseOwners, find_upstream: Callable[[str], Upstream | None]) -> None:
         self._owners = owners
         self._find_upstream = find_upstream
-        self._tasks: dict[asyncio.Task[None], tuple[str, str]] = {}  # with the tenant and the id
+        self._followed: dict[tuple[str, str], Followed] = {}  # by tenant and id
+        self._tasks: set[asyncio.Task[None]] = set()  # one for each
         self._turns = asyncio.Semaphore(MAX_CONCURRENT)
         self._deletions = asyncio.Semaphore(MAX_CONCURRENT)  # their clients wait: not behind an upstream that hangs
 
-    def follow(self, key: ApiKey, response_id: str) -> None:
-        """Charge the key for this response when it is complete. `owners` has its upstream."""
-        if len(self._tasks) >= MAX_FOLLOWED:
-            text = "more than %d responses run in the background: the key %s is charged for %s only if it retrieves it"
-            logger.warning(text, MAX_FOLLOWED, key.name, response_id)
+    def follow(self, key: ApiKey, response_id: str, estimate: ForwardedUsage, num_reserved: int) -> None:
+        """Charge the key for this response when its usage is reported. `owners` has its upstream.
+
+        Until then its `estimate` is reserved; `num_reserved` tokens of it are already.
+        """
+        place = key.tenant, response_id
+        followed = self._followed.get(place) or Followed(key, response_id)  # a retry gets one that is followed already
+        followed.raise_estimate(estimate, num_reserved)
+        if place in self._followed:
             return
-        task = asyncio.get_running_loop().create_task(self._follow(key, response_id), name="brlite-background-usage")
-        self._tasks[task] = key.tenant, response_id
-        task.add_done_callback(self._tasks.pop)
+        if len(self._followed) >= MAX_FOLLOWED:
+            self._charge_estimate(followed, f"more than {MAX_FOLLOWED} responses run in the background")
+            return
+        self._followed[place] = followed
+        task = asyncio.get_running_loop().create_task(self._follow(followed), name="brlite-background-usage")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def charge(self, key: ApiKey, response_id: str, seen: Seen) -> None:
+        """Charge the key what `seen` of a stored response reports, less what was charged before.
+
+        A stream of its events that is left before the end reports nothing: what it showed is estimated.
+        """
+        owner, usage = self._owners.store.get(key.tenant, response_id), reported_usage(seen.parts)
+        if owner is None or (usage is None and (owner.is_reported or not seen.num_events)):
+            return
+        followed = self._followed.get((key.tenant, response_id))
+        num_prompt = 0 if followed is None else followed.estimate.prompt_tokens
+        used = ForwardedUsage(num_prompt, estimate_completion(RESPONSES_PATH, seen))
+        if usage is None and followed is not None:
+            followed.raise_estimate(used)
+            return
+        if usage is not None and is_possible(usage, owner.num_body_bytes, seen.num_text_bytes):
+            used = usage
+        elif usage is not None and not owner.is_reported:
+            text = "upstream %s reports impossible usage for a stored response: %d and %d tokens; estimated instead"
+            logger.warning(text, owner.upstream, *usage)
+        elif usage is not None:
+            return  # it was estimated before
+        late = self._owners.note_charge(key.tenant, response_id, used, is_reported=usage is not None)
+        (followed or Followed(key, response_id)).charge(late)
 
     async def settle(self, key: ApiKey, response_id: str) -> None:
         """Charge the key for a followed response that its client is about to delete: then it can no longer be read.
@@ -58,22 +119,21 @@ class BackgroundUsage:
         A running one is cancelled, as its deletion would do: the answer to that has its usage. Some upstreams refuse to
         cancel a complete one; it is read.
         """
-        if (key.tenant, response_id) not in self._tasks.values():
-            return
-        owner = self._owners.store.get(key.tenant, response_id)
+        followed, owner = self._followed.get((key.tenant, response_id)), self._owners.store.get(key.tenant, response_id)
         upstream = None if owner is None else self._find_upstream(owner.upstream)
-        if upstream is None:
+        if followed is None or upstream is None:
             return
         why = "it is deleted while it runs"
         for method, end in (("POST", "/cancel"), ("GET", "")):
             try:
                 async with self._deletions:
-                    is_complete = await self._charge(key, response_id, upstream, method, end)
+                    is_complete = await self._look_up(followed, upstream, method, end)
                 if is_complete:
-                    return
+                    why = f"upstream {upstream.name} reports no usage of it"
+                    break
             except UpstreamError as error:
                 why = f"it is deleted, and upstream {upstream.name} {error}"
-        logger.warning(NOT_CHARGED, response_id, why)
+        self._charge_estimate(followed, why)
 
     async def close(self) -> None:
         """Cancel all requests, and wait until they have ended."""
@@ -82,42 +142,51 @@ class BackgroundUsage:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _follow(self, key: ApiKey, response_id: str) -> None:
-        seconds, num_failures, why = FIRST_SECONDS, 0, "it is not complete after a day"
+    async def _follow(self, followed: Followed) -> None:
+        why = "it is looked up no more"
+        try:
+            why = await self._poll(followed)
+        finally:
+            del self._followed[followed.key.tenant, followed.response_id]
+            self._charge_estimate(followed, why)
+
+    async def _poll(self, followed: Followed) -> str:
+        """Look the response up until its usage is charged, or cannot be known. Returns why, for the second case."""
+        seconds, num_failures = FIRST_SECONDS, 0
         for _ in range(MAX_REQUESTS):
             await asyncio.sleep(seconds)
             seconds = min(seconds * 1.5, MAX_SECONDS)
-            if (owner := self._owners.store.get(key.tenant, response_id)) is None:
-                return
+            owner = self._owners.store.get(followed.key.tenant, followed.response_id)
+            if owner is None:
+                return "it is deleted, or forgotten (limits.max_owner_bytes)"
             if (upstream := self._find_upstream(owner.upstream)) is None:
-                why = f"the config has no upstream {owner.upstream} any more"
-                break
+                return f"the config has no upstream {owner.upstream} any more"
             try:
                 async with self._turns:
-                    is_complete = await self._charge(key, response_id, upstream)
+                    is_complete = await self._look_up(followed, upstream)
                 if is_complete:
-                    return
+                    return f"upstream {upstream.name} reports no usage of it"
                 num_failures = 0
             except UpstreamError as error:
                 num_failures += 1
                 if num_failures == MAX_FAILURES:
-                    why = f"upstream {upstream.name} {error}"
-                    break
-        logger.warning(NOT_CHARGED, response_id, why)
+                    return f"upstream {upstream.name} {error}"
+        return "it is not complete after a day"
 
-    async def _charge(
-        self, key: ApiKey, response_id: str, upstream: Upstream, method: str = "GET", end: str = ""
-    ) -> bool:
+    async def _look_up(self, followed: Followed, upstream: Upstream, method: str = "GET", end: str = "") -> bool:
         """Charge what the answer about a response reports. False while it runs. Raises `UpstreamError`."""
-        path = f"{RESPONSES_PATH.decode()}/{quote(response_id, safe='')}{end}"
+        path = f"{RESPONSES_PATH.decode()}/{quote(followed.response_id, safe='')}{end}"
         async with UpstreamClient(upstream, ANSWER_SECONDS) as client:
             body = await client.read(path, MAX_BYTES, method)
         if (response := stored_response((body,))) is None:
             raise UpstreamError(f"answered {method} {path} with no response object")
-        usage = self._owners.late_usage(key.tenant, response_id, Seen((body,), num_text_bytes=len(body)))
-        key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
-        if response.is_running:
-            return False
-        if reported_usage((body,)) is None:
-            logger.warning(NOT_CHARGED, response_id, f"upstream {upstream.name} reports no usage of it")
-        return True
+        self.charge(followed.key, followed.response_id, Seen((body,), num_text_bytes=len(body)))
+        return not response.is_running
+
+    def _charge_estimate(self, followed: Followed, why: str) -> None:
+        """Charge what is reserved, if anything is: the usage will not be known. The log says why."""
+        if followed.estimate != NO_USAGE:
+            logger.warning(ESTIMATED, followed.response_id, *followed.estimate, why)
+            place = followed.key.tenant, followed.response_id
+            late = self._owners.note_charge(*place, followed.estimate, is_reported=False)
+            followed.charge(followed.estimate if self._owners.store.get(*place) is None else late)

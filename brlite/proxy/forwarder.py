@@ -22,7 +22,14 @@ from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
-from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, reported_usage
+from brlite.proxy.usage import (
+    NO_USAGE,
+    ForwardedUsage,
+    estimate_completion,
+    estimate_prompt,
+    is_possible,
+    reported_usage,
+)
 from brlite.proxy.wire.heads import MAX_HOPS, RequestHead, forwarded_lines, stored_response_id, with_own_idempotency_key
 
 logger = logging.getLogger(__name__)
@@ -157,14 +164,18 @@ class Forwarder:
         key = exchange.request.inbound.key
         if key.has_rules:
             key.end()
-        usage = ForwardedUsage()
-        if key.name:
-            usage, at = self._usage(exchange), time.monotonic()
-            key.spend(at, usage.prompt_tokens, usage.completion_tokens, num_reserved=exchange.num_reserved)
-        if exchange.request.inbound.head.target.startswith(RESPONSES_PATH):
-            running = self.owners.note(exchange, usage.completion_tokens)
-            if running is not None and key.name:
-                self._background.follow(key, running)
+        head, made = exchange.request.inbound.head, None
+        usage, is_reported = self._usage(exchange) if key.name else (NO_USAGE, False)
+        if head.target.startswith(RESPONSES_PATH):
+            if key.name and attempt is not None and (stored := stored_response_id(head)) is not None:
+                self._background.charge(key, stored, attempt.seen)
+            made = self.owners.note(exchange)
+        if key.name and made is not None and made.is_running:
+            self._background.follow(key, made.id, usage, exchange.num_reserved)
+        elif key.name:
+            key.spend(time.monotonic(), *usage, num_reserved=exchange.num_reserved)
+            if made is not None:
+                self.owners.note_charge(key.tenant, made.id, usage, is_reported=is_reported)
 
     def reserve(self, exchange: Exchange) -> None:
         """Charge the key an estimate of the prompt's tokens when the request is sent; `over` corrects it."""
@@ -172,33 +183,32 @@ class Forwarder:
         exchange.num_reserved = estimate_prompt(inbound.head.target, inbound.body)
         inbound.key.reserve(time.monotonic(), exchange.num_reserved)
 
-    def _usage(self, exchange: Exchange) -> ForwardedUsage:
-        """The tokens of a request: the usage in its response, or an estimate. 0 for one that the upstream refused.
+    def _usage(self, exchange: Exchange) -> tuple[ForwardedUsage, bool]:
+        """The tokens of a request that are to be charged, and whether its response reports them; else an estimate.
 
-        A refusal is an answer from 400 on, or a stream that has an error and no text.
-
-        A client that disconnects pays for its prompt even if no response had begun.
+        0 for a request that the upstream refused: by an answer from 400 on, or by a stream that has an error and no
+        text. A client that disconnects pays for its prompt even if no response had begun.
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
         if attempt is None or not attempt.was_sent:
-            return ForwardedUsage()
-        if inbound.head.target.startswith(RESPONSES_PATH) and (stored := stored_response_id(inbound.head)) is not None:
-            return self.owners.late_usage(inbound.key.tenant, stored, attempt.seen)
+            return NO_USAGE, False
+        seen = attempt.seen
+        if inbound.head.target.startswith(RESPONSES_PATH) and stored_response_id(inbound.head) is not None:
+            return NO_USAGE, False  # charged by `BackgroundUsage`
         has_answer = attempt.has_begun and attempt.status < 400
         if not (has_answer or exchange.status == CLIENT_LEFT):
-            return ForwardedUsage()
-        seen = attempt.seen
+            return NO_USAGE, False
         usage = reported_usage(seen.parts)
         if seen.is_refusal and not (usage and usage.completion_tokens):
-            return ForwardedUsage()
+            return NO_USAGE, False
         if usage is not None:
             if is_possible(usage, len(inbound.body), seen.num_text_bytes):
-                return usage
+                return usage, True
             text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
             logger.warning(text, attempt.upstream.name, len(inbound.body), *usage)
         elif not seen.num_events and (made := stored_response(seen.parts)) is not None and made.is_running:
-            return ForwardedUsage(exchange.num_reserved)  # nothing is generated yet
-        return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))
+            return ForwardedUsage(exchange.num_reserved), False  # nothing is generated yet
+        return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen)), False
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log why an upstream failed a request."""

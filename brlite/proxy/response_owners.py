@@ -8,8 +8,10 @@ is not read, so its id stays unknown.
 from __future__ import annotations
 
 import logging
+import operator
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +20,7 @@ from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.usage import ForwardedUsage, Seen, estimate_completion, is_possible, reported_usage
+from brlite.proxy.usage import NO_USAGE, ForwardedUsage
 from brlite.proxy.wire.heads import stored_response_id
 
 logger = logging.getLogger(__name__)
@@ -30,30 +32,38 @@ _ID = re.compile(r"[!-.0-~]{1,200}")
 
 
 class ResponseOwner(msgspec.Struct, frozen=True):
-    """The upstream that stores a response, and the model that made it. `num_counted`: its tokens that were charged."""
+    """The upstream that stores a response, and the model that made it.
+
+    `charged`: its tokens that were charged. With `is_reported` no estimate counts. `num_body_bytes`: of its request.
+    """
 
     upstream: str
     model: str
-    num_counted: int
+    num_body_bytes: int
+    charged: ForwardedUsage = NO_USAGE
+    is_reported: bool = False
 
 
-class StoredResponse(msgspec.Struct):
-    """The fields of a response object that are read. `is_running`: it is computed although no client waits for it."""
+class StoredResponse(NamedTuple):
+    """A response that an upstream has stored. `is_running`: it is computed although no client waits for it."""
+
+    id: str
+    is_running: bool
+
+
+class _Response(msgspec.Struct):
+    """The fields of a response object that are read."""
 
     id: str | None = None
     store: bool | None = None
     background: object = None
     status: object = None
 
-    @property
-    def is_running(self) -> bool:
-        return self.background is True and self.status in ("queued", "in_progress")
 
-
-class _Answer(StoredResponse):
+class _Answer(_Response):
     """A response, or an event with one."""
 
-    response: StoredResponse | None = None
+    response: _Response | None = None
 
 
 class _Previous:
@@ -82,7 +92,7 @@ class ResponseOwners:
             for exchange in active:
                 inbound = exchange.request.inbound
                 if inbound.key.tenant == tenant and (made := _made(exchange)) is not None and made.id == response_id:
-                    return _owner(exchange, 0)
+                    return _owner(exchange)
         return owner
 
     def owner_for(self, inbound: Inbound, active: Iterable[Exchange]) -> ResponseOwner | None:
@@ -102,11 +112,10 @@ class ResponseOwners:
             raise InvalidRequest(text, param=_PREVIOUS, code="previous_response_not_found")
         return owner
 
-    def note(self, exchange: Exchange, num_counted: int) -> str | None:
+    def note(self, exchange: Exchange) -> StoredResponse | None:
         """Record a finished exchange: keep the id of a new response, remove the id of a deleted one.
 
-        `num_counted` are the completion tokens that its key was charged. Returns the id of a response that the upstream
-        goes on to compute.
+        Returns the new response. `note_charge` follows when its key is charged.
         """
         inbound, attempt = exchange.request.inbound, exchange.attempt
         if attempt is None or not attempt.has_begun or attempt.status >= 400:
@@ -117,46 +126,34 @@ class ResponseOwners:
                 self.store.pop(tenant, response_id)
             return None
         made = _made(exchange)
-        if made is None or made.id is None:
+        if made is None:
             return None
-        known, owner = self.store.get(tenant, made.id), _owner(exchange, num_counted)
+        known, owner = self.store.get(tenant, made.id), _owner(exchange)
         if known is None or known.upstream != owner.upstream:
             self._put(tenant, made.id, owner)
             if known is not None:
                 text = "upstreams %s and %s made responses with the same id, %s: requests about it go to the second"
                 logger.warning(text, known.upstream, owner.upstream, made.id)
-        return made.id if made.is_running else None
+        return made
 
-    def late_usage(self, tenant: str, response_id: str, seen: Seen) -> ForwardedUsage:
-        """The completion tokens of a stored response that are not charged yet, as `seen` of it reports or shows.
-
-        A response made in the background reports its usage when it is retrieved later. A stream of its events that is
-        left before the end reports none: what it showed is estimated.
-        """
-        owner, usage = self.store.get(tenant, response_id), reported_usage(seen.parts)
-        if owner is None or (usage is None and not seen.num_events):
-            return ForwardedUsage()
-        if usage is not None and is_possible(ForwardedUsage(0, usage.completion_tokens), 0, seen.num_text_bytes):
-            num_tokens = usage.completion_tokens
-        else:
-            num_tokens = estimate_completion(RESPONSES_PATH, seen)
-        num_late = num_tokens - owner.num_counted
-        if num_late <= 0:
-            return ForwardedUsage()
-        self._put(tenant, response_id, msgspec.structs.replace(owner, num_counted=num_tokens))
-        if usage is not None and num_tokens != usage.completion_tokens:
-            text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
-            logger.warning(text, owner.upstream, usage.completion_tokens)
-        return ForwardedUsage(0, num_late)
+    def note_charge(self, tenant: str, response_id: str, used: ForwardedUsage, *, is_reported: bool) -> ForwardedUsage:
+        """Note the tokens of a stored response, as reported or estimated. Returns those that are to be charged now."""
+        owner = self.store.get(tenant, response_id)
+        if owner is None or (owner.is_reported and not is_reported):
+            return NO_USAGE
+        charged = ForwardedUsage(*map(max, owner.charged, used))
+        is_reported |= owner.is_reported
+        self._put(tenant, response_id, msgspec.structs.replace(owner, charged=charged, is_reported=is_reported))
+        return ForwardedUsage(*map(operator.sub, charged, owner.charged))
 
     def _put(self, tenant: str, response_id: str, owner: ResponseOwner) -> None:
         num_bytes = len(response_id) + len(owner.upstream) + len(owner.model) + OBJECT_BYTES
         self.store.put(tenant, response_id, owner, num_bytes)
 
 
-def _owner(exchange: Exchange, num_counted: int) -> ResponseOwner:
+def _owner(exchange: Exchange) -> ResponseOwner:
     assert exchange.attempt is not None  # its response contained an id
-    return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, num_counted)
+    return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, len(exchange.request.inbound.body))
 
 
 def _made(exchange: Exchange) -> StoredResponse | None:
@@ -177,7 +174,8 @@ def stored_response(parts: Iterable[bytes]) -> StoredResponse | None:
             continue
         response = answer.response or answer
         if response.id is not None and _ID.fullmatch(response.id) and response.store is not False:
-            found = response
+            is_running = response.background is True and response.status in ("queued", "in_progress")
+            found = StoredResponse(response.id, is_running)
     return found
 
 

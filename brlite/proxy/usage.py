@@ -46,6 +46,9 @@ class ForwardedUsage(NamedTuple):
     completion_tokens: int = 0
 
 
+NO_USAGE = ForwardedUsage()
+
+
 class _Counts(msgspec.Struct):
     """`usage` in all dialects. Anthropic's `input_tokens` excludes cached tokens, which have two other fields."""
 

@@ -89,6 +89,12 @@ Connect = Callable[..., openai.AsyncOpenAI]
 
 
 @pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 async def connect() -> AsyncIterator[Connect]:
     """`connect(url)` is OpenAI's client of that server, which tries everything once and is closed after the test."""
     async with AsyncExitStack() as stack:

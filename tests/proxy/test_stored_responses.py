@@ -6,9 +6,7 @@ The upstreams are brlite servers of the toy, which says again what it was told.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -16,39 +14,14 @@ import openai
 import pytest
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
-from brlite.proxy import background_usage
-from brlite.proxy.routing.route_table import RouteTable
-from tests.limits import PATIENCE_SECONDS
 from tests.proxy.conftest import Connect
-from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
+from tests.proxy.proxies import wait_until
 from tests.proxy.raw_client import Client
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Then
-
-KEYS = tuple(KeyConfig(name=name, key=f"secret-{name}", admin=True) for name in "ab")
-ROUND_ROBIN = msgspec.structs.replace(PATIENT, choice="round_robin")
-
-
-class Setting(NamedTuple):
-    proxy: Proxy
-    clients: list[openai.AsyncOpenAI]
-
-    @property
-    def url(self) -> str:
-        return self.proxy.server.url
-
-    @property
-    def num_answered(self) -> list[int]:
-        """How many requests each upstream has answered."""
-        return [upstream.counts.outcomes["answered"] for upstream in self.proxy.forwarder.table.upstreams]
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
+from tests.proxy.stored import behind, json_answer
 
 
 async def toy(stack: AsyncExitStack) -> str:
@@ -58,22 +31,6 @@ async def toy(stack: AsyncExitStack) -> str:
     server = HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2)
     await stack.enter_async_context(server)
     return server.url
-
-
-async def behind(
-    stack: AsyncExitStack,
-    connect: Connect,
-    *urls: str,
-    keys: tuple[KeyConfig, ...] = KEYS,
-    max_owner_bytes: int = 10**6,
-) -> Setting:
-    """A proxy of these servers, used in turn, and a client for each key."""
-    upstreams = [
-        UpstreamConfig(url=url, name=f"u{index}", models=("toy",), health_path="") for index, url in enumerate(urls)
-    ]
-    limits = LimitsConfig(max_owner_bytes=max_owner_bytes)
-    proxy = await stack.enter_async_context(run_proxy(*upstreams, key=keys, limits=limits, proxy=ROUND_ROBIN))
-    return Setting(proxy, [connect(proxy.server.url, key.key or "") for key in keys] or [connect(proxy.server.url)])
 
 
 async def test_what_is_asked_about_a_response_goes_to_the_upstream_that_stores_it(
@@ -326,211 +283,6 @@ async def test_an_infill_goes_to_the_server_of_its_model(stack: AsyncExitStack, 
     assert setting.num_answered == [1]
 
 
-def json_answer(value: object) -> bytes:
-    body = msgspec.json.encode(value)
-    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
-async def test_what_a_background_response_costs_is_counted_once_when_it_is_told(
-    stack: AsyncExitStack, connect: Connect
-) -> None:
-    usage = {"input_tokens": 3, "output_tokens": 4000, "total_tokens": 4003}
-
-    async def act(call: Call) -> Then:
-        is_made = call.request.method == b"POST"
-        call.is_done()
-        await call.send(json_answer({"id": "resp_1", "usage": None if is_made else usage}))
-        return "keep"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    (client, _), key = setting.clients, setting.proxy.keys.find("secret-a")
-    assert key is not None
-
-    await client.responses.create(model="toy", input="hello", background=True)
-    await client.responses.retrieve("resp_1")
-    await client.responses.retrieve("resp_1")
-
-    assert key.usage.completion_tokens == 4000
-    assert upstream.faults == []
-
-
-@pytest.mark.parametrize(("is_stream", "is_odd"), [(False, False), (True, False), (False, True)])
-async def test_what_a_background_response_costs_is_counted_though_its_client_never_retrieves_it(
-    stack: AsyncExitStack, connect: Connect, is_stream: bool, is_odd: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.01)
-    running = {"id": "resp_1", "background": True, "status": "in_progress", "tools": ["x" * 4000], "usage": None}
-    early = {"detail": "no response object"} if is_odd else running
-    done = {**running, "status": "completed", "usage": {"input_tokens": 3, "output_tokens": 4000}}
-    num_retrieved = 0
-
-    async def act(call: Call) -> Then:
-        nonlocal num_retrieved
-        if call.request.method == b"GET":
-            num_retrieved += 1
-            await call.send(json_answer(early if num_retrieved == 1 else done))
-        elif not is_stream:
-            await call.send(json_answer(running))
-        else:
-            await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-            for event in ({"type": "response.created", "response": running}, {"type": "x.delta", "delta": "Hello"}):
-                await call.send(b"data: %b\n\n" % msgspec.json.encode(event))
-            await call.wait_left()
-        return "close"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    client, key = setting.clients[0], setting.proxy.keys.find("secret-a")
-    assert key is not None
-
-    made = await client.responses.create(model="toy", input="hello", background=True, stream=is_stream)
-    if is_stream:
-        await anext(made)
-        await made.close()
-    await wait_until(lambda: num_retrieved == 2 and key.usage.completion_tokens == 4000)
-
-
-async def test_a_background_response_that_is_followed_and_deleted_before_its_end_is_charged(
-    stack: AsyncExitStack, connect: Connect
-) -> None:
-    running = {"id": "resp_1", "background": True, "status": "in_progress"}
-    deltas = [{"type": "response.output_text.delta", "delta": "Hello, this is text"}] * 20
-
-    async def act(call: Call) -> Then:
-        if b"stream=true" not in call.request.path:
-            await call.send(json_answer(running))
-            return "keep"
-        await call.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-        for event in deltas:
-            await call.send(b"data: %b\n\n" % msgspec.json.encode(event))
-        await call.wait_left()
-        return "close"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    responses, key = setting.clients[0].responses, setting.proxy.keys.find("secret-a")
-    assert key is not None
-
-    await responses.create(model="toy", input="hello", background=True)
-    for _ in range(2):
-        events = await responses.retrieve("resp_1", stream=True)
-        for _ in deltas:
-            await anext(events)
-        await events.close()
-    await responses.delete("resp_1")
-
-    await wait_until(lambda: setting.proxy.forwarder.num_active == 0)
-    assert key.usage.completion_tokens == 20
-
-
-@pytest.mark.parametrize("has_ended", [False, True])
-async def test_a_background_response_that_is_deleted_is_charged_what_its_client_has_not_seen(
-    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture, *, has_ended: bool
-) -> None:
-    running = {"id": "resp_1", "background": True, "status": "in_progress", "tools": ["x" * 4000], "usage": None}
-    done = {**running, "status": "completed", "usage": {"input_tokens": 3, "output_tokens": 4000}}
-    refused = b"HTTP/1.1 400 No\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-    seen = []
-
-    async def act(call: Call) -> Then:
-        is_cancel = call.request.path.endswith(b"/cancel")
-        seen.append((call.request.method, is_cancel))
-        if is_cancel and has_ended:
-            await call.send(refused)
-        else:
-            await call.send(json_answer(done if is_cancel or call.request.method == b"GET" else running))
-        return "keep"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    responses, key = setting.clients[0].responses, setting.proxy.keys.find("secret-a")
-    assert key is not None
-
-    await responses.create(model="toy", input="hello", background=True)
-    await responses.delete("resp_1")
-
-    assert key.usage.completion_tokens == 4000
-    read = [(b"GET", False)] if has_ended else []
-    assert seen == [(b"POST", False), (b"POST", True), *read, (b"DELETE", False)]
-    assert "not charged" not in caplog.text
-
-
-async def test_an_upstream_that_hangs_holds_back_no_deletion_at_another_one(
-    stack: AsyncExitStack, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(background_usage, "MAX_CONCURRENT", 1)
-    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(background_usage, "ANSWER_SECONDS", 10 * PATIENCE_SECONDS)
-    hangs = asyncio.Event()
-
-    async def hang(call: Call) -> Then:
-        if call.request.method == b"GET":
-            hangs.set()
-            await call.wait_left()
-        await call.send(json_answer({"id": "resp_1", "background": True, "status": "in_progress"}))
-        return "keep"
-
-    async def act(call: Call) -> Then:
-        status = "in_progress" if call.request.path == b"/v1/responses" else "cancelled"
-        await call.send(json_answer({"id": "resp_2", "background": True, "status": status}))
-        return "keep"
-
-    upstreams = [await stack.enter_async_context(ScriptedUpstream(act=each)) for each in (hang, act)]
-    responses = (await behind(stack, connect, *(each.url for each in upstreams))).clients[0].responses
-    for _ in upstreams:
-        await responses.create(model="toy", input="hello", background=True)
-    await asyncio.wait_for(hangs.wait(), PATIENCE_SECONDS)
-
-    await asyncio.wait_for(responses.delete("resp_2"), PATIENCE_SECONDS)
-
-
-async def test_tokens_of_a_deleted_response_that_its_upstream_does_not_report_are_named_in_the_log(
-    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
-) -> None:
-    running = {"id": "resp_1", "background": True, "status": "in_progress"}
-
-    async def act(call: Call) -> Then:
-        is_cancel = call.request.path.endswith(b"/cancel")
-        await call.send(json_answer({**running, "status": "cancelled"} if is_cancel else running))
-        return "keep"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    responses = setting.clients[0].responses
-
-    await responses.create(model="toy", input="hello", background=True)
-    await responses.delete("resp_1")
-
-    why = "upstream u0 reports no usage of it"
-    assert f"the tokens of resp_1, computed in the background, are not charged: {why}" in caplog.text
-
-
-@pytest.mark.parametrize("is_gone", [False, True])
-async def test_tokens_that_cannot_be_learnt_are_named_in_the_log(
-    stack: AsyncExitStack, connect: Connect, is_gone: bool, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
-    monkeypatch.setattr(background_usage, "FIRST_SECONDS", 0.01)
-    monkeypatch.setattr(background_usage, "MAX_FAILURES", 2)
-    running = json_answer({"id": "resp_1", "background": True, "status": "in_progress"})
-
-    async def act(call: Call) -> Then:
-        await call.send(running if call.request.method == b"POST" else b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n")
-        return "keep"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    await setting.clients[0].responses.create(model="toy", input="hello", background=True)
-    if is_gone:
-        other = Config(model=(), upstream=(UpstreamConfig(url="http://a", models=("toy",), health_path=""),))
-        setting.proxy.forwarder.replace(other, RouteTable(other))
-
-    why = (
-        "the config has no upstream u0 any more" if is_gone else "upstream u0 answered 404 to GET /v1/responses/resp_1"
-    )
-    await wait_until(lambda: f"the tokens of resp_1, computed in the background, are not charged: {why}" in caplog.text)
-
-
 async def test_of_two_responses_with_one_id_the_later_is_meant(
     stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -590,25 +342,3 @@ async def test_a_response_that_is_not_stored_is_not_remembered(stack: AsyncExitS
     await setting.clients[0].responses.create(model="toy", input="hello", store=False)
 
     assert len(setting.proxy.forwarder.owners.store) == 0
-
-
-async def test_impossible_usage_of_a_background_response_is_not_charged(
-    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def act(call: Call) -> Then:
-        is_made = call.request.method == b"POST"
-        usage = None if is_made else {"input_tokens": 3, "output_tokens": 10**18}
-        call.is_done()
-        await call.send(json_answer({"id": "resp_1", "usage": usage}))
-        return "keep"
-
-    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
-    setting = await behind(stack, connect, upstream.url)
-    client, key = setting.clients[0], setting.proxy.keys.find("secret-a")
-    assert key is not None
-
-    await client.responses.create(model="toy", input="hello", background=True)
-    await client.responses.retrieve("resp_1")
-
-    assert key.usage.completion_tokens < 100
-    assert f"upstream u0 reports impossible usage for a stored response: {10**18} tokens" in caplog.text
