@@ -11,18 +11,21 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
+import anthropic
 import openai
 import pytest
+from aiohttp import web
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, ServerConfig
+from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, ServerConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
+from brlite.llm import AsyncEngine
 from brlite.server.model_manager import GIB, ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
-from tests.api_clients import openai_client
+from tests.api_clients import NO_CERTIFICATES, openai_client
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
 
@@ -282,5 +285,48 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             house = House(models, manager, loader, session)
             await manager.start()
             return house
+
+        yield start
+
+
+ServeToy = Callable[..., Awaitable[anthropic.AsyncAnthropic]]
+
+
+@pytest.fixture
+def toy_apps() -> list[web.Application]:
+    """The applications that `serve_toy` has started."""
+    return []
+
+
+@pytest.fixture
+async def serve_toy(toy_apps: list[web.Application]) -> AsyncIterator[ServeToy]:
+    """`await serve_toy(keys=…, limits=…, OPTION_OF_THE_MODEL=…)` serves the toy, and returns Anthropic's client."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            keys: tuple[KeyConfig, ...] = (),
+            limits: dict[str, Any] | None = None,
+            engine: dict[str, Any] | None = None,
+            **options: Any,
+        ) -> anthropic.AsyncAnthropic:
+            spec = ModelSpec(**{"name": "toy", "path": None, "build_seq": 4096, "reasoning_parser": "think", **options})
+            config = Config(
+                model=(spec,),
+                engine=EngineConfig(name="toy", options=engine or {}),
+                limits=LimitsConfig(**(limits or {})),
+                key=keys,
+            )
+            loop = await stack.enter_async_context(AsyncEngine.from_config(config))
+            toy_apps.append(create_app(loop, config))
+            server = HttpServer(toy_apps[-1], "127.0.0.1", 0, config.limits, grace_seconds=0.2)
+            await stack.enter_async_context(server)
+            client = anthropic.AsyncAnthropic(
+                base_url=server.url,
+                api_key="none",
+                max_retries=0,
+                timeout=PATIENCE_SECONDS,
+                http_client=anthropic.DefaultAsyncHttpxClient(verify=NO_CERTIFICATES),
+            )
+            return await stack.enter_async_context(client)
 
         yield start

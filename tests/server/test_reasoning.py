@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
+from brlite.backends.plugins.toy_text import ToyChat
 from brlite.chat.template import ChatTemplate
+from brlite.chat.turns import TemplateCapabilities
+from brlite.config.options import ModelSpec
+from brlite.dialects.generation import Chat, ReasoningHint
+from brlite.server.chat_replies import template_extras
 from tests.fakes import EOS, ByteTokenizer
 from tests.server.conftest import MODEL, Client
 
@@ -313,3 +318,27 @@ async def test_hostile_lists_of_tools_are_refused_and_the_server_goes_on(
     assert error["error"]["param"].startswith(("tools", "messages"))
     assert len(error["error"]["message"]) < 1000
     assert (await client.chat("q"))["choices"][0]["message"]["content"] == "Hi."
+
+
+@pytest.mark.parametrize(
+    ("known", "hint", "expected", "num_warnings"),
+    [
+        (("enable_thinking",), ReasoningHint(False, None, "e"), {"enable_thinking": False}, 0),
+        (("enable_thinking",), ReasoningHint(True, "low", "e"), {"enable_thinking": True}, 1),
+        (("reasoning_effort",), ReasoningHint(True, "low", "e"), {"reasoning_effort": "low"}, 0),
+        ((), ReasoningHint(True, "high", "e"), {}, 1),
+        ((), ReasoningHint(False, "none", "e"), {}, 0),
+    ],
+)
+def test_a_hint_of_reasoning_reaches_the_templates_that_take_it(
+    known: tuple[str, ...], hint: ReasoningHint, expected: dict[str, Any], num_warnings: int
+) -> None:
+    class Format(ToyChat):
+        capabilities = TemplateCapabilities(variables=frozenset(known))
+
+    chat = Chat([{"role": "user", "content": "hi"}], reasoning_hint=hint)
+    extras, warnings = template_extras(chat, Format(), ModelSpec(name="m"))
+    forced, _ = template_extras(chat, Format(), ModelSpec(name="m", chat_template_kwargs={"enable_thinking": "yes"}))
+
+    assert (extras.variables, len(warnings)) == (expected, num_warnings)
+    assert forced.variables["enable_thinking"] == "yes"  # the operator's word counts more than a hint
