@@ -17,6 +17,7 @@ from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.scoring import ScoringHead
+from brlite.http.events import EventStream
 from brlite.http.listen import HttpServer
 from brlite.server.generate import RUNNING, timed_out
 from brlite.server.served_model import ModelTable, ServedModel
@@ -98,6 +99,49 @@ async def test_a_stream_that_has_begun_ends_with_an_error_event(stuck: Client) -
     assert response.status == 200
     assert f"its timeout of {seconds:g} s" in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_an_error_comes_behind_the_deltas_that_a_slow_client_has_not_taken(
+    client: Client, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(stream: EventStream, seconds: float) -> bool:
+        waits.set()
+        await asyncio.Event().wait()
+        return True
+
+    waits = asyncio.Event()
+    monkeypatch.setattr(EventStream, "is_backlogged", True)
+    monkeypatch.setattr(EventStream, "drained", never)
+    async with client.session.post(client.url + "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        await asyncio.wait_for(waits.wait(), PATIENCE_SECONDS)
+        (call,) = client.server._app[RUNNING]
+        call.fail(timed_out(1))
+        text = await response.text()
+
+    assert 0 < text.index('"content":"') < text.index("its timeout of 1 s")
+
+
+@pytest.mark.parametrize("body", [chat_body(), chat_body(stream=True)])
+async def test_an_error_behind_the_end_of_a_request_does_not_reach_the_next_one_of_its_connection(
+    client: Client, eventually: Eventually, body: dict[str, Any]
+) -> None:
+    client.backend.gate = threading.Event()
+    path, running = client.url + "/v1/chat/completions", client.server._app[RUNNING]
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+        first = asyncio.create_task(session.post(path, json=body))
+        await eventually(lambda: client.engine.stats.num_running == 1)
+        (call,) = running
+        client.backend.gate.set()
+        await (await first).read()
+        client.backend.gate = threading.Event()
+        second = asyncio.create_task(session.post(path, json=body))
+        await eventually(lambda: client.engine.stats.num_running == 1)
+        call.fail(timed_out(1))
+        client.backend.gate.set()
+        text = await (await second).text()
+
+    assert "its timeout" not in text
+    assert client.server.num_connections <= 1
 
 
 async def test_a_request_within_its_timeout_is_untouched(client: Client) -> None:
