@@ -126,18 +126,12 @@ static void score_tile(const AttentionTile& at, int first_row, int first_page) {
     for (int r = 0; r < ROWS && !are_whole; r++) find_largest(at, first_row + r, first_page, first_page + PAGES);
 }
 
-// Stores weights in the form that multiplies bfloat16 values. Returns the weights after rounding. This is `to_bf16` for
-// numbers that are neither negative nor subnormal; the lower 16 bits of a NaN are 0 here, as in the queries and keys.
-INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
+// Stores weights that are bfloat16 numbers in the form that multiplies bfloat16 values.
+INLINE void store_weights(Bf16::Row* to, Floats weights) {
 #if defined(BRLITE_HAS_BF16)
-    const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
-    _mm256_storeu_si256((__m256i*)to, halves);
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)weights));
 #else
-    const Ints bits = bits_of(weights);
-    weights = from_bits((bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000);
     store_row(to, weights);
-    return weights;
 #endif
 }
 
@@ -148,31 +142,28 @@ INLINE void store_page(const AttentionTile& at, int row, int page, Floats weight
     AttentionScratch& s = at.s;
     const Ints seen = SEES_ALL ? Ints{} : sees(at, row, page * LANES);
     if (!SEES_ALL) weights = choose(seen, weights, Floats{});
-    if constexpr (!IS_INT8) {
-        sum = sum + store_weights(s.weights.bf16[row] + page * LANES, weights);
-        return;
-    }
     sum = sum + weights;
+    if constexpr (!IS_INT8) return store_weights(s.weights.bf16[row] + page * LANES, weights);
     weights = weights * load(page_scales(at, page) + LANES);
     if (!SEES_ALL) weights = choose(seen, weights, Floats{});  // again, as the scales of unseen tokens may be NaN
     magnitude = larger_magnitude(magnitude, weights);
     store(s.scores[row] + page * LANES, weights);
 }
 
-// A row's exponents of 2 are its scores times this.
+// Of 2, relative to the row's largest one: exactly 0 for that, so the scale of an int8 query is no fused multiply-add.
 template <bool IS_INT8>
-INLINE float score_scale(const AttentionTile& at, int row) {
-    return IS_INT8 ? at.s.query_scales[row] : 1.0f;
+INLINE Floats exponents(const AttentionTile& at, int row, const float* scores) {
+    const Floats scaled = IS_INT8 ? load(scores) * at.s.query_scales[row] : load(scores);
+    return scaled - at.s.peaks[row];
 }
 
 template <bool IS_INT8, bool SEES_ALL>
 INLINE void weigh_page(const AttentionTile& at, int row, int page, Floats& sum, Ints& magnitude) {
-    const Floats scores = load(at.s.scores[row] + page * LANES) * score_scale<IS_INT8>(at, row);
-    const Floats weights = power_of_2(scores - at.s.peaks[row]);
+    const Floats weights = power_of_2<!IS_INT8>(exponents<IS_INT8>(at, row, at.s.scores[row] + page * LANES));
     store_page<IS_INT8, SEES_ALL>(at, row, page, weights, sum, magnitude);
 }
 
-// Turns a row's scores into weights 2^(score - peak).
+// Turns a row's scores into weights 2^(score - peak + 1/2).
 template <bool IS_INT8>
 INLINE void weigh(const AttentionTile& at, int row) {
     Floats sum = splat(0.0f);
@@ -190,7 +181,7 @@ template <bool IS_INT8>
 INLINE void begin_rows(const AttentionTile& at, int first, int end) {
     AttentionScratch& s = at.s;
     for (int row = first; row < end; row++) {
-        s.peaks[row] = max_of(load(s.lane_scores[row])) * score_scale<IS_INT8>(at, row);
+        s.peaks[row] = max_of(load(s.lane_scores[row])) * (IS_INT8 ? s.query_scales[row] : 1.0f);
         store(s.lane_sums[row], Floats{});
         store(s.lane_magnitudes[row], Floats{});
     }
@@ -229,18 +220,17 @@ INLINE void compute_now(Floats& x) {
 template <bool IS_INT8>
 struct NextWeights {
     const AttentionTile& at;
-    PowerOf2 powers[PAGES_AT_ONCE];
+    PowerOf2<!IS_INT8> powers[PAGES_AT_ONCE];
 
     INLINED void operator()(int quarter) {
         UNROLLED for (int i = 0; i < PAGES_AT_ONCE; i++) compute(powers[i], at.s.next_page + i, quarter);
         if (quarter == 3) at.s.next_page += PAGES_AT_ONCE;
     }
 
-    INLINED void compute(PowerOf2& power, unsigned page, int quarter) {
+    INLINED void compute(PowerOf2<!IS_INT8>& power, unsigned page, int quarter) {
         const unsigned row = page / BRLITE_CHUNK_PAGES;
         if (quarter == 0) {
-            const Floats scores = load(at.s.scores[0] + page * LANES);
-            power.begin((IS_INT8 ? scores * score_scale<IS_INT8>(at, row) : scores) - at.s.peaks[row]);
+            power.begin(exponents<IS_INT8>(at, row, at.s.scores[0] + page * LANES));
             compute_now(power.shifted);
         } else if (quarter == 1) {
             power.reduce();

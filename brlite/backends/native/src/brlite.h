@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define BRLITE_ABI_VERSION 16
-#define BRLITE_KERNEL_VERSION 6  // raised by every change of the kernels that changes results
+#define BRLITE_KERNEL_VERSION 7  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
 #define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers (Q6_K: 16)

@@ -381,10 +381,17 @@ INLINE Floats exp_of(Floats x) {
     return from_bits(bits_of(power) & ~is_nothing);
 }
 
-// 2^x for x <= 0, with a relative error of 1e-4: 2^n * 2^r, |r| <= 1/2, with the minimax polynomial of degree 3 for
-// 2^r. n is added to the exponent's bits. 2^-125 below -125; NaN for NaN, exactly 1 for 0. In four steps, so that
-// other operations can run in between.
+// 1.5 * 2^16. The last bit of its sum with a number from 1 to 2 counts 2^-7, as in bfloat16.
+constexpr float BF16_SHIFT = 98304.0f;
+
+// 2^(x + 1/2) for x <= 0: 2^n times 2^(r + 1/2), |r| <= 1/2. A softmax divides by the sum of weights, so their common
+// factor of 2^(1/2) does not matter; it makes the second factor one from 1 to 2, which a sum rounds to bfloat16. That
+// factor is a minimax polynomial of degree 3 with a relative error of 1.1e-4, whose constant is a bfloat16 number. n is
+// added to the exponent's bits. The result is that of -125 for x below; NaN for NaN. In four steps, so that other
+// operations can run in between.
+template <bool IS_BF16>
 struct PowerOf2 {
+    static constexpr float SHIFT = IS_BF16 ? BF16_SHIFT : 0.0f;
     Floats rest, shifted, series;
 
     INLINED void begin(Floats x) {
@@ -393,17 +400,18 @@ struct PowerOf2 {
     }
     INLINED void reduce() {
         rest = rest - (shifted - ROUNDING_SHIFT);
-        series = rest * 0.05500893294811249f + 0.2422109693288803f;
+        series = fused(rest, splat(0.08019554615020752f), splat(0.343803733587265f));
     }
     INLINED void evaluate() {
-        series = series * rest + 0.6932829022407532f;
-        series = series * rest + 1.0f;
+        series = fused(series, rest, splat(0.9801534414291382f));
+        series = fused(series, rest, splat(1.4140625f + SHIFT));
     }
-    INLINED Floats value() const { return from_bits(bits_of(series) + (bits_of(shifted) << 23)); }
+    INLINED Floats value() const { return from_bits(bits_of(series - SHIFT) + (bits_of(shifted) << 23)); }
 };
 
+template <bool IS_BF16>
 INLINE Floats power_of_2(Floats x) {
-    PowerOf2 power;
+    PowerOf2<IS_BF16> power;
     power.begin(x);
     power.reduce();
     power.evaluate();
