@@ -219,8 +219,8 @@ INLINE float sum_of(V x) {
 template <class V>
 INLINE auto max_of(V x) {
     if constexpr (sizeof(V) == 16) {
-        const auto even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
-        return even > odd ? even : odd;
+        const V pairs = larger_of(__builtin_shufflevector(x, x, 2, 3, 0, 1), x);
+        return larger_of(__builtin_shufflevector(pairs, pairs, 1, 0, 3, 2), pairs)[0];
     } else {
         return max_of(larger_of(high_half(x), low_half(x)));
     }

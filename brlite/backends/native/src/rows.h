@@ -40,7 +40,7 @@ INLINE void round_row(const float* from, int size, Bf16::Row* to) {
 struct HalfSums {
     int32_t low, high;
 };
-#if defined(BRLITE_HAS_AVX2)
+#if defined(BRLITE_HAS_AVX2) || defined(BRLITE_HAS_AVX512)
 INLINE HalfSums sum_lanes(__m256i low, __m256i high) {
     const __m256i pairs = _mm256_hadd_epi32(low, high);  // low, low, high, high; and again
     const __m128i fours = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
@@ -48,7 +48,7 @@ INLINE HalfSums sum_lanes(__m256i low, __m256i high) {
     return {_mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1)};
 }
 INLINE HalfSums sum_halves(Ints low, Ints high) {
-    return sum_lanes((__m256i)(low.low + low.high), (__m256i)(high.low + high.high));
+    return sum_lanes((__m256i)(low_half(low) + high_half(low)), (__m256i)(low_half(high) + high_half(high)));
 }
 INLINE HalfSums sum_halves(const int16_t* from) {
     const __m256i ones = _mm256_set1_epi16(1), *halves = (const __m256i*)from;
