@@ -18,9 +18,9 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, DraftConfig, EngineConfig, LimitsConfig, ModelSpec
 from brlite.config.warnings import config_warnings
 from brlite.engine.backend import Batch, ScheduledSeq
-from brlite.engine.drafting import DraftCost
 from brlite.engine.engine import Engine
 from brlite.engine.stats import EngineStats
+from brlite.engine.step_costs import DraftCost
 from brlite.errors import ConfigError, EngineError, ModelError
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.sampling_params import SamplingParams, StructuredOutput

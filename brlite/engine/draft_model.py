@@ -17,8 +17,9 @@ import msgspec
 
 from brlite.engine.backend import Backend, BackendInfo, Batch, SamplingInput, ScheduledSeq
 from brlite.engine.block_manager import BlockManager
-from brlite.engine.drafting import NEWEST_WEIGHT, DraftCost
+from brlite.engine.ngrams import NEWEST_WEIGHT
 from brlite.engine.request import Sequence
+from brlite.engine.step_costs import DraftCost
 from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ MAX_TRIAL_STEPS = 4096
 TRIAL_DRAFT_TOKENS = 2
 REST_STEPS = 16  # launched ahead after drafts did not pay; each decision whether they pay costs one that is not
 TRIAL_SHARE = 0.02  # the largest share of the time that trials may take
-INITIAL_BALANCE, MAX_BALANCE = 8.0, 64.0  # steps; so a model that is never right costs all answers together few
-LENT_SHARE = 1 / 16  # of an answer's expected steps
+INITIAL_BUDGET, MAX_BUDGET = 8.0, 64.0  # steps for exploration; a model that is never right costs all answers so many
+EXPLORED_SHARE = 1 / 16  # of an answer's expected steps
 LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the served one, until it is measured
 
 
@@ -40,7 +41,8 @@ class DraftSeq:
     """The small model's state of a sequence. It shares the sequence's list of token ids.
 
     `draft_token_ids` followed the first `num_tokens_before` tokens. `num_computed_tokens` counts the sequence's tokens,
-    never draft tokens. `params` are the sequence's without logprobs. `num_lent_steps` have its drafts cost so far.
+    never draft tokens. `params` are the sequence's without logprobs. `num_explored_steps` of the budget for exploration
+    have been used while it ran, less what its right drafts saved.
     """
 
     token_ids: list[int]
@@ -54,7 +56,7 @@ class DraftSeq:
     draft_token_ids: list[int] = field(default_factory=list)
     num_tokens_before: int = 0
     has_failed: bool = False
-    num_lent_steps: float = 0.0
+    num_explored_steps: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -76,8 +78,8 @@ class DraftPlan(NamedTuple):
 class DraftModel:
     """Drafts for as many sequences as its backend and its blocks can hold; other sequences get no drafts.
 
-    `balance` is what its drafts may cost beside the credit of the sequences, in steps: the right draft tokens so far
-    less the cost of all drafts. Until it has grown a sequence gets `LENT_SHARE` of its own steps at most.
+    `budget` is what its drafts may cost all answers together, beside the budget of each sequence (`drafting.py`), in
+    steps: for exploration `INITIAL_BUDGET`, then one more for each right draft token, less the cost of all drafts.
     """
 
     def __init__(self, backend: Backend, served: BackendInfo) -> None:
@@ -86,7 +88,7 @@ class DraftModel:
         expected = max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes))
         self.cost = DraftCost(expected, served.row_costs)
         self.acceptance = INITIAL_ACCEPTANCE
-        self.balance = INITIAL_BALANCE
+        self.budget = INITIAL_BUDGET
         self.is_off = False  # true after a failure
         self.backend = backend
         self._vocab_size = served.vocab_size
@@ -130,23 +132,27 @@ class DraftModel:
             if not is_right:
                 break
             num_right += 1
-        self.balance = min(MAX_BALANCE, self.balance + num_right)
-        draft.num_lent_steps = max(0.0, draft.num_lent_steps - num_right)
+        self.budget = min(MAX_BUDGET, self.budget + num_right)
+        draft.num_explored_steps = max(0.0, draft.num_explored_steps - num_right)
         draft.num_computed_tokens = draft.num_tokens_before + min(num_right, len(draft.draft_token_ids) - 1)
         draft.draft_token_ids = []
         self._blocks.seal(draft)
 
-    def lent_credit(self, draft: DraftSeq, num_expected: int) -> float:
-        """How many steps of `balance` drafts may cost a sequence that is expected to have so many tokens more."""
-        earned = self.balance - INITIAL_BALANCE
-        return max(0.0, earned, min(self.balance, LENT_SHARE * num_expected - draft.num_lent_steps))
+    def exploration_budget(self, draft: DraftSeq, num_expected: int) -> float:
+        """The steps that drafts may cost a sequence beyond its own budget. It is expected to have so many tokens more.
+
+        `budget` is for all answers together, since only drafts show whether the model is good. What right drafts have
+        earned is for any of them.
+        """
+        earned = self.budget - INITIAL_BUDGET
+        return max(0.0, earned, min(self.budget, EXPLORED_SHARE * num_expected - draft.num_explored_steps))
 
     def pay(self, num_steps: float) -> float:
-        """Pay the cost of a plan from `balance`. Returns the rest, which is for the sequences."""
-        paid = min(num_steps, self.balance)
-        self.balance -= paid
+        """Pay the cost of a plan from `budget`. Returns the rest, which the sequences pay."""
+        paid = min(num_steps, self.budget)
+        self.budget -= paid
         for draft in self._followed.values():  # all wait for a longer step
-            draft.num_lent_steps += paid
+            draft.num_explored_steps += paid
         return num_steps - paid
 
     def is_trial_due(self, cost: float) -> bool:

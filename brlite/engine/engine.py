@@ -322,7 +322,7 @@ class Engine:
         if step.guidance or step.processors:
             return seconds
         if speculation.wait_cost is None:
-            speculation.row_times.observe(num_rows, computing, has_drafts=num_rows > len(step.runs))
+            speculation.step_costs.observe(num_rows, computing, has_drafts=num_rows > len(step.runs))
         elif not has_model_drafts and (step.is_ahead or all(seq.num_output_tokens for seq in step.runs)):
             speculation.wait_cost.observe(num_rows, between, is_ahead=step.is_ahead)
         return seconds
@@ -417,8 +417,7 @@ class Engine:
             return
         if seq.draft_token_ids:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
-            if seq.draft_budget is not None:
-                seq.draft_budget.add_right(len(result.tokens) - 1)
+            seq.steps_saved += len(result.tokens) - 1
             seq.draft_token_ids = []
         if state.search is not None:
             assert result.tokens[0].logprob is not None, "the parameters of a search ask for it"

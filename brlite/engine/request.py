@@ -16,7 +16,7 @@ import msgspec
 from brlite.engine.backend import LogitsProcessor, LogitsProcessors
 from brlite.engine.beam_search import BeamSearch
 from brlite.engine.detokenizer import Detokenizer
-from brlite.engine.drafting import DraftBudget, NgramDrafter
+from brlite.engine.ngrams import NgramDrafter
 from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
 from brlite.engine.repetitions import Repetitions
 from brlite.errors import BrliteError
@@ -156,7 +156,7 @@ class Sequence:
     is_started: bool = False
     waiting_since: float = 0.0
     drafter: NgramDrafter | None = None
-    draft_budget: DraftBudget | None = None  # made in the first step that may have drafts
+    steps_saved: float = 0.0  # by drafts: those that were right, less what steps with drafts were longer
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0

@@ -1,29 +1,24 @@
 """Speculative decoding: decides which drafts a step verifies, beside the tokens that it must compute.
 
-Draft tokens come from a grammar that forces them, a draft model (`draft_model.py`) or n-grams (`drafting.py`, which
-also has the arithmetic of what pays). They get those tokens and blocks of a step that no sequence needs.
+Draft tokens come from a grammar that forces them, a draft model (`draft_model.py`) or n-grams (`ngrams.py`).
+`drafting.py` decides what pays, by costs that `step_costs.py` measures. Drafts get those tokens and blocks of a step
+that no sequence needs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import islice
 
 from brlite.config.options import EngineConfig
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.draft_model import TRIAL_DRAFT_TOKENS, DraftModel, DraftPlan
-from brlite.engine.drafting import (
-    DraftBudget,
-    DraftCandidate,
-    DraftChoice,
-    NgramDrafter,
-    RowTimes,
-    WaitCost,
-    charge_drafts,
-    choose_drafts,
-)
+from brlite.engine.drafting import ALLOWED_LOSS, LEAST_CHANCE, NO_DRAFTS, DraftCandidate, DraftChoice, choose_drafts
+from brlite.engine.ngrams import NgramDrafter
 from brlite.engine.request import Sequence
+from brlite.engine.step_costs import StepCosts, WaitCost
 
 # A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
 FEW_TOKENS = 8  # up to so many missing tokens add almost no cost to the step of the first draft token
@@ -52,41 +47,35 @@ class Speculation:
         self.may_draft = drafts_text and info.verifies_drafts and self.max_draft_tokens > 0
         self.wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
         self._max_draft_seqs = config.max_draft_seqs
-        self.row_times = RowTimes(info.row_costs)
+        self.step_costs = StepCosts(info.row_costs)
         self._blocks = blocks
-        self._unpaid = 0, dict[int, int](), list[DraftBudget]()  # of the last step with n-grams: rows, drafts, budgets
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def add_drafts(self, scheduled: dict[Sequence, int], running: list[Sequence], budget: int) -> None:
         """Add drafts to a step while they pay: at most `budget`, and only in blocks that no other sequence needs."""
         may_draft = self.may_draft and len(running) <= self._max_draft_seqs
         candidates, wait = list[DraftCandidate](), self._wait
-        if self._unpaid[0]:
-            self._charge_last()
         for position, (seq, num_tokens) in enumerate(scheduled.items()):
             forced = seq.matcher.forced if seq.matcher is not None else ()
-            if may_draft:
-                _budget(seq).add_step()
-            elif not forced:
+            if not (may_draft or forced):
                 continue
             limit = min(_max_draft_tokens(seq, num_tokens, is_forced=bool(forced)), self.max_draft_tokens, budget)
             if limit <= 0:
                 continue
-            limit = self._num_spare_slots(seq, limit, len(running))
             draft = [] if forced or self.model is None else self.model.draft_for(seq)
             if forced or draft:  # that of a model is made already, since it pays
+                limit = self._num_spare_slots(seq, limit, len(running))
                 seq.draft_token_ids = list(islice(forced or draft, limit))
                 self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
                 budget -= len(seq.draft_token_ids)
                 wait = 0.0  # the step has it already
-            elif limit and may_draft and (drafter := _ngrams(seq)) is not None:
-                candidates.append(DraftCandidate(position, drafter.acceptance, limit, _budget(seq).own))
+            elif (drafter := _ngrams(seq)) is not None and (limit := self._num_spare_slots(seq, limit, len(running))):
+                candidates.append(DraftCandidate(position, drafter.acceptance, limit))
         if not candidates:
             return
         seqs = list(scheduled)
-        num_rows = self._max_num_batched_tokens - budget
-        choice = self._choose(num_rows, candidates, seqs, wait)
-        self._unpaid = num_rows, choice.num_draft_tokens, [_budget(seq) for seq in seqs]
+        choice = self._choose(self._max_num_batched_tokens - budget, candidates, seqs, wait)
+        _charge(seqs, choice.cost)
         for position, num_draft_tokens in choice.num_draft_tokens.items():
             seq = seqs[position]
             limit = self._num_spare_slots(seq, min(num_draft_tokens, budget), len(running))
@@ -94,14 +83,6 @@ class Speculation:
             seq.draft_token_ids = seq.drafter.draft(seq.token_ids, limit)
             self._blocks.grow(seq, seq.num_tokens + limit)
             budget -= limit
-
-    def _charge_last(self) -> None:
-        """Charge the n-grams of the step before: its rows are measured now."""
-        num_rows, num_draft_tokens, budgets = self._unpaid
-        if num_draft_tokens:
-            cost = self.row_times.cost(num_rows + sum(num_draft_tokens.values()))
-            charge_drafts(num_draft_tokens, cost / self.row_times.cost(num_rows) - 1, budgets)
-            self._unpaid = 0, {}, []
 
     def _num_spare_slots(self, seq: Sequence, limit: int, num_running: int) -> int:
         """How many draft tokens, at most `limit`, find place in blocks that no other sequence needs.
@@ -113,22 +94,7 @@ class Speculation:
     def _choose(
         self, num_rows: int, candidates: list[DraftCandidate], seqs: list[Sequence], wait: float
     ) -> DraftChoice:
-        ahead = [_budget(seq).ahead for seq in seqs]
-        return choose_drafts(num_rows, self.row_times.cost, candidates, ahead, wait)
-
-    def _do_ngrams_pay(self, running: list[Sequence]) -> bool:
-        """Whether n-grams are expected to gain more than the wait of the step behind them costs.
-
-        Before the result of the step under way, its draws are expected to be as often right as draft tokens were.
-        """
-        candidates = list[DraftCandidate]()
-        for position, seq in enumerate(running):
-            num_drawn = seq.num_output_tokens + seq.is_being_drawn
-            limit = min(_max_after(seq, num_drawn), self.max_draft_tokens)
-            if limit > 0 and (drafter := _ngrams(seq)) is not None:
-                chance = drafter.acceptance if seq.is_being_drawn else 1.0
-                candidates.append(DraftCandidate(position, drafter.acceptance, limit, _budget(seq).own, chance))
-        return bool(self._choose(len(running), candidates, running, self._wait).num_draft_tokens)
+        return choose_drafts(num_rows, self.step_costs.cost, candidates, [_budget(seq) for seq in seqs], wait)
 
     @property
     def _wait(self) -> float:
@@ -136,12 +102,23 @@ class Speculation:
         return 0.0 if self.wait_cost is None else self.wait_cost.cost
 
     def wants_result(self, running: list[Sequence]) -> bool:
-        """Whether the step after the one under way should wait for its result, to have drafts or a plan for them."""
+        """Whether the step after the one under way should wait for its result, to have drafts or a plan for them.
+
+        N-grams must be expected to gain more than that wait costs. The draws of the step under way are expected to be
+        as often right as draft tokens were.
+        """
         if not self.may_draft or not 0 < len(running) <= self._max_draft_seqs:
             return False
         if not all(seq.is_being_drawn for seq in running):
             return False  # a prompt is left
-        return (self.model is not None and not self.model.use_rest()) or self._do_ngrams_pay(running)
+        if self.model is not None and not self.model.use_rest():
+            return True
+        candidates = list[DraftCandidate]()
+        for position, seq in enumerate(running):
+            limit = min(_max_after(seq, seq.num_output_tokens + 1), self.max_draft_tokens)
+            if limit > 0 and (drafter := _ngrams(seq)) is not None:
+                candidates.append(DraftCandidate(position, drafter.acceptance, limit, chance=drafter.acceptance))
+        return bool(candidates and self._choose(len(running), candidates, running, self._wait).num_draft_tokens)
 
     def plan(self, running: list[Sequence], now: float) -> DraftPlan | None:
         """What the draft model should draft before a step that admits no sequence.
@@ -153,42 +130,38 @@ class Speculation:
         if model is None or model.is_off or not self.may_draft:
             return None
         model.release_stopped()
-        self._charge_last()
         num_seqs = len(running)
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in running)
         if not is_decoding or num_seqs > self._max_draft_seqs:
             return None
         candidates, trials, missing_costs = list[DraftCandidate](), list[DraftCandidate](), dict[int, float]()
-        budget, draft_cost = self._max_num_batched_tokens - num_seqs, model.cost.per_draft_token(1)
-        plain, ahead = self.row_times.cost(num_seqs), [_budget(seq).ahead for seq in running]
+        num_free, draft_cost = self._max_num_batched_tokens - num_seqs, model.cost.per_draft_token(1)
+        plain, budgets = self.step_costs.cost(num_seqs), [_budget(seq) for seq in running]
         for position, seq in enumerate(running):
-            limit = min(_max_draft_tokens(seq, 1, is_forced=False), self.max_draft_tokens, budget // num_seqs)
+            limit = min(_max_draft_tokens(seq, 1, is_forced=False), self.max_draft_tokens, num_free // num_seqs)
             limit = self._num_spare_slots(seq, limit, num_seqs)
             if limit <= 0 or (seq.matcher is not None and seq.matcher.forced):
                 continue
             if (draft := model.follow(seq)) is None:
                 continue
             num_missing = max(0, draft.num_tokens - draft.num_computed_tokens - FEW_TOKENS)
-            missing_costs[position] = num_missing * draft_cost * self.row_times.row_cost / plain
+            missing_cost = missing_costs[position] = num_missing * draft_cost * self.step_costs.row_cost / plain
             num_done = seq.num_output_tokens
             num_expected = min(seq.state.max_tokens - num_done, max(EXPECTED_TOKENS, num_done))
-            lent = model.lent_credit(draft, num_expected)
-            ahead[position] += lent
-            credit = _budget(seq).own + lent - missing_costs[position]
-            candidate = DraftCandidate(position, draft.acceptance, limit, credit, draft_cost=draft_cost)
-            is_best = (self._model_gain(seq, candidate, num_seqs) - 1) * num_expected > missing_costs[position]
+            budgets[position] += model.exploration_budget(draft, num_expected) - missing_cost
+            candidate = DraftCandidate(position, draft.acceptance, limit, draft_cost=draft_cost)
+            is_best = (self._model_gain(seq, candidate, num_seqs) - 1) * num_expected > missing_cost
             (candidates if is_best else trials).append(candidate)
-        choice = choose_drafts(num_seqs, self.row_times.cost, candidates, ahead, self._wait)
+        choice = choose_drafts(num_seqs, self.step_costs.cost, candidates, budgets, self._wait)
         if choice.num_draft_tokens:
             model.note_paying()
         else:
-            choice = self._trial(trials, ahead, missing_costs, num_seqs)
+            choice = self._trial(trials, budgets, missing_costs, num_seqs)
         if not choice.num_draft_tokens:
             model.rest()
             return None
         missing_cost = sum(missing_costs[position] for position in choice.num_draft_tokens)
-        rest = model.pay(choice.extension + missing_cost)
-        charge_drafts(choice.num_draft_tokens, rest, [_budget(seq) for seq in running])
+        _charge(running, model.pay(choice.cost + missing_cost))
         wanted = [(running[position], num) for position, num in choice.num_draft_tokens.items()]
         return model.plan(wanted, self._max_num_batched_tokens, now)
 
@@ -196,40 +169,45 @@ class Speculation:
         """What the draft model gains for the sequence, beside what n-grams do. It drafts for all sequences together."""
         assert self.model is not None, "it has a candidate"
         by_model = candidate._replace(draft_cost=self.model.cost.per_draft_token(num_seqs), position=0)
-        gain, by_ngrams = choose_drafts(num_seqs, self.row_times.cost, [by_model], [math.inf]).gain, 1.0
+        gain, by_ngrams = choose_drafts(num_seqs, self.step_costs.cost, [by_model], [math.inf]).gain, 1.0
         if gain > 1 and (drafter := _ngrams(seq)) is not None:
-            ngrams = DraftCandidate(0, drafter.acceptance, candidate.limit, _budget(seq).own)
-            by_ngrams = choose_drafts(num_seqs, self.row_times.cost, [ngrams], [math.inf]).gain
+            ngrams = DraftCandidate(0, drafter.acceptance, candidate.limit)
+            by_ngrams = choose_drafts(num_seqs, self.step_costs.cost, [ngrams], [math.inf]).gain
         return gain / by_ngrams
 
     def _trial(
-        self, candidates: list[DraftCandidate], ahead: list[float], missing_costs: dict[int, float], num_seqs: int
+        self, candidates: list[DraftCandidate], budgets: list[float], missing_costs: dict[int, float], num_seqs: int
     ) -> DraftChoice:
-        """Two draft tokens for a sequence that can bear their cost, if a trial is due; else none.
-
-        All must bear it.
-        """
+        """Two draft tokens for a sequence, if a trial is due and the budget of each sequence pays for it; else none."""
         assert self.model is not None, "it has candidates"
-        plain = self.row_times.cost(num_seqs)
+        plain = self.step_costs.cost(num_seqs)
         for each in candidates:
             num = min(TRIAL_DRAFT_TOKENS, each.limit)
-            extension = (self.row_times.cost(num_seqs + num) + num * each.draft_cost) / plain - 1
-            cost = extension + missing_costs[each.position]
-            if extension <= each.credit and cost <= min(ahead):
-                is_due = self.model.is_trial_due(cost + self._wait)
-                return DraftChoice({each.position: num} if is_due else {}, extension, 1.0)
-        return DraftChoice({}, 0.0, 1.0)
+            cost = (self.step_costs.cost(num_seqs + num) + num * each.draft_cost) / plain - 1
+            with_missing = cost + missing_costs[each.position]
+            if with_missing <= min(budgets):
+                is_due = self.model.is_trial_due(with_missing + self._wait)
+                return DraftChoice({each.position: num}, cost, 1.0) if is_due else NO_DRAFTS
+        return NO_DRAFTS
 
 
-def _budget(seq: Sequence) -> DraftBudget:
-    seq.draft_budget = seq.draft_budget or DraftBudget()
-    return seq.draft_budget
+def _budget(seq: Sequence) -> float:
+    """The steps that drafts may cost the sequence, by the rule of `drafting.py`."""
+    return ALLOWED_LOSS * seq.num_output_tokens + seq.steps_saved
+
+
+def _charge(seqs: Iterable[Sequence], num_steps: float) -> None:
+    """Note that the step of these sequences is so much longer. `Engine.update` adds the right draft tokens."""
+    for seq in seqs:
+        seq.steps_saved -= num_steps
 
 
 def _ngrams(seq: Sequence) -> NgramDrafter | None:
-    """The sequence's n-gram drafter if it has a draft now."""
-    seq.drafter = seq.drafter or NgramDrafter(seq.num_prompt_tokens)
-    return seq.drafter if seq.drafter.follow(seq.token_ids) else None
+    """The sequence's n-gram drafter if it has a draft now that may pay."""
+    drafter = seq.drafter
+    if drafter is None:
+        drafter = seq.drafter = NgramDrafter(seq.num_prompt_tokens)
+    return drafter if drafter.follow(seq.token_ids) and drafter.acceptance >= LEAST_CHANCE else None
 
 
 def _max_draft_tokens(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
@@ -240,17 +218,24 @@ def _max_draft_tokens(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int
     token of output; forced tokens may also follow the end of a prompt. The last token that `max_tokens` allows is never
     a draft. None while another step with it is under way.
     """
-    is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
-    if not is_drawn or not (is_forced or (num_tokens == 1 and seq.num_output_tokens > 0)):
+    length = len(seq.token_ids)  # not by properties: this runs for each sequence and step
+    num_output_tokens = length - seq.num_prompt_tokens
+    if seq.num_in_flight_tokens or seq.num_computed_tokens + num_tokens != length:
         return 0
-    return 0 if seq.num_in_flight_tokens else _max_after(seq, seq.num_output_tokens)
+    if num_tokens > 1 or num_output_tokens <= 0:  # the end of a prompt
+        return 0 if not is_forced or seq.wants_prompt_logprobs else _max_after(seq, num_output_tokens)
+    return _max_after(seq, num_output_tokens)
 
 
 def _max_after(seq: Sequence, num_drawn: int) -> int:
     """How many draft tokens may follow the first `num_drawn` tokens of an answer."""
-    request = seq.state.request
-    if num_drawn < request.params.min_tokens or request.bad_words or seq.state.search is not None:
+    state = seq.state
+    if state.search is not None:
         return 0
-    if seq.counts is not None or seq.repetitions is not None or seq.processors is not None:
-        return 0
-    return seq.state.max_tokens - num_drawn - 1
+    if not seq.is_plain:
+        request = state.request
+        if num_drawn < request.params.min_tokens or request.bad_words:
+            return 0
+        if seq.counts is not None or seq.repetitions is not None or seq.processors is not None:
+            return 0
+    return state.max_tokens - num_drawn - 1

@@ -1,0 +1,80 @@
+"""What steps cost is measured: by their rows, and between two of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from brlite.engine.backend import CARD_ROWS, CPU_ROWS
+from brlite.engine.step_costs import EXPIRY_STEPS, INITIAL_WAIT_COST, MAX_ROWS, StepCosts, WaitCost
+
+
+def steep(num_rows: int) -> float:
+    """With jumps, and dearer than expected."""
+    return 1.0 + 0.3 * (num_rows - 1) + 0.5 * (num_rows > 6)
+
+
+@pytest.fixture
+def measured() -> StepCosts:
+    """What is known after many steps on a machine whose rows have `steep` costs."""
+    times = StepCosts(CPU_ROWS)
+    for _ in range(300):
+        for num_rows in (1, 2, 6, 8):
+            times.observe(num_rows, 0.010 * steep(num_rows), has_drafts=num_rows > 1)
+    return times
+
+
+def test_the_cost_of_rows_is_measured(measured: StepCosts) -> None:
+    for num_rows in (2, 6, 8):
+        assert measured.cost(num_rows) == pytest.approx(steep(num_rows), rel=0.02)
+    measured.observe(2, 60.0, has_drafts=True)  # the machine slept
+
+    assert measured.cost(2) < 1.1 * steep(2)
+
+
+def test_costs_between_measured_ones_are_interpolated_and_those_above_grow_as_fast(measured: StepCosts) -> None:
+    assert measured.cost(7) == pytest.approx((measured.cost(6) + measured.cost(8)) / 2)
+    assert [measured.cost(num_rows) > 1.5 * CPU_ROWS.cost(num_rows) for num_rows in (9, MAX_ROWS, 2 * MAX_ROWS)] == [
+        True
+    ] * 3
+    assert 0.9 * steep(MAX_ROWS) < measured.cost(MAX_ROWS) < 1.5 * steep(MAX_ROWS)
+
+
+def test_few_steps_show_that_rows_are_dear() -> None:
+    times = StepCosts(CPU_ROWS)
+
+    for _ in range(4):
+        times.observe(1, 0.010, has_drafts=False)
+        times.observe(8, 0.035, has_drafts=True)
+
+    assert times.cost(8) > 3.0
+
+
+def test_outliers_hardly_move_the_cost_of_rows(measured: StepCosts) -> None:
+    for number in range(300):
+        for num_rows in (1, 4):
+            factor = 2.0 if number % 10 == num_rows else 1.0
+            measured.observe(num_rows, 0.010 * steep(num_rows) * factor, has_drafts=num_rows > 1)
+
+    assert measured.cost(4) / measured.cost(1) == pytest.approx(steep(4), rel=0.04)
+
+
+def test_a_measured_cost_is_kept_until_it_expires(measured: StepCosts) -> None:
+    for _ in range(EXPIRY_STEPS - 1):
+        measured.observe(1, 0.010, has_drafts=False)
+    assert measured.cost(8) == pytest.approx(steep(8), rel=0.02)
+
+    measured.observe(1, 0.010, has_drafts=False)
+
+    assert measured.cost(8) < 1.1 * CPU_ROWS.cost(8), "it may have been too high, and have ended drafts"
+
+
+def test_the_wait_between_two_steps_is_measured_against_steps_that_were_launched_ahead() -> None:
+    wait = WaitCost(CARD_ROWS)
+    assert wait.cost == INITIAL_WAIT_COST
+    for _ in range(60):
+        wait.observe(1, 0.010, is_ahead=True)
+        wait.observe(9, 0.010 * CARD_ROWS.cost(9) + 0.002, is_ahead=False)
+
+    assert wait.cost == pytest.approx(0.2, abs=0.01)
+    wait.observe(1, 60.0, is_ahead=False)  # the machine slept
+    assert wait.cost < 0.7
