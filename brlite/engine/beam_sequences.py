@@ -86,6 +86,7 @@ class BeamSequences:
                 seq = self._add_sequence(state)
                 seq.token_ids += hypothesis.token_ids
                 seq.block_digests = parent.block_digests.copy()
+                seq.steps_saved = parent.steps_saved
                 added.append(seq)
             beams[seq.seq_id] = hypothesis
         search.go_on(beams)

@@ -141,6 +141,28 @@ def test_texts_beside_one_that_repeats_itself_take_hardly_longer(make_driver: Ma
     assert all(drafted[request_id] <= plain[request_id] / 0.97 for request_id in plain)
 
 
+def test_a_search_beside_a_text_that_repeats_itself_takes_hardly_longer(make_driver: MakeDriver) -> None:
+    """Its beams take turns in one place, and go on in new sequences: what drafts have cost them must go on, too."""
+
+    def end(speculation: str) -> float:
+        driver = make_driver(
+            next_token=lambda context, seed: ord("a") if context[0] == ord("a") else printable_token(context, seed),
+            step_seconds=lambda batch: CPU_ROWS.cost(batch.num_tokens),
+            engine={"speculation": speculation},
+            max_num_seqs=2,
+            budget=64,
+            **LONG,
+        )
+        search = driver.submit("one", use_beam_search=True, best_of=3, max_tokens=60)
+        driver.submit("aaaaaaaaa", max_tokens=900)
+        while search not in driver.finished:
+            driver.step()
+        assert (driver.engine.stats.accepted_tokens > 0) == (speculation == "auto")
+        return driver.now
+
+    assert end("auto") <= end("off") / 0.97
+
+
 def test_a_text_that_does_not_repeat_itself_costs_next_to_nothing(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=printable_token, **LONG)
 
