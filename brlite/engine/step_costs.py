@@ -8,7 +8,8 @@ from __future__ import annotations
 from brlite.engine.backend import CPU_ROWS, RowCosts
 
 TIME_WEIGHT = 0.1  # weight of the newest step in a running mean (EWMA) of step times
-ROW_WEIGHT = 0.02  # of the newest step in the EWMA of the cost of its number of rows; the first ones weigh more
+ROW_WEIGHT = 0.02  # of the newest step with drafts in the EWMA of the cost of its rows; the first ones weigh more
+MOST_CHANGE = 1.2  # of a mean that one step may show, later than the first ones. The same for both means
 MAX_ROWS = 32  # of four sequences with seven draft tokens each
 EXPIRY_STEPS = 20_000  # steps without drafts: a cost that was measured too high, and ended drafts, is then forgotten
 INITIAL_WAIT_COST = 0.5  # until it is measured
@@ -41,7 +42,7 @@ class StepCosts:
         if above:
             return cost + (self._costs[above] - cost) * (num_rows - below) / (above - below)
         expected, expected_below = self._expected.cost(num_rows), self._expected.cost(below)
-        by_rows = 1 + (cost - 1) * (expected - 1) / (expected_below - 1) if below > 1 else 0.0
+        by_rows = 1 + (cost - 1) * (expected - 1) / (expected_below - 1) if expected_below > 1 else 0.0
         return max(by_rows, cost * expected / expected_below)
 
     def _is_measured(self, num_rows: int) -> bool:
@@ -57,14 +58,16 @@ class StepCosts:
         known = self.cost(num_rows)
         if self._seconds and num_rows <= MAX_ROWS:
             num_observed = 1 + (self._num_observed[num_rows] if self._is_measured(num_rows) else 0)
-            newest = _bounded(seconds / self._seconds, known, 2.0 if num_observed < 4 else 1.2)
-            weight = max(ROW_WEIGHT, 1 / (num_observed + 1))
+            newest = _bounded(seconds / self._seconds, known, 2.0 if num_observed < 4 else MOST_CHANGE)
+            weight = 1 / (num_observed + 1)
+            if has_drafts:  # those without define the unit: with this weight both would drift, to any scale
+                weight = max(ROW_WEIGHT, weight)
             self._costs[num_rows] = known + weight * (newest - known)
             self._num_observed[num_rows], self._observed_at[num_rows] = num_observed, self._num_plain
         if not has_drafts:
             self._num_plain += 1
-            newest = _bounded(seconds / known, self._seconds or seconds / known, 2.0 if self._num_plain < 16 else 1.1)
-            self._seconds = _mean(self._seconds, newest)
+            newest, most = seconds / known, 2.0 if self._num_plain < 16 else MOST_CHANGE
+            self._seconds = _mean(self._seconds, _bounded(newest, self._seconds or newest, most))
 
 
 class DraftCost:

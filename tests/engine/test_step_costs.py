@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
-from brlite.engine.backend import CARD_ROWS, CPU_ROWS
+from brlite.engine.backend import CARD_ROWS, CPU_ROWS, RowCosts
 from brlite.engine.step_costs import EXPIRY_STEPS, INITIAL_WAIT_COST, MAX_ROWS, StepCosts, WaitCost
 
 
@@ -56,6 +58,59 @@ def test_outliers_hardly_move_the_cost_of_rows(measured: StepCosts) -> None:
             measured.observe(num_rows, 0.010 * steep(num_rows) * factor, has_drafts=num_rows > 1)
 
     assert measured.cost(4) / measured.cost(1) == pytest.approx(steep(4), rel=0.04)
+
+
+@pytest.mark.parametrize("num_plain_rows", [1, 4])
+@pytest.mark.parametrize("slower", [1.05, 1.5, 2.0])
+def test_many_steps_without_drafts_leave_the_costs_of_drafts_as_they_are(num_plain_rows: int, slower: float) -> None:
+    """One step of twenty takes longer. That must not make the others' rows seem cheap."""
+    costs, chance = StepCosts(CPU_ROWS), Random(1)
+    rows = (num_plain_rows, num_plain_rows + 1, num_plain_rows + 4)
+
+    def observe(num_rows: int) -> None:
+        factor = chance.gauss(1.0, 0.03) * (slower if chance.random() < 0.05 else 1.0)
+        costs.observe(num_rows, 0.010 * steep(num_rows) * factor, has_drafts=num_rows > num_plain_rows)
+
+    for _ in range(300):
+        for num_rows in rows:
+            observe(num_rows)
+    for _ in range(EXPIRY_STEPS - 1000):
+        observe(num_plain_rows)
+
+    for num_rows in rows:
+        expected = steep(num_rows) / steep(num_plain_rows)
+        assert costs.cost(num_rows) / costs.cost(num_plain_rows) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_cost_of_rows_does_not_change_with_the_speed_of_the_machine(measured: StepCosts, factor: float) -> None:
+    for _ in range(2000):
+        measured.observe(1, 0.010 * factor, has_drafts=False)
+
+    assert measured.cost(8) / measured.cost(1) == pytest.approx(steep(8), rel=0.04)
+    measured.observe(8, 0.010 * factor * steep(8), has_drafts=True)
+    assert measured.cost(8) / measured.cost(1) == pytest.approx(steep(8), rel=0.04)
+
+
+@pytest.mark.parametrize("order", [(1, 4), (4, 1)])
+def test_steps_of_other_numbers_of_rows_without_drafts_are_compared(order: tuple[int, int]) -> None:
+    costs = StepCosts(CPU_ROWS)
+
+    for _ in range(4):
+        for num_rows in order:
+            for _ in range(200):
+                costs.observe(num_rows, 0.010 * steep(num_rows), has_drafts=False)
+
+    assert costs.cost(4) / costs.cost(1) == pytest.approx(steep(4), rel=0.2)
+
+
+def test_rows_may_be_expected_to_cost_nothing() -> None:
+    costs = StepCosts(RowCosts(64, 0.0, 0.03))
+
+    for num_rows in (1, 2):
+        costs.observe(num_rows, 0.010, has_drafts=num_rows > 1)
+
+    assert costs.cost(8) == pytest.approx(1.0)
 
 
 def test_a_measured_cost_is_kept_until_it_expires(measured: StepCosts) -> None:
