@@ -134,7 +134,7 @@ class Speculation:
         is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in running)
         if not is_decoding or num_seqs > self._max_draft_seqs:
             return None
-        candidates, trials, missing_costs = list[DraftCandidate](), list[DraftCandidate](), dict[int, float]()
+        candidates, trials = list[DraftCandidate](), list[DraftCandidate]()
         num_free, draft_cost = self._max_num_batched_tokens - num_seqs, model.cost.per_draft_token(1)
         plain, budgets = self.step_costs.cost(num_seqs), [_budget(seq) for seq in running]
         for position, seq in enumerate(running):
@@ -145,23 +145,22 @@ class Speculation:
             if (draft := model.follow(seq)) is None:
                 continue
             num_missing = max(0, draft.num_tokens - draft.num_computed_tokens - FEW_TOKENS)
-            missing_cost = missing_costs[position] = num_missing * draft_cost * self.step_costs.row_cost / plain
+            missing_cost = num_missing * draft_cost * self.step_costs.row_cost / plain
             num_done = seq.num_output_tokens
             num_expected = min(seq.state.max_tokens - num_done, max(EXPECTED_TOKENS, num_done))
-            budgets[position] += model.exploration_budget(draft, num_expected) - missing_cost
-            candidate = DraftCandidate(position, draft.acceptance, limit, draft_cost=draft_cost)
+            budgets[position] += model.exploration_budget(draft, num_expected)
+            candidate = DraftCandidate(position, draft.acceptance, limit, 1.0, draft_cost, missing_cost)
             is_best = (self._model_gain(seq, candidate, num_seqs) - 1) * num_expected > missing_cost
             (candidates if is_best else trials).append(candidate)
         choice = choose_drafts(num_seqs, self.step_costs.cost, candidates, budgets, self._wait)
         if choice.num_draft_tokens:
             model.note_paying()
         else:
-            choice = self._trial(trials, budgets, missing_costs, num_seqs)
+            choice = self._trial(trials, budgets, num_seqs)
         if not choice.num_draft_tokens:
             model.rest()
             return None
-        missing_cost = sum(missing_costs[position] for position in choice.num_draft_tokens)
-        _charge(running, model.pay(choice.cost + missing_cost))
+        _charge(running, model.pay(choice.cost))
         wanted = [(running[position], num) for position, num in choice.num_draft_tokens.items()]
         return model.plan(wanted, self._max_num_batched_tokens, now)
 
@@ -175,18 +174,16 @@ class Speculation:
             by_ngrams = choose_drafts(num_seqs, self.step_costs.cost, [ngrams], [math.inf]).gain
         return gain / by_ngrams
 
-    def _trial(
-        self, candidates: list[DraftCandidate], budgets: list[float], missing_costs: dict[int, float], num_seqs: int
-    ) -> DraftChoice:
+    def _trial(self, candidates: list[DraftCandidate], budgets: list[float], num_seqs: int) -> DraftChoice:
         """Two draft tokens for a sequence, if a trial is due and the budget of each sequence pays for it; else none."""
         assert self.model is not None, "it has candidates"
         plain = self.step_costs.cost(num_seqs)
         for each in candidates:
             num = min(TRIAL_DRAFT_TOKENS, each.limit)
-            cost = (self.step_costs.cost(num_seqs + num) + num * each.draft_cost) / plain - 1
-            with_missing = cost + missing_costs[each.position]
-            if with_missing <= min(budgets):
-                is_due = self.model.is_trial_due(with_missing + self._wait)
+            longer = (self.step_costs.cost(num_seqs + num) + num * each.draft_cost) / plain - 1
+            cost = longer + each.start_cost
+            if cost <= min(budgets):
+                is_due = self.model.is_trial_due(cost + self._wait)
                 return DraftChoice({each.position: num}, cost, 1.0) if is_due else NO_DRAFTS
         return NO_DRAFTS
 

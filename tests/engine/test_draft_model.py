@@ -147,6 +147,20 @@ def test_the_small_model_computes_a_long_prompt_in_chunks_beside_the_answer() ->
     assert driver.engine.stats.accepted_tokens == driver.engine.stats.draft_tokens > 0
 
 
+def test_a_prompt_that_the_small_model_must_compute_first_holds_back_no_other_sequence() -> None:
+    driver = make(max_num_seqs=2, draft_seconds=0.1, step_seconds=forecast_seconds, budget=512)
+    driver.submit("a prompt that it must compute first, " * 24, max_tokens=100)
+    driver.step()
+    short = driver.submit("hello", max_tokens=60)
+
+    num_steps = 0
+    while short not in driver.finished:
+        driver.step()
+        num_steps += 1
+
+    assert num_steps < 20  # 30 if it waits
+
+
 def test_a_sequence_beyond_the_small_models_context_gets_no_drafts() -> None:
     driver = make(draft={"max_model_len": 32})
 

@@ -71,15 +71,31 @@ def test_steps_of_a_draft_model_are_shared() -> None:
     assert choose_drafts(4, CARD_ROWS.cost, candidates, [PLENTY] * 4).num_draft_tokens.keys() == {0, 1, 2, 3}
 
 
+def test_a_start_is_paid_from_the_budgets_of_all_once() -> None:
+    starting, ready = DraftCandidate(0, 0.9, 7, start_cost=1.0), DraftCandidate(1, 0.8, 7)
+
+    poor = choose_drafts(2, CPU_ROWS.cost, [starting, ready], [PLENTY, 0.9])
+    rich = choose_drafts(2, CPU_ROWS.cost, [starting, ready], [PLENTY, 9.0])
+
+    assert poor.num_draft_tokens.keys() == {1}, "another one's start does not hold it back"
+    assert rich.num_draft_tokens.keys() == {0, 1}
+    num_rows = 2 + sum(rich.num_draft_tokens.values())
+    assert rich.cost == pytest.approx(1.0 + CPU_ROWS.cost(num_rows) / CPU_ROWS.cost(2) - 1)
+
+
 @given(
     acceptances=st.lists(st.floats(0, 1), max_size=4),
     budgets=st.lists(st.floats(-1, 3), min_size=4, max_size=4),
     draft_cost=st.sampled_from([0.0, 0.3]),
+    start_cost=st.sampled_from([0.0, 0.5]),
 )
 def test_no_sequence_is_expected_to_lose_more_than_it_can_bear(
-    acceptances: list[float], budgets: list[float], draft_cost: float
+    acceptances: list[float], budgets: list[float], draft_cost: float, start_cost: float
 ) -> None:
-    candidates = [DraftCandidate(place, each, 7, draft_cost=draft_cost) for place, each in enumerate(acceptances)]
+    candidates = [
+        DraftCandidate(place, each, 7, draft_cost=draft_cost, start_cost=start_cost)
+        for place, each in enumerate(acceptances)
+    ]
 
     choice = choose_drafts(4, CPU_ROWS.cost, candidates, budgets)
 
