@@ -132,6 +132,22 @@ def test_a_text_that_leaves_each_of_its_repetitions_takes_hardly_longer(length: 
     assert taken < (num_done - 1) / 0.97
 
 
+@pytest.mark.parametrize("num_tokens", [24, 64, 500, 2000])
+def test_a_text_that_deceives_every_draft_loses_a_full_drafts_gain_once(num_tokens: int) -> None:
+    """Each token is what n-grams say, unless that is drafted: then it is another one. A gain is expected each time."""
+    prompt, limit, lost = list(range(8)), 7, 0.0
+    token_ids, drafter, oracle = prompt * 2, NgramDrafter(len(prompt)), NgramDrafter(len(prompt))
+
+    for number in range(num_tokens):
+        expected = oracle.draft(token_ids, 1) if oracle.follow(token_ids) else prompt[:1]
+        candidates = [DraftCandidate(0, drafter.acceptance, limit)] if drafter.follow(token_ids) else []
+        choice = choose_drafts(1, steep, candidates, [ALLOWED_LOSS * number - lost])
+        token_ids += [100 + number] if choice.num_draft_tokens else expected
+        lost += choice.cost
+
+    assert 0 < lost < ALLOWED_LOSS * num_tokens + limit
+
+
 @pytest.mark.parametrize("num_tokens", [64, 500])
 def test_a_text_beside_others_that_repeat_themselves_takes_hardly_longer(num_tokens: int) -> None:
     budgets, taken, num_drafted = [0.0] * 4, 0.0, 0

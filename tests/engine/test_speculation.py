@@ -351,10 +351,13 @@ def test_drafts_end_where_max_tokens_does(make_driver: MakeDriver) -> None:
     assert max(seq.start + len(seq.token_ids) for batch in batches for seq in batch.seqs) == 30 + 31
 
 
-def test_a_draft_leaves_each_sequence_a_block_for_its_next_token(make_driver: MakeDriver) -> None:
-    driver = make_driver(next_token=always_a, num_blocks=12, max_num_seqs=2, max_model_len=32, max_draft_tokens=16)
+@pytest.mark.parametrize("num_blocks", [9, 11, 13])
+def test_a_draft_leaves_each_sequence_a_block_for_its_next_token(make_driver: MakeDriver, num_blocks: int) -> None:
+    driver = make_driver(
+        next_token=always_a, num_blocks=num_blocks, max_num_seqs=2, max_model_len=32, max_draft_tokens=16
+    )
     for _ in range(2):
-        driver.submit("aaaaaaa", max_tokens=12)
+        driver.submit("aaaaaaa", max_tokens=20)
     num_reaching = 0
 
     while (batch := driver.engine.schedule()) is not None:
@@ -362,7 +365,7 @@ def test_a_draft_leaves_each_sequence_a_block_for_its_next_token(make_driver: Ma
             num_real_blocks = -(-(seq.start + len(seq.token_ids) - seq.num_draft_tokens) // BLOCK_SIZE)
             if seq.num_draft_tokens and len(seq.block_table) > num_real_blocks:
                 num_reaching += 1
-                assert 12 - driver.engine.stats.num_used_blocks >= len(batch.seqs)
+                assert num_blocks - driver.engine.stats.num_used_blocks >= len(batch.seqs)
         driver.engine.update(driver.backend.execute(batch))
 
     assert num_reaching > 0
