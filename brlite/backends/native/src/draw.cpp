@@ -45,7 +45,9 @@ int32_t brlite_draw_rows(int32_t isa, const brlite_draw* draws, brlite_drawn* dr
         brlite::FlushToZero mode;
         const size_t row_bytes = vocab_size * sizeof(float);
         brlite::Memory sample(kernels->sample_scratch_bytes), own_logits(row_bytes), row_of_lanes(row_bytes + 64);
-        const brlite::Scratch scratch = {0, nullptr, {}, nullptr, sample.data(), (float*)own_logits.data()};
+        brlite::Scratch scratch{};
+        scratch.sample = sample.data();
+        scratch.own_logits = (float*)own_logits.data();
         float* const edited = (float*)row_of_lanes.data();
         for (int row = 0; row < num_rows; row++) {
             memcpy(edited, logits + (size_t)row * vocab_size, row_bytes);

@@ -150,24 +150,33 @@ void Engine::allocate(int num_threads) {
     step_.plan = &plan_;
     step_.num_threads = num_threads;
     const size_t max_numbers = (max_rows + MAX_BLOCK_ROWS) * width;
-    step_.activations = {take(max_numbers * element), (float*)take(max_rows * sizeof(float)), (long)width,
-                         (ActivationGroup*)take(max_numbers / BRLITE_GROUP * sizeof(ActivationGroup)), 0};
-    step_.queries = {take(num_queries * head_size(a) * element), (float*)take(num_queries * sizeof(float)),
-                     head_size(a), nullptr, 0};
+    step_.activations = {take(max_numbers * element),
+                         (float*)take(max_rows * sizeof(float)),
+                         (long)width,
+                         (ActivationGroup*)take(max_numbers / BRLITE_GROUP * sizeof(ActivationGroup)),
+                         0,
+                         false};
+    step_.queries = {take(num_queries * head_size(a) * element),
+                     (float*)take(num_queries * sizeof(float)),
+                     head_size(a),
+                     nullptr,
+                     0,
+                     false};
     const int max_chunks = (a.max_positions + CHUNK - 1) / CHUNK;
     const size_t num_partials = (size_t)MAX_SPLIT_ROWS * a.num_heads * max_chunks;
     step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)),
                      (float*)take(num_partials * sizeof(float)), (float*)take(num_partials * sizeof(float)), max_chunks,
                      false};
+    const size_t own_numbers = MAX_OWN_NUMBERS + MAX_BLOCK_ROWS * BRLITE_GROUP;  // a tile can be larger than its block
     for (int thread = 0; thread < num_threads; thread++)
-        scratch_.push_back(
-            {thread,
-             (float*)take(width * sizeof(float)),
-             {take(MAX_OWN_NUMBERS * element), (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)), 0,
-              (ActivationGroup*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(ActivationGroup)), 0},
-             take(kernels_.attention_scratch_bytes),
-             take(kernels_.sample_scratch_bytes),
-             (float*)take(plan_.vocab_size * sizeof(float))});
+        scratch_.push_back({thread,
+                            (float*)take(width * sizeof(float)),
+                            {take(own_numbers * element), (float*)take(own_numbers / BRLITE_GROUP * sizeof(float)), 0,
+                             (ActivationGroup*)take(own_numbers / BRLITE_GROUP * sizeof(ActivationGroup)), 0, false},
+                            take(MAX_TILE_PANELS * width * BRLITE_LANES),
+                            take(kernels_.attention_scratch_bytes),
+                            take(kernels_.sample_scratch_bytes),
+                            (float*)take(plan_.vocab_size * sizeof(float))});
     positions_.resize(max_rows);
     row_spans_.resize(max_rows);
     grow_counters(1);

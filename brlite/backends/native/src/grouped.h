@@ -22,6 +22,26 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
+// Whether tiles of several rows share the quads of their panels: the first tile writes them, the others read them. That
+// saves a sixth to a third of a tile's instructions.
+#if defined(BRLITE_HAS_AVX512) && defined(BRLITE_HAS_VNNI)
+constexpr bool KEEPS_QUADS = true;
+#else
+constexpr bool KEEPS_QUADS = false;
+#endif
+constexpr long quads_bytes(int num_inputs) { return (long)num_inputs * LANES; }
+
+// VNNI's sums start at the bits of 1.5 * 2^23, so that they become floats without an instruction: that number plus the
+// sum, exact for sums of up to 2^22.
+#if defined(BRLITE_HAS_VNNI)
+constexpr int32_t SUM_BIAS_BITS = 0x4b400000;
+constexpr float SUM_BIAS = ROUNDING_SHIFT;
+static_assert(BRLITE_GROUP * 128 * 127 < 1 << 22, "a group's sum is exact as a float");
+#else
+constexpr int32_t SUM_BIAS_BITS = 0;
+constexpr float SUM_BIAS = 0;
+#endif
+
 #if defined(BRLITE_HAS_AVX512)
 
 // Stores the 32 integers of a group in the order of the quads.
@@ -57,15 +77,17 @@ INLINE void load_quads(Int8::Pair& first_quad, Int8::Pair& second_quad, const ui
         return;
     }
     if constexpr (code_bits(FORMAT) == 4) {
-        const Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
+        Int8::Pair bytes = Int8::load_bytes(group + first * LANES / 2);
+        asm("" : "+v"(bytes));
         UNROLLED for (int i = 0; i < 2; i++) {
             *quads[i] = Int8::int4_codes(bytes, i);
             if constexpr (has_table(FORMAT)) *quads[i] = Int8::look_up(table, *quads[i]);
         }
         return;
     }
-    const __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
-                  pairs_2_3 = _mm512_loadu_si512(group + first * LANES + 64);
+    __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
+            pairs_2_3 = _mm512_loadu_si512(group + first * LANES + 64);
+    asm("" : "+v"(pairs_0_1), "+v"(pairs_2_3));  // GCC would load them twice
     const __m512i low = _mm512_unpacklo_epi8(pairs_0_1, pairs_2_3), high = _mm512_unpackhi_epi8(pairs_0_1, pairs_2_3);
     const __m512i of_first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   of_second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), plus_128 = _mm512_set1_epi8(-128);
@@ -126,20 +148,28 @@ INLINE void add_quad(Int8::Sum (&sums)[1], const Int8::Pair (&quads)[1], const i
 
 typedef int8_t GroupedRow;
 
+#if defined(BRLITE_HAS_AVX512)
+INLINE Floats as_floats(Int8::Sum sum) { return (Floats)sum; }
+#else
+INLINE Floats as_floats(Int8::Sum sum) { return {(__m256)sum.low, (__m256)sum.high}; }
+#endif
+
 INLINE void store_group(GroupedRow* to, Ints low, Ints high) { store_quads(to, low, high); }
 
 // What the sum of a group starts at.
 template <int FORMAT>
 INLINE Int8::Sum start_of(const ActivationGroup& activations, int half) {
-    if constexpr (has_offsets(FORMAT)) return Int8::zero();
+    if constexpr (has_offsets(FORMAT)) return Int8::equal(SUM_BIAS_BITS);
     if constexpr (FORMAT == BRLITE_INT4) return Int8::equal(activations.minus_8_sums);
     return Int8::equal(FORMAT == BRLITE_Q6_K ? activations.minus_32_sums[half] : activations.minus_128_sums);
 }
 
-// As `sum_integers`. `rows` begin with the group of activations.
-template <int FORMAT, int ROWS, int PANELS>
-INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
-                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+// As `sum_integers`, with SUM_BIAS added. `rows` begin with the group of activations. `quads_of` is where each panel's
+// quads are, with HAS_QUADS, or are to be written, if this tile `keeps` them.
+template <int FORMAT, bool HAS_QUADS, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS],
+                      uint8_t* const (&quads_of)[PANELS], bool keeps, const GroupedRow* rows, long row_size,
+                      const GroupOfRows& activations, int half, const uint8_t* table) {
     constexpr int SUMS = PANELS > 1 ? 1 : sums_of_grouped_row(ROWS);
     constexpr int PAIRS = pairs_of_line(FORMAT, ROWS);
     const uint8_t* ahead = groups[0] + FETCH_AHEAD_BESIDE;
@@ -149,18 +179,25 @@ INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&group
         parts[0][r][p] = start_of<FORMAT>(activations[r], half);
         UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r][p] = Int8::zero();
     }
-    UNROLLED for (int i = 0; i < group_inputs(FORMAT) / 8; i++) {
+    UNROLLED for (int first = 0; first < group_inputs(FORMAT); first += 8) {
         Int8::Pair quads[2][PANELS];
-        UNROLLED for (int p = 0; p < PANELS; p++) load_quads<FORMAT>(quads[0][p], quads[1][p], groups[p], 8 * i, table);
-        const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + 8 * i;
+        UNROLLED for (int p = 0; p < PANELS; p++) {
+            const auto kept = [&](int k) INLINED { return quads_of[p] + (first + 4 * k) * LANES; };
+            if (!HAS_QUADS) load_quads<FORMAT>(quads[0][p], quads[1][p], groups[p], first, table);
+            UNROLLED for (int k = 0; k < 2; k++) {
+                if (HAS_QUADS) memcpy(&quads[k][p], kept(k), sizeof quads[k][p]);
+                if (!HAS_QUADS && KEEPS_QUADS && PANELS > 1 && keeps) memcpy(kept(k), &quads[k][p], sizeof quads[k][p]);
+            }
+        }
+        const GroupedRow* inputs = rows + half * group_inputs(FORMAT) + first;
         UNROLLED for (int k = 0; k < 2; k++) UNROLLED for (int r = 0; r < ROWS; r++)
-            add_quad(parts[(2 * i + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
+            add_quad(parts[(first / 4 + k) % SUMS][r], quads[k], inputs + r * row_size + 4 * k);
         UNROLLED for (int pair = 0; pair < 4; pair++) beside(pair);
     }
     if constexpr (PAIRS != 0) fetch_line(ahead + code_bytes(FORMAT));
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) {
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r][p] = Int8::plus(parts[0][r][p], parts[i][r][p]);
-        sums[r][p] = Int8::floats(parts[0][r][p]);
+        sums[r][p] = as_floats(parts[0][r][p]);
     }
 }
 
@@ -265,9 +302,10 @@ INLINE void sum_q6_k_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&
     }
 }
 
-template <int FORMAT, int ROWS, int PANELS>
-INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
-                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+template <int FORMAT, bool, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], uint8_t* const (&)[PANELS],
+                      bool, const GroupedRow* rows, long row_size, const GroupOfRows& activations, int half,
+                      const uint8_t* table) {
     const int16_t* integers = (const int16_t*)rows;
     const long row_bytes = row_size * sizeof *rows;
     if constexpr (is_int4(FORMAT)) {
@@ -290,9 +328,10 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
     write(to + LANES, high);
 }
 
-template <int FORMAT, int ROWS, int PANELS>
-INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], const GroupedRow* rows,
-                      long row_size, const GroupOfRows& activations, int half, const uint8_t* table) {
+template <int FORMAT, bool, int ROWS, int PANELS>
+INLINE void sum_group(Floats (&sums)[ROWS][PANELS], const uint8_t* const (&groups)[PANELS], uint8_t* const (&)[PANELS],
+                      bool, const GroupedRow* rows, long row_size, const GroupOfRows& activations, int half,
+                      const uint8_t* table) {
     sum_integers<FORMAT>(sums, groups, rows + half * group_inputs(FORMAT), row_size, activations, half, table);
 }
 

@@ -1,5 +1,5 @@
-// LINEAR and ADD: a matrix times rows of activations. Threads divide the panels of the matrix among themselves. A panel
-// stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a time.
+// LINEAR and ADD: a matrix times rows of activations. Threads divide the panels of the matrix among themselves. Panels
+// stay in the L2 cache while all rows are multiplied by them, a few rows (a tile) at a time.
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
 //   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 offsets, if it has them |
@@ -29,8 +29,34 @@ constexpr long fetch_ahead(int format, int num_rows) {
     return format == BRLITE_BF16 ? FETCH_AHEAD_OF_ONE_BF16_ROW : FETCH_AHEAD_OF_ONE_INTEGER_ROW;
 }
 
-// Some rows times one panel or two. Few rows take one panel at a time, so that a matrix is read as one stream in memory
-// order: with two or four panels side by side, rows of 576 inputs reached half of the memory bandwidth.
+// How many rows a tile has, and how many panels that follow each other.
+struct Shape {
+    int min_rows, max_rows, panels;
+};
+
+// The shapes of tiles. With AVX-512 sums and totals are in registers, and a load takes as long as two products: two or
+// three panels share the load of an activation. Few rows take one panel at a time, so that a matrix is read as one
+// stream in memory order: with two or four panels side by side, rows of 576 inputs reached half of the memory
+// bandwidth.
+enum { SINGLE, WIDE, TALL };
+#if defined(BRLITE_HAS_AVX512)
+constexpr Shape SHAPES[] = {{1, 2, 1}, {3, 4, 3}, {4, MAX_ROWS, 2}};
+#else
+constexpr Shape SHAPES[] = {{1, MAX_ROWS, 1}};
+#endif
+constexpr int NUM_SHAPES = sizeof SHAPES / sizeof *SHAPES, MAX_TILE_SUMS = 12;
+
+// From this many rows on, tiles of int8 activations share quads. With fewer rows, which wait for memory, that made a
+// step slower.
+constexpr bool shares_quads(int num_rows) { return KEEPS_QUADS && num_rows >= 18; }
+
+INLINE int shape_of(int num_rows, bool has_int8_rows, const Activations& input) {
+    if (NUM_SHAPES == 1 || num_rows <= SHAPES[SINGLE].max_rows) return SINGLE;
+    if (KEEPS_QUADS && has_int8_rows) return num_rows == 3 || input.shares_quads ? WIDE : TALL;
+    return num_rows <= 4 || num_rows == 7 || num_rows == 8 ? WIDE : TALL;
+}
+
+// Some rows times the panels of a shape.
 struct Tile {
     const uint8_t* panel;
     long panel_bytes;  // to the next panel
@@ -42,6 +68,7 @@ struct Tile {
     float* out;  // [panels][rows][16]
     int format;
     const uint8_t* table;  // of a format that has one: `table_of`
+    uint8_t* quads;        // memory for those of all panels, if tiles share them
     // Of the groups of inputs, this tile prefetches the one of each `num_tiles` that has its index.
     int index, num_tiles;
     long ahead;  // prefetch distance in bytes
@@ -57,20 +84,22 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
 // activations these are the offset of a product.
 template <int FORMAT>
 struct Scaling {
-    Floats scales, offsets;
+    Floats scales, offsets, bias;
 
     INLINED Scaling(int format, const uint8_t* group, const Factors& factors) {
         scales = scales_of(format, group + code_bytes(FORMAT), factors);
         if constexpr (has_offsets(FORMAT)) offsets = offsets_of(FORMAT, group + code_bytes(FORMAT), factors);
+        if (SUM_BIAS) bias = splat(-SUM_BIAS) * scales;
     }
 
     // Adds the activations times the weights of a group to `total`, from the sum of activations times codes.
-    // `activations` is read for int8 activations and for formats with offsets.
+    // `activations` is read for int8 activations and for formats with offsets. Products with a biased sum are exact
+    // until the bias is gone: scales have at most 19 bits.
     template <bool HAS_INT8_ROWS>
     INLINED Floats added(Floats total, Floats sum, const ActivationGroup& activations) const {
         if constexpr (has_offsets(FORMAT) && !has_minimums(FORMAT)) sum = fused(-offsets, splat(activations.sum), sum);
         if constexpr (HAS_INT8_ROWS)
-            total = fused(sum * scales, splat(activations.scale), total);
+            total = fused(SUM_BIAS ? fused(sum, scales, bias) : sum * scales, splat(activations.scale), total);
         else
             total = fused(sum, scales, total);
         if constexpr (has_minimums(FORMAT)) total = fused(offsets, splat(activations.scaled_sum), total);
@@ -80,7 +109,7 @@ struct Scaling {
 
 // Activations are int16, or int8 with a scale for each group. Integer sums are exact in any order. The sum of a group
 // of 4-bit codes is exact as a float, too, with and without the zero point's part; so is that of 16 6-bit codes.
-template <int FORMAT, int ROWS, int PANELS, bool HAS_INT8_ROWS>
+template <int FORMAT, int ROWS, int PANELS, bool HAS_INT8_ROWS, bool HAS_QUADS>
 static void multiply_integers(const Tile& tile) {
     constexpr bool IS_BESIDE =
         pairs_of_line(FORMAT, ROWS) && !(HAS_INT8_ROWS && code_bits(FORMAT) < 8 && !has_table(FORMAT));
@@ -88,10 +117,12 @@ static void multiply_integers(const Tile& tile) {
     const int format = has_table(FORMAT) ? tile.format : FORMAT;
     const long bytes = group_bytes(format);
     const uint8_t* groups[PANELS];
+    uint8_t* quads[PANELS];
     Factors factors[PANELS];
     Floats totals[ROWS][PANELS];
     UNROLLED for (int p = 0; p < PANELS; p++) {
         groups[p] = tile.panel + p * tile.panel_bytes;
+        quads[p] = tile.quads + p * quads_bytes(tile.num_inputs);
         UNROLLED for (int r = 0; r < ROWS; r++) totals[r][p] = splat(0.0f);
     }
     int until_fetch = tile.index;
@@ -111,8 +142,9 @@ static void multiply_integers(const Tile& tile) {
                                          HAS_INT8_ROWS ? 1 : tile.row_size / BRLITE_GROUP};
         Floats sums[ROWS][PANELS];
         if constexpr (HAS_INT8_ROWS)
-            sum_group<FORMAT>(sums, groups, (const GroupedRow*)tile.rows + first_group * BRLITE_GROUP, BRLITE_GROUP,
-                              activations, half, tile.table);
+            sum_group<FORMAT, HAS_QUADS>(sums, groups, quads, tile.quads,
+                                         (const GroupedRow*)tile.rows + first_group * BRLITE_GROUP, BRLITE_GROUP,
+                                         activations, half, tile.table);
         else
             sum_integers<FORMAT>(sums, groups, (const Int8::Row*)tile.rows + first, tile.row_size, activations, half,
                                  tile.table);
@@ -121,6 +153,7 @@ static void multiply_integers(const Tile& tile) {
             UNROLLED for (int r = 0; r < ROWS; r++) totals[r][p] =
                 scaling.template added<HAS_INT8_ROWS>(totals[r][p], sums[r][p], activations[r]);
             groups[p] += bytes;
+            quads[p] += quads_bytes(group_inputs(FORMAT));
         }
     }
     UNROLLED for (int p = 0; p < PANELS; p++) UNROLLED for (int r = 0; r < ROWS; r++)
@@ -128,7 +161,7 @@ static void multiply_integers(const Tile& tile) {
 }
 
 template <int ROWS, int PANELS>
-INLINE void multiply_bf16(const Tile& tile) {
+static void multiply_bf16(const Tile& tile) {
     constexpr int BLOCK_BYTES = BRLITE_GROUP / 2 * Bf16::PAIR_BYTES;
     const Bf16::Row* rows = (const Bf16::Row*)tile.rows;
     const uint8_t* panels[PANELS];
@@ -147,33 +180,30 @@ INLINE void multiply_bf16(const Tile& tile) {
         store(tile.out + (p * ROWS + r) * LANES, Bf16::floats(sums[0][r][p]));
 }
 
-template <int FORMAT, int ROWS, int PANELS, bool HAS_INT8_ROWS>
-static void multiply(const Tile& tile) {
-    if constexpr (FORMAT == BRLITE_BF16)
-        multiply_bf16<ROWS, PANELS>(tile);
-    else
-        multiply_integers<FORMAT, ROWS, PANELS, HAS_INT8_ROWS>(tile);
-}
-
 typedef void (*TileKernel)(const Tile&);
 
-constexpr int panels_of_tile(int num_rows) { return num_rows <= MAX_ROWS_OF_ONE_PANEL ? 1 : 2; }
-
-// The kernel of a tile; of the largest there is for tiles that are never asked for.
-template <int FORMAT, int ROWS, int PANELS, bool HAS_INT8_ROWS>
+// The kernel of a tile that has `more_rows` rows more than the least of its shape; null if there is none.
+template <int FORMAT, int SHAPE, int MORE_ROWS, bool HAS_INT8_ROWS, bool HAS_QUADS>
 constexpr TileKernel tile_kernel() {
-    constexpr int rows = smaller(ROWS, PANELS == 1 ? MAX_ROWS_OF_ONE_PANEL : MAX_ROWS);
-    return multiply<FORMAT, rows, smaller(PANELS, panels_of_tile(rows)), HAS_INT8_ROWS>;
+    constexpr Shape shape = SHAPES[smaller(SHAPE, NUM_SHAPES - 1)];
+    constexpr int rows = shape.min_rows + MORE_ROWS;
+    if constexpr (SHAPE >= NUM_SHAPES || rows > shape.max_rows)
+        return nullptr;
+    else if constexpr (HAS_QUADS && (!KEEPS_QUADS || SHAPE != WIDE || FORMAT == BRLITE_BF16))
+        return nullptr;
+    else if constexpr (FORMAT == BRLITE_BF16)
+        return multiply_bf16<rows, shape.panels>;
+    else
+        return multiply_integers<FORMAT, rows, shape.panels, HAS_INT8_ROWS, HAS_QUADS>;
 }
 
-// By format, panels - 1, and rows - 1.
-#define TILE(f, rows, panels) tile_kernel<f, rows, panels, HAS_INT8_ROWS>()
-#define TILES(f, panels)                                         \
-    {TILE(f, 1, panels), TILE(f, 2, panels), TILE(f, 3, panels), \
-     TILE(f, 4, panels), TILE(f, 5, panels), TILE(f, 6, panels)}
-#define FORMAT_TILES(f) {TILES(f, 1), TILES(f, 2)}
-template <bool HAS_INT8_ROWS>
-static constexpr TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][2][6] = {
+// By format, shape, and rows more than the least of the shape.
+#define TILE(f, shape, more) tile_kernel<f, shape, more, HAS_INT8_ROWS, HAS_QUADS>()
+#define TILES(f, shape) \
+    {TILE(f, shape, 0), TILE(f, shape, 1), TILE(f, shape, 2), TILE(f, shape, 3), TILE(f, shape, 4), TILE(f, shape, 5)}
+#define FORMAT_TILES(f) {TILES(f, 0), TILES(f, 1), TILES(f, 2)}
+template <bool HAS_INT8_ROWS, bool HAS_QUADS>
+static constexpr TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][3][6] = {
     FORMAT_TILES(BRLITE_INT8),   FORMAT_TILES(BRLITE_BF16),     FORMAT_TILES(BRLITE_INT8_F16),
     FORMAT_TILES(BRLITE_INT4),   FORMAT_TILES(BRLITE_INT4_MIN), FORMAT_TILES(BRLITE_INT4_ZERO),
     FORMAT_TILES(BRLITE_Q4_K),   FORMAT_TILES(BRLITE_Q6_K),     FORMAT_TILES(BRLITE_IQ4_NL),
@@ -187,6 +217,7 @@ struct Product {
     const Activations& input;
     float* output;
     int first_row, end_row;
+    uint8_t* quads;  // a thread's memory for those of the panels of a tile
 };
 
 // Applies activation scale, bias and residual to a tile of sums, and writes it to the output.
@@ -206,36 +237,48 @@ INLINE long element_bytes(const brlite_operation& op) {
     return op.has_int8_rows ? sizeof(GroupedRow) : takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
 }
 
-// The rows of a block of int8 activations. Blocks are of equal size: 8 rows are 4 + 4.
+// The rows of a block of int8 activations. Blocks are of equal size: 7 rows are 4 + 3.
 static_assert(MAX_ROWS <= MAX_BLOCK_ROWS, "memory for activations is padded to whole blocks");
 INLINE int rows_of_block(int num_rows) {
-    const int num_blocks = larger(1, (num_rows + MAX_ROWS - 1) / MAX_ROWS);
+    const int max_rows = shares_quads(num_rows) ? SHAPES[WIDE % NUM_SHAPES].max_rows : MAX_ROWS;
+    const int num_blocks = larger(1, (num_rows + max_rows - 1) / max_rows);
     return larger(1, (num_rows + num_blocks - 1) / num_blocks);
 }
 
-// One panel or two that follow each other, times all rows of a product.
-INLINE void multiply_panels(const Product& product, int panel, int num_panels) {
+// All rows of a product times the panels of a shape, in units of as many panels as the shape has. Threads divide these.
+struct Units {
+    const Product& product;
     const brlite_operation& op = product.op;
     const Activations& input = product.input;
+    const int num_rows = product.end_row - product.first_row;
+    const int num_panels = rounded_up(op.num_outputs, LANES) / LANES;
     const long bytes = panel_bytes(op.format, op.num_inputs);
-    const int begin = product.first_row, end = product.end_row, num_rows = end - begin;
-    const int max_rows = num_panels == 1 ? MAX_ROWS_OF_ONE_PANEL : MAX_ROWS;
-    const int num_tiles = (num_rows + max_rows - 1) / max_rows;
-    float sums[MAX_ROWS * panels_of_tile(MAX_ROWS) * LANES] __attribute__((aligned(64)));
-    for (int first = begin, last, tile_index = 1; first < end; first = last, tile_index++) {
-        // Tiles of equal size: 8 rows are 4 + 4, not 6 + 2. With int8 activations a tile is in one block.
-        last = begin + (int)((long)num_rows * tile_index / num_tiles);
-        if (op.has_int8_rows)
-            last = smaller(smaller(end, first + max_rows), (first / input.block_rows + 1) * input.block_rows);
-        const long first_group = op.has_int8_rows ? input.first_group(first) : first * input.row_size / BRLITE_GROUP;
-        const long row_at = op.has_int8_rows ? first_group * BRLITE_GROUP : first * input.row_size;
-        // If there is more than one tile, they prefetch the next panels, each a part: all of it in the first tile would
-        // take longer than its products.
-        const long ahead = num_tiles > 1 ? num_panels * bytes : fetch_ahead(op.format, num_rows);
-        const auto& kernels = op.has_int8_rows ? TILE_KERNELS<true> : TILE_KERNELS<false>;
-        const int size = last - first, of_tile = smaller(num_panels, panels_of_tile(size));
-        for (int p = panel; p < panel + num_panels; p += of_tile) {
-            const Tile tile = {(const uint8_t*)op.weight + p * bytes,
+    int shape_number;
+    Shape shape;
+
+    explicit Units(const Product& of) : product(of), shape_number(shape_of(num_rows, op.has_int8_rows, input)) {
+        if (SHAPES[shape_number].panels > num_panels) shape_number = SINGLE;
+        shape = SHAPES[shape_number];
+    }
+
+    int count() const { return (num_panels + shape.panels - 1) / shape.panels; }
+
+    void multiply(int unit) const {
+        // The last unit multiplies panels of the one before again, so that it is whole.
+        const int first_panel = unit * shape.panels, panel = smaller(first_panel, num_panels - shape.panels);
+        const int num_tiles = (num_rows + shape.max_rows - 1) / shape.max_rows;
+        const bool shares_quads = KEEPS_QUADS && op.has_int8_rows && shape_number == WIDE && num_tiles > 1;
+        float sums[MAX_TILE_SUMS * LANES] __attribute__((aligned(64)));
+        for (int first = product.first_row, last, i = 0; first < product.end_row; first = last, i++) {
+            // Tiles of equal size: 8 rows are 4 + 4, not 6 + 2. With int8 activations a tile is in one block.
+            last = product.first_row + (int)((long)num_rows * (i + 1) / num_tiles);
+            if (op.has_int8_rows)
+                last = smaller(smaller(product.end_row, first + shape.max_rows),
+                               (first / input.block_rows + 1) * input.block_rows);
+            const long first_group =
+                op.has_int8_rows ? input.first_group(first) : first * input.row_size / BRLITE_GROUP;
+            const long row_at = op.has_int8_rows ? first_group * BRLITE_GROUP : first * input.row_size;
+            const Tile tile = {(const uint8_t*)op.weight + panel * bytes,
                                bytes,
                                (const uint8_t*)input.rows + row_at * element_bytes(op),
                                input.groups + first_group,
@@ -245,28 +288,30 @@ INLINE void multiply_panels(const Product& product, int panel, int num_panels) {
                                sums,
                                op.format,
                                table_of(op.format),
-                               tile_index - 1,
+                               shares_quads ? product.quads : nullptr,
+                               i,
                                num_tiles,
-                               ahead};
-            // Prefetch the output: its rows are far apart, each in another memory page.
-            const float* out = product.output + (long)first * op.row_size + p * LANES;
-            for (int r = 0; r < size; r++) __builtin_prefetch(out + r * (long)op.row_size, 1);
-            kernels[op.format][of_tile - 1][size - 1](tile);
-            for (int i = 0; i < of_tile; i++) finish_tile(product, sums + i * size * LANES, first, size, p + i);
+                               ahead(num_tiles)};
+            const auto& kernels = shares_quads && i > 0 ? TILE_KERNELS<true, true>
+                                  : op.has_int8_rows    ? TILE_KERNELS<true, false>
+                                                        : TILE_KERNELS<false, false>;
+            // Rows that a tile of a block lacks are computed from those that follow in memory, and not written.
+            const int size = larger(last - first, shape.min_rows);
+            fetch_outputs(first, last, first_panel);
+            kernels[op.format][shape_number][size - shape.min_rows](tile);
+            for (int p = first_panel; p < panel + shape.panels; p++)
+                finish_tile(product, sums + (p - panel) * size * LANES, first, last - first, p);
         }
     }
-}
 
-// Threads divide a matrix in units of as many panels as a tile has.
-struct Units {
-    int num_panels, panels_each;
-    Units(const Product& product)
-        : num_panels(rounded_up(product.op.num_outputs, LANES) / LANES),
-          panels_each(panels_of_tile(product.end_row - product.first_row)) {}
-    int count() const { return (num_panels + panels_each - 1) / panels_each; }
-    void multiply(const Product& product, int unit) const {
-        const int panel = unit * panels_each;
-        multiply_panels(product, panel, smaller(panels_each, num_panels - panel));
+    // How far ahead a tile prefetches. If there is more than one tile, they prefetch the next panels, each a part: all
+    // of it in the first tile would take longer than its products.
+    long ahead(int num_tiles) const { return num_tiles > 1 ? shape.panels * bytes : fetch_ahead(op.format, num_rows); }
+
+    // The outputs of rows are far apart, each in another memory page.
+    void fetch_outputs(int first, int last, int panel) const {
+        const float* out = product.output + (long)first * op.row_size + panel * LANES;
+        for (int r = first; r < last; r++, out += op.row_size) __builtin_prefetch(out, 1);
     }
 };
 
@@ -280,15 +325,14 @@ static void linear(const Product& product, Counter* parts, int thread, int num_t
         const int begin = (int)((long)units.count() * part / num_threads);
         const int size = (int)((long)units.count() * (part + 1) / num_threads) - begin;
         for (int unit, end; parts[part].take_share(size, unit, end);)
-            for (; unit < end; unit++) units.multiply(product, begin + unit);
+            for (; unit < end; unit++) units.multiply(begin + unit);
     }
 }
 
-// All panels times the rows [first, end).
-static void linear_of_rows(const brlite_operation& op, const Activations& input, int first, int end) {
-    const Product product = {op, input, op.output, first, end};
+// All panels.
+static void linear_of_rows(const Product& product) {
     const Units units(product);
-    for (int unit = 0; unit < units.count(); unit++) units.multiply(product, unit);
+    for (int unit = 0; unit < units.count(); unit++) units.multiply(unit);
 }
 
 }  // namespace BRLITE_ISA

@@ -35,7 +35,9 @@ struct Int8 {
         return {vmovl_s8(vget_low_s8(codes.val[0])), vmovl_high_s8(codes.val[0]), vmovl_s8(vget_low_s8(codes.val[1])),
                 vmovl_high_s8(codes.val[1])};
     }
-    INLINE Pair load_int4(const uint8_t* at, int i) {
+    typedef const uint8_t* Int4Words;
+    INLINE Int4Words load_int4_words(const uint8_t* at) { return at; }
+    INLINE Pair int4_pair(Int4Words at, int i) {
         const uint16x8x2_t low = vld2q_u16((const uint16_t*)at), high = vld2q_u16((const uint16_t*)(at + 32));
         const auto codes = [i](uint16x8_t words) INLINED {
             return vreinterpretq_s16_u16(vandq_u16(vshlq_u16(words, vdupq_n_s16((int16_t)(-4 * i))), vdupq_n_u16(15)));
@@ -67,10 +69,10 @@ struct Int8 {
             const int8x16_t found = vqtbl1q_s8(vld1q_s8((const int8_t*)table), vreinterpretq_u8_s16(codes));
             return vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s8(found), 8), 8);  // upper bytes are of code 0
         };
-        const Pair codes = load_int4(at, i);
+        const Pair codes = int4_pair(at, i);
         return {numbers(codes.even_low), numbers(codes.even_high), numbers(codes.odd_low), numbers(codes.odd_high)};
     }
-    INLINE Pair load_shifted_int4(const uint8_t* at, int i) { return load_int4(at, i); }  // not used: one sum
+    INLINE Pair shifted_int4_pair(Int4Words at, int i) { return int4_pair(at, i); }  // not used: one sum
     INLINE Sum shifted_back(Sum sum, int) { return sum; }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
@@ -123,8 +125,8 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return sum; }
 };
 
-// Of a tile of a matrix: one panel takes 24 of the 32 registers.
-constexpr int MAX_ROWS = 6, MAX_ROWS_OF_ONE_PANEL = MAX_ROWS;
+// The sums of a panel take 24 of the 32 registers.
+constexpr int MAX_ROWS = 6;
 constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 #if defined(BRLITE_HAS_DOTPROD)

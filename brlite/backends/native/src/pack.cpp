@@ -93,7 +93,7 @@ void pack_row_int8(const float* weights, int num_inputs, Place to) {
     pack_group(rest, to.panel, to.column);
 }
 
-// Each word has the lower 4 bits of four bytes, of inputs that are 2 apart; load_int4 of multiply.h takes them apart.
+// Each word has the lower 4 bits of four bytes, of inputs that are 2 apart; int4_pair of multiply.h takes them apart.
 void place_int4(const uint8_t* codes, uint8_t* group, int column) {
     for (int first = 0; first < BRLITE_GROUP; first += 8)
         for (int i = first; i < first + 2; i++) {

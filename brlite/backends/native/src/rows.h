@@ -65,14 +65,16 @@ INLINE HalfSums sum_halves(const int16_t* from) {
 }
 #endif
 
-INLINE ActivationGroup group_of(HalfSums halves, float scale) {
+// The integers that sums start at are plus `bias`.
+INLINE ActivationGroup group_of(HalfSums halves, float scale, int32_t bias) {
     const int32_t sum = halves.low + halves.high;
-    return {scale, (float)sum, (float)sum * scale, -8 * sum, -128 * sum, {-32 * halves.low, -32 * halves.high}};
+    return {scale,          (float)sum,       (float)sum * scale,
+            bias - 8 * sum, bias - 128 * sum, {bias - 32 * halves.low, bias - 32 * halves.high}};
 }
 
 // The exact sum of each group of integers.
 INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
-    for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 1.0f);
+    for (int i = 0; i < size; i += BRLITE_GROUP) *to++ = group_of(sum_halves(from + i), 1.0f, 0);
 }
 
 // Quantizes a row to integers of up to 127 with one scale for each group; the next group is `block_rows` further. The
@@ -96,7 +98,7 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
             const Ints low = rounded(factors[i] > 0 ? load(from) * factor : nothing),
                        high = rounded(factors[i] > 0 ? load(from + LANES) * factor : nothing);
             store_group(to, low, high);
-            *groups = group_of(sum_halves(low, high), scales[i]);
+            *groups = group_of(sum_halves(low, high), scales[i], SUM_BIAS_BITS);
         }
     }
 }

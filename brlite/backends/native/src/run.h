@@ -51,9 +51,11 @@ struct Worker {
         switch (op.kind) {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
-                if (step.divides_rows) return linear_of_rows(op, input, rows.first, rows.end);
+                if (step.divides_rows)
+                    return linear_of_rows({op, input, op.output, rows.first, rows.end, scratch.quads});
                 if (op.squares && scratch.thread == 0) add_squares(op, input, num_rows);
-                linear({op, input, op.output, 0, num_rows}, next(step.num_threads), scratch.thread, step.num_threads);
+                linear({op, input, op.output, 0, num_rows, scratch.quads}, next(step.num_threads), scratch.thread,
+                       step.num_threads);
                 if (op.is_part) return;
                 break;
             case BRLITE_ROPE:
@@ -84,6 +86,7 @@ struct Worker {
         input = is_own ? scratch.own : step.activations;
         if (is_own) input.row_size = row_size;
         input.block_rows = block_rows;
+        input.shares_quads = shares_quads(num_rows);
         return is_own;
     }
 
@@ -147,7 +150,7 @@ struct Worker {
             write_input(input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
         });
         if (!is_own) barrier.wait();
-        linear({plan.head, input, plan.head.output, 0, num_rows}, next(step.num_threads), scratch.thread,
+        linear({plan.head, input, plan.head.output, 0, num_rows, scratch.quads}, next(step.num_threads), scratch.thread,
                step.num_threads);
         meet(plan.head.meets);
         Counter& draws = next();

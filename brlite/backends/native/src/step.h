@@ -26,7 +26,8 @@ struct Counter {
 };
 
 // A group of integer activations: its scale (of int16, whose rows have one, 1), the sum of its integers, that sum times
-// the scale, -8 and -128, and the sums of its halves times -32.
+// the scale, -8 and -128, and the sums of its halves times -32. The last four are plus SUM_BIAS_BITS (grouped.h) for
+// rows of int8.
 struct ActivationGroup {
     float scale, sum, scaled_sum;
     int32_t minus_8_sums, minus_128_sums, minus_32_sums[2];
@@ -42,6 +43,7 @@ struct Activations {
     long row_size;
     ActivationGroup* groups;  // of int8; and of int16 for int4 and Q6_K matrices, [rows][row_size / BRLITE_GROUP]
     int block_rows;
+    bool shares_quads;  // whether tiles of int8 share the quads of their panels (linear.h)
 
     // Where the first group of a row of int8 activations is. Others are `block_rows` further.
     long first_group(int row) const {
@@ -49,7 +51,8 @@ struct Activations {
     }
 };
 
-constexpr int MAX_BLOCK_ROWS = 6;
+// At most so many rows in a block of int8 activations, and panels in a tile of a matrix.
+constexpr int MAX_BLOCK_ROWS = 6, MAX_TILE_PANELS = 3;
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
 // barrier can take longer when other programs use the cores.
@@ -100,6 +103,7 @@ struct Scratch {
     int thread;
     float* row;       // [the widest row of the plan]
     Activations own;  // [MAX_OWN_NUMBERS / inputs]
+    uint8_t* quads;   // [MAX_TILE_PANELS][the widest row of the plan][16]: of the panels of a tile (grouped.h)
     uint8_t* attention;
     uint8_t* sample;
     float* own_logits;  // [vocabulary]: a row of logits before edits
