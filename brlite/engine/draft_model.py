@@ -33,6 +33,7 @@ REST_STEPS = 16  # launched ahead after drafts did not pay; each decision whethe
 TRIAL_SHARE = 0.02  # the largest share of the time that trials may take
 INITIAL_BUDGET, MAX_BUDGET = 8.0, 64.0  # steps for exploration; a model that is never right costs all answers so many
 EXPLORED_SHARE = 1 / 16  # of an answer's expected steps
+FEW_TOKENS = 8  # up to so many tokens that it lacks add almost no cost to the step of the first draft token
 LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the served one, until it is measured
 
 
@@ -67,12 +68,14 @@ class DraftPlan(NamedTuple):
     """The small model's work before a step of the served one.
 
     The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a draft token. Each further one,
-    up to `num_draft_tokens[seq_id]`, is a step of one token. The block tables have room for all of them.
+    up to `num_draft_tokens[seq_id]`, is a step of one token. The block tables have room for all of them. The others
+    leave `num_left_tokens` to later plans, beside `FEW_TOKENS` each.
     """
 
     batch: Batch
     num_draft_tokens: dict[int, int]
     start: float
+    num_left_tokens: int
 
 
 class DraftModel:
@@ -183,26 +186,30 @@ class DraftModel:
         """Note that drafts pay: the next trial comes after `FIRST_TRIAL_STEPS` again."""
         self._num_steps_without, self._trial_steps = 0, FIRST_TRIAL_STEPS
 
+    def max_draft_tokens(self, seq: Sequence) -> int:
+        """How many draft tokens of the sequence the model's context has room for. The last one is not computed."""
+        return self.info.max_model_len - seq.num_tokens + 1
+
     def plan(self, wanted: Iterable[tuple[Sequence, int]], budget: int, start: float) -> DraftPlan | None:
         """The steps that draw the wanted number of draft tokens for each sequence. Call `follow` for each one before.
 
         The first step has at most `budget` tokens. A sequence that lacks more gets its draft in a later plan.
         """
-        runs, num_draft_tokens = [], dict[int, int]()
+        runs, num_draft_tokens, num_left_tokens = [], dict[int, int](), 0
         for seq, num in wanted:
             draft = self._followed[seq]
             begin, end = draft.num_computed_tokens, draft.num_tokens
-            num = min(num, self.info.max_model_len - end + 1)
             token_ids, sampling = draft.token_ids[begin : min(end, begin + budget)], None
             draft.has_failed = max(token_ids, default=0) >= self.info.vocab_size  # padding in the served model's head
-            if draft.has_failed or num < 1 or not token_ids or not self._blocks.grow(draft, end + num - 1):
+            if draft.has_failed or not token_ids or not self._blocks.grow(draft, end + num - 1):
                 continue
             budget -= len(token_ids)
             if begin + len(token_ids) == end:
                 num_draft_tokens[seq.seq_id] = num
                 sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens)
+            num_left_tokens += max(0, end - begin - len(token_ids) - FEW_TOKENS)
             runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, draft.block_table, sampling))
-        return DraftPlan(Batch(runs), num_draft_tokens, start) if runs else None
+        return DraftPlan(Batch(runs), num_draft_tokens, start, num_left_tokens) if runs else None
 
     def run(self, plan: DraftPlan) -> dict[int, list[int]] | None:
         """Compute the drafts, by `seq_id`: shorter where the model failed for a sequence, None where it failed."""

@@ -14,14 +14,12 @@ from itertools import islice
 from brlite.config.options import EngineConfig
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.block_manager import BlockManager
-from brlite.engine.draft_model import TRIAL_DRAFT_TOKENS, DraftModel, DraftPlan
+from brlite.engine.draft_model import FEW_TOKENS, TRIAL_DRAFT_TOKENS, DraftModel, DraftPlan
 from brlite.engine.drafting import ALLOWED_LOSS, LEAST_CHANCE, NO_DRAFTS, DraftCandidate, DraftChoice, choose_drafts
 from brlite.engine.ngrams import NgramDrafter
 from brlite.engine.request import Sequence
 from brlite.engine.step_costs import StepCosts, WaitCost
 
-# A draft model first computes the tokens of a sequence that it has not seen. These numbers decide whether that pays.
-FEW_TOKENS = 8  # up to so many missing tokens add almost no cost to the step of the first draft token
 EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 
 
@@ -136,16 +134,17 @@ class Speculation:
             return None
         candidates, trials = list[DraftCandidate](), list[DraftCandidate]()
         num_free, draft_cost = self._max_num_batched_tokens - num_seqs, model.cost.per_draft_token(1)
-        plain, budgets = self.step_costs.cost(num_seqs), [_budget(seq) for seq in running]
+        missing_token_cost = draft_cost * self.step_costs.row_cost / self.step_costs.cost(num_seqs)
+        budgets = [_budget(seq) for seq in running]
         for position, seq in enumerate(running):
             limit = min(_max_draft_tokens(seq, 1, is_forced=False), self.max_draft_tokens, num_free // num_seqs)
-            limit = self._num_spare_slots(seq, limit, num_seqs)
+            limit = min(self._num_spare_slots(seq, limit, num_seqs), model.max_draft_tokens(seq))
             if limit <= 0 or (seq.matcher is not None and seq.matcher.forced):
                 continue
             if (draft := model.follow(seq)) is None:
                 continue
             num_missing = max(0, draft.num_tokens - draft.num_computed_tokens - FEW_TOKENS)
-            missing_cost = num_missing * draft_cost * self.step_costs.row_cost / plain
+            missing_cost = num_missing * missing_token_cost
             num_done = seq.num_output_tokens
             num_expected = min(seq.state.max_tokens - num_done, max(EXPECTED_TOKENS, num_done))
             budgets[position] += model.exploration_budget(draft, num_expected)
@@ -157,12 +156,13 @@ class Speculation:
             model.note_paying()
         else:
             choice = self._trial(trials, budgets, num_seqs)
-        if not choice.num_draft_tokens:
+        wanted = [(running[position], num) for position, num in choice.num_draft_tokens.items()]
+        plan = model.plan(wanted, self._max_num_batched_tokens, now) if wanted else None
+        if plan is None:
             model.rest()
             return None
-        _charge(running, model.pay(choice.cost))
-        wanted = [(running[position], num) for position, num in choice.num_draft_tokens.items()]
-        return model.plan(wanted, self._max_num_batched_tokens, now)
+        _charge(running, model.pay(choice.cost - plan.num_left_tokens * missing_token_cost))  # later plans pay for them
+        return plan
 
     def _model_gain(self, seq: Sequence, candidate: DraftCandidate, num_seqs: int) -> float:
         """What the draft model gains for the sequence, beside what n-grams do. It drafts for all sequences together."""

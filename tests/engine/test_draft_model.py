@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Batch, ScheduledSeq
-from brlite.engine.draft_model import FIRST_TRIAL_STEPS, DraftPlan
+from brlite.engine.draft_model import FIRST_TRIAL_STEPS, MAX_BUDGET, DraftPlan
 from brlite.engine.engine import Engine
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.engine.conftest import Driver
@@ -169,6 +169,40 @@ def test_a_sequence_beyond_the_small_models_context_gets_no_drafts() -> None:
 
     assert driver.token_ids(request_id) == reference_tokens(b"hello", 60)
     assert 20 < max(seq.start + len(seq.token_ids) for batch in drafted_by(driver) for seq in batch.seqs) <= 32
+
+
+def test_drafts_that_the_small_model_does_not_make_are_not_paid() -> None:
+    driver = make(draft={"max_model_len": 64}, draft_seconds=0.1, step_seconds=forecast_seconds)
+    request_id = driver.submit("hello", max_tokens=120)
+    model = driver.engine.draft_model
+    assert model is not None
+    while not driver.engine.running or driver.engine.running[0].num_tokens < 66:
+        driver.step()
+    (seq,) = driver.engine.running
+    saved, budget = seq.steps_saved, model.budget
+    assert saved > 0
+
+    driver.finish()
+
+    assert driver.token_ids(request_id) == reference_tokens(b"hello", 120)
+    assert model.budget == budget
+    assert seq.steps_saved > saved - 1  # n-grams may have had drafts
+
+
+def test_a_long_prompt_that_is_computed_in_chunks_is_paid_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def paid(num_tokens: int) -> float:
+        driver, costs = make(budget=64, max_num_seqs=1, draft_seconds=0.1, step_seconds=forecast_seconds), [0.0]
+        model = driver.engine.draft_model
+        assert model is not None
+        model.budget = MAX_BUDGET
+        pay = model.pay
+        monkeypatch.setattr(model, "pay", lambda num_steps: [costs.append(num_steps), pay(num_steps)][1])
+        driver.submit([number * number * 7 % 91 + 32 for number in range(num_tokens)], max_tokens=100)
+        while not driver.engine.stats.draft_tokens:
+            driver.step()
+        return sum(costs)
+
+    assert 0 < paid(800) < 2.2 * paid(400)
 
 
 def test_tokens_that_the_served_model_does_not_have_are_never_given_to_it() -> None:
