@@ -36,23 +36,28 @@ MAX_PAUSE_SECONDS = 60.0  # a longer Retry-After is cut to this
 class ExchangeState(enum.Enum):
     """Where an exchange is. Events and what follows from them:
 
-    | event                             | QUEUED | TRYING                              |
-    |-----------------------------------|--------|-------------------------------------|
-    | its turn in the queue             | TRYING |                                     |
-    | refused or failed, may be retried |        | TRYING; QUEUED if the limit of a    |
-    |                                   |        | fallback is reached                 |
-    | answered, failed for good         |        | DONE                                |
-    | timeout, client left, server stop | DONE   | DONE                                |
-    | dropped from a full queue         | DONE   |                                     |
+    | event                             | ADMITTED         | QUEUED | TRYING                              |
+    |-----------------------------------|------------------|--------|-------------------------------------|
+    | started                           | TRYING; QUEUED   |        |                                     |
+    |                                   | if the limit is  |        |                                     |
+    |                                   | reached          |        |                                     |
+    | its turn in the queue             |                  | TRYING |                                     |
+    | refused or failed, may be retried |                  |        | TRYING; QUEUED if the limit of a    |
+    |                                   |                  |        | fallback is reached                 |
+    | answered, failed for good         |                  |        | DONE                                |
+    | timeout                           |                  | DONE   | DONE                                |
+    | client left, server stop          | DONE             | DONE   | DONE                                |
+    | dropped from a full queue         |                  | DONE   |                                     |
     """
 
+    ADMITTED = enum.auto()  # counted under its key, but not started
     QUEUED = enum.auto()  # it waits in the queue of the model's concurrency limit
     TRYING = enum.auto()  # it has acquired the limit, and an attempt is running
     DONE = enum.auto()
 
 
 # Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
-QUEUED, TRYING, DONE = ExchangeState
+ADMITTED, QUEUED, TRYING, DONE = ExchangeState
 
 
 class ExchangeOwner(Protocol):
@@ -116,7 +121,7 @@ class Exchange:
         self._tried: tuple[Upstream, ...] = ()  # one for each attempt
         self.request = request
         self.route = route  # or the route of the fallback that was taken
-        self.state = TRYING
+        self.state = ADMITTED
         self.attempt: Attempt | None = None
         self.started_at = forwarder.loop.time()
         self.status = 0  # of the response to the client; 0: there is none yet
@@ -148,7 +153,9 @@ class Exchange:
     # The concurrency limit and the upstream
 
     def start(self) -> None:
-        """Acquire the model's concurrency limit, or wait in its queue."""
+        """Acquire the model's concurrency limit, or wait in its queue. Does nothing if the exchange has ended."""
+        if self.state is DONE:
+            return
         key = self.request.inbound.key
         limit = self._limit = self.route.limit
         if limit.acquire(key.tenant):
@@ -299,7 +306,7 @@ class Exchange:
         elif self.state is TRYING:
             self._current.close(Ending.CLIENT_LEFT)
             self._limit.release(self.request.inbound.key.tenant)
-        else:
+        elif self.state is DONE:
             return
         self._close(CLIENT_LEFT)
 
@@ -327,14 +334,15 @@ class Exchange:
             self._current.upstream_is_lost(now)
 
     def _end_with(self, error: RequestError) -> None:
-        if self.state is QUEUED:
-            self._waiting.leave()
-            self._downstream.refuse(error)
-            self._close(status_of(error).http)
-        elif self.state is TRYING:
+        if self.state is TRYING:
             attempt = self._current
             attempt.close(Ending.STOPPED)
             self._give_up(error, attempt)
+        elif self.state is not DONE:
+            if self.state is QUEUED:
+                self._waiting.leave()
+            self._downstream.refuse(error)
+            self._close(status_of(error).http)
 
     def _close(self, status: int) -> None:
         self.state = DONE

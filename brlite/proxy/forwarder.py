@@ -148,7 +148,10 @@ class Forwarder:
         return None if owner is None or route is None else route.only(owner.upstream)
 
     async def settle(self, inbound: Inbound) -> None:
-        """Charge the key for a background response that this request will delete."""
+        """Charge the key for a background response that this request will delete.
+
+        This may cancel the response. So call it only for a request that `forward` has admitted.
+        """
         if inbound.head.method == b"DELETE" and (response_id := stored_response_id(inbound.head)) is not None:
             await self._background.settle(inbound.key, response_id)
 

@@ -53,9 +53,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
                 return await handler(request)
             has_body = request.method == "POST" and request.body_exists  # a cancel has none, whatever type it names
             body = await read_body(request, limits) if has_body else b""
-            inbound = Inbound(head, body, request[API_KEY], None, None)
-            await forwarder.settle(inbound)
-            return await run(request, inbound, found)
+            return await run(request, Inbound(head, body, request[API_KEY], None, None), found)
         body = await read_body(request, limits)
         inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])
         route = forwarder.table.find(inbound.model)
@@ -70,6 +68,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         downstream = ResponseDownstream(request)
         exchange = forwarder.forward(inbound, route, downstream)
         try:
+            await forwarder.settle(inbound)
             return await downstream.respond(exchange)
         finally:
             exchange.client_left()  # no effect after a complete response

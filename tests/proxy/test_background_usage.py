@@ -209,6 +209,62 @@ async def test_a_response_that_is_deleted_is_charged_what_its_client_has_not_see
     assert "as estimated" not in caplog.text
 
 
+async def test_a_deletion_that_its_key_may_not_send_cancels_nothing(open_account: OpenAccount) -> None:
+    upstream = Computing()
+    account = await open_account(upstream.act, rules=msgspec.structs.replace(RULES, requests_per_minute=1))
+
+    await account.create()
+    upstream.response = DONE
+    with pytest.raises(openai.RateLimitError):
+        await account.client.responses.delete("resp_1")
+
+    assert account.num_charged == (0, 0)
+
+
+async def test_a_deletion_is_not_refused_for_the_tokens_that_it_charges(open_account: OpenAccount) -> None:
+    upstream = Computing()
+    account = await open_account(upstream.act, rules=msgspec.structs.replace(RULES, tokens_per_minute=60))
+
+    await account.create()
+    upstream.response = DONE
+    await account.client.responses.delete("resp_1")
+
+    assert account.num_charged == (3, 4000)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+async def test_a_client_that_leaves_or_a_stop_ends_a_deletion_before_it_is_sent(
+    open_account: OpenAccount, *, is_stopped: bool
+) -> None:
+    settles, may_end, methods = asyncio.Event(), asyncio.Event(), []
+
+    async def act(call: Call) -> Then:
+        methods.append(call.request.method)
+        if call.request.path.endswith(b"/cancel"):
+            settles.set()
+            await may_end.wait()
+        await call.send(json_answer(RUNNING))
+        return "keep"
+
+    account = await open_account(act)
+    await account.create()
+    deleting = asyncio.create_task(account.client.responses.delete("resp_1"))
+    await asyncio.wait_for(settles.wait(), PATIENCE_SECONDS)
+    num_running = account.key.num_running
+    if is_stopped:
+        account.proxy.forwarder.stop()
+    else:
+        deleting.cancel()
+    await wait_until(lambda: account.key.num_running == 0)
+    may_end.set()
+    await asyncio.wait([deleting])
+
+    assert num_running == 1
+    assert account.proxy.forwarder.num_active == 0
+    assert b"DELETE" not in methods
+    assert deleting.cancelled() or isinstance(deleting.exception(), openai.InternalServerError)
+
+
 async def test_an_upstream_that_hangs_holds_back_no_deletion_at_another_one(
     open_account: OpenAccount, monkeypatch: pytest.MonkeyPatch
 ) -> None:

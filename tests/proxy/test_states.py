@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import enum
+from unittest.mock import Mock
 
 from brlite.config.options import ProxyConfig, UpstreamConfig
+from brlite.http.api_key import ApiKey
+from brlite.proxy.request_model import Inbound
+from brlite.proxy.wire.heads import RequestHead
 from tests.proxy.conftest import TRANSITIONS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Client, post
@@ -76,8 +80,8 @@ async def leave_at_each_moment(proxy: Proxy, upstream: ScriptedUpstream) -> None
     running, waiting, next_one = [await Client.connect(proxy.port) for _ in range(3)]
     running.send(post({"model": "m", "want": "wait"}))
     await wait_until(lambda: upstream.num_busy == 1)
-    for client in (waiting, next_one):
-        client.send(post({"model": "m"}))
+    waiting.send(post({"model": "m"}))
+    next_one.send(post({"model": "gone"}))  # its fallback is at its limit
     await wait_until(lambda: proxy.forwarder.num_active == 3)
     waiting.leave()
     await wait_until(lambda: proxy.forwarder.num_active == 2)
@@ -87,15 +91,23 @@ async def leave_at_each_moment(proxy: Proxy, upstream: ScriptedUpstream) -> None
     next_one.leave()
 
 
+def leave_before_the_start(proxy: Proxy) -> None:
+    route = proxy.forwarder.table.find("m")
+    assert route is not None
+    head = RequestHead(b"POST", b"/v1/completions", {}, b"", is_http_1_0=False)
+    proxy.forwarder.forward(Inbound(head, BODY, ApiKey(), "m", None), route, Mock(request_id="r")).client_left()
+
+
 async def test_each_change_of_the_tables_happens(transitions: set[tuple[enum.Enum, enum.Enum]]) -> None:
     gone = UpstreamConfig(url=f"http://127.0.0.1:{free_port()}", models=("gone",), health_path="")
-    proxy_config = ProxyConfig(max_in_flight=1, held_bytes=HELD_BYTES)
+    proxy_config = ProxyConfig(max_in_flight=1, held_bytes=HELD_BYTES, fallbacks={"gone": ("m",)})
 
     async with ScriptedUpstream(act=answer) as upstream:
         config = UpstreamConfig(url=upstream.url, models=("m",), health_path="")
         async with run_proxy(config, gone, proxy=proxy_config) as proxy:
             statuses = await requests_of_each_kind(proxy)
             await leave_at_each_moment(proxy, upstream)
+            leave_before_the_start(proxy)
 
-    assert statuses == [200, 200, 200, 200, 404, 200, 503, 200, 200, 404, 508, 400]
+    assert statuses == [200, 200, 200, 200, 404, 200, 200, 200, 200, 404, 508, 400]
     assert {(before, after) for before, afters in TRANSITIONS.items() for after in afters} - transitions == set()
