@@ -23,7 +23,7 @@ from brlite.errors import BrliteError, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.body import HELD
 from brlite.server.generate import CONFIG, RUNNING, generate
-from brlite.server.idempotency import ANSWERS
+from brlite.server.idempotency import ANSWERS, log_bug
 from brlite.server.response_store import STORE
 from brlite.server.resumable import RECORDED, RecordedStream
 
@@ -85,6 +85,7 @@ class BackgroundResponses:
         except asyncio.CancelledError:
             if not begun.done():
                 task.cancel()  # the client left, and knows no id
+                task.add_done_callback(log_bug)
             raise
         if begun.done():
             return web.Response(body=begun.result(), content_type="application/json")

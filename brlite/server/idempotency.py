@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
@@ -20,10 +21,12 @@ from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
 from brlite.dialects.kept_events import STATE_BYTES, KeptEvents
-from brlite.errors import InvalidRequest
+from brlite.errors import BrliteError, InvalidRequest
 from brlite.http.body import HELD
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.server.resumable import RECORDED, RecordedStream, check_num_seen, last_event_id, not_resumable
+
+logger = logging.getLogger(__name__)
 
 HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
@@ -110,9 +113,14 @@ class IdempotentAnswers:
             request[RECORDED] = stream
         task = asyncio.ensure_future(run(recorded, request))
         self._hold(request, running, recorder, task)
-        if stream is not None and await stream.begun():
-            return await stream.follow(request, 0, self._limits, has_ids=True)
-        return await asyncio.shield(task)
+        try:
+            if stream is None or not await stream.begun():
+                return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(log_bug)
+            raise
+        task.add_done_callback(log_bug)
+        return await stream.follow(request, 0, self._limits, has_ids=True)
 
     def _hold(
         self,
@@ -191,6 +199,13 @@ class IdempotentAnswers:
 
 
 ANSWERS = web.AppKey("answers", IdempotentAnswers)
+
+
+def log_bug(task: asyncio.Task[web.StreamResponse]) -> None:
+    """Log the error of a task that has ended, if it is a bug. For a task that no handler waits for."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, BrliteError):
+        logger.error("an answer failed that no client waits for", exc_info=error)
 
 
 class RecordingEncoder(ResponseEncoder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 
@@ -10,6 +11,8 @@ import openai
 import pytest
 
 from brlite.config.options import KeysConfig
+from brlite.errors import InvalidRequest
+from brlite.server import generate
 from tests.conftest import Eventually
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
@@ -172,3 +175,27 @@ async def test_a_response_with_a_key_goes_on_if_its_client_leaves_before_it_begi
     _, done = await client.get(f"/v1/responses/{begun['id']}")
 
     assert (begun["status"], done["status"]) == ("in_progress", "incomplete")
+
+
+async def test_a_client_that_leaves_as_its_response_is_refused_is_no_error(
+    client: Client, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(*_: object) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+            raise InvalidRequest("no")
+
+    begun, ended = asyncio.Event(), asyncio.Event()
+    monkeypatch.setattr(generate, "make_requests", refuse)
+    leaving = asyncio.create_task(client.post("/v1/responses", {"input": "hello", "background": True}))
+    await asyncio.wait_for(begun.wait(), PATIENCE_SECONDS)
+    leaving.cancel()
+    await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
+    await eventually(lambda: not client.server._app[generate.RUNNING])
+    await asyncio.sleep(0.01)
+    gc.collect()
+
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -18,6 +18,8 @@ from brlite.http.body import HELD, BodyBudget, HeldBody
 from brlite.http.bounded_store import BoundedStore
 from brlite.http.events import EventStream
 from brlite.http.keys import ApiKeys
+from brlite.server.event_builder import EventBuilder
+from brlite.server.generate import Streaming
 from brlite.server.idempotency import ANSWERS, IdempotentAnswers, StoredAnswer
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
@@ -226,3 +228,32 @@ def test_a_value_that_grows_counts_and_displaces_the_oldest() -> None:
     assert not store.grow("a", "new", 40)
     assert not store.grow("a", "new", 1)
     assert (store.num_bytes, len(store)) == (0, 0)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_bug_is_logged_that_no_client_sees(
+    client: Client,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    is_streamed: bool,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(EventBuilder, "whole", fail)
+    monkeypatch.setattr(Streaming, "_send_all", fail)
+    client.backend.gate = threading.Event()
+    headers = {"Idempotency-Key": "k", **({"Last-Event-ID": "0"} if is_streamed else {})}
+    path, body = client.url + "/v1/chat/completions", chat_body(stream=is_streamed)
+    asking = asyncio.create_task(client.session.post(path, json=body, headers=headers))
+    if is_streamed:
+        await (await asking).read()
+    else:
+        await eventually(lambda: client.engine.stats.num_running == 1)
+        asking.cancel()
+        await eventually(lambda: client.server.num_connections == 0)
+    client.backend.gate.set()
+
+    await eventually(lambda: "a bug" in caplog.text)
