@@ -497,9 +497,11 @@ class EngineLoop:
         if isinstance(error, BackendLost):
             logger.critical("the backend is lost: %s", error)
             self._engine.end_all(partial(EngineError, LOST))
-        else:
+        elif isinstance(error, Exception):
             logger.critical("the engine loop died", exc_info=error)
             self._engine.end_all(partial(EngineError, "the engine stopped unexpectedly; the request was not completed"))
+        else:  # a signal's KeyboardInterrupt, which comes wherever the main thread is
+            self._engine.end_all(stopping)
         self._idle.set()
         if isinstance(error, BackendLost) and self._on_lost is not None:
             self._on_lost()

@@ -458,3 +458,20 @@ async def test_where_the_system_gives_no_thread_masks_are_filled_all_the_same(mo
         texts = [output.outputs[0].text async for output in engine.generate("x", wish)]
 
     assert "".join(texts) == "yes"
+
+
+def test_ctrl_c_within_the_loop_is_no_failure_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(_: Engine) -> None:
+        raise KeyboardInterrupt
+
+    async def use() -> None:
+        async with running() as (engine, _):
+            monkeypatch.setattr(Engine, "schedule", interrupt)
+            await collect(engine, "hello")
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(use())
+
+    assert not caplog.records
