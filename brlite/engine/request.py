@@ -156,7 +156,9 @@ class Sequence:
     is_started: bool = False
     waiting_since: float = 0.0
     drafter: NgramDrafter | None = None
-    steps_saved: float = 0.0  # by drafts: those that were right, less what steps with drafts were longer
+    steps_saved: float = (
+        0.0  # by right draft tokens, less the cost of drafts; those that a grammar forces cost nothing here
+    )
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0

@@ -8,7 +8,8 @@ from __future__ import annotations
 from brlite.engine.backend import CPU_ROWS, RowCosts
 
 TIME_WEIGHT = 0.1  # weight of the newest step in a running mean (EWMA) of step times
-ROW_WEIGHT = 0.02  # of the newest step with drafts in the EWMA of the cost of its rows; the first ones weigh more
+ROW_WEIGHT = 0.02  # of the newest step in the EWMA of the cost of its number of rows; the first ones weigh more
+COMPARED_STEPS = 10  # without drafts, after others of another number of rows. More of them tell nothing of their cost
 MOST_CHANGE = 1.2  # of a mean that one step may show, later than the first ones. The same for both means
 MAX_ROWS = 32  # of four sequences with seven draft tokens each
 EXPIRY_STEPS = 20_000  # steps without drafts: a cost that was measured too high, and ended drafts, is then forgotten
@@ -30,6 +31,7 @@ class StepCosts:
         self._observed_at = [0] * (MAX_ROWS + 1)  # `_num_plain` at the last observation
         self._num_plain = 0  # steps without drafts
         self._seconds = 0.0  # of a step of one row, 0: not measured yet
+        self._plain_rows = self._num_alike = 0  # the rows of the last step without drafts, and how many before had them
 
     def cost(self, num_rows: int) -> float:
         """The cost of a step, in steps of one row."""
@@ -56,11 +58,14 @@ class StepCosts:
     def observe(self, num_rows: int, seconds: float, *, has_drafts: bool) -> None:
         """Record the time of a step. Outliers are bounded: another program may have had the processor."""
         known = self.cost(num_rows)
+        if not has_drafts:
+            self._num_alike = self._num_alike + 1 if num_rows == self._plain_rows else 0
+            self._plain_rows = num_rows
         if self._seconds and num_rows <= MAX_ROWS:
             num_observed = 1 + (self._num_observed[num_rows] if self._is_measured(num_rows) else 0)
             newest = _bounded(seconds / self._seconds, known, 2.0 if num_observed < 4 else MOST_CHANGE)
             weight = 1 / (num_observed + 1)
-            if has_drafts:  # those without define the unit: with this weight both would drift, to any scale
+            if has_drafts or self._num_alike < COMPARED_STEPS:
                 weight = max(ROW_WEIGHT, weight)
             self._costs[num_rows] = known + weight * (newest - known)
             self._num_observed[num_rows], self._observed_at[num_rows] = num_observed, self._num_plain
