@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BLOCKED = "waiting for memory that busy models hold"
 QUEUED = "waiting for its turn to be downloaded"
+ASKING = "waiting for the hub's answer"
 YIELDING = "waiting for its next turn: another model is wanted"
 
 OnProgress = Callable[[str, float], None]
@@ -334,7 +335,9 @@ class ModelManager:
         async with self._downloads:
             if self._wanted_since(model) == math.inf:
                 logger.info("model %s is not downloaded: no request waits for it any more", model.name)
+                model.loading.report("waiting", 0.0)
                 return False
+            model.loading.report(ASKING, 0.0)
             await self._loader.fetch(model.spec, model.loading.report)
         return True
 

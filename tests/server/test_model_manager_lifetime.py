@@ -10,7 +10,7 @@ import pytest
 
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.errors import ConfigError, ModelError
-from brlite.server.model_manager import GIB, QUEUED, ModelManager
+from brlite.server.model_manager import ASKING, GIB, QUEUED, ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.conftest import Eventually
 from tests.limits import PATIENCE_SECONDS
@@ -190,6 +190,13 @@ async def test_downloads_beyond_the_bound_wait_in_order_and_hold_back_no_local_m
     caplog.set_level(logging.INFO, "brlite.server.model_manager")
     models, loader = ModelTable([ServedModel(spec) for spec in on_demand("a", "b", "c", "here")]), FakeLoader({})
     loader.downloads = {name: asyncio.Event() for name in "abc"}
+    fetch, stages = loader.fetch, []
+
+    async def fetch_in_turn(spec: ModelSpec, report: OnProgress) -> None:
+        stages.append(models.find(spec.name).loading.stage)
+        await fetch(spec, report)
+
+    loader.fetch = fetch_in_turn  # type: ignore[method-assign]
 
     async def use(name: str) -> None:
         with models.find(name).in_use(max_waiting=1):
@@ -210,6 +217,7 @@ async def test_downloads_beyond_the_bound_wait_in_order_and_hold_back_no_local_m
         await waiting["b"]
 
     assert list(loader.loads) == ["here", "a", "c", "b"]
+    assert stages == [ASKING] * 3
     assert [line for line in caplog.messages if "engine.max_downloads" in line] == [
         f"model {name} waits for its turn to be downloaded: 1 others are (engine.max_downloads)" for name in "cb"
     ]
@@ -230,11 +238,13 @@ async def test_a_model_that_nobody_waits_for_any_more_gives_up_its_turn_to_be_do
     house.loader.downloads["a"].set()
     status, _ = await first
     await eventually(lambda: house.models.find("b").status == "unloaded")
+    given_up = house.progress("b")
     again = house.asks("b")
     await eventually(lambda: "downloading 20%" in house.progress("b"))
     house.loader.downloads["b"].set()
 
     assert (status, (await again)[0], house.loader.loads["b"]) == (200, 200, 1)
+    assert QUEUED not in given_up
 
 
 async def test_a_download_that_fails_refuses_those_who_wait_and_is_tried_again(
