@@ -306,7 +306,9 @@ class _Replay:
             prefix_caching=way.prefix_caching,
             speculation=way.speculation,
         )
-        return Engine(info, engine.tokenizer, config, LIMITS)
+        fresh = Engine(info, engine.tokenizer, config, LIMITS)
+        fresh.draft_freely()  # by measured costs, a busy machine would make none
+        return fresh
 
 
 def _report(name: str, expected: Answers, rounds: Sequence[Answers], notes: Sequence[str], say: Say) -> RunReport:

@@ -209,6 +209,10 @@ class Engine:
         """
         return self._scheduler.plan_drafts(self._clock())
 
+    def draft_freely(self) -> None:
+        """Draft wherever there is a draft, whatever it costs: to test that drafts change no answer."""
+        self._scheduler.speculation.draft_freely()
+
     def take_drafts(self, plan: DraftPlan, drafts: dict[int, list[int]] | None) -> None:
         """Store the draft model's drafts. The next step verifies them."""
         assert self.draft_model is not None, "it made the plan"

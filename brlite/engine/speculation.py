@@ -18,7 +18,7 @@ from brlite.engine.draft_model import FEW_TOKENS, TRIAL_DRAFT_TOKENS, DraftModel
 from brlite.engine.drafting import ALLOWED_LOSS, LEAST_CHANCE, NO_DRAFTS, DraftCandidate, DraftChoice, choose_drafts
 from brlite.engine.ngrams import NgramDrafter
 from brlite.engine.request import Sequence
-from brlite.engine.step_costs import StepCosts, WaitCost
+from brlite.engine.step_costs import FreeDrafts, StepCosts, WaitCost
 
 EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 
@@ -45,9 +45,13 @@ class Speculation:
         self.may_draft = drafts_text and info.verifies_drafts and self.max_draft_tokens > 0
         self.wait_cost = WaitCost(info.row_costs) if info.can_run_ahead else None
         self._max_draft_seqs = config.max_draft_seqs
-        self.step_costs = StepCosts(info.row_costs)
+        self.step_costs: StepCosts | FreeDrafts = StepCosts(info.row_costs)
         self._blocks = blocks
         self._max_num_batched_tokens = max_num_batched_tokens
+
+    def draft_freely(self) -> None:
+        """Draft as if no step were longer for it."""
+        self.step_costs, self.wait_cost = FreeDrafts(), None
 
     def add_drafts(self, scheduled: dict[Sequence, int], running: list[Sequence], budget: int) -> None:
         """Add drafts to a step while they pay: at most `budget`, and only in blocks that no other sequence needs."""

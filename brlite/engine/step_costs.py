@@ -75,6 +75,18 @@ class StepCosts:
             self._seconds = _mean(self._seconds, _bounded(newest, self._seconds or newest, most))
 
 
+class FreeDrafts:
+    """In place of `StepCosts`: rows of drafts cost nothing."""
+
+    row_cost = 0.0
+
+    def cost(self, num_rows: int) -> float:
+        return 1.0
+
+    def observe(self, num_rows: int, seconds: float, *, has_drafts: bool) -> None:
+        pass
+
+
 class DraftCost:
     """The measured cost of a draft model's step, in steps of one row of the served model."""
 
