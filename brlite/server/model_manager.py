@@ -329,7 +329,7 @@ class ModelManager:
     async def _download(self, model: ServedModel) -> bool:
         """Download a model in its turn. False if it is not to be loaded any more when its turn comes."""
         if self._downloads.locked():
-            text = "model %s waits for its turn to be downloaded: %d others are (engine.max_downloads)"
+            text = "model %s waits for its turn to be downloaded: at most %d at once (engine.max_downloads)"
             logger.info(text, model.name, self._config.max_downloads)
             model.loading.report(QUEUED, 0.0)
         async with self._downloads:

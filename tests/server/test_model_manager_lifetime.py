@@ -219,7 +219,7 @@ async def test_downloads_beyond_the_bound_wait_in_order_and_hold_back_no_local_m
     assert list(loader.loads) == ["here", "a", "c", "b"]
     assert stages == [ASKING] * 3
     assert [line for line in caplog.messages if "engine.max_downloads" in line] == [
-        f"model {name} waits for its turn to be downloaded: 1 others are (engine.max_downloads)" for name in "cb"
+        f"model {name} waits for its turn to be downloaded: at most 1 at once (engine.max_downloads)" for name in "cb"
     ]
 
 
